@@ -1,0 +1,386 @@
+// Python's view of the CPU engine: a program builder, and what it compiles to. Arrays of a program come as numpy arrays
+// and are checked and copied once; batches come as addresses of contiguous memory that the caller has checked.
+#include <pybind11/functional.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <random>
+
+#include "../cpu/solve.h"
+
+namespace py = pybind11;
+using namespace sparseflow;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+using Ref = std::pair<int, int>;  // (buffer, slot); buffer -1: absent
+
+template <class T>
+std::vector<T> copy(const Array<T>& a) {
+  return std::vector<T>(a.data(), a.data() + a.size());
+}
+template <class T>
+std::vector<T> copy(const std::optional<Array<T>>& a) {
+  return a ? copy(*a) : std::vector<T>();
+}
+Operand operand(Ref r) { return Operand{r.first, r.second}; }
+
+template <class T>
+class Builder {
+ public:
+  int matrix(int rows, int cols, const Array<int32_t>& row_ptr, const Array<int32_t>& col, const Array<T>& values) {
+    Matrix<T>& m = add(rows, cols, row_ptr, col);
+    m.values = copy(values);
+    return last();
+  }
+  int gated_matrix(int rows, int cols, const Array<int32_t>& row_ptr, const Array<int32_t>& col, const Array<int32_t>& entry,
+                   const Array<int32_t>& gate, const Array<T>& constant, int modulation) {
+    Matrix<T>& m = add(rows, cols, row_ptr, col);
+    m.gated = true;
+    m.path_entry = copy(entry);
+    m.path_gate = copy(gate);
+    m.path_constant = copy(constant);
+    m.gate_modulation = modulation;
+    return last();
+  }
+  int external_matrix(int rows, int cols, const Array<int32_t>& row_ptr, const Array<int32_t>& col, int external) {
+    add(rows, cols, row_ptr, col).external = external;
+    return last();
+  }
+  int modulation(const Array<T>& bias, const std::optional<Array<T>>& gate_slope, const std::optional<Array<T>>& gate_offset,
+                 const std::optional<Array<T>>& shift_slope, const std::optional<Array<T>>& shift_offset, int external_gate,
+                 int external_shift) {
+    Modulation<T> m;
+    m.n = static_cast<int>(bias.size());
+    m.bias = copy(bias);
+    m.gate_slope = copy(gate_slope);
+    m.gate_offset = copy(gate_offset);
+    m.shift_slope = copy(shift_slope);
+    m.shift_offset = copy(shift_offset);
+    m.external_gate = external_gate;
+    m.external_shift = external_shift;
+    program_.modulations.push_back(std::move(m));
+    return static_cast<int>(program_.modulations.size()) - 1;
+  }
+  int buffer(int rows, int slots) {
+    program_.buffers.push_back({rows, slots});
+    return static_cast<int>(program_.buffers.size()) - 1;
+  }
+  void roles(int dim, bool divergence, int input, int output, int noise, int ones, int externals) {
+    program_.dim = dim;
+    program_.divergence = divergence;
+    program_.input = input;
+    program_.output = output;
+    program_.noise = noise;
+    program_.ones = ones;
+    program_.externals = externals;
+  }
+  void affine(int matrix, Ref source, Ref target, int modulation, int activation, double a, double b, int store, Ref seed, Ref weight) {
+    Op op;
+    op.kind = OpKind::kAffine;
+    op.matrix = matrix;
+    op.source = operand(source);
+    op.target = operand(target);
+    op.modulation = modulation;
+    op.activation = static_cast<Activation>(activation);
+    op.params = {a, b};
+    op.store = store;
+    op.seed = operand(seed);
+    op.weight = operand(weight);
+    program_.body.push_back(op);
+  }
+  void product(int matrix, Ref source, Ref target, Ref factor, bool prologue, bool skip_empty) {
+    Op op;
+    op.kind = OpKind::kProduct;
+    op.matrix = matrix;
+    op.source = operand(source);
+    op.target = operand(target);
+    op.factor = operand(factor);
+    op.skip_empty = skip_empty;
+    (prologue ? program_.prologue : program_.body).push_back(op);
+  }
+  void reduction(int matrix, Ref source, Ref factor, Ref factor2, const std::optional<Array<int32_t>>& factor_row,
+                 const std::optional<Array<int32_t>>& factor2_row, int coefficient_matrix) {
+    Op op;
+    op.kind = OpKind::kReduction;
+    op.matrix = matrix;
+    op.source = operand(source);
+    op.factor = operand(factor);
+    op.factor2 = operand(factor2);
+    op.factor_row = copy(factor_row);
+    op.factor2_row = copy(factor2_row);
+    op.coefficient_matrix = coefficient_matrix;
+    program_.body.push_back(op);
+  }
+  std::unique_ptr<CompiledProgram<T>> compile() const {
+    return std::make_unique<CompiledProgram<T>>(program_, kernel_table());
+  }
+
+  static const Kernels<T>& kernel_table() {
+    if constexpr (sizeof(T) == 4) return *kernels().f32;
+    else return *kernels().f64;
+  }
+
+ private:
+  Matrix<T>& add(int rows, int cols, const Array<int32_t>& row_ptr, const Array<int32_t>& col) {
+    Matrix<T> m;
+    m.rows = rows;
+    m.cols = cols;
+    m.row_ptr = copy(row_ptr);
+    m.col = copy(col);
+    program_.matrices.push_back(std::move(m));
+    return program_.matrices.back();
+  }
+  int last() const { return static_cast<int>(program_.matrices.size()) - 1; }
+
+  Program<T> program_;
+};
+
+template <class T>
+T* address(uintptr_t p) {
+  return reinterpret_cast<T*>(p);
+}
+
+template <class T>
+void set_refresh(CompiledProgram<T>& self, py::function function) {
+  // The callback may run, and the last copy of it may die, on a thread that does not hold the interpreter.
+  auto held = std::shared_ptr<py::function>(new py::function(std::move(function)), [](py::function* f) {
+    py::gil_scoped_acquire gil;
+    delete f;
+  });
+  self.set_refresh([held](const std::vector<double>& times) {
+    py::gil_scoped_acquire gil;
+    std::vector<std::vector<std::vector<T>>> answers;
+    for (py::handle one : (*held)(times)) {
+      answers.emplace_back();
+      for (py::handle part : one) answers.back().push_back(copy(py::cast<Array<T>>(part)));
+    }
+    return answers;
+  });
+}
+
+template <class T>
+py::dict solve(CompiledProgram<T>& self, uintptr_t x, uintptr_t l, uintptr_t noise, int batch, std::vector<double> times, int sign,
+               const py::dict& tableau, std::pair<double, double> rtol, std::pair<double, double> atol, const py::dict& options,
+               std::vector<double> grid, bool perturb, bool per_tile, int threads, uintptr_t xs, uintptr_t ls) {
+  SolveInput<T> in;
+  in.batch = batch;
+  in.x = address<T>(x);
+  in.l = address<T>(l);
+  in.noise = address<T>(noise);
+  in.times = std::move(times);
+  in.sign = sign;
+  in.tableau.adaptive = tableau["adaptive"].cast<bool>();
+  in.tableau.order = tableau["order"].cast<int>();
+  in.tableau.c = tableau["c"].cast<std::vector<double>>();
+  in.tableau.a = tableau["a"].cast<std::vector<std::vector<double>>>();
+  in.tableau.b = tableau["b"].cast<std::vector<double>>();
+  in.tableau.b_error = tableau["b_error"].cast<std::vector<double>>();
+  in.tableau.b_mid = tableau["b_mid"].cast<std::vector<double>>();
+  const size_t stages = in.tableau.c.size() + 1;
+  bool fits = in.tableau.a.size() + 1 == stages && in.tableau.b.size() == stages && in.times.size() >= 1;
+  if (in.tableau.adaptive) fits = fits && in.tableau.b_error.size() == stages && in.tableau.b_mid.size() == stages && stages > 1;
+  for (size_t i = 0; i < in.tableau.a.size(); ++i) fits = fits && in.tableau.a[i].size() == i + 1;
+  if (!fits) throw std::invalid_argument("solve: the tableau's arrays do not fit each other");
+  in.rtol[0] = rtol.first, in.rtol[1] = rtol.second;
+  in.atol[0] = atol.first, in.atol[1] = atol.second;
+  in.options.min_step = options["min_step"].cast<double>();
+  in.options.max_step = options["max_step"].cast<double>();
+  if (!options["first_step"].is_none()) in.options.first_step = options["first_step"].cast<double>();
+  in.options.safety = options["safety"].cast<double>();
+  in.options.ifactor = options["ifactor"].cast<double>();
+  in.options.dfactor = options["dfactor"].cast<double>();
+  in.options.max_num_steps = options["max_num_steps"].cast<long long>();
+  in.options.step_t = options["step_t"].cast<std::vector<double>>();
+  in.options.jump_t = options["jump_t"].cast<std::vector<double>>();
+  in.grid = std::move(grid);
+  in.perturb = perturb;
+  in.per_tile = per_tile;
+  in.threads = threads;
+  SolveOutput out;
+  {
+    py::gil_scoped_release release;
+    out = self.solve(in, address<T>(xs), address<T>(ls), [] {
+      py::gil_scoped_acquire gil;
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    });
+  }
+  py::array_t<double> steps({py::ssize_t(out.steps.size()), py::ssize_t(2)});
+  for (size_t i = 0; i < out.steps.size(); ++i) {
+    steps.mutable_at(i, 0) = out.steps[i].first;
+    steps.mutable_at(i, 1) = out.steps[i].second;
+  }
+  py::dict result;
+  result["nfe"] = out.nfe;
+  result["accepted"] = out.accepted;
+  result["rejected"] = out.rejected;
+  result["steps"] = steps;
+  result["status"] = out.status;
+  result["t"] = out.t;
+  result["dt"] = out.dt;
+  result["rows"] = out.rows;
+  return result;
+}
+
+template <class T>
+void bind(py::module_& m, const char* builder, const char* compiled) {
+  py::class_<Builder<T>>(m, builder, "Collects the parts of a program (csrc/field.h); compile() checks them.")
+      .def(py::init<>())
+      .def("matrix", &Builder<T>::matrix, py::arg("rows"), py::arg("cols"), py::arg("row_ptr"), py::arg("col"), py::arg("values"))
+      .def("gated_matrix", &Builder<T>::gated_matrix, py::arg("rows"), py::arg("cols"), py::arg("row_ptr"), py::arg("col"),
+           py::arg("entry"), py::arg("gate"), py::arg("constant"), py::arg("modulation"))
+      .def("external_matrix", &Builder<T>::external_matrix, py::arg("rows"), py::arg("cols"), py::arg("row_ptr"), py::arg("col"),
+           py::arg("external"))
+      .def("modulation", &Builder<T>::modulation, py::arg("bias"), py::arg("gate_slope") = py::none(), py::arg("gate_offset") = py::none(),
+           py::arg("shift_slope") = py::none(), py::arg("shift_offset") = py::none(), py::arg("external_gate") = -1,
+           py::arg("external_shift") = -1)
+      .def("buffer", &Builder<T>::buffer, py::arg("rows"), py::arg("slots") = 1)
+      .def("roles", &Builder<T>::roles, py::arg("dim"), py::arg("divergence"), py::arg("input"), py::arg("output"), py::arg("noise") = -1,
+           py::arg("ones") = -1, py::arg("externals") = 0)
+      .def("affine", &Builder<T>::affine, py::arg("matrix"), py::arg("source"), py::arg("target"), py::arg("modulation"),
+           py::arg("activation"), py::arg("a") = 1.0, py::arg("b") = 20.0, py::arg("store") = 0, py::arg("seed") = Ref(-1, 0),
+           py::arg("weight") = Ref(-1, 0))
+      .def("product", &Builder<T>::product, py::arg("matrix"), py::arg("source"), py::arg("target"), py::arg("factor") = Ref(-1, 0),
+           py::arg("prologue") = false, py::arg("skip_empty") = false)
+      .def("reduction", &Builder<T>::reduction, py::arg("matrix"), py::arg("source"), py::arg("factor") = Ref(-1, 0),
+           py::arg("factor2") = Ref(-1, 0), py::arg("factor_row") = py::none(), py::arg("factor2_row") = py::none(),
+           py::arg("coefficient_matrix") = -1)
+      .def("compile", &Builder<T>::compile);
+
+  py::class_<CompiledProgram<T>>(m, compiled, "A checked program; evaluates and solves over batches in memory.")
+      .def("set_refresh", &set_refresh<T>, py::arg("function"),
+           "function(times) -> for every time a sequence of arrays, one per external of the program")
+      .def(
+          "evaluate",
+          [](CompiledProgram<T>& self, double t, uintptr_t x, uintptr_t noise, int batch, int threads, uintptr_t f, uintptr_t trace) {
+            py::gil_scoped_release release;
+            self.evaluate(t, address<T>(x), address<T>(noise), batch, threads, address<T>(f), address<T>(trace));
+          },
+          py::arg("t"), py::arg("x"), py::arg("noise"), py::arg("batch"), py::arg("threads"), py::arg("f"), py::arg("trace"))
+      .def("solve", &solve<T>, py::arg("x"), py::arg("l"), py::arg("noise"), py::arg("batch"), py::arg("times"), py::arg("sign"),
+           py::arg("tableau"), py::arg("rtol"), py::arg("atol"), py::arg("options"), py::arg("grid"), py::arg("perturb"),
+           py::arg("per_tile"), py::arg("threads"), py::arg("xs"), py::arg("ls"))
+      .def("widths", [](CompiledProgram<T>& self) {
+             std::vector<int> out;
+             for (int i = 0; i < Kernels<T>::kWidths; ++i) out.push_back(self.width(i));
+             return out;
+           }, "the tile widths on offer, in samples")
+      .def("tile_seconds", [](CompiledProgram<T>& self) { py::gil_scoped_release release; return self.tile_seconds(); },
+           "measured seconds of one evaluation of one tile, per width")
+      .def("workspace_bytes", &CompiledProgram<T>::workspace_bytes, py::arg("width_index"))
+      .def("force_width", [](CompiledProgram<T>& self, int index) {
+             if (index < -1 || index >= Kernels<T>::kWidths) throw std::invalid_argument("force_width: no such width");
+             self.force_width(index);
+           }, py::arg("index"), "use this width from now on; -1: choose by the clock");
+}
+
+template <class T>
+std::pair<Array<T>, Array<T>> activation_with(const Kernels<T>& table, int id, double a, double b, const Array<T>& z) {
+  if (id < 0 || id >= kActivations) throw std::invalid_argument("activation: unknown id");
+  Array<T> h(z.size()), slope(z.size());
+  table.activation(id, T(a), T(b), z.data(), static_cast<int>(z.size()), h.mutable_data(), slope.mutable_data());
+  return {h, slope};
+}
+
+const KernelSet& find_set(const std::string& isa) {
+  if (isa.empty()) return kernels();
+  const KernelSet* sets;
+  const int n = available_sets(&sets);
+  for (int i = 0; i < n; ++i)
+    if (isa == sets[i].name) return sets[i];
+  throw std::invalid_argument("no kernels for '" + isa + "' here");
+}
+
+double seconds_of(const std::function<void()>& work, int repeats) {
+  using Clock = std::chrono::steady_clock;
+  double best = 1e300;
+  for (int i = 0; i < repeats; ++i) {
+    const auto begin = Clock::now();
+    work();
+    best = std::min(best, std::chrono::duration<double>(Clock::now() - begin).count());
+  }
+  return best;
+}
+
+// Best of `repeats`: a random sparse matrix times tiles of float32 activations, over the tile widths on offer.
+std::pair<double, double> bench_spmm(int rows, int cols, double density, unsigned seed, int repeats) {
+  std::mt19937 random(seed);
+  std::uniform_real_distribution<float> uniform(0.0f, 1.0f);
+  Program<float> p;
+  Matrix<float> m;
+  m.rows = rows;
+  m.cols = cols;
+  m.row_ptr.push_back(0);
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < cols; ++j)
+      if (uniform(random) < density) m.col.push_back(j), m.values.push_back(uniform(random) - 0.5f);
+    m.row_ptr.push_back(static_cast<int32_t>(m.col.size()));
+  }
+  const double nnz = m.nnz();
+  p.dim = cols;
+  p.matrices.push_back(std::move(m));
+  p.buffers = {{cols, 1}, {rows, 1}, {cols, 1}};
+  p.input = 0;
+  p.output = 2;
+  Op op;
+  op.kind = OpKind::kProduct;
+  op.matrix = 0;
+  op.source = {0, 0};
+  op.target = {1, 0};
+  p.body.push_back(op);
+  const Kernels<float>& table = *kernels().f32;
+  CompiledProgram<float> program(p, table);
+  double best_rate = 0, best_seconds = 0, best_work = 0;
+  for (int w = 0; w < Kernels<float>::kWidths; ++w) {
+    Packed<float>& packed = program.packed(w);
+    Stage<float> stage(program.program(), packed, table);
+    stage.refresh(0.0f, nullptr);
+    Aligned<char> workspace(packed.workspace_bytes);
+    float* x = reinterpret_cast<float*>(workspace.get());
+    for (int i = 0; i < cols * packed.width; ++i) x[i] = uniform(random);
+    const double work = nnz * packed.width;
+    const int inner = std::max(1, int(2e7 / std::max(1.0, work)));
+    const double seconds = seconds_of([&] { for (int i = 0; i < inner; ++i) stage.run(packed.body, workspace.get()); }, repeats) / inner;
+    if (work / seconds > best_rate) best_rate = work / seconds, best_seconds = seconds, best_work = work;
+  }
+  return {best_seconds, best_work};
+}
+
+// Activations with slope per second of one core, on arrays in the first-level cache.
+double activation_rate(int id, int repeats) {
+  const int n = 1536;
+  std::vector<float> z(n), h(n), slope(n);
+  for (int i = 0; i < n; ++i) z[i] = -6.0f + 12.0f * float(i) / float(n);
+  const double seconds = seconds_of([&] { for (int i = 0; i < 200; ++i) kernels().f32->activation(id, 1.0f, 20.0f, z.data(), n, h.data(), slope.data()); }, repeats);
+  return 200.0 * n / seconds;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "The CPU engine: sparse vector fields, tile by tile.";
+  m.def("isa", [] { return std::string(kernels().name); }, "the instruction set in use");
+  m.def("isas", [] {
+    const KernelSet* sets;
+    const int n = available_sets(&sets);
+    std::vector<std::string> names;
+    for (int i = 0; i < n; ++i) names.push_back(sets[i].name);
+    return names;
+  }, "every compiled instruction set this machine can run");
+  bind<float>(m, "BuilderF32", "ProgramF32");
+  bind<double>(m, "BuilderF64", "ProgramF64");
+  m.def("activation_f32", [](int id, double a, double b, const Array<float>& z, const std::string& isa) {
+    return activation_with<float>(*find_set(isa).f32, id, a, b, z); },
+    py::arg("id"), py::arg("a"), py::arg("b"), py::arg("z"), py::arg("isa") = "", "(value, slope) of an activation");
+  m.def("activation_f64", [](int id, double a, double b, const Array<double>& z, const std::string& isa) {
+    return activation_with<double>(*find_set(isa).f64, id, a, b, z); },
+    py::arg("id"), py::arg("a"), py::arg("b"), py::arg("z"), py::arg("isa") = "", "(value, slope) of an activation");
+  m.def("fma_peak", &measure_fma_rate, py::arg("seconds") = 0.2, "measured float32 multiply-adds per second of one core");
+  m.def("bench_spmm", &bench_spmm, py::arg("rows"), py::arg("cols"), py::arg("density"), py::arg("seed") = 0, py::arg("repeats") = 15,
+        "(seconds, multiply-adds) of one sparse product, at the best tile width");
+  m.def("activation_rate", &activation_rate, py::arg("id"), py::arg("repeats") = 15, "measured float32 activations with slope per second");
+}

@@ -1,0 +1,120 @@
+// What the portable driver and the per-instruction-set kernels say to each other: plain structs and one table of
+// function pointers. No inline functions here, so nothing of it can be compiled twice with different instructions.
+//
+// A tile is a group of `width` samples. Its workspace is an array of rows; a row holds `slots` blocks of `width`
+// samples, the value of one neuron in slot 0 and, where the program carries one, its tangent or slope in slot 1.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace sparseflow {
+
+// One weight and the byte offset of the activation row it multiplies, read as one stream.
+template <class T>
+struct Entry;
+template <>
+struct Entry<float> {
+  float weight;
+  int32_t offset;
+};
+template <>
+struct Entry<double> {
+  double weight;
+  int64_t offset;
+};
+
+// A sparse matrix packed for one tile width. Rows are sorted by length and taken `rows_in_flight` at a time (a group);
+// within a group the entries of the rows alternate, shorter rows padded with zero weights. Wide matrices are cut into
+// blocks of columns, so that a block's activations stay in the first-level cache; a block continues the sums of the
+// one before it.
+template <class T>
+struct PackedBlock {
+  const Entry<T>* entries;
+  const int32_t* counts;  // [groups] entries per row of the group
+  const int32_t* rows;    // [groups * rows_in_flight]; the row number, or `trash` for a padded row
+  int32_t groups;
+};
+
+template <class T>
+struct PackedMatrix {
+  const PackedBlock<T>* blocks;
+  int32_t n_blocks;
+};
+
+enum class Store : int {
+  kValue = 0,        // h
+  kValueSlope = 1,   // h and, in slot 1, s * act'(z)
+  kSeed = 2,         // h and, in slot 1, the tangent s * act'(z) * seed[row]
+  kSeedReduce = 3,   // h, and reduce += weight[row] * s * act'(z) * seed[row]
+  kTangent = 4,      // input carries a tangent: h and s * act'(z) * (W p)
+  kTangentReduce = 5 // input carries a tangent: h, and reduce += weight[row] * s * act'(z) * (W p)
+};
+
+// The arguments of every row kernel. Pointers are into the workspace of one tile; strides are bytes per row.
+template <class T>
+struct RowArgs {
+  PackedMatrix<T> matrix;
+  const char* source;
+  char* target;  // rows of `slots` blocks
+  ptrdiff_t target_stride;
+  // affine: z = scale[row] * (W h) + shift[row]
+  const T* scale;
+  const T* shift;
+  T a, b, inverse_a;  // activation parameters
+  Store store;
+  const char* seed;  // kSeed*
+  const char* weight;  // k*Reduce; null: 1
+  ptrdiff_t seed_stride, weight_stride;
+  T* reduce;  // [width] sums over rows
+  // product: target[row] = factor[row] * (W source);  reduction: reduce += coefficient[row] f[i[row]] g[j[row]] (W source)
+  const char* factor;
+  const char* factor2;
+  ptrdiff_t factor_stride, factor2_stride;
+  const int32_t* factor_row;   // null: the row itself
+  const int32_t* factor2_row;  // null: the row itself
+  const T* coefficient;        // null: 1
+};
+
+template <class T>
+using RowKernel = void (*)(const RowArgs<T>&);
+
+// Elementwise work of the solver on whole rows of one tile, [rows][width] contiguous.
+template <class T>
+struct Kernels {
+  int lanes;
+
+  // Tile widths are `lanes * vectors` for the vectors offered here, ascending; index them by `width_index`.
+  static constexpr int kWidths = 5;
+  int vectors[kWidths];
+  int rows_in_flight[kWidths];
+  int rows_in_flight_tangent[kWidths];  // kernels with a tangent beside the primal
+
+  RowKernel<T> affine[10][kWidths];          // by activation; primal only
+  RowKernel<T> affine_tangent[10][kWidths];  // the source rows carry a tangent in slot 1
+  RowKernel<T> product[kWidths];
+  RowKernel<T> reduction[kWidths];
+
+  // out = y + sum_j c[j] k[j] over n values
+  void (*combine)(const T* y, const T* const* k, const T* c, int terms, int n, T* out);
+  // sums[i] += (sum_j c[j] k[j][i] / (atol + rtol max(|y0|, |y1|)))^2 for the columns i of one row, in double
+  void (*error_row)(const T* y0, const T* y1, const T* const* k, const T* c, int terms, T rtol, T atol, int n, double* sums);
+  // the quartic of torchdiffeq through y0, y1, mid, f0, f1 at fraction x of the step
+  void (*interpolate)(const T* y0, const T* y1, const T* mid, const T* f0, const T* f1, T dt, T x, int n, T* out);
+  void (*sigmoid)(const T* slope, const T* offset, T t, int n, T* out);
+  void (*scale)(const T* x, T factor, int n, T* out);
+  // for tests and measurements
+  void (*activation)(int activation, T a, T b, const T* z, int n, T* h, T* slope);
+};
+
+// dispatch.cpp
+struct KernelSet {
+  const char* name;
+  const Kernels<float>* f32;
+  const Kernels<double>* f64;
+};
+const KernelSet& kernels();                 // the set in use: best the machine has, or SPARSEFLOW_ISA
+int available_sets(const KernelSet** out);  // every compiled set this machine can run, worst first
+double measure_fma_rate(double seconds);    // float32 multiply-adds per second of one core, with the set in use
+
+}  // namespace sparseflow

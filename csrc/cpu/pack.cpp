@@ -1,0 +1,381 @@
+#include "pack.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <stdexcept>
+
+namespace sparseflow {
+namespace {
+
+[[noreturn]] void fail(const std::string& what) { throw std::invalid_argument("program: " + what); }
+
+template <class Container>
+void check_range(const Container& values, int low, int high, const std::string& what) {
+  for (auto v : values)
+    if (v < low || v >= high) fail(what + " " + std::to_string(v) + " is outside [" + std::to_string(low) + ", " + std::to_string(high) + ")");
+}
+
+template <class T>
+void validate_matrix(const Matrix<T>& m, const Program<T>& p, const std::string& name) {
+  if (m.rows < 0 || m.cols < 0 || static_cast<int>(m.row_ptr.size()) != m.rows + 1 || m.row_ptr.front() != 0 ||
+      m.row_ptr.back() != m.nnz())
+    fail(name + ": row pointers do not fit " + std::to_string(m.rows) + " rows and " + std::to_string(m.nnz()) + " entries");
+  for (int i = 0; i < m.rows; ++i)
+    if (m.row_ptr[i] > m.row_ptr[i + 1]) fail(name + ": row pointers decrease");
+  check_range(m.col, 0, m.cols, name + ": column");
+  if (m.dynamic()) {
+    if (m.gated) {
+      if (m.gate_modulation < 0 || m.gate_modulation >= static_cast<int>(p.modulations.size())) fail(name + ": no such gate");
+      if (m.path_entry.size() != m.path_gate.size() || m.path_entry.size() != m.path_constant.size())
+        fail(name + ": path arrays of different lengths");
+      check_range(m.path_entry, 0, m.nnz(), name + ": path entry");
+      check_range(m.path_gate, 0, p.modulations[m.gate_modulation].n, name + ": path gate");
+    } else if (m.external >= p.externals) {
+      fail(name + ": no such external");
+    }
+  } else if (static_cast<int>(m.values.size()) != m.nnz()) {
+    fail(name + ": " + std::to_string(m.values.size()) + " values for " + std::to_string(m.nnz()) + " entries");
+  }
+}
+
+template <class T>
+void validate_op(const Op& op, const Program<T>& p, const std::string& name) {
+  auto rows_of = [&](const Operand& o, const char* role) {
+    if (o.buffer < 0 || o.buffer >= static_cast<int>(p.buffers.size())) fail(name + ": no such " + role + " buffer");
+    if (o.slot < 0 || o.slot >= p.buffers[o.buffer].slots) fail(name + ": no such " + role + " slot");
+    return p.buffers[o.buffer].rows;
+  };
+  auto need = [&](const Operand& o, int rows, const char* role) {
+    if (rows_of(o, role) < rows) fail(name + ": the " + role + " buffer has too few rows");
+  };
+  if (op.matrix < 0 || op.matrix >= static_cast<int>(p.matrices.size())) fail(name + ": no such matrix");
+  const Matrix<T>& m = p.matrices[op.matrix];
+  if (rows_of(op.source, "source") != m.cols) fail(name + ": the source has not the matrix's columns");
+  if (op.kind != OpKind::kReduction) {
+    need(op.target, m.rows, "target");
+    if (op.target.buffer == op.source.buffer && (op.kind == OpKind::kAffine || op.target.slot == op.source.slot))
+      fail(name + ": source and target must differ");
+  }
+  if (op.kind == OpKind::kAffine) {
+    if (op.modulation < 0 || op.modulation >= static_cast<int>(p.modulations.size()) || p.modulations[op.modulation].n != m.rows)
+      fail(name + ": the modulation does not fit the matrix");
+    if (op.store < 0 || op.store > 5) fail(name + ": unknown store");
+    const int activation = static_cast<int>(op.activation);
+    if (activation < 0 || activation >= kActivations) fail(name + ": unknown activation");
+    if (op.tangent() && (p.buffers[op.source.buffer].slots < 2 || op.source.slot != 0)) fail(name + ": the source carries no tangent");
+    if (op.target.slot != 0) fail(name + ": an affine target starts at slot 0");
+    const bool second_slot = op.store == 1 || op.store == 2 || op.store == 4;
+    // a tangent whose matrix is cut into column blocks keeps its partial sums in the second slot
+    if ((second_slot || op.tangent()) && p.buffers[op.target.buffer].slots < 2) fail(name + ": the target needs two slots");
+    if (op.store == 2 || op.store == 3) need(op.seed, m.rows, "seed");
+    if (op.store == 3 || op.store == 5) need(op.weight, m.rows, "weight");
+  } else {
+    auto check_factor = [&](const Operand& o, const std::vector<int32_t>& index, const char* role) {
+      if (o.buffer < 0) return;
+      const int rows = rows_of(o, role);
+      if (index.empty()) {
+        if (rows < m.rows) fail(name + ": the " + role + " buffer has too few rows");
+      } else {
+        if (static_cast<int>(index.size()) != m.rows) fail(name + ": one " + role + " row per matrix row is needed");
+        check_range(index, 0, rows, name + ": " + role + " row");
+      }
+    };
+    check_factor(op.factor, op.factor_row, "factor");
+    check_factor(op.factor2, op.factor2_row, "factor2");
+    if (op.kind == OpKind::kProduct && !op.factor_row.empty()) fail(name + ": a product's factor is read row by row");
+    if (op.coefficient_matrix >= 0) {
+      if (op.coefficient_matrix >= static_cast<int>(p.matrices.size()) || p.matrices[op.coefficient_matrix].nnz() != m.rows)
+        fail(name + ": one coefficient per matrix row is needed");
+    }
+  }
+  if (op.reduces() && !p.divergence) fail(name + ": a reduction needs a program with divergence");
+}
+
+long l1_bytes() {
+  static const long size = [] {
+    const long reported = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+    return reported > 0 ? reported : 32768L;
+  }();
+  return size;
+}
+
+// Columns per block: as many as let the block's activations live in three quarters of the first-level cache, but no
+// fewer than leave about a dozen entries per row and block, below which reloading the sums costs more than it saves.
+template <class T>
+int columns_per_block(const Matrix<T>& m, ptrdiff_t row_bytes, const Op& op) {
+  if (op.kind == OpKind::kReduction || m.rows == 0 || m.nnz() == 0) return std::max(1, m.cols);
+  const double fit = 0.75 * double(l1_bytes()) / double(row_bytes);
+  const double entries_per_column = double(m.nnz()) / m.rows / m.cols;
+  const double wanted = std::max(fit, 12.0 / entries_per_column);
+  if (wanted >= m.cols) return m.cols;
+  const int blocks = static_cast<int>(std::ceil(m.cols / wanted));
+  return (m.cols + blocks - 1) / blocks;
+}
+
+template <class T>
+PackedOp<T> pack_op(const Op& op, const Program<T>& program, const Packed<T>& packed, const Kernels<T>& kernels, int& dynamic_ops) {
+  PackedOp<T> out;
+  out.op = &op;
+  const Matrix<T>& m = program.matrices[op.matrix];
+  const int w = packed.width_index;
+  const bool tangent = op.tangent();
+  const int R = tangent ? kernels.rows_in_flight_tangent[w] : kernels.rows_in_flight[w];
+  const ptrdiff_t slot_bytes = ptrdiff_t(packed.width) * ptrdiff_t(sizeof(T));
+  auto address = [&](const Operand& o) {
+    return o.buffer < 0 ? ptrdiff_t(-1) : packed.buffer_offset[o.buffer] + o.slot * slot_bytes;
+  };
+  auto stride = [&](const Operand& o) { return o.buffer < 0 ? ptrdiff_t(0) : packed.row_bytes(program.buffers[o.buffer]); };
+  out.source = address(op.source);
+  out.target = address(op.target);
+  out.seed = address(op.seed);
+  out.weight = address(op.weight);
+  out.factor = address(op.factor);
+  out.factor2 = address(op.factor2);
+  RowArgs<T>& args = out.args;
+  args.target_stride = stride(op.target);
+  args.seed_stride = stride(op.seed);
+  args.weight_stride = stride(op.weight);
+  args.factor_stride = stride(op.factor);
+  args.factor2_stride = stride(op.factor2);
+  args.store = static_cast<Store>(op.store);
+  args.a = static_cast<T>(op.params.a);
+  args.b = static_cast<T>(op.params.b);
+  args.inverse_a = T(1) / args.a;
+  auto padded = [](const std::vector<int32_t>& index, std::vector<int32_t>& copy) -> const int32_t* {
+    if (index.empty()) return nullptr;
+    copy = index;
+    copy.push_back(0);
+    return copy.data();
+  };
+  args.factor_row = padded(op.factor_row, out.factor_row);
+  args.factor2_row = padded(op.factor2_row, out.factor2_row);
+  const int activation = static_cast<int>(op.activation);
+  switch (op.kind) {
+    case OpKind::kAffine: out.kernel = tangent ? kernels.affine_tangent[activation][w] : kernels.affine[activation][w]; break;
+    case OpKind::kProduct: out.kernel = kernels.product[w]; break;
+    case OpKind::kReduction: out.kernel = kernels.reduction[w]; break;
+  }
+
+  const ptrdiff_t source_stride = stride(op.source);
+  const int per_block = columns_per_block(m, tangent ? 2 * slot_bytes : slot_bytes, op);
+  const int n_blocks = std::max(1, (m.cols + per_block - 1) / per_block);
+  std::vector<int32_t> begin(m.row_ptr.begin(), m.row_ptr.end() - 1), end(m.rows);
+  for (int b = 0; b < n_blocks; ++b) {
+    const bool last = b + 1 == n_blocks;
+    const int limit = last ? m.cols : (b + 1) * per_block;
+    for (int i = 0; i < m.rows; ++i) {
+      end[i] = begin[i];
+      while (end[i] < m.row_ptr[i + 1] && m.col[end[i]] < limit) ++end[i];
+    }
+    // Like rows beside each other, so that little is padded. A sum over rows must not depend on how the columns are
+    // cut: there the order comes from the whole rows.
+    std::vector<int32_t> order(m.rows);
+    std::iota(order.begin(), order.end(), 0);
+    const bool whole = last && op.reduces();
+    auto length = [&](int i) { return whole ? m.row_ptr[i + 1] - m.row_ptr[i] : end[i] - begin[i]; };
+    std::stable_sort(order.begin(), order.end(), [&](int i, int j) { return length(i) > length(j); });
+    // rows without entries here have nothing to continue, or nobody reads them, or add nothing
+    if ((b > 0 && !last) || (n_blocks == 1 && (op.skip_empty || op.kind == OpKind::kReduction)))
+      order.erase(std::remove_if(order.begin(), order.end(), [&](int i) { return end[i] == begin[i]; }), order.end());
+
+    const int groups = (static_cast<int>(order.size()) + R - 1) / R;
+    std::vector<int32_t> counts(groups), rows(size_t(groups) * R, m.rows);
+    int64_t total = 0;
+    for (int g = 0; g < groups; ++g) {
+      for (int r = 0; r < R && g * R + r < static_cast<int>(order.size()); ++r) {
+        const int i = order[g * R + r];
+        rows[g * R + r] = i;
+        counts[g] = std::max(counts[g], end[i] - begin[i]);
+      }
+      total += int64_t(counts[g]) * R;
+    }
+    Aligned<Entry<T>> stream(total);
+    std::vector<int64_t> positions;
+    int64_t at = 0;
+    for (int g = 0; g < groups; ++g) {
+      int fallback = 0;  // an activation row this group reads anyway, for the padding of an empty row
+      for (int r = 0; r < R; ++r)
+        if (rows[g * R + r] < m.rows && end[rows[g * R + r]] > begin[rows[g * R + r]]) fallback = m.col[begin[rows[g * R + r]]];
+      for (int k = 0; k < counts[g]; ++k)
+        for (int r = 0; r < R; ++r, ++at) {
+          const int i = rows[g * R + r];
+          const int n = i < m.rows ? end[i] - begin[i] : 0;
+          const int entry = n > 0 ? begin[i] + std::min(k, n - 1) : -1;
+          const int column = entry >= 0 ? m.col[entry] : fallback;
+          stream[at].offset = static_cast<decltype(stream[at].offset)>(column * source_stride);
+          const bool real = k < n;
+          stream[at].weight = real && !m.dynamic() ? m.values[entry] : T(0);
+          if (real && m.dynamic()) {
+            positions.push_back(entry);
+            positions.push_back(at);
+          }
+        }
+    }
+    out.streams.push_back(std::move(stream));
+    out.counts.push_back(std::move(counts));
+    out.rows.push_back(std::move(rows));
+    out.positions.push_back(std::move(positions));
+    begin = end;
+  }
+  for (int b = 0; b < n_blocks; ++b)
+    out.blocks.push_back({out.streams[b].get(), out.counts[b].data(), out.rows[b].data(), static_cast<int32_t>(out.counts[b].size())});
+  if (m.dynamic()) out.dynamic = dynamic_ops++;
+  return out;
+}
+
+}  // namespace
+
+template <class T>
+void validate(const Program<T>& p) {
+  const int n_buffers = static_cast<int>(p.buffers.size());
+  int64_t rows = 0;
+  for (const Buffer& b : p.buffers) {
+    if (b.rows < 0 || b.slots < 1 || b.slots > 2) fail("a buffer needs rows >= 0 and one or two slots");
+    rows += int64_t(b.rows + 1) * b.slots;
+  }
+  if (rows > (int64_t(1) << 31) / 512) fail("the layers are too wide for 32-bit offsets");
+  auto check_buffer = [&](int id, const char* name, bool optional) {
+    if ((id < 0 && !optional) || id >= n_buffers) fail(std::string("no ") + name + " buffer");
+    if (id >= 0 && p.buffers[id].rows != (std::string(name) == "ones" ? 1 : p.dim)) fail(std::string("the ") + name + " buffer has the wrong size");
+  };
+  check_buffer(p.input, "input", false);
+  check_buffer(p.output, "output", false);
+  check_buffer(p.noise, "noise", true);
+  check_buffer(p.ones, "ones", true);
+  for (size_t i = 0; i < p.modulations.size(); ++i) {
+    const Modulation<T>& m = p.modulations[i];
+    const size_t n = static_cast<size_t>(m.n);
+    auto fits = [&](const std::vector<T>& v, bool optional) { return v.size() == n || (optional && v.empty()); };
+    if (!fits(m.bias, false) || !fits(m.gate_slope, true) || m.gate_slope.size() != m.gate_offset.size() ||
+        !fits(m.shift_slope, true) || m.shift_slope.size() != m.shift_offset.size())
+      fail("modulation " + std::to_string(i) + ": arrays of different lengths");
+    if (m.external_gate >= p.externals || m.external_shift >= p.externals) fail("modulation " + std::to_string(i) + ": no such external");
+  }
+  for (size_t i = 0; i < p.matrices.size(); ++i) validate_matrix(p.matrices[i], p, "matrix " + std::to_string(i));
+  for (size_t i = 0; i < p.prologue.size(); ++i) {
+    validate_op(p.prologue[i], p, "prologue operation " + std::to_string(i));
+    if (p.prologue[i].kind != OpKind::kProduct || p.matrices[p.prologue[i].matrix].dynamic())
+      fail("the prologue holds products of constant matrices only");
+  }
+  for (size_t i = 0; i < p.body.size(); ++i) validate_op(p.body[i], p, "operation " + std::to_string(i));
+}
+
+template <class T>
+std::unique_ptr<Packed<T>> pack(const Program<T>& program, const Kernels<T>& kernels, int width_index) {
+  auto packed = std::make_unique<Packed<T>>();
+  packed->width_index = width_index;
+  packed->width = kernels.lanes * kernels.vectors[width_index];
+  ptrdiff_t offset = 0;
+  for (const Buffer& b : program.buffers) {
+    packed->buffer_offset.push_back(offset);
+    // one row to spare for padded rows, and an odd number of lines so that equal rows of two buffers do not collide
+    offset += (b.rows + 1) * packed->row_bytes(b) + 64;
+    offset = (offset + 63) / 64 * 64;
+  }
+  packed->reduce_offset = offset;
+  packed->workspace_bytes = static_cast<size_t>(offset) + static_cast<size_t>(packed->width) * sizeof(T);
+  for (const Op& op : program.prologue) packed->prologue.push_back(pack_op(op, program, *packed, kernels, packed->dynamic_ops));
+  for (const Op& op : program.body) packed->body.push_back(pack_op(op, program, *packed, kernels, packed->dynamic_ops));
+  return packed;
+}
+
+template <class T>
+Stage<T>::Stage(const Program<T>& program, const Packed<T>& packed, const Kernels<T>& kernels)
+    : program_(program), packed_(packed), kernels_(kernels) {
+  for (const Modulation<T>& m : program.modulations) {  // one entry to spare, zero, for padded rows
+    scale_.emplace_back(m.n + 1, T(0));
+    shift_.emplace_back(m.n + 1, T(0));
+  }
+  for (const Matrix<T>& m : program.matrices) {
+    values_.emplace_back();
+    if (m.dynamic()) values_.back().assign(m.nnz() + 1, T(0));
+    else if (m.rows == 1) values_.back().assign(m.values.begin(), m.values.end()), values_.back().push_back(T(0));  // coefficients
+  }
+  streams_.resize(packed.dynamic_ops);
+  blocks_.resize(packed.dynamic_ops);
+  for (const PackedOp<T>& op : packed.body) {
+    if (op.dynamic < 0) continue;
+    for (size_t b = 0; b < op.streams.size(); ++b) {
+      streams_[op.dynamic].emplace_back(op.streams[b].size());
+      std::copy_n(op.streams[b].get(), op.streams[b].size(), streams_[op.dynamic].back().get());
+      PackedBlock<T> block = op.blocks[b];
+      block.entries = streams_[op.dynamic].back().get();
+      blocks_[op.dynamic].push_back(block);
+    }
+  }
+}
+
+template <class T>
+void Stage<T>::refresh(T t, const std::vector<std::vector<T>>* answers) {
+  for (size_t i = 0; i < program_.modulations.size(); ++i) {
+    const Modulation<T>& m = program_.modulations[i];
+    if (fresh_ && !m.dynamic()) continue;
+    std::vector<T>&scale = scale_[i], &shift = shift_[i];
+    if (m.external_gate >= 0) std::copy_n((*answers)[m.external_gate].begin(), m.n, scale.begin());
+    else if (!m.gate_slope.empty()) kernels_.sigmoid(m.gate_slope.data(), m.gate_offset.data(), t, m.n, scale.data());
+    else std::fill_n(scale.begin(), m.n, T(1));
+    for (int j = 0; j < m.n; ++j) {
+      T c = T(0);
+      if (m.external_shift >= 0) c = (*answers)[m.external_shift][j];
+      else if (!m.shift_slope.empty()) c = m.shift_slope[j] * t + m.shift_offset[j];
+      shift[j] = scale[j] * m.bias[j] + c;
+    }
+  }
+  fresh_ = true;
+  for (size_t i = 0; i < program_.matrices.size(); ++i) {
+    const Matrix<T>& m = program_.matrices[i];
+    if (!m.dynamic()) continue;
+    std::vector<T>& values = values_[i];
+    if (m.external >= 0) {
+      std::copy_n((*answers)[m.external].begin(), m.nnz(), values.begin());
+      continue;
+    }
+    std::fill(values.begin(), values.end(), T(0));
+    const std::vector<T>& gate = scale_[m.gate_modulation];
+    for (size_t p = 0; p < m.path_entry.size(); ++p) values[m.path_entry[p]] += m.path_constant[p] * gate[m.path_gate[p]];
+  }
+  for (const PackedOp<T>& op : packed_.body) {
+    if (op.dynamic < 0) continue;
+    const std::vector<T>& values = values_[op.op->matrix];
+    for (size_t b = 0; b < op.positions.size(); ++b) {
+      Entry<T>* stream = streams_[op.dynamic][b].get();
+      const std::vector<int64_t>& positions = op.positions[b];
+      for (size_t k = 0; k < positions.size(); k += 2) stream[positions[k + 1]].weight = values[positions[k]];
+    }
+  }
+}
+
+template <class T>
+void Stage<T>::run(const std::vector<PackedOp<T>>& ops, char* workspace) const {
+  for (const PackedOp<T>& op : ops) {
+    RowArgs<T> args = op.args;
+    const std::vector<PackedBlock<T>>& blocks = op.dynamic < 0 ? op.blocks : blocks_[op.dynamic];
+    args.matrix = {blocks.data(), static_cast<int32_t>(blocks.size())};
+    auto at = [workspace](ptrdiff_t offset) { return offset < 0 ? nullptr : workspace + offset; };
+    args.source = at(op.source);
+    args.target = at(op.target);
+    args.seed = at(op.seed);
+    args.weight = at(op.weight);
+    args.factor = at(op.factor);
+    args.factor2 = at(op.factor2);
+    args.reduce = reinterpret_cast<T*>(workspace + packed_.reduce_offset);
+    if (op.op->modulation >= 0) {
+      args.scale = scale_[op.op->modulation].data();
+      args.shift = shift_[op.op->modulation].data();
+    }
+    args.coefficient = op.op->coefficient_matrix < 0 ? nullptr : values_[op.op->coefficient_matrix].data();
+    op.kernel(args);
+  }
+}
+
+template void validate(const Program<float>&);
+template void validate(const Program<double>&);
+template std::unique_ptr<Packed<float>> pack(const Program<float>&, const Kernels<float>&, int);
+template std::unique_ptr<Packed<double>> pack(const Program<double>&, const Kernels<double>&, int);
+template class Stage<float>;
+template class Stage<double>;
+
+}  // namespace sparseflow

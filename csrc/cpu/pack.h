@@ -1,0 +1,93 @@
+// A program made ready for one tile width: matrices as entry streams with byte offsets, buffers as a workspace layout.
+#pragma once
+
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "../field.h"
+#include "kernels.h"
+
+namespace sparseflow {
+
+// Zeroed, 64-byte aligned memory of its own.
+template <class T>
+class Aligned {
+ public:
+  Aligned() = default;
+  explicit Aligned(size_t n) : size_(n) {
+    const size_t bytes = (n * sizeof(T) + 127) / 64 * 64;  // one line to spare: streams may be read one entry ahead
+    data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
+    if (!data_) throw std::bad_alloc();
+    __builtin_memset(static_cast<void*>(data_.get()), 0, bytes);
+  }
+  T* get() const { return data_.get(); }
+  T& operator[](size_t i) const { return data_.get()[i]; }
+  size_t size() const { return size_; }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> data_;
+  size_t size_ = 0;
+};
+
+template <class T>
+struct PackedOp {
+  const Op* op = nullptr;
+  RowKernel<T> kernel = nullptr;
+  RowArgs<T> args{};  // everything but what depends on the workspace or the stage
+  ptrdiff_t source = 0, target = 0, seed = 0, weight = 0, factor = 0, factor2 = 0;  // workspace offsets, bytes; -1 absent
+  std::vector<Aligned<Entry<T>>> streams;  // one per block
+  std::vector<std::vector<int32_t>> counts, rows;
+  std::vector<PackedBlock<T>> blocks;
+  std::vector<std::vector<int64_t>> positions;  // dynamic matrices: (entry of the matrix, position) pairs, per block
+  std::vector<int32_t> factor_row, factor2_row; // the op's, with one entry to spare for padded rows
+  int dynamic = -1;                             // index among the dynamic ops
+};
+
+template <class T>
+struct Packed {
+  int width = 0, width_index = 0;
+  std::vector<ptrdiff_t> buffer_offset;  // bytes
+  size_t workspace_bytes = 0;
+  ptrdiff_t reduce_offset = 0;
+  std::vector<PackedOp<T>> prologue, body;
+  int dynamic_ops = 0;
+
+  ptrdiff_t row_bytes(const Buffer& b) const { return ptrdiff_t(b.slots) * width * ptrdiff_t(sizeof(T)); }
+};
+
+// Checks that every index of the program is in range; throws std::invalid_argument naming what is not. Nothing that
+// fails here ever reaches a kernel.
+template <class T>
+void validate(const Program<T>& program);
+
+template <class T>
+std::unique_ptr<Packed<T>> pack(const Program<T>& program, const Kernels<T>& kernels, int width_index);
+
+// What depends on time, for one evaluation: scale and shift of every modulation, values of every dynamic matrix and
+// coefficient, and the entry streams they are woven into.
+template <class T>
+class Stage {
+ public:
+  Stage(const Program<T>& program, const Packed<T>& packed, const Kernels<T>& kernels);
+  // answers: what the refresh callback said for this time, one array per external, or null when there are none
+  void refresh(T t, const std::vector<std::vector<T>>* answers);
+  void run(const std::vector<PackedOp<T>>& ops, char* workspace) const;
+
+ private:
+  const Program<T>& program_;
+  const Packed<T>& packed_;
+  const Kernels<T>& kernels_;
+  std::vector<std::vector<T>> scale_, shift_;
+  std::vector<std::vector<T>> values_;                        // by matrix, dynamic ones only
+  std::vector<std::vector<Aligned<Entry<T>>>> streams_;       // by dynamic op, by block
+  std::vector<std::vector<PackedBlock<T>>> blocks_;           // by dynamic op
+  bool fresh_ = false;
+};
+
+}  // namespace sparseflow

@@ -1,0 +1,103 @@
+// One vector register of the instruction set this file is compiled for, written with the compiler's vector extension
+// so that SSE2, AVX2+FMA, AVX-512 and NEON come from the same source. Everything lives in a namespace named after the
+// instruction set: two builds of one inline function must never be merged by the linker.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#ifndef SPARSEFLOW_ISA
+#define SPARSEFLOW_ISA baseline
+#endif
+
+#define SF_INLINE inline __attribute__((always_inline))
+
+namespace sparseflow::SPARSEFLOW_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  typedef float V __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+  static constexpr int kLanes = kVectorBytes / 4;
+  static constexpr int kMantissa = 23, kBias = 127;
+  static constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+};
+
+template <>
+struct Simd<double> {
+  typedef double V __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t I __attribute__((vector_size(kVectorBytes)));
+  static constexpr int kLanes = kVectorBytes / 8;
+  static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr double kRoundMagic = 6755399441055744.0;
+};
+
+template <class T>
+using Vec = typename Simd<T>::V;
+template <class T>
+using IVec = typename Simd<T>::I;
+
+template <class T>
+SF_INLINE Vec<T> splat(T x) {
+  return Vec<T>{} + x;
+}
+template <class T>
+SF_INLINE IVec<T> as_int(Vec<T> x) {
+  return (IVec<T>)x;
+}
+template <class T>
+SF_INLINE Vec<T> as_real(IVec<T> x) {
+  return (Vec<T>)x;
+}
+template <class T>
+SF_INLINE Vec<T> abs(Vec<T> x) {
+  constexpr auto sign = decltype(IVec<T>{}[0] + 0)(1) << (sizeof(T) * 8 - 1);
+  return as_real<T>(as_int<T>(x) & ~(IVec<T>{} + sign));
+}
+// These two return x where it is NaN.
+template <class T>
+SF_INLINE Vec<T> at_least(Vec<T> x, T low) {
+  return x < splat<T>(low) ? splat<T>(low) : x;
+}
+template <class T>
+SF_INLINE Vec<T> at_most(Vec<T> x, T high) {
+  return x > splat<T>(high) ? splat<T>(high) : x;
+}
+
+// Nearest integer, for |x| < 2^22 (2^51).
+template <class T>
+SF_INLINE Vec<T> nearest(Vec<T> x) {
+  return (x + Simd<T>::kRoundMagic) - Simd<T>::kRoundMagic;
+}
+
+// p * 2^n for integral n, right down to zero through the denormals. Two factors, each a normal number, so that only
+// the last product rounds.
+template <class T>
+SF_INLINE Vec<T> scale_by_power_of_two(Vec<T> p, Vec<T> n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_scalef_ps((__m512)p, (__m512)n);
+  else return (Vec<T>)_mm512_scalef_pd((__m512d)p, (__m512d)n);
+#else
+  const IVec<T> bits = as_int<T>(n + Simd<T>::kRoundMagic) - as_int<T>(splat<T>(Simd<T>::kRoundMagic));
+  const IVec<T> half = bits >> 1;
+  const Vec<T> first = as_real<T>((half + Simd<T>::kBias) << Simd<T>::kMantissa);
+  const Vec<T> second = as_real<T>((bits - half + Simd<T>::kBias) << Simd<T>::kMantissa);
+  return p * first * second;
+#endif
+}
+
+}  // namespace sparseflow::SPARSEFLOW_ISA

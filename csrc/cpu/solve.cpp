@@ -1,0 +1,584 @@
+#include "solve.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "thread_pool.h"
+
+namespace sparseflow {
+namespace {
+
+// Batch-major rows of the user to the batch-minor rows of a tile. Lanes beyond the batch repeat the last sample, so that
+// they never meet values the batch does not contain.
+template <class T>
+void load_tile(const T* source, int columns, int first, int count, int width, T* rows) {
+  for (int c = 0; c < columns; ++c) {
+    T* row = rows + size_t(c) * width;
+    for (int s = 0; s < count; ++s) row[s] = source[size_t(first + s) * columns + c];
+    for (int s = count; s < width; ++s) row[s] = row[count - 1];
+  }
+}
+
+template <class T>
+void store_tile(const T* rows, int columns, int first, int count, int width, T* target) {
+  for (int s = 0; s < count; ++s)
+    for (int c = 0; c < columns; ++c) target[size_t(first + s) * columns + c] = rows[size_t(c) * width + s];
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------------------ compiled program
+
+template <class T>
+CompiledProgram<T>::CompiledProgram(Program<T> program, const Kernels<T>& kernels) : program_(std::move(program)), kernels_(kernels) {
+  validate(program_);
+}
+
+template <class T>
+Packed<T>& CompiledProgram<T>::packed(int width_index) {
+  std::lock_guard<std::recursive_mutex> lock(mutex_);
+  std::unique_ptr<Packed<T>>& slot = packed_[width_index];
+  if (!slot) slot = pack(program_, kernels_, width_index);
+  return *slot;
+}
+
+template <class T>
+void CompiledProgram<T>::refresh(const std::vector<T>& times, std::vector<Stage<T>>& stages) {
+  std::vector<std::vector<std::vector<T>>> answers;
+  if (program_.externals > 0) {
+    answers = refresh_(std::vector<double>(times.begin(), times.end()));
+    if (answers.size() != times.size()) throw std::runtime_error("refresh: one answer per time is needed");
+    for (const auto& answer : answers)
+      if (static_cast<int>(answer.size()) != program_.externals) throw std::runtime_error("refresh: one array per external is needed");
+    auto check = [&](int external, int n) {
+      if (external < 0) return;
+      for (const auto& answer : answers)
+        if (static_cast<int>(answer[external].size()) != n) throw std::runtime_error("refresh: an answer has the wrong length");
+    };
+    for (const Modulation<T>& m : program_.modulations) check(m.external_gate, m.n), check(m.external_shift, m.n);
+    for (const Matrix<T>& m : program_.matrices) check(m.external, m.nnz());
+  }
+  for (size_t i = 0; i < times.size(); ++i) stages[i].refresh(times[i], answers.empty() ? nullptr : &answers[i]);
+}
+
+template <class T>
+const std::vector<double>& CompiledProgram<T>::tile_seconds() {
+  std::lock_guard<std::recursive_mutex> lock(mutex_);
+  if (!seconds_.empty()) return seconds_;
+  using Clock = std::chrono::steady_clock;
+  for (int w = 0; w < Kernels<T>::kWidths; ++w) {
+    Packed<T>& p = packed(w);
+    std::vector<Stage<T>> stages;
+    stages.emplace_back(program_, p, kernels_);
+    refresh({T(0.5)}, stages);
+    Aligned<char> workspace(p.workspace_bytes);
+    double best = std::numeric_limits<double>::infinity();
+    for (int repeat = 0; repeat < 5; ++repeat) {
+      const auto begin = Clock::now();
+      stages[0].run(p.body, workspace.get());
+      best = std::min(best, std::chrono::duration<double>(Clock::now() - begin).count());
+    }
+    seconds_.push_back(best);
+  }
+  return seconds_;
+}
+
+template <class T>
+int CompiledProgram<T>::choose_width(int batch, int threads) {
+  if (forced_ >= 0) return forced_;
+  const std::vector<double>& seconds = tile_seconds();
+  int best = 0;
+  double least = std::numeric_limits<double>::infinity();
+  for (int w = 0; w < Kernels<T>::kWidths; ++w) {
+    const int tiles = (batch + width(w) - 1) / width(w);
+    const double cost = double((tiles + threads - 1) / std::max(1, threads)) * seconds[w];
+    if (cost < least) least = cost, best = w;
+  }
+  // keep one packing for the batch sizes to come rather than five
+  for (auto it = packed_.begin(); it != packed_.end();) it = it->second && it->first != best && packed_.size() > 2 ? packed_.erase(it) : std::next(it);
+  return best;
+}
+
+template <class T>
+void CompiledProgram<T>::evaluate(double t, const T* x, const T* noise, int batch, int threads, T* f, T* trace) {
+  if (batch == 0) return;
+  std::lock_guard<std::recursive_mutex> lock(mutex_);
+  Packed<T>& p = packed(choose_width(batch, threads));
+  const int width = p.width, dim = program_.dim, tiles = (batch + width - 1) / width;
+  std::vector<Stage<T>> stages;
+  stages.emplace_back(program_, p, kernels_);
+  refresh({static_cast<T>(t)}, stages);
+  const int workers = std::max(1, std::min(threads, tiles));
+  std::vector<Aligned<char>> workspaces(workers);
+  parallel_for(tiles, workers, [&](int tile, int worker) {
+    Aligned<char>& memory = workspaces[worker];
+    if (memory.get() == nullptr) memory = Aligned<char>(p.workspace_bytes);
+    char* ws = memory.get();
+    auto buffer = [&](int id) { return reinterpret_cast<T*>(ws + p.buffer_offset[id]); };
+    const int first = tile * width, count = std::min(width, batch - first);
+    load_tile(x, dim, first, count, width, buffer(program_.input));
+    if (program_.ones >= 0) std::fill_n(buffer(program_.ones), width, T(1));
+    if (program_.noise >= 0) load_tile(noise, dim, first, count, width, buffer(program_.noise));
+    T* reduce = reinterpret_cast<T*>(ws + p.reduce_offset);
+    std::fill_n(reduce, width, T(0));
+    stages[0].run(p.prologue, ws);
+    stages[0].run(p.body, ws);
+    const ptrdiff_t stride = p.row_bytes(program_.buffers[program_.output]) / ptrdiff_t(sizeof(T));
+    const T* out = buffer(program_.output);
+    for (int s = 0; s < count; ++s)
+      for (int c = 0; c < dim; ++c) f[size_t(first + s) * dim + c] = out[c * stride + s];
+    if (trace) std::copy_n(reduce, count, trace + first);
+  });
+}
+
+// ------------------------------------------------------------------------------------------------------ integration
+
+// One initial value problem over a range of tiles that share a step size.
+template <class T>
+class Integration {
+ public:
+  Integration(CompiledProgram<T>& owner, Packed<T>& packed, const SolveInput<T>& input, int first_tile, int tiles, int threads,
+              std::vector<Aligned<char>>& workspaces, T* xs, T* ls)
+      : owner_(owner), program_(owner.program_), kernels_(owner.kernels_), packed_(packed), in_(input), first_tile_(first_tile),
+        tiles_(tiles), threads_(threads), workspaces_(workspaces), xs_(xs), ls_(ls), width_(packed.width), dim_(program_.dim),
+        rows_(program_.dim + (program_.divergence ? 1 : 0)), stages_(input.tableau.stages()) {
+    const int width = width_;
+    first_sample_ = first_tile * width;
+    samples_ = std::min(tiles * width, input.batch - first_sample_);
+    const size_t state = size_t(tiles) * rows_ * width;
+    for (Aligned<T>* part : {&y0_, &f0_, &y1_, &f1_, &mid_}) *part = Aligned<T>(state);
+    if (program_.noise >= 0) noise_ = Aligned<T>(size_t(tiles) * dim_ * width);
+    for (int i = 0; i < stages_; ++i) modulated_.emplace_back(program_, packed, kernels_);
+    for (int c = 0; c < 2; ++c) sums_[c].assign(size_t(tiles) * width, 0.0);
+    const Tableau& tableau = input.tableau;
+    for (const auto& row : tableau.a) a_.emplace_back(row.begin(), row.end());
+    b_.assign(tableau.b.begin(), tableau.b.end());
+    b_error_.assign(tableau.b_error.begin(), tableau.b_error.end());
+    b_mid_.assign(tableau.b_mid.begin(), tableau.b_mid.end());
+  }
+
+  SolveOutput run(const std::function<void()>& interrupted) {
+    interrupted_ = &interrupted;
+    load();
+    if (in_.tableau.adaptive) run_adaptive();
+    else run_fixed();
+    return std::move(out_);
+  }
+
+ private:
+  struct Scratch {  // the stages of one tile, behind the workspace of its worker
+    char* workspace;
+    std::vector<T*> k;
+    T* stage_y;
+    double* sums[2];
+  };
+
+  int count(int tile) const { return std::min(width_, samples_ - tile * width_); }
+  size_t tile_size() const { return size_t(rows_) * width_; }
+
+ public:
+  static size_t scratch_bytes(const Packed<T>& packed, int rows, int stages) {
+    return packed.workspace_bytes + size_t(stages + 1) * rows * packed.width * sizeof(T) + size_t(2 * packed.width) * sizeof(double) + 256;
+  }
+
+ private:
+  Scratch scratch(int worker) {
+    Aligned<char>& memory = workspaces_[worker];
+    if (memory.get() == nullptr) memory = Aligned<char>(scratch_bytes(packed_, rows_, stages_));
+    Scratch s;
+    s.workspace = memory.get();
+    char* at = memory.get() + (packed_.workspace_bytes + 63) / 64 * 64;
+    for (int i = 0; i < stages_; ++i, at += tile_size() * sizeof(T)) s.k.push_back(reinterpret_cast<T*>(at));
+    s.stage_y = reinterpret_cast<T*>(at);
+    at += tile_size() * sizeof(T);
+    for (double*& sums : s.sums) sums = reinterpret_cast<double*>(at), at += size_t(width_) * sizeof(double);
+    if (program_.ones >= 0) std::fill_n(buffer(s, program_.ones), width_, T(1));
+    return s;
+  }
+
+  T* buffer(const Scratch& s, int id) const { return reinterpret_cast<T*>(s.workspace + packed_.buffer_offset[id]); }
+
+  void load() {
+    parallel_for(tiles_, threads_, [&](int tile, int) {
+      T* y = y0_.get() + tile * tile_size();
+      const int first = first_sample_ + tile * width_;
+      load_tile(in_.x, dim_, first, count(tile), width_, y);
+      if (program_.divergence) load_tile(in_.l, 1, first, count(tile), width_, y + size_t(dim_) * width_);
+      if (program_.noise >= 0) load_tile(in_.noise, dim_, first, count(tile), width_, noise_.get() + size_t(tile) * dim_ * width_);
+    });
+  }
+
+  // k = sign * (f, -trace) at stage y of a tile
+  void evaluate(const Scratch& s, const Stage<T>& stage, const T* y, T* k) const {
+    std::copy_n(y, size_t(dim_) * width_, buffer(s, program_.input));
+    T* reduce = reinterpret_cast<T*>(s.workspace + packed_.reduce_offset);
+    if (program_.divergence) std::fill_n(reduce, width_, T(0));
+    stage.run(packed_.body, s.workspace);
+    const ptrdiff_t stride = packed_.row_bytes(program_.buffers[program_.output]) / ptrdiff_t(sizeof(T));
+    const T* f = buffer(s, program_.output);
+    for (int c = 0; c < dim_; ++c) kernels_.scale(f + c * stride, T(in_.sign), width_, k + size_t(c) * width_);
+    if (program_.divergence) kernels_.scale(reduce, T(-in_.sign), width_, k + size_t(dim_) * width_);
+  }
+
+  void begin_tile(const Scratch& s, int tile) const {
+    if (program_.noise < 0) return;
+    std::copy_n(noise_.get() + size_t(tile) * dim_ * width_, size_t(dim_) * width_, buffer(s, program_.noise));
+    modulated_[0].run(packed_.prologue, s.workspace);
+  }
+
+  // Times are the solver's; the field sees sign * t in its own precision.
+  void modulate(const std::vector<T>& times) {
+    std::vector<T> field_times(times);
+    for (T& t : field_times) t *= T(in_.sign);
+    owner_.refresh(field_times, modulated_);
+  }
+
+  static T before(T t) { return std::nextafter(t, t - T(1)); }
+  static T after(T t) { return std::nextafter(t, t + T(1)); }
+
+  // RMS over samples and rows of a component, from per-sample sums of squares taken in batch order.
+  double norm(int component) const {
+    double sum = 0;
+    for (int s = 0; s < samples_; ++s) sum += sums_[component][s];
+    return std::sqrt(sum / (double(samples_) * (component == 0 ? dim_ : 1)));
+  }
+  double mixed_norm() const {
+    const double nx = norm(0);
+    if (!program_.divergence) return nx;
+    const double nl = norm(1);
+    return nl > nx || std::isnan(nl) ? nl : nx;
+  }
+
+  // sums of squares of (sum_j c_j k_j) / (atol + rtol max(|y0|, |y1|)) per sample
+  void measure(int tile, const Scratch& s, const T* y0, const T* y1, const T* const* k, const T* c, int terms) {
+    for (int component = 0; component < (program_.divergence ? 2 : 1); ++component) {
+      std::fill_n(s.sums[component], width_, 0.0);
+      const int begin = component == 0 ? 0 : dim_, end = component == 0 ? dim_ : dim_ + 1;
+      for (int row = begin; row < end; ++row) {
+        const size_t at = size_t(row) * width_;
+        const T* rows[16];
+        for (int j = 0; j < terms; ++j) rows[j] = k[j] + at;
+        kernels_.error_row(y0 + at, y1 + at, rows, c, terms, T(in_.rtol[component]), T(in_.atol[component]), width_, s.sums[component]);
+      }
+      std::copy_n(s.sums[component], count(tile), sums_[component].begin() + size_t(tile) * width_);
+    }
+  }
+
+  void write_output(int index, const std::function<const T*(int tile, const Scratch&)>& state) {
+    parallel_for(tiles_, threads_, [&](int tile, int worker) {
+      const Scratch s = scratch(worker);
+      const T* y = state(tile, s);
+      const int first = first_sample_ + tile * width_;
+      store_tile(y, dim_, first, count(tile), width_, xs_ + size_t(index) * in_.batch * dim_);
+      if (program_.divergence) store_tile(y + size_t(dim_) * width_, 1, first, count(tile), width_, ls_ + size_t(index) * in_.batch);
+    });
+  }
+
+  void stop(const char* status, double t, double dt) {
+    out_.status = status;
+    out_.t = t;
+    out_.dt = dt;
+    for (int s = 0; s < samples_; ++s)
+      if (!std::isfinite(sums_[0][s]) || !std::isfinite(sums_[1][s])) out_.rows.push_back(first_sample_ + s);
+  }
+
+  void first_derivative(T t) {
+    modulate({t});
+    ++out_.nfe;
+    parallel_for(tiles_, threads_, [&](int tile, int worker) {
+      const Scratch s = scratch(worker);
+      begin_tile(s, tile);
+      evaluate(s, modulated_[0], y0_.get() + tile * tile_size(), f0_.get() + tile * tile_size());
+    });
+  }
+
+  // ---- adaptive
+
+  double choose_first_step(double t0) {
+    const T one = T(1);
+    auto norm_of = [&](const Aligned<T>& what, const T* c, int terms, const Aligned<T>* other) {
+      parallel_for(tiles_, threads_, [&](int tile, int worker) {
+        const Scratch s = scratch(worker);
+        const T* y = y0_.get() + tile * tile_size();
+        const T* k[2] = {what.get() + tile * tile_size(), other ? other->get() + tile * tile_size() : nullptr};
+        measure(tile, s, y, y, k, c, terms);
+      });
+      return mixed_norm();
+    };
+    const double d0 = norm_of(y0_, &one, 1, nullptr);
+    const double d1 = norm_of(f0_, &one, 1, nullptr);
+    const double h0 = first_trial_step(d0, d1);
+    modulate({T(t0 + h0)});
+    ++out_.nfe;
+    parallel_for(tiles_, threads_, [&](int tile, int worker) {
+      const Scratch s = scratch(worker);
+      begin_tile(s, tile);
+      const T h = T(h0);
+      const T* k[1] = {f0_.get() + tile * tile_size()};
+      kernels_.combine(y0_.get() + tile * tile_size(), k, &h, 1, int(tile_size()), s.stage_y);
+      evaluate(s, modulated_[0], s.stage_y, f1_.get() + tile * tile_size());
+    });
+    const T difference[2] = {T(1), T(-1)};
+    const double d2 = std::fabs(norm_of(f1_, difference, 2, &f0_) / h0);
+    return first_step(h0, d1, d2, in_.tableau.order);
+  }
+
+  // One trial step of every tile: y1, f1, the error sums and, if an output may fall inside, the midpoint.
+  double try_step(double t0, double dt, double t1, bool with_mid) {
+    const Tableau& tableau = in_.tableau;
+    const T start = T(t0), step = T(dt), end = T(t1);
+    std::vector<T> times;
+    for (double c : tableau.c) times.push_back(c == 1.0 ? before(end) : start + T(c) * step);
+    modulate(times);
+    out_.nfe += stages_ - 1;
+    const bool shortcut = tableau.last_stage_is_solution();
+    auto scaled = [&](const std::vector<T>& weights) {
+      std::vector<T> out(weights);
+      for (T& w : out) w *= step;
+      return out;
+    };
+    std::vector<std::vector<T>> a;
+    for (const auto& row : a_) a.push_back(scaled(row));
+    const std::vector<T> b = scaled(b_), b_error = scaled(b_error_), b_mid = scaled(b_mid_);
+    parallel_for(tiles_, threads_, [&](int tile, int worker) {
+      const Scratch s = scratch(worker);
+      begin_tile(s, tile);
+      const size_t at = tile * tile_size();
+      const int n = int(tile_size());
+      std::vector<const T*> k{f0_.get() + at};
+      for (int i = 0; i + 1 < stages_; ++i) {
+        kernels_.combine(y0_.get() + at, k.data(), a[i].data(), i + 1, n, s.stage_y);
+        evaluate(s, modulated_[i], s.stage_y, s.k[i + 1]);
+        k.push_back(s.k[i + 1]);
+      }
+      T* y1 = y1_.get() + at;
+      if (shortcut) std::copy_n(s.stage_y, n, y1);
+      else kernels_.combine(y0_.get() + at, k.data(), b.data(), stages_, n, y1);
+      std::copy_n(s.k[stages_ - 1], n, f1_.get() + at);
+      if (with_mid) kernels_.combine(y0_.get() + at, k.data(), b_mid.data(), stages_, n, mid_.get() + at);
+      measure(tile, s, y0_.get() + at, y1, k.data(), b_error.data(), stages_);
+    });
+    return mixed_norm();
+  }
+
+  void interpolate_output(int index, double t0, double t1, double dt) {
+    // after acceptance y0_, f0_ are the new ends and y1_, f1_ hold the old ones
+    const T x = T((in_.times[index] - t0) / (t1 - t0));
+    write_output(index, [&, x](int tile, const Scratch& s) -> const T* {
+      const size_t at = tile * tile_size();
+      kernels_.interpolate(y1_.get() + at, y0_.get() + at, mid_.get() + at, f1_.get() + at, f0_.get() + at, T(dt), x, int(tile_size()), s.stage_y);
+      return s.stage_y;
+    });
+  }
+
+  bool state_is_finite() {
+    bool finite = true;
+    for (int tile = 0; tile < tiles_; ++tile) {
+      const T* y = y0_.get() + tile * tile_size();
+      for (int s = 0; s < count(tile); ++s) {
+        double bad = 0;
+        for (int row = 0; row < rows_; ++row) {
+          const T v = y[size_t(row) * width_ + s];
+          bad += double(v) - double(v);
+        }
+        sums_[0][size_t(tile) * width_ + s] = bad;
+        finite &= bad == 0;
+      }
+    }
+    return finite;
+  }
+
+  void run_adaptive() {
+    const StepOptions& o = in_.options;
+    const int order = in_.tableau.order;
+    double t0 = in_.times[0], t1 = t0;
+    write_output(0, [&](int tile, const Scratch&) { return y0_.get() + tile * tile_size(); });
+    first_derivative(T(t0));
+    double dt = std::isnan(o.first_step) ? choose_first_step(t0) : o.first_step;
+    if (!std::isfinite(dt)) state_is_finite();  // finds the rows to name
+
+    // torchdiffeq's index into the prescribed points moves on only when a step was cut there
+    auto first_index = [&](const std::vector<double>& points) {
+      const auto next = std::upper_bound(points.begin(), points.end(), t0) - points.begin();
+      return std::min<size_t>(next, points.empty() ? 0 : points.size() - 1);
+    };
+    size_t next_step = first_index(o.step_t), next_jump = first_index(o.jump_t);
+
+    bool state_checked = false;
+    for (size_t index = 1; index < in_.times.size(); ++index) {
+      long long taken = 0;
+      while (in_.times[index] > t1) {
+        if (taken >= o.max_num_steps) return stop("max_num_steps", t1, dt);
+        if ((++taken & 15) == 0) (*interrupted_)();
+        if (!std::isfinite(dt)) dt = o.min_step;
+        dt = std::min(std::max(dt, o.min_step), o.max_step);
+        if (!(t1 + dt > t1)) return stop("underflow", t1, dt);
+        if (!state_checked && !state_is_finite()) return stop("non_finite", t1, dt);
+        state_checked = true;
+
+        double end = t1 + dt;
+        bool at_step = false, at_jump = false;
+        if (!o.step_t.empty() && t1 < o.step_t[next_step] && o.step_t[next_step] < t1 + dt) {
+          at_step = true;
+          end = o.step_t[next_step];
+          dt = end - t1;
+        }
+        if (!o.jump_t.empty() && t1 < o.jump_t[next_jump] && o.jump_t[next_jump] < t1 + dt) {
+          at_jump = true;
+          at_step = false;
+          end = o.jump_t[next_jump];
+          dt = end - t1;
+        }
+
+        const double ratio = try_step(t1, dt, end, end >= in_.times[index]);
+        bool accept = ratio <= 1.0;
+        if (dt > o.max_step) accept = false;
+        if (dt <= o.min_step) accept = true;
+        if (accept) {
+          ++out_.accepted;
+          out_.steps.emplace_back(t1, dt);
+          if (!std::isfinite(ratio)) state_checked = false;
+          std::swap(y0_, y1_);
+          std::swap(f0_, f1_);
+          t0 = t1;
+          t1 = end;
+          last_dt_ = dt;
+          if (at_step && next_step + 1 < o.step_t.size()) ++next_step;
+          if (at_jump) {
+            if (next_jump + 1 < o.jump_t.size()) ++next_jump;
+            // the output quartic of this step still needs the derivative from before the jump
+            write_outputs_inside(index, t0, t1);
+            first_derivative(after(T(t1)));
+          }
+        } else {
+          ++out_.rejected;
+        }
+        dt = next_step_size(dt, ratio, o, order);
+      }
+      if (index >= written_) interpolate_output(int(index), t0, t1, last_dt_);
+    }
+  }
+
+  static double next_step_size(double dt, double ratio, const StepOptions& o, int order) { return sparseflow::next_step(dt, ratio, o, order); }
+
+  void write_outputs_inside(size_t index, double t0, double t1) {
+    for (; index < in_.times.size() && in_.times[index] <= t1; ++index) {
+      interpolate_output(int(index), t0, t1, last_dt_);
+      written_ = index + 1;
+    }
+  }
+
+  // ---- fixed grid
+
+  void run_fixed() {
+    const Tableau& tableau = in_.tableau;
+    write_output(0, [&](int tile, const Scratch&) { return y0_.get() + tile * tile_size(); });
+    size_t index = 1;
+    for (size_t i = 0; i + 1 < in_.grid.size(); ++i) {
+      if ((i & 15) == 15) (*interrupted_)();
+      const double t0 = in_.grid[i], t1 = in_.grid[i + 1];
+      const T start = T(t0), end = T(t1), step = T(t1 - t0);
+      std::vector<T> times{in_.perturb ? after(start) : start};
+      for (double c : tableau.c) times.push_back(c == 1.0 ? (in_.perturb ? before(end) : end) : start + T(c) * step);
+      modulate(times);
+      out_.nfe += stages_;
+      std::vector<std::vector<T>> a;
+      for (const auto& row : a_) {
+        a.push_back(row);
+        for (T& w : a.back()) w *= step;
+      }
+      std::vector<T> b(b_);
+      for (T& w : b) w *= step;
+      parallel_for(tiles_, threads_, [&](int tile, int worker) {
+        const Scratch s = scratch(worker);
+        begin_tile(s, tile);
+        const size_t at = tile * tile_size();
+        const int n = int(tile_size());
+        std::vector<const T*> k;
+        for (int j = 0; j < stages_; ++j) {
+          const T* y = y0_.get() + at;
+          if (j > 0) {
+            kernels_.combine(y, k.data(), a[j - 1].data(), j, n, s.stage_y);
+            y = s.stage_y;
+          }
+          evaluate(s, modulated_[j], y, s.k[j]);
+          k.push_back(s.k[j]);
+        }
+        kernels_.combine(y0_.get() + at, k.data(), b.data(), stages_, n, y1_.get() + at);
+      });
+      ++out_.accepted;
+      out_.steps.emplace_back(t0, t1 - t0);
+      for (; index < in_.times.size() && t1 >= in_.times[index]; ++index) {
+        const double t = in_.times[index];
+        const T x = T((t - t0) / (t1 - t0));
+        write_output(int(index), [&](int tile, const Scratch& s) -> const T* {
+          const T *a0 = y0_.get() + tile * tile_size(), *a1 = y1_.get() + tile * tile_size();
+          if (t == t0) return a0;
+          if (t == t1) return a1;
+          for (size_t j = 0; j < tile_size(); ++j) s.stage_y[j] = a0[j] + x * (a1[j] - a0[j]);
+          return s.stage_y;
+        });
+      }
+      std::swap(y0_, y1_);
+    }
+  }
+
+  CompiledProgram<T>& owner_;
+  const Program<T>& program_;
+  const Kernels<T>& kernels_;
+  Packed<T>& packed_;
+  const SolveInput<T>& in_;
+  const int first_tile_, tiles_, threads_;
+  std::vector<Aligned<char>>& workspaces_;
+  T *xs_, *ls_;
+  const int width_, dim_, rows_, stages_;
+  int first_sample_ = 0, samples_ = 0;
+  Aligned<T> y0_, f0_, y1_, f1_, mid_, noise_;  // [tiles][rows][width]
+  std::vector<Stage<T>> modulated_;             // one per stage
+  std::vector<double> sums_[2];                 // [samples]
+  std::vector<std::vector<T>> a_;
+  std::vector<T> b_, b_error_, b_mid_;
+  double last_dt_ = 0;
+  size_t written_ = 0;
+  SolveOutput out_;
+  const std::function<void()>* interrupted_ = nullptr;
+};
+
+template <class T>
+SolveOutput CompiledProgram<T>::solve(const SolveInput<T>& input, T* xs, T* ls, const std::function<void()>& interrupted) {
+  SolveOutput total;
+  if (input.batch == 0) return total;
+  std::lock_guard<std::recursive_mutex> lock(mutex_);
+  if (input.tableau.stages() > 16) throw std::invalid_argument("solve: at most 16 stages");
+  Packed<T>& p = packed(choose_width(input.batch, input.threads));
+  const int tiles = (input.batch + p.width - 1) / p.width;
+  const int threads = std::max(1, std::min(input.threads, tiles));
+  std::vector<Aligned<char>> workspaces(threads);
+  if (!input.per_tile) return Integration<T>(*this, p, input, 0, tiles, threads, workspaces, xs, ls).run(interrupted);
+
+  std::vector<SolveOutput> outs(tiles);
+  const std::function<void()> nothing = [] {};
+  parallel_for(tiles, threads, [&](int tile, int worker) {
+    std::vector<Aligned<char>> own(1);
+    std::swap(own[0], workspaces[worker]);
+    outs[tile] = Integration<T>(*this, p, input, tile, 1, 1, own, xs, ls).run(nothing);
+    std::swap(own[0], workspaces[worker]);
+  });
+  for (const SolveOutput& out : outs) {
+    total.nfe += out.nfe;
+    total.accepted += out.accepted;
+    total.rejected += out.rejected;
+    if (out.status != "ok" && total.status == "ok") total.status = out.status, total.t = out.t, total.dt = out.dt;
+    total.rows.insert(total.rows.end(), out.rows.begin(), out.rows.end());
+  }
+  total.nfe = (total.nfe + tiles - 1) / tiles;
+  return total;
+}
+
+template class CompiledProgram<float>;
+template class CompiledProgram<double>;
+
+}  // namespace sparseflow

@@ -1,0 +1,85 @@
+// Evaluations and whole adaptive solves of a program over a batch, tile by tile.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../step_control.h"
+#include "../tableau.h"
+#include "pack.h"
+
+namespace sparseflow {
+
+// Answers for functions of time that live outside: for every time, one array per external of the program.
+template <class T>
+using RefreshCallback = std::function<std::vector<std::vector<std::vector<T>>>(const std::vector<double>& times)>;
+
+template <class T>
+struct SolveInput {
+  int batch = 0;
+  const T* x = nullptr;      // [batch, dim]
+  const T* l = nullptr;      // [batch], with a divergence
+  const T* noise = nullptr;  // [batch, dim], if the program has a noise buffer
+  std::vector<double> times;  // ascending
+  int sign = 1;               // the field is sign * f(sign * t, y)
+  Tableau tableau;
+  double rtol[2] = {0, 0}, atol[2] = {0, 0};  // of x, of l
+  StepOptions options;
+  std::vector<double> grid;  // fixed methods
+  bool perturb = false;
+  bool per_tile = false;
+  int threads = 1;
+};
+
+struct SolveOutput {
+  long long nfe = 0, accepted = 0, rejected = 0;
+  std::vector<std::pair<double, double>> steps;
+  std::string status = "ok";
+  double t = 0, dt = 0;
+  std::vector<int> rows;
+};
+
+template <class T>
+class CompiledProgram {
+ public:
+  CompiledProgram(Program<T> program, const Kernels<T>& kernels);
+
+  const Program<T>& program() const { return program_; }
+  void set_refresh(RefreshCallback<T> refresh) { refresh_ = std::move(refresh); }
+
+  // f [batch, dim] and, if asked for, the trace [batch] at one time
+  void evaluate(double t, const T* x, const T* noise, int batch, int threads, T* f, T* trace);
+
+  // xs [times, batch, dim], ls [times, batch]; `interrupted` is asked now and then and may throw
+  SolveOutput solve(const SolveInput<T>& input, T* xs, T* ls, const std::function<void()>& interrupted);
+
+  // Seconds per evaluation of one tile, for every width; and the width this batch would use. Results do not depend on
+  // the width, so the choice is free to be made by the clock.
+  const std::vector<double>& tile_seconds();
+  int choose_width(int batch, int threads);
+  int width(int index) const { return kernels_.lanes * kernels_.vectors[index]; }
+  void force_width(int index) { forced_ = index; }
+  Packed<T>& packed(int width_index);
+  size_t workspace_bytes(int width_index) { return packed(width_index).workspace_bytes; }
+
+ private:
+  template <class U>
+  friend class Integration;
+
+  void refresh(const std::vector<T>& times, std::vector<Stage<T>>& stages);
+
+  Program<T> program_;
+  const Kernels<T>& kernels_;
+  RefreshCallback<T> refresh_;
+  std::map<int, std::unique_ptr<Packed<T>>> packed_;
+  std::vector<double> seconds_;
+  int forced_ = -1;
+  std::recursive_mutex mutex_;
+};
+
+}  // namespace sparseflow

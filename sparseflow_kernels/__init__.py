@@ -1,0 +1,25 @@
+"""Whole-solve kernels for pruned neural ODEs and continuous normalizing flows.
+
+    import sparseflow_kernels as sfk
+
+    field = sfk.compile(odefunc)                      # the program of an nn.Module f(t, y), without its zeros
+    y = sfk.odeint(field, y0, t, rtol=1e-5, atol=1e-5)
+    aug = sfk.with_divergence(field, "exact")         # (x, l) -> (dx/dt, -tr df/dx)
+"""
+
+from .build_info import build_info
+from .compiled_field import CompiledField, DivergenceField, compile, with_divergence  # noqa: A004
+from .field import UnsupportedFieldError, VectorField
+from .flows import ContinuousFlow
+from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event, solve
+from .pruning import prune_neurons_, prune_weights_
+from .solution import Solution, SolverError
+from .threads import get_num_threads, set_num_threads
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompiledField", "ContinuousFlow", "DivergenceField", "Solution", "SolverError", "UnsupportedFieldError",
+    "VectorField", "build_info", "compile", "get_num_threads", "odeint", "odeint_adjoint", "odeint_dense",
+    "odeint_event", "prune_neurons_", "prune_weights_", "set_num_threads", "solve", "with_divergence",
+]

@@ -1,0 +1,70 @@
+"""The floor under a solve's time: its arithmetic at the best rates this core can reach.
+
+    floor = multiply-adds / FMA rate + activations / vector-math rate
+
+Both rates are measured in the running process by loops over registers (`_cpu.fma_peak`, `_cpu.activation_rate`), so
+memory, launches and the solver's own vector operations are what lies between a measured time and its floor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..activations import ACTIVATIONS
+from ..divergence import DivergencePlan
+from ..field import VectorField
+
+
+@lru_cache(maxsize=None)
+def fma_rate() -> float | None:
+    """Float32 multiply-adds per second of one core; None without the CPU extension."""
+    try:
+        from .. import _cpu
+
+        return float(_cpu.fma_peak())
+    except (ImportError, AttributeError):
+        return None
+
+
+@lru_cache(maxsize=None)
+def activation_rate(name: str) -> float | None:
+    """Activations (value and slope) per second of one core, float32; None without the CPU extension."""
+    try:
+        from .. import _cpu
+
+        return float(_cpu.activation_rate(ACTIVATIONS[name].number))
+    except (ImportError, AttributeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one evaluation of a field costs per sample: multiply_adds, and the count of each activation by name."""
+
+    multiply_adds: int
+    activations: dict[str, int]
+
+    @staticmethod
+    def of(field: VectorField, plan: DivergencePlan | None = None) -> "Work":
+        """Counted on the simplified field; the divergence adds the cost its plan counted for the form it chose."""
+        activations: dict[str, int] = {}
+        for layer in field.layers:
+            if layer.activation.name != "identity":
+                name = layer.activation.name
+                activations[name] = activations.get(name, 0) + layer.out_features
+        return Work(field.nnz + (0 if plan is None else divergence_cost(plan)), activations)
+
+    def floor(self, samples: int) -> float | None:
+        """Seconds per evaluation of `samples` samples on one core, float32; None where a rate cannot be measured."""
+        peak = fma_rate()
+        rates = {name: activation_rate(name) for name in self.activations}
+        if peak is None or None in rates.values():
+            return None
+        per_sample = self.multiply_adds / peak + sum(count / rates[name] for name, count in self.activations.items())
+        return samples * per_sample
+
+
+def divergence_cost(plan: DivergencePlan) -> int:
+    """Multiply-adds per sample and evaluation of the form the plan chose (0 for a linear field's constant trace)."""
+    return plan.costs.get(type(plan.form).__name__.removesuffix("Form").lower(), 0)

@@ -1,0 +1,359 @@
+"""The contenders of the benchmark: torchdiffeq's dense solve (the baseline), this library, and peers where installed.
+
+Every contender gets the same `Problem`, is prepared (compiled, converted, warmed up) outside the timed part, and returns
+an `Outcome`. All run on one thread, in float32, with the same method (dopri5), tolerances and Hutchinson noise.
+
+Each is given its honest advantages: the baseline multiplies dense weights without masks, with its noise fixed and
+no graph kept beyond one vector-Jacobian product; forward-mode peers carry their tangents beside the primal.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Callable, Iterator
+
+import numpy
+import torch
+import torchdiffeq
+from torch import Tensor, nn
+
+from ..capture import capture
+from ..compiled_field import compile as compile_field, with_divergence
+from ..field import Activation, VectorField
+from ..odeint import solve
+from .problems import Problem
+
+
+@dataclass
+class Outcome:
+    """x: [batch, dim] and l: [batch] at the end time; nfe: evaluations of the field."""
+
+    x: Tensor
+    l: Tensor
+    nfe: int
+
+
+Run = Callable[[], Outcome]
+
+
+# ---------------------------------------------------------------------------------------------- dense torch, autograd
+
+
+class AutogradDivergence(nn.Module):
+    """f(t, (x, l)) = (f, -tr df/dx) as a user of torchdiffeq writes it; counts its evaluations."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], noise: Tensor | None) -> None:
+        super().__init__()
+        self.function, self.noise, self.nfe = function, noise, 0
+
+    def forward(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        self.nfe += 1
+        x = state[0]
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            f = self.function(t, x)
+            if self.noise is not None:
+                (product,) = torch.autograd.grad(f, x, self.noise)
+                trace = (product * self.noise).sum(1)
+            else:
+                trace = torch.zeros_like(x[:, 0])
+                last = x.shape[1] - 1
+                for i in range(x.shape[1]):
+                    (row,) = torch.autograd.grad(f[:, i].sum(), x, retain_graph=i < last)
+                    trace = trace + row[:, i]
+        return f.detach(), -trace.detach()
+
+
+def _torchdiffeq_run(problem: Problem, rhs: nn.Module, method: str = "dopri5") -> Run:
+    state, times = problem.state(), problem.times
+
+    def run() -> Outcome:
+        rhs.nfe = 0
+        with torch.no_grad():
+            xs, ls = torchdiffeq.odeint(rhs, state, times, rtol=problem.rtol, atol=problem.atol, method=method)
+        return Outcome(xs[-1], ls[-1], rhs.nfe)
+
+    return run
+
+
+def torchdiffeq_dense(problem: Problem) -> Run:
+    return _torchdiffeq_run(problem, AutogradDivergence(problem.module, problem.noise))
+
+
+def torchdiffeq_compiled(problem: Problem) -> Run:
+    torch._dynamo.reset()
+    return _torchdiffeq_run(problem, AutogradDivergence(torch.compile(problem.module), problem.noise))
+
+
+def float64_reference(problem: Problem, rows: int) -> Outcome:
+    """The problem's first rows, solved with dopri8 in float64 at tolerance 1e-10."""
+    exact = problem.reference(rows)
+    return _torchdiffeq_run(exact, AutogradDivergence(exact.module, exact.noise), "dopri8")()
+
+
+# ------------------------------------------------------------------------------------------------------- this library
+
+
+def sparseflow(problem: Problem, engine: str = "auto") -> Run:
+    augmented = with_divergence(compile_field(problem.module, engine=engine), problem.spec.divergence, problem.noise)
+    state, times = problem.state(), problem.times
+
+    def run() -> Outcome:
+        with torch.no_grad():
+            solution = solve(augmented, state, times, rtol=problem.rtol, atol=problem.atol, method="dopri5")
+        xs, ls = solution.ys
+        return Outcome(xs[-1], ls[-1], solution.stats.nfe)
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------- peers on captured data
+
+
+def _value_and_slope(activation: Activation, z: Tensor) -> tuple[Tensor, Tensor | float]:
+    """(act(z), act'(z)) of the benchmark's activations."""
+    if activation.name == "tanh":
+        h = torch.tanh(z)
+        return h, 1 - h * h
+    if activation.name == "softplus":
+        beta = activation.params[0] if activation.params else 1.0
+        return torch.nn.functional.softplus(z, beta), torch.sigmoid(beta * z)
+    return z, 1.0
+
+
+class CsrDivergence(nn.Module):
+    """torch.sparse CSR weights, batch-minor activations, tangents beside the primal in one product per layer."""
+
+    def __init__(self, field: VectorField, noise: Tensor | None) -> None:
+        super().__init__()
+        self.layers, self.nfe = field.layers, 0
+        self.noise = None if noise is None else noise.T.contiguous()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch calls its CSR tensors a beta
+            self.weights = [
+                torch.sparse_csr_tensor(p.row_ptr.int(), p.col.int(), layer.values, p.shape, check_invariants=False)
+                for layer in field.layers
+                for p in (layer.pattern,)
+            ]
+
+    def _tangent(self, x: Tensor, slopes: list[Tensor], gates: list, seed: Tensor) -> Tensor:
+        p = seed
+        for weight, slope, gate in zip(self.weights, slopes, gates):
+            p = weight @ p
+            if gate is not None:
+                p = gate[:, None] * p
+            p = slope * p
+        return (seed * p).sum(0)
+
+    def forward(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        self.nfe += 1
+        h = x = state[0].T.contiguous()
+        slopes, gates = [], []
+        for layer, weight in zip(self.layers, self.weights):
+            gate, shift = layer.modulation(t)
+            z = torch.addmm(layer.bias[:, None], weight, h)
+            if gate is not None:
+                z = gate[:, None] * z
+            if shift is not None:
+                z = z + shift[:, None]
+            h, slope = _value_and_slope(layer.activation, z)
+            slopes.append(slope)
+            gates.append(gate)
+        if self.noise is not None:
+            trace = self._tangent(x, slopes, gates, self.noise)
+        else:
+            trace = torch.zeros_like(x[0])
+            for m in range(x.shape[0]):
+                seed = torch.zeros_like(x)
+                seed[m] = 1.0
+                trace = trace + self._tangent(x, slopes, gates, seed)
+        return h.T.contiguous(), -trace
+
+
+def torch_csr(problem: Problem) -> Run:
+    field = compile_field(problem.module).vector_field.map_tensors(Tensor.detach)
+    return _torchdiffeq_run(problem, CsrDivergence(field, problem.noise))
+
+
+def _dense_layers(problem: Problem) -> tuple[list[tuple], list[Activation]]:
+    """(W, b, gate, shift) per layer in numpy, dense, gate and shift as (slope, offset) or None; and the activations."""
+
+    def part(value):
+        return None if value is None else (value.slope.numpy(), value.offset.numpy())
+
+    layers = capture(problem.module).map_tensors(Tensor.detach).layers
+    arrays = [(layer.weight.numpy(), layer.bias.numpy(), part(layer.gate), part(layer.shift)) for layer in layers]
+    return arrays, [layer.activation for layer in layers]
+
+
+def diffrax_jit(problem: Problem) -> Run:
+    """One ODE over the whole batch (shared steps, torchdiffeq's mixed error norm), jit-compiled, ahead of the timing."""
+    import diffrax
+    import jax
+    import jax.numpy as jnp
+
+    cpu = jax.devices("cpu")[0]
+    layers, activations = _dense_layers(problem)
+    layers = jax.device_put(layers, cpu)
+    noise = None if problem.noise is None else jnp.asarray(problem.noise.numpy())
+    dim = problem.spec.dim
+
+    def field(weights, t, x):
+        h = x
+        for (w, b, gate, shift), activation in zip(weights, activations):
+            z = h @ w.T + b
+            if gate is not None:
+                z = jax.nn.sigmoid(gate[0] * t + gate[1]) * z
+            if shift is not None:
+                z = z + (shift[0] * t + shift[1])
+            if activation.name == "tanh":
+                z = jnp.tanh(z)
+            elif activation.name == "softplus":
+                beta = activation.params[0] if activation.params else 1.0
+                z = jax.nn.softplus(beta * z) / beta
+            h = z
+        return h
+
+    def rhs(t, state, weights):
+        x, _ = state
+        if noise is not None:
+            f, product = jax.jvp(lambda x: field(weights, t, x), (x,), (noise,))
+            return f, -(noise * product).sum(1)
+        f, linear = jax.linearize(lambda x: field(weights, t, x), x)
+
+        def diagonal(m):
+            return linear(jnp.zeros_like(x).at[:, m].set(1.0))[:, m]
+
+        each = jax.vmap(diagonal) if dim <= 8 else (lambda index: jax.lax.map(diagonal, index))
+        return f, -each(jnp.arange(dim)).sum(0)
+
+    def norm(state):
+        return jnp.maximum(*(jnp.sqrt(jnp.mean(part * part)) for part in state))
+
+    controller = diffrax.PIDController(rtol=problem.rtol, atol=problem.atol, norm=norm)
+
+    @jax.jit
+    def run_jit(weights, state):
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(rhs), diffrax.Dopri5(), 0.0, 1.0, None, state, weights, stepsize_controller=controller
+        )
+        return solution.ys, solution.stats["num_steps"]
+
+    start = (jnp.asarray(problem.x.numpy()), jnp.zeros(problem.x.shape[0], jnp.float32))
+
+    def run() -> Outcome:
+        (xs, ls), steps = jax.block_until_ready(run_jit(layers, start))
+        # 6 new stages a step (the first is the last one of the step before), 2 for the choice of the first step.
+        return Outcome(torch.from_numpy(numpy.array(xs[-1])), torch.from_numpy(numpy.array(ls[-1])), 6 * int(steps) + 2)
+
+    return run
+
+
+def torchode_dense(problem: Problem) -> Run:
+    """torchode steps every sample on its own; its divergence carries forward tangents on dense weights."""
+    import torchode
+
+    field = capture(problem.module).map_tensors(Tensor.detach)
+    weights = [layer.weight.T.contiguous() for layer in field.layers]
+    dim, noise = problem.spec.dim, problem.noise
+
+    def part(value, t):
+        return None if value is None else value.slope * t + value.offset
+
+    def rhs(t: Tensor, y: Tensor) -> Tensor:
+        h, slopes = y[:, :dim], []
+        t = t[:, None]
+        for layer, weight in zip(field.layers, weights):
+            gate, shift = part(layer.gate, t), part(layer.shift, t)
+            z = torch.addmm(layer.bias, h, weight)
+            if gate is not None:
+                gate = torch.sigmoid(gate)
+                z = gate * z
+            if shift is not None:
+                z = z + shift
+            h, slope = _value_and_slope(layer.activation, z)
+            slopes.append(slope if gate is None else slope * gate)
+
+        def tangent(seed: Tensor) -> Tensor:
+            p = seed
+            for weight, slope in zip(weights, slopes):
+                p = slope * (p @ weight)
+            return (seed * p).sum(1, keepdim=True)
+
+        if noise is not None:
+            trace = tangent(noise)
+        else:
+            eye = torch.eye(dim)
+            trace = sum(tangent(eye[m].expand_as(y[:, :dim])) for m in range(dim))
+        return torch.cat([h, -trace], 1)
+
+    term = torchode.ODETerm(rhs)
+    solver = torchode.AutoDiffAdjoint(
+        torchode.Dopri5(term=term), torchode.IntegralController(atol=problem.atol, rtol=problem.rtol, term=term)
+    )
+    batch = problem.x.shape[0]
+    start = torch.cat([problem.x, torch.zeros(batch, 1)], 1)
+    ivp = torchode.InitialValueProblem(y0=start, t_eval=torch.tensor([[0.0, 1.0]]).expand(batch, 2).contiguous())
+
+    def run() -> Outcome:
+        with torch.no_grad():
+            solution = solver.solve(ivp)
+        end = solution.ys[:, -1]
+        return Outcome(end[:, :dim], end[:, dim], int(solution.stats["n_f_evals"].max()))
+
+    return run
+
+
+# -------------------------------------------------------------------------------------------------------- the register
+
+
+@dataclass(frozen=True)
+class Contender:
+    """name; prepare: Problem -> Run; needs: modules that must be importable; remark: what to know when reading its time."""
+
+    name: str
+    prepare: Callable[[Problem], Run]
+    needs: tuple[str, ...] = ()
+    remark: str = ""
+
+    def missing(self) -> str | None:
+        absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
+        return f"{', '.join(absent)} not installed" if absent else None
+
+
+BASELINE = Contender("torchdiffeq", torchdiffeq_dense, remark="eager, dense weights")
+OURS = Contender("sparseflow", sparseflow)
+PEERS = {
+    contender.name: contender
+    for contender in (
+        Contender("diffrax", diffrax_jit, ("diffrax", "jax"), "jit, dense weights, shared steps"),
+        Contender("torchode", torchode_dense, ("torchode",), "eager, dense weights, steps per sample (NFE: the most of any)"),
+        Contender("torch.compile", torchdiffeq_compiled, remark="torchdiffeq on a compiled dense field"),
+        Contender("torch.csr", torch_csr, remark="torchdiffeq on torch.sparse CSR weights, forward tangents"),
+    )
+}
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Hold this process, and every thread started inside, to one core and one thread per library.
+
+    Must be entered before jax is imported: XLA reads its thread settings once.
+    """
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    threads = torch.get_num_threads()
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    torch.set_num_threads(1)
+    if cores:
+        os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if cores:
+            os.sched_setaffinity(0, cores)

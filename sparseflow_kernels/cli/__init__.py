@@ -1,0 +1,1 @@
+"""The command line `sparseflow`: a thin door to `analysis`, `training` and `data`."""

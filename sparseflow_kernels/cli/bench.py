@@ -1,0 +1,93 @@
+"""`sparseflow bench`: whole solves against torchdiffeq's dense ones, field by field, keep ratio by keep ratio."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ..analysis import bench as benchmark
+from ..analysis.peers import BASELINE, OURS, PEERS, one_core
+from ..analysis.plots import plot_bench
+from ..analysis.problems import DEFAULT_FIELDS, DEFAULT_KEEPS, FIELDS
+from .console import fail, progress, say, show_table
+
+COLUMNS = ("keep", "contender", "nnz", "NFE", "ms/solve", "best ms", "us/NFE", "ratio", "best ratio", "floor share", "max error")
+
+
+def _figure(value: float | None, form: str, scale: float = 1.0) -> str:
+    return "n/a" if value is None else format(value * scale, form)
+
+
+def _cells(row: benchmark.Row) -> tuple[str, ...]:
+    if row.skipped:
+        return (f"{row.keep:g}", row.contender, "", "", "", "", "", "", "", "", f"skipped: {row.skipped}")
+    return (
+        f"{row.keep:g}", row.contender, str(row.nnz), str(row.nfe), _figure(row.median, ".2f", 1e3),
+        _figure(row.best, ".2f", 1e3), _figure(row.per_evaluation, ".1f", 1e6), _figure(row.ratio, ".1f"),
+        _figure(row.ratio_best, ".1f"), _figure(row.share, ".0%"), _figure(row.error, ".1e"),
+    )
+
+
+def _numbers(text: str | None, default: tuple[float, ...]) -> tuple[float, ...]:
+    if text is None:
+        return default
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise fail(f"--keeps: {text!r} is not a list of numbers such as 1,0.1,0.02") from None
+    if not all(0 < value <= 1 for value in values):
+        raise fail(f"--keeps: every keep ratio must lie in (0, 1], got {text!r}")
+    return values
+
+
+def _names(option: str, text: str | None, default: tuple[str, ...], known: dict) -> tuple[str, ...]:
+    names = default if text is None else tuple(known) if text == "all" else tuple(text.split(","))
+    for name in names:
+        if name not in known:
+            raise fail(f"{option}: {name!r} is not one of {', '.join(known)}, all")
+    return names
+
+
+def bench(
+    fields: Annotated[Optional[str], typer.Option(help="comma-separated field names, or 'all'")] = None,
+    keeps: Annotated[Optional[str], typer.Option(help="comma-separated keep ratios")] = None,
+    peers: Annotated[Optional[str], typer.Option(help="comma-separated peers to time as well, or 'all'")] = None,
+    seconds: Annotated[float, typer.Option(help="time to spend on the rounds of one field at one keep ratio")] = 20.0,
+    quick: Annotated[bool, typer.Option("--quick", help="toy field, two keep ratios, a few rounds")] = False,
+    json_path: Annotated[Optional[Path], typer.Option("--json", help="write every figure to this file")] = None,
+    plot_path: Annotated[Optional[Path], typer.Option("--plot", help="draw time against keep ratio into this file")] = None,
+) -> None:
+    """Time whole solves with divergence (dopri5, rtol = atol = 1e-5, float32, one core) and print ratios.
+
+    ratio: torchdiffeq's time over the contender's, median over interleaved rounds. floor share: the arithmetic at this
+    core's measured rates over the best time. max error: against a float64 solve at tolerance 1e-10.
+    """
+    chosen = [FIELDS[name] for name in _names("--fields", fields, ("toy",) if quick else DEFAULT_FIELDS, FIELDS)]
+    ratios = _numbers(keeps, (1.0, 0.1) if quick else DEFAULT_KEEPS)
+    rivals = [PEERS[name] for name in _names("--peers", peers, (), PEERS)]
+    most = 3 if quick else 30
+
+    rows: list[benchmark.Row] = []
+    with one_core():
+        for spec in chosen:
+            here = []
+            with progress(f"timing {spec.name}", len(ratios)) as update:
+                for done, keep in enumerate(ratios, 1):
+                    here += benchmark.bench([spec], [keep], rivals, min(seconds, 2.0) if quick else seconds, most)
+                    update(done, f"keep {keep:g}")
+            rows += here
+            show_table(spec.title, COLUMNS, [_cells(row) for row in here])
+            say("")
+            if json_path is not None:  # after every field: a long run that is stopped keeps what it has measured
+                benchmark.save_json(json_path, rows, chosen)
+    base = {(row.field, row.keep): row for row in rows if row.contender == BASELINE.name}
+    for row in rows:
+        theirs = base[row.field, row.keep].error
+        if row.contender == OURS.name and row.error > 1.5 * theirs:  # like steps, but never bitwise like step sizes
+            say(f"note: {row.field} at keep {row.keep:g}: error {row.error:.1e}, torchdiffeq's is {theirs:.1e}")
+    if plot_path is not None:
+        say(f"wrote {plot_bench(rows, plot_path)}")
+    if json_path is not None:
+        say(f"wrote {json_path}")

@@ -1,0 +1,19 @@
+"""The `sparseflow` command."""
+
+from __future__ import annotations
+
+import typer
+
+from . import bench, data, demo, info
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False,
+    help="Pruned neural ODEs and continuous normalizing flows, solved by kernels that see only the weights that remain.",
+)
+app.command("info")(info.info)
+app.command("bench")(bench.bench)
+app.command("demo")(demo.demo)
+app.add_typer(data.app, name="data")
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,552 @@
+"""The door users come through: a module compiled to a field (`compile`), and a field with its divergence.
+
+Both are nn.Modules that go wherever the original `f(t, y)` went. Values come from the chosen engine; if that engine is
+native, gradients come from the reference engine, which repeats the evaluation differentiably.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Callable, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import divergence
+from .capture import Sources, capture_with_sources, write_back
+from .divergence import DivergencePlan
+from .engines import choose
+from .engines.base import Engine
+from .engines.reference import ReferenceEngine
+from .field import Layer, LinearShift, SigmoidGate, TimeFunction, VectorField
+from .simplify import simplify
+
+KINDS = ("exact", "hutchinson")
+NOISES = ("rademacher", "gaussian")
+
+
+def compile(  # noqa: A001 (the field's own word; the builtin is not needed here)
+    module_or_field: nn.Module | VectorField, engine: str = "auto", dim: int | None = None
+) -> "CompiledField":
+    """Read the program out of a module `f(t, y)`, simplify it exactly and hand it to an engine.
+
+    module_or_field: a module whose forward is a chain of linear layers, functions of t and activations (`capture`); a
+    VectorField; or a CompiledField, to compile its current values again (after pruning them, or for another engine).
+    engine: "auto" (by device and fit), "reference", "cpu".  dim: size of the state, where capture cannot tell.
+
+    The result keeps the module's dtype and device and shares no memory with it. What the module does not have (a bias
+    left out, a masked entry of a bias) is not trained either: its gradient is zero, or `requires_grad` False.
+
+    Raises UnsupportedFieldError for what cannot be expressed, or not run by the engine asked for; ValueError for an
+    unknown engine or a `dim` that does not fit; TypeError for other objects.
+    """
+    if isinstance(module_or_field, CompiledField):
+        field = module_or_field.vector_field
+        frozen = module_or_field.frozen_entries()
+    elif isinstance(module_or_field, VectorField):
+        field, frozen = module_or_field, {}
+    elif isinstance(module_or_field, nn.Module):
+        field, sources = capture_with_sources(module_or_field, dim)
+        frozen = _absent_entries(field, sources)
+    else:
+        raise TypeError(
+            "compile: module_or_field must be an nn.Module with forward(t, y) or a VectorField, "
+            f"not {type(module_or_field).__name__}"
+        )
+    if dim is not None and field.dim != dim:
+        raise ValueError(f"compile: dim is {dim}, but the field's state has {field.dim} components")
+    simplified, report = simplify(field.map_tensors(torch.Tensor.detach))
+    kept_frozen = {}
+    for number, original in enumerate(report.kept_layers):
+        for name, tensor in simplified.layers[number].tensors():
+            if (original, name) in frozen:
+                kept = (report.kept_values if name == "values" else report.kept_rows)[original]
+                kept_frozen[number, name] = frozen[original, name][kept]
+    return CompiledField(simplified, engine, frozen=kept_frozen, simplification=str(report))
+
+
+def _absent_entries(field: VectorField, sources: Sources) -> dict[tuple[int, str], Tensor]:
+    """bool masks of the entries that are zero because the module has nothing there: a bias left out, a masked weight of
+    the time. Entries computed from parameters in other ways are not among them."""
+    absent = {}
+    for number, layer in enumerate(field.layers):
+        for name, tensor in layer.tensors():
+            source, zero = sources.get((number, name)), (tensor == 0).cpu()
+            if source is not None:
+                zero = zero & (source.parameter < 0)
+            elif not bool(zero.all()):
+                continue
+            if bool(zero.any()):
+                absent[number, name] = zero
+    return absent
+
+
+class _LayerParameters(nn.Module):
+    """One layer's tensors as parameters: values, bias, gate.slope, gate.offset, shift.slope, shift.offset; and the
+    modules of its functions of time."""
+
+    def __init__(self, tensors: dict[str, Tensor], functions: dict[str, nn.Module]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            if owner and owner not in self._modules:
+                self.add_module(owner, nn.Module())
+            target = self.get_submodule(owner)
+            target.register_parameter(leaf, nn.Parameter(tensor.detach().clone()))
+        for name, function in functions.items():
+            self.add_module(name, function)
+
+
+class CompiledField(nn.Module):
+    """A compiled vector field, `field(t, y) -> dy/dt`. Made by `compile`.
+
+    Its parameters are the remaining weights (`layers.<l>.values`, in CSR order of the layer's pattern), biases and time
+    parameters, so an optimizer holds state for nothing else. The state dict holds values only: load it into a field
+    compiled from the same masks.
+
+    dim: size of the state.  nnz: weights, that is multiply-adds per sample and evaluation.
+    """
+
+    def __init__(
+        self, field: VectorField, engine: str = "auto", *, frozen: dict[tuple[int, str], Tensor] | None = None,
+        simplification: str = "",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        choose(field, engine)  # says now what would go wrong later
+        self._program = field  # patterns, activations and functions of time; its tensors are replaced by parameters
+        self._requested = engine
+        self._simplification = simplification
+        self.layers = nn.ModuleList()
+        for layer in field.layers:
+            functions = {
+                f"{kind}_function": part.function
+                for kind, part in (("gate", layer.gate), ("shift", layer.shift))
+                if isinstance(part, TimeFunction) and isinstance(part.function, nn.Module)
+            }
+            self.layers.append(_LayerParameters(dict(layer.tensors()), functions))
+        # The parameters hold the numbers from here on; keep no second copy of them.
+        self._program = field.map_tensors(lambda tensor: tensor.detach().to("meta"))
+        self._plans: dict[str, DivergencePlan] = {}
+        self._packed: dict[str | None, tuple[Any, Engine, list[Tensor]]] = {}
+        self._frozen = frozen or {}  # (layer, tensor's name) -> bool mask of entries that are not trained
+        for (number, name), mask in self._frozen.items():
+            if bool(mask.all()):
+                self.layers[number].get_parameter(name).requires_grad_(False)
+        self._mask_gradients()
+
+    def _mask_gradients(self) -> None:
+        for (number, name), mask in self._frozen.items():
+            parameter = self.layers[number].get_parameter(name)
+            if parameter.requires_grad:
+                parameter.register_hook(lambda grad, mask=mask: grad.masked_fill(mask.to(grad.device), 0))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plans": {}, "_packed": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mask_gradients()  # copies and pickles of a parameter lose its hooks
+
+    def frozen_entries(self) -> dict[tuple[int, str], Tensor]:
+        """(layer number, tensor's name) -> bool mask, on the CPU, of the entries that are not trained; all of a tensor
+        whose requires_grad is False. Tensors trained as a whole are left out."""
+        frozen = dict(self._frozen)
+        for number, layer in enumerate(self.vector_field.layers):
+            for name, tensor in layer.tensors():
+                if not tensor.requires_grad:
+                    frozen[number, name] = torch.ones(tensor.shape, dtype=torch.bool)
+        return frozen
+
+    # ------------------------------------------------------------------------------------------------- what it is
+
+    @property
+    def vector_field(self) -> VectorField:
+        """The program over the live parameters: changes of either are changes of both."""
+        layers = []
+        for layer, own in zip(self._program.layers, self.layers):
+            layer = copy.copy(layer)
+            layer.values, layer.bias = own.values, own.bias
+            for kind in ("gate", "shift"):
+                part = getattr(layer, kind)
+                if isinstance(part, (SigmoidGate, LinearShift)):
+                    live = getattr(own, kind)
+                    setattr(layer, kind, type(part)(live.slope, live.offset))
+                elif isinstance(part, TimeFunction) and isinstance(part.function, nn.Module):
+                    setattr(layer, kind, TimeFunction(getattr(own, f"{kind}_function"), part.rows))
+            layers.append(layer)
+        return VectorField(layers, self._program.notes)
+
+    @property
+    def dim(self) -> int:
+        return self._program.dim
+
+    @property
+    def nnz(self) -> int:
+        return self._program.nnz
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].values.device
+
+    @property
+    def engine(self) -> type[Engine]:
+        """The engine class that runs this field on its present device."""
+        return choose(self.vector_field, self._requested)[0]
+
+    @property
+    def engine_name(self) -> str:
+        return self.engine.name
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, nnz={self.nnz}, engine={self._requested!r}"
+
+    # ------------------------------------------------------------------------------------------------- running it
+
+    def divergence_plan(self, kind: Literal["exact", "hutchinson"] = "exact") -> DivergencePlan:
+        """How the divergence is computed (`divergence.plan`), counted once."""
+        if kind not in self._plans:
+            self._plans[kind] = divergence.plan(self.vector_field, kind)
+        return self._plans[kind]
+
+    def packed(self, kind: Literal["exact", "hutchinson"] | None = None) -> Engine:
+        """An engine that holds the current values, with the divergence of this kind; kept until a parameter changes."""
+        tensors = list(self.parameters())
+        # An inference tensor counts no versions; an object equal to nothing says "always changed".
+        key = [
+            (p.data_ptr(), object() if p.is_inference() else p._version, p.dtype, p.device) for p in tensors
+        ]
+        known = self._packed.get(kind)
+        if known is None or known[0] != key:
+            field = self.vector_field
+            engine_class, _ = choose(field, self._requested)
+            engine = engine_class(field, None if kind is None else self.divergence_plan(kind))
+            # The aliases keep the old memory from being given to a new parameter, which the key could not tell.
+            known = self._packed[kind] = (key, engine, [p.detach() for p in tensors])
+        return known[1]
+
+    def forward(self, t: Tensor | float, y: Tensor) -> Tensor:
+        """dy/dt, shaped like y.
+
+        t: a number, or a tensor of one element in at most two axes.  y: [..., dim] in the field's dtype and device.
+        Differentiable in t, y and the parameters. Raises TypeError or ValueError for other t, y.
+        """
+        t = self._check_time(t)
+        self._check_state("y", y)
+        if y.numel() == 0:
+            return y.clone()
+        (out,) = self._run(None, t, y.reshape(-1, self.dim).contiguous(), None)
+        return out.view(y.shape)
+
+    def _run(self, kind: str | None, t: Tensor, x: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
+        """(dx,) or (dx, trace) by the engine, for checked x [batch, dim]; with a graph where one is wanted."""
+        engine = self.packed(kind)
+        if not engine.differentiable and torch.is_grad_enabled():
+            parameters = tuple(self.parameters())
+            if any(tensor is not None and tensor.requires_grad for tensor in (t, x, noise, *parameters)):
+                return _Evaluate.apply(self, kind, t, x, noise, *parameters)
+        return _call(engine, kind, t, x, noise)
+
+    def _check_time(self, t: Tensor | float) -> Tensor:
+        like = self.layers[0].values
+        if isinstance(t, Tensor):
+            if t.numel() != 1 or t.dim() > 2:
+                raise ValueError(f"t: must be a number or a tensor of one element in at most 2 axes, not {list(t.shape)}")
+            if t.is_complex() or t.dtype == torch.bool:
+                raise TypeError(f"t: must be a real number, not {t.dtype}")
+            return t.reshape(()).to(like)
+        if isinstance(t, bool) or not isinstance(t, (int, float)):
+            raise TypeError(f"t: must be a number or a tensor, not {type(t).__name__}")
+        return torch.as_tensor(float(t), dtype=like.dtype, device=like.device)
+
+    def _check_state(self, name: str, y: Tensor) -> None:
+        like = self.layers[0].values
+        if not isinstance(y, Tensor):
+            raise TypeError(f"{name}: must be a tensor, not {type(y).__name__}")
+        if y.dim() < 1 or y.shape[-1] != self.dim:
+            raise ValueError(f"{name}: the last axis must be {self.dim}, the size of the field's state, not {list(y.shape)}")
+        if y.dtype != like.dtype:
+            raise TypeError(f"{name}: is {y.dtype}, the field {like.dtype}; convert one of them with .to(dtype)")
+        if y.device != like.device:
+            raise ValueError(f"{name}: is on {y.device}, the field on {like.device}; move one of them with .to(device)")
+
+    # ------------------------------------------------------------------------------------------------- the way back
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Write the current values into the parameters of the module this was compiled from.
+
+        Entries that simplify took out keep what the module holds, and so do entries behind a pruning mask. Raises
+        ValueError, and writes nothing, where the module's masks are not this field's, or where a value that changed is
+        no plain entry of a parameter (a constant of the module's code, a product of two parameters).
+        """
+        original, sources = capture_with_sources(module, self.dim)
+        simplified, report = simplify(original)
+        mine = self.vector_field
+        for number, (theirs, ours) in enumerate(zip(simplified.layers, mine.layers)):
+            if not _same_layout(theirs, ours):
+                raise ValueError(
+                    f"copy_to: layer {number} ({ours.name!r}) of the compiled field is {_layout(ours)}, the module now "
+                    f"gives {_layout(theirs)}; it is not the module this was compiled from, or its masks have changed"
+                )
+        if len(simplified.layers) != len(mine.layers):
+            raise ValueError(f"copy_to: the compiled field has {len(mine.layers)} layers, the module {len(simplified.layers)}")
+        for number, theirs, ours in zip(report.kept_layers, simplified.layers, mine.layers):
+            whole = dict(original.layers[number].tensors())
+            now = dict(theirs.tensors())
+            for name, new in ours.tensors():
+                new = new.to(now[name])
+                if name not in whole:  # a shift that simplify folded in
+                    if not torch.equal(new, now[name]):
+                        raise ValueError(f"copy_to: layer {number} ({ours.name!r}): {name} changed; the module has no such thing")
+                    continue
+                kept = (report.kept_values if name == "values" else report.kept_rows)[number].to(new.device)
+                old = whole[name][kept]
+                # What simplify folded into this tensor stays out of the module's: it is still there, a layer earlier.
+                whole[name][kept] = torch.where(now[name] == old, new, old + (new - now[name]))
+        write_back(module, original, sources)
+
+    # ------------------------------------------------------------------------------------------------- telling of it
+
+    def report(self) -> str:
+        """For people: the layers that remain, what was removed, the engine and the divergence, each with its reason."""
+        field = self.vector_field
+        rows = [("layer", "from", "out x in", "weights", "density", "activation", "gate", "shift")]
+        for number, layer in enumerate(field.layers):
+            params = ", ".join(f"{value:g}" for value in layer.activation.params)
+            rows.append((
+                str(number), layer.name or "-", f"{layer.out_features} x {layer.in_features}", str(layer.pattern.nnz),
+                f"{layer.pattern.density:.1%}", layer.activation.name + (f"({params})" if params else ""),
+                _part_name(layer.gate), _part_name(layer.shift),
+            ))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        engine, reason = choose(field, self._requested)
+        lines += ["", f"multiply-adds per sample and evaluation: {self.nnz}", f"engine: {engine.name} ({reason})"]
+        for kind in KINDS:
+            plan = self.divergence_plan(kind)
+            costs = ", ".join(f"{name} {cost}" for name, cost in plan.costs.items())
+            form = type(plan.form).__name__.removesuffix("Form").lower()
+            lines.append(f"{kind} divergence: {form} form; {plan.reason} [multiply-adds: {costs}]")
+        if self._simplification:
+            lines += ["", self._simplification]
+        lines += [note for note in field.notes if note not in self._simplification]
+        return "\n".join(lines)
+
+
+def _layout(layer: Layer) -> str:
+    return (
+        f"{layer.out_features} x {layer.in_features} with {layer.pattern.nnz} weights, {layer.activation.name}, "
+        f"gate {_part_name(layer.gate)}, shift {_part_name(layer.shift)}"
+    )
+
+
+def _same_layout(one: Layer, other: Layer) -> bool:
+    return (
+        one.pattern.shape == other.pattern.shape
+        and one.activation == other.activation
+        and torch.equal(one.pattern.row_ptr, other.pattern.row_ptr)
+        and torch.equal(one.pattern.col, other.pattern.col)
+        and [name for name, _ in one.tensors()] == [name for name, _ in other.tensors()]
+    )
+
+
+def _part_name(part: Any) -> str:
+    names = {SigmoidGate: "sigmoid", LinearShift: "linear", TimeFunction: "function of t"}
+    return "-" if part is None else names[type(part)]
+
+
+def _call(engine: Engine, kind: str | None, t: Tensor, x: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
+    return (engine.evaluate(t, x),) if kind is None else engine.evaluate_with_divergence(t, x, noise)
+
+
+class _Recompute(nn.Module):
+    """A compiled field's evaluation on the reference engine, as a module that functional_call can lend other tensors."""
+
+    def __init__(self, compiled: CompiledField) -> None:
+        super().__init__()
+        self.compiled = compiled
+
+    def forward(self, kind: str | None, t: Tensor, x: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
+        plan = None if kind is None else self.compiled.divergence_plan(kind)
+        return _call(ReferenceEngine(self.compiled.vector_field, plan), kind, t, x, noise)
+
+
+class _Evaluate(torch.autograd.Function):
+    """One evaluation: the engine forwards, the reference engine backwards (and from there on: plain autograd)."""
+
+    @staticmethod
+    def forward(ctx, compiled: CompiledField, kind: str | None, t, x, noise, *parameters):
+        ctx.compiled, ctx.kind = compiled, kind
+        ctx.save_for_backward(t, x, noise, *parameters)
+        return tuple(_call(compiled.packed(kind), kind, t, x, noise))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        wanted = ctx.needs_input_grad[2:]
+        graph = torch.is_grad_enabled()  # create_graph: the gradient will be differentiated in its turn
+
+        def alias(tensor: Tensor | None, want: bool) -> Tensor | None:
+            """A stand-in that gradients stop at, so that x's own dependence on a parameter is not counted here."""
+            if tensor is None:
+                return None
+            return tensor.view_as(tensor) if graph and want else tensor.detach().requires_grad_(want)
+
+        with torch.enable_grad():
+            # saved_tensors raises where a parameter was changed in place since
+            aliases = [alias(tensor, want) for tensor, want in zip(ctx.saved_tensors, wanted)]
+            names = [f"compiled.{name}" for name, _ in ctx.compiled.named_parameters()]
+            outputs = torch.func.functional_call(
+                _Recompute(ctx.compiled), dict(zip(names, aliases[3:])), (ctx.kind, *aliases[:3])
+            )
+            targets = [tensor for tensor, want in zip(aliases, wanted) if want]
+            found = iter(torch.autograd.grad(outputs, targets, grads, allow_unused=True, create_graph=graph))
+        return (None, None, *(next(found) if want else None for want in wanted))
+
+
+# ------------------------------------------------------------------------------------------------------- divergence
+
+
+def with_divergence(
+    field: CompiledField | Callable[[Tensor, Tensor], Tensor],
+    kind: Literal["exact", "hutchinson"] = "exact",
+    noise: Tensor | Literal["rademacher", "gaussian"] | None = None,
+) -> "DivergenceField":
+    """The field beside its log-density: (x, l) -> (dx/dt, dl/dt = -tr df/dx), see DivergenceField.
+
+    field: a CompiledField, or any f(t, x [..., dim]) that treats its rows independently (then by autograd).
+    kind: "exact", or "hutchinson": e' (df/dx) e with the probe e fixed during a solve.
+    noise: only for "hutchinson": "rademacher" (None; +1 or -1) or "gaussian", drawn at the start of each solve from
+    torch's generator; or the probe itself, shaped like x.
+
+    Raises ValueError for an unknown kind or noise and for noise with "exact", TypeError for other objects.
+    """
+    return DivergenceField(field, kind, noise)
+
+
+class DivergenceField(nn.Module):
+    """A vector field with its divergence, `field(t, (x, l)) -> (dx/dt, dl/dt)`. Made by `with_divergence`.
+
+    field: what was given.  kind: "exact" or "hutchinson".  Source of the instantaneous change of variables: Chen et al.
+    2018 (Neural ODEs); of the estimator with noise fixed per solve: Grathwohl et al. 2019 (FFJORD).
+    """
+
+    def __init__(
+        self, field: CompiledField | Callable, kind: str = "exact", noise: Tensor | str | None = None
+    ) -> None:
+        super().__init__()
+        if isinstance(field, VectorField) or not callable(field):
+            raise TypeError(
+                f"with_divergence: field must be a callable f(t, x), not {type(field).__name__}"
+                + ("; compile(field) it first" if isinstance(field, VectorField) else "")
+            )
+        if kind not in KINDS:
+            raise ValueError(f'with_divergence: kind must be "exact" or "hutchinson", not {kind!r}')
+        if kind == "exact" and noise is not None:
+            raise ValueError('with_divergence: noise is only for kind="hutchinson"; the exact divergence has none')
+        if isinstance(noise, str) and noise not in NOISES:
+            raise ValueError(f'with_divergence: noise must be a tensor, "rademacher" or "gaussian", not {noise!r}')
+        if noise is not None and not isinstance(noise, (str, Tensor)):
+            raise TypeError(f"with_divergence: noise must be a tensor or a name, not {type(noise).__name__}")
+        self.field = field
+        self.kind = kind
+        self.distribution = "rademacher" if noise is None else noise if isinstance(noise, str) else "given"
+        self.register_buffer("noise", noise if isinstance(noise, Tensor) else None, persistent=False)
+        self._drawn: Tensor | None = None
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind!r}" + (f", noise={self.distribution!r}" if self.kind == "hutchinson" else "")
+
+    def begin_solve(self, x: Tensor) -> Tensor | None:
+        """Fix the probe for a solve that starts at x, and return it (shaped like x); None for "exact".
+
+        The solver calls of this package do this. Under another solver the probe is drawn at the first evaluation and
+        kept until `resample()`, or until x has another shape, dtype or device.
+        """
+        if self.kind == "exact":
+            return None
+        if self.noise is not None:
+            if self.noise.shape != x.shape:
+                raise ValueError(f"noise: is {list(self.noise.shape)}, the state {list(x.shape)}; they must be alike")
+            return self.noise.to(x.device, x.dtype)
+        if self.distribution == "gaussian":
+            self._drawn = torch.randn_like(x, requires_grad=False)
+        else:
+            self._drawn = torch.randint_like(x, 2, requires_grad=False) * 2 - 1
+        return self._drawn
+
+    def resample(self) -> None:
+        """Forget the drawn probe; the next evaluation or solve draws another. Without effect on a probe that was given."""
+        self._drawn = None
+
+    def _probe(self, x: Tensor) -> Tensor | None:
+        drawn = self._drawn
+        if drawn is not None and (drawn.shape, drawn.dtype, drawn.device) == (x.shape, x.dtype, x.device):
+            return drawn
+        return self.begin_solve(x)
+
+    def forward(self, t: Tensor | float, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """(dx/dt shaped like x, dl/dt shaped like l) at state (x [..., dim], l [...] or [..., 1]).
+
+        Differentiable in t, x and the parameters; l does not enter.
+        """
+        if not isinstance(state, (tuple, list)) or len(state) != 2 or not all(isinstance(p, Tensor) for p in state):
+            raise TypeError("state: must be a tuple (x, l) of two tensors")
+        x, l = state  # noqa: E741
+        if isinstance(self.field, CompiledField):
+            t = self.field._check_time(t)
+            self.field._check_state("x", x)
+        elif x.dim() < 1 or not x.is_floating_point():
+            raise TypeError(f"x: must be a real floating point tensor [..., dim], not {x.dtype} {list(x.shape)}")
+        if l.shape not in (x.shape[:-1], x.shape[:-1] + (1,)):
+            raise ValueError(f"l: must be {list(x.shape[:-1])} or {[*x.shape[:-1], 1]}, not {list(l.shape)}")
+        noise = self._probe(x)
+        if isinstance(self.field, CompiledField):
+            if x.numel() == 0:
+                return x.clone(), torch.zeros_like(l)
+            flat = None if noise is None else noise.reshape(-1, self.field.dim).contiguous()
+            dx, trace = self.field._run(self.kind, t, x.reshape(-1, self.field.dim).contiguous(), flat)
+            return dx.view(x.shape), -trace.view(l.shape)
+        dx, trace = _autograd_divergence(self.field, t, x, noise)
+        return dx, -trace.view(l.shape)
+
+
+def _autograd_divergence(
+    f: Callable[[Tensor, Tensor], Tensor], t: Tensor | float, x: Tensor, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(f(t, x), tr df/dx [...]) of any f, one vector-Jacobian product per component, or one for a noise vector."""
+    wanted = torch.is_grad_enabled()
+    if isinstance(f, nn.Module):  # what any other callable depends on cannot be known
+        depends = [value for value in (t, x, noise) if isinstance(value, Tensor)] + list(f.parameters())
+        wanted = wanted and any(tensor.requires_grad for tensor in depends)
+    with torch.inference_mode(False), torch.enable_grad():
+        if x.is_inference():
+            x = x.clone()
+        if isinstance(t, Tensor) and t.is_inference():
+            t = t.clone()
+        inputs = x if wanted and x.requires_grad else x.detach().requires_grad_()
+        dx = f(t, inputs)
+        if not isinstance(dx, Tensor) or dx.shape != x.shape:
+            shape = list(dx.shape) if isinstance(dx, Tensor) else type(dx).__name__
+            raise ValueError(f"f(t, x): must be shaped like x, {list(x.shape)}, not {shape}")
+
+        def product(cotangent: Tensor) -> Tensor:
+            if not dx.requires_grad:
+                return torch.zeros_like(x)
+            (found,) = torch.autograd.grad(
+                dx, inputs, cotangent, create_graph=wanted, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            return found
+
+        if noise is not None:
+            trace = (product(noise) * noise).sum(-1)
+        else:
+            trace = torch.zeros_like(x[..., 0])
+            for m in range(x.shape[-1]):
+                unit = torch.zeros_like(x)
+                unit[..., m] = 1
+                trace = trace + product(unit)[..., m]
+    return (dx, trace) if wanted else (dx.detach(), trace.detach())

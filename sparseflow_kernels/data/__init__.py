@@ -1,0 +1,29 @@
+"""Data sets by name: generated toys, what comes with scikit-learn, and POWER on request."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+from . import digits, photos, power, toy
+from .cache import ChecksumError, cache_dir
+from .dataset import Dataset
+
+LOADERS: dict[str, Callable[..., Dataset]] = {
+    **{name: (lambda name=name, **options: toy.load(name, **options)) for name in toy.TOYS},
+    "digits": digits.load,
+    "photos": photos.load,
+    "power": power.load,
+}
+
+
+def load(name: str, **options: Any) -> Dataset:
+    """The data set `name`, one of `LOADERS`; options are the loader's (seed, n, rows, download).
+
+    Raises ValueError for an unknown name, TypeError for an option the loader does not have.
+    """
+    if name not in LOADERS:
+        raise ValueError(f"name must be one of {', '.join(LOADERS)}; got {name!r}")
+    return LOADERS[name](**options)
+
+
+__all__ = ["LOADERS", "ChecksumError", "Dataset", "cache_dir", "load"]

@@ -1,0 +1,29 @@
+"""What every loader returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows of a data set, split. train, val, test: float32 CPU [n, dim].
+
+    floor: the least mean negative log-likelihood any model can reach, in nats, where the true density is known.
+    train_labels, val_labels, test_labels: int64 [n] for data with classes, else None.
+    """
+
+    name: str
+    train: Tensor
+    val: Tensor
+    test: Tensor
+    floor: float | None = None
+    train_labels: Tensor | None = None
+    val_labels: Tensor | None = None
+    test_labels: Tensor | None = None
+
+    @property
+    def dim(self) -> int:
+        return self.train.shape[1]

@@ -1,0 +1,428 @@
+"""The divergence tr(df/dx) of a sparse chain: which exact identity or estimator, chosen by counting on the real masks.
+
+Notation (layers numbered from 1, L hidden layers, layer L+1 is the output): d_l = s_l(t) * act_l'(z_l) is the scaled
+slope of hidden layer l, [batch, n_l]; g(t) = s_{L+1}(t) is the output gate (1 without one). Then
+
+    tr df/dx = tr( D_L W_L ... W_2 D_1 A ),      A = W_1 diag(g) W_{L+1}.
+
+Every form below is index arrays into the layers' canonical `values`, counted once per set of masks: a new weight version
+needs re-packing, never a new plan. All per-sample quantities the forms read are the d_l. `evaluate` is their meaning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Iterator, Literal, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .field import Layer, Pattern, VectorField
+
+PATH_LIMIT = 4_000_000  # longest path list a plan stores (a path is a few int64); above it values are multiplied out
+BLOCK_ELEMENTS = 4_000_000  # largest dense intermediate while counting, listing and multiplying out
+
+
+@dataclass(eq=False)
+class GatedMatrix:
+    """A sparse matrix whose entries are sums of products of weights, linear in the output gate:
+
+        value[entry[p]] += (product over f in factors of layer[f].values[index[f][p]]) * g[gate[p]]
+
+    over the paths p. `factors`: (layer number from 0, int64 [paths] indices into that layer's values) pairs.
+    entry: int64 [paths], ascending, index into the pattern's CSR order.  gate: int64 [paths], state coordinate m.
+
+    Where there are more than PATH_LIMIT paths they are not listed: entry, gate and factors are None, and
+    `direct(field, gate)` computes the values [nnz] from the layers as a whole.
+    """
+
+    pattern: Pattern
+    entry: Tensor | None = None
+    gate: Tensor | None = None
+    factors: tuple[tuple[int, Tensor], ...] | None = None
+    direct: Callable[[VectorField, Tensor | None], Tensor] | None = None
+
+    def path_constants(self, field: VectorField) -> Tensor:
+        """[paths] products of weights, without the gate. Raises ValueError where the paths are not listed."""
+        if self.factors is None:
+            raise ValueError("GatedMatrix: this matrix has too many paths to list them; use values(field, gate)")
+        product = None
+        for layer, index in self.factors:
+            values = field.layers[layer].values
+            term = values[index.to(values.device)]
+            product = term if product is None else product * term
+        return product
+
+    def values(self, field: VectorField, gate: Tensor | None) -> Tensor:
+        """[nnz] at one time, differentiable in the layers' values; gate: [dim] or None for 1."""
+        if self.direct is not None:
+            return self.direct(field, gate)
+        product = self.path_constants(field)
+        if gate is not None:
+            product = product * gate[self.gate.to(gate.device)]
+        zero = torch.zeros(self.pattern.nnz, dtype=product.dtype, device=product.device)
+        return zero.index_add(0, self.entry.to(product.device), product)
+
+
+@dataclass(eq=False)
+class DiagonalForm:
+    """L = 1: tr = a . d_1 with a = `row` (a [1, n_1] matrix)."""
+
+    row: GatedMatrix
+
+
+@dataclass(eq=False)
+class PairsForm:
+    """L = 2: tr = d_2' M d_1 with M = `matrix` [n_2, n_1], M_ij = W2_ij sum_m W1_jm g_m W3_mi."""
+
+    matrix: GatedMatrix
+
+
+@dataclass(eq=False)
+class PathsForm:
+    """L = 3: tr = sum over pairs p = (i, k) of A_p * d3[i_p] * d1[k_p] * (Q d_2)_p, pairs where A_ki is structurally
+    non-zero and Q's row is not empty.  products: pattern [pairs, n_2] of Q, Q_pj = W3_ij W2_jk;  factors as in
+    GatedMatrix (two, each [products.nnz]).  coefficient: GatedMatrix [1, pairs], full, A_p = sum_m W1_km g_m W4_mi."""
+
+    i: Tensor
+    k: Tensor
+    products: Pattern
+    factors: tuple[tuple[int, Tensor], ...]
+    coefficient: GatedMatrix
+
+
+@dataclass(eq=False)
+class Column:
+    """One state coordinate m of the columns form: start on live rows of W_1[:, m], sub-matrices of W_2 .. W_L restricted
+    to live neurons, end on W_{L+1}[m, :]. A neuron is live when a path from input m to output m runs through it.
+
+    start_row, start_index: int64, rows of layer 1 and indices into layer 1's values.
+    end_col, end_index: int64, columns (neurons of layer L) and indices into the last layer's values; its gate is g[m].
+    live: for l = 1..L: bool [n_l].  hidden: the patterns of W_2 .. W_L.
+    """
+
+    m: int
+    start_row: Tensor
+    start_index: Tensor
+    end_col: Tensor
+    end_index: Tensor
+    live: tuple[Tensor, ...]
+    hidden: tuple[Pattern, ...]
+
+    @property
+    def steps(self) -> tuple[tuple[Pattern, Tensor], ...]:
+        """For l = 2..L: (pattern [n_l, n_{l-1}] of the live entries, int64 [nnz] indices into layer l's values).
+
+        Made anew whenever asked for: all columns of a wide field together can outweigh the field a hundredfold.
+        """
+        return tuple(
+            _subpattern(pattern, after[pattern.row] & before[pattern.col])
+            for before, after, pattern in zip(self.live, self.live[1:], self.hidden)
+        )
+
+
+@dataclass(eq=False)
+class ColumnsForm:
+    """L >= 3: for each live coordinate m: p = d_1 * W_1[:,m]; p = d_l * (W_l p), l = 2..L; tr += g_m W_{L+1}[m,:] . p."""
+
+    columns: tuple[Column, ...]
+
+
+@dataclass(eq=False)
+class HutchinsonForm:
+    """e' J e: u = W_1 e once per solve; p = d_1 * u; p = d_l * (W_l p), l = 2..L; then r . p with r = W_{L+1}' e once per
+    solve when there is no output gate, else sum_m e_m g_m (W_{L+1} p)_m. L = 0: u = W_1 e, sum_m e_m g_m u_m."""
+
+    output_gate: bool
+
+
+@dataclass(eq=False)
+class NoHiddenForm:
+    """L = 0 (a linear field): tr = sum_m g_m W_mm; `trace` is a [1, 1] GatedMatrix."""
+
+    trace: GatedMatrix
+
+
+Form = NoHiddenForm | DiagonalForm | PairsForm | PathsForm | ColumnsForm | HutchinsonForm
+
+
+@dataclass(eq=False)
+class DivergencePlan:
+    """kind: "exact" or "hutchinson". costs: multiply-adds per sample of every form that was counted ("diagonal", "pairs",
+    "paths", "columns", "hutchinson"; one product per neuron is not counted, except where a form repeats it per column or
+    pair); `reason` says in a sentence what was chosen and why."""
+
+    kind: str
+    form: Form
+    costs: dict[str, int]
+    reason: str
+
+
+# ------------------------------------------------------------------------------------------------------------ planning
+
+
+def plan(field: VectorField, kind: Literal["exact", "hutchinson"] = "exact") -> DivergencePlan:
+    """Choose the divergence's form for these masks. Reads patterns only, never values; runs on the CPU; deterministic.
+
+    Raises ValueError for an unknown kind. Source of the identities: tr is cyclic, so the two outer matrices can be
+    multiplied first, and only their product's entries that close a path through the hidden layers count.
+    """
+    if kind not in ("exact", "hutchinson"):
+        raise ValueError(f'plan: kind must be "exact" or "hutchinson", not {kind!r}')
+    patterns = [layer.pattern for layer in field.layers]
+    output_gate = field.layers[-1].gate is not None
+    probe = sum(pattern.nnz for pattern in patterns[1:-1]) + (patterns[-1].nnz if output_gate else 0)
+    costs = {"hutchinson": probe}
+    if kind == "hutchinson":
+        ends = "W_1 e is hoisted out of the solve" + ("" if output_gate else ", and so is W_out' e")
+        return DivergencePlan(kind, HutchinsonForm(output_gate), costs, f"one tangent, {probe} multiply-adds; {ends}")
+
+    depth = len(patterns) - 1
+    if depth == 0:
+        form, reason = _plan_linear(patterns), "linear field: the trace depends on t alone"
+    elif depth == 1:
+        form = _plan_diagonal(patterns)
+        costs["diagonal"] = form.row.pattern.nnz
+        reason = f"one hidden layer: an inner product of {costs['diagonal']} live neurons"
+    elif depth == 2:
+        form, paths = _plan_pairs(patterns)
+        costs["pairs"] = form.matrix.pattern.nnz
+        reason = (
+            f"two hidden layers: {costs['pairs']} of the {patterns[1].nnz} weights of the middle matrix close a path "
+            f"({paths} paths{', too many to list' if form.matrix.direct else ''}); a Hutchinson probe costs {probe}"
+        )
+    else:
+        columns, costs["columns"] = _plan_columns(patterns)
+        form, reason = columns, f"columns of live neurons cost {costs['columns']}"
+        if depth == 3:
+            listed = _count_paths(patterns)
+            costs["paths"] = listed.paths + 3 * int(listed.i.numel())
+            if costs["paths"] < costs["columns"] and listed.paths + listed.end_paths <= PATH_LIMIT:
+                form = _plan_paths(patterns, listed)
+                reason = f"closed paths cost {costs['paths']}, {reason}"
+            else:
+                reason = f"{reason}, closed paths {costs['paths']}"
+        reason = f"{'three' if depth == 3 else depth} hidden layers: {reason}, a Hutchinson probe {probe}"
+    return DivergencePlan(kind, form, costs, reason)
+
+
+def _mask(pattern: Pattern) -> Tensor:
+    """float32 [out, in] of 0 and 1: products of masks count exactly up to 2**24."""
+    return pattern.dense(torch.ones(pattern.nnz))
+
+
+def _subpattern(pattern: Pattern, kept: Tensor) -> tuple[Pattern, Tensor]:
+    """The pattern of the kept (bool [nnz]) entries, and their int64 indices."""
+    index = kept.nonzero().flatten()
+    row_ptr = torch.zeros_like(pattern.row_ptr)
+    torch.cumsum(torch.bincount(pattern.row[index], minlength=pattern.shape[0]), 0, out=row_ptr[1:])
+    return Pattern(pattern.shape, row_ptr, pattern.col[index]), index
+
+
+def _blocks(count: int, width: int) -> Iterator[slice]:
+    """Slices of `count` rows of `width` elements, each of at most BLOCK_ELEMENTS elements."""
+    size = max(1, BLOCK_ELEMENTS // max(1, width))
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _two_step_paths(left: Pattern, row: Tensor, right: Pattern, col: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For every query q the middles s with left[row_q, s] and right[s, col_q] both there: (q, index of the left entry,
+    index of the right entry) of each such path, q ascending, then s ascending."""
+    where = torch.full((right.shape[0] * right.shape[1],), -1, dtype=torch.int32)  # right's entries by position
+    where[right.row * right.shape[1] + right.col] = torch.arange(right.nnz, dtype=torch.int32)
+    degree = left.row_ptr[1:] - left.row_ptr[:-1]
+    found = []
+    for block in _blocks(row.numel(), int(degree.max()) if degree.numel() else 0):
+        repeats = degree[row[block]]
+        query = torch.repeat_interleave(torch.arange(block.start, block.stop), repeats)
+        first = left.row_ptr[row[block]] - (torch.cumsum(repeats, 0) - repeats)  # so that first + position is the entry
+        left_index = torch.arange(query.numel()) + torch.repeat_interleave(first, repeats)
+        right_index = where[left.col[left_index] * right.shape[1] + col[query]]
+        kept = right_index >= 0
+        found.append((query[kept], left_index[kept], right_index[kept].long()))
+    if not found:
+        none = torch.zeros(0, dtype=torch.int64)
+        return none, none, none
+    return tuple(torch.cat(parts) for parts in zip(*found))
+
+
+def _full_row(count: int) -> Pattern:
+    return Pattern((1, count), torch.tensor([0, count]), torch.arange(count))
+
+
+def _plan_linear(patterns: Sequence[Pattern]) -> NoHiddenForm:
+    (only,) = patterns
+    index = (only.row == only.col).nonzero().flatten()
+    entry = torch.zeros(index.numel(), dtype=torch.int64)
+    return NoHiddenForm(GatedMatrix(_full_row(1), entry, only.row[index], ((0, index),)))
+
+
+def _plan_diagonal(patterns: Sequence[Pattern]) -> DiagonalForm:
+    first, last = patterns
+    neurons = torch.arange(first.shape[0])
+    neuron, first_index, last_index = _two_step_paths(first, neurons, last, neurons)
+    live, entry = torch.unique(neuron, return_inverse=True)
+    pattern = Pattern((1, neurons.numel()), torch.tensor([0, live.numel()]), live)
+    return DiagonalForm(GatedMatrix(pattern, entry, first.col[first_index], ((0, first_index), (1, last_index))))
+
+
+def _plan_pairs(patterns: Sequence[Pattern]) -> tuple[PairsForm, int]:
+    first, middle, last = patterns
+    into, back = _mask(first).T, _mask(last).T.contiguous()  # [dim, n_1], [n_2, dim]
+    paths = torch.cat([
+        (back[rows] @ into).flatten()[_flat(middle, rows)] for rows in _blocks(*middle.shape)
+    ] or [torch.zeros(0)]).long()
+    pattern, index = _subpattern(middle, paths > 0)
+    total = int(paths.sum())
+    if total > PATH_LIMIT:
+        return PairsForm(GatedMatrix(pattern, direct=_MultipliedOut(pattern, index))), total
+    entry, first_index, last_index = _two_step_paths(first, pattern.col, last, pattern.row)
+    factors = ((0, first_index), (1, index[entry]), (2, last_index))
+    return PairsForm(GatedMatrix(pattern, entry, first.col[first_index], factors)), total
+
+
+def _flat(pattern: Pattern, rows: slice) -> Tensor:
+    """Positions of a pattern's entries in some rows, within the flattened block of those rows."""
+    entries = slice(int(pattern.row_ptr[rows.start]), int(pattern.row_ptr[rows.stop]))
+    return (pattern.row[entries] - rows.start) * pattern.shape[1] + pattern.col[entries]
+
+
+@dataclass(eq=False)
+class _MultipliedOut:
+    """values of M_ij = W2_ij sum_m W1_jm g_m W3_mi on `pattern`, without a path list; `index`: its entries in W2."""
+
+    pattern: Pattern
+    index: Tensor
+
+    def __call__(self, field: VectorField, gate: Tensor | None) -> Tensor:
+        first, middle, last = field.layers
+        into, back = first.weight.T, last.weight.T
+        back = back if gate is None else back * gate
+        blocks = [
+            (back[rows] @ into).flatten()[_flat(self.pattern, rows).to(back.device)] for rows in _blocks(*self.pattern.shape)
+        ]
+        return middle.values[self.index.to(back.device)] * torch.cat(blocks)
+
+
+@dataclass(eq=False)
+class _ClosedPaths:
+    """L = 3: the pairs (i, k), CSR order, that close at least one path; paths = sum over pairs of the middles j, and
+    end_paths = sum over pairs of the state coordinates m."""
+
+    i: Tensor
+    k: Tensor
+    paths: int
+    end_paths: int
+
+
+def _count_paths(patterns: Sequence[Pattern]) -> _ClosedPaths:
+    first, second, third, last = patterns
+    into, back = _mask(first).T, _mask(last).T.contiguous()
+    upper, lower = _mask(third), _mask(second)
+    pairs, paths, end_paths = [], 0, 0
+    for rows in _blocks(third.shape[0], second.shape[1]):
+        through, around = upper[rows] @ lower, back[rows] @ into  # [i, k]: middles j, coordinates m
+        closed = (through > 0) & (around > 0)
+        paths += int(through[closed].sum(dtype=torch.float64))
+        end_paths += int(around[closed].sum(dtype=torch.float64))
+        pairs.append(closed.nonzero() + torch.tensor([rows.start, 0]))
+    pairs = torch.cat(pairs) if pairs else torch.zeros(0, 2, dtype=torch.int64)
+    return _ClosedPaths(pairs[:, 0].contiguous(), pairs[:, 1].contiguous(), paths, end_paths)
+
+
+def _plan_paths(patterns: Sequence[Pattern], closed: _ClosedPaths) -> PathsForm:
+    first, second, third, last = patterns
+    pair, third_index, second_index = _two_step_paths(third, closed.i, second, closed.k)
+    row_ptr = torch.zeros(closed.i.numel() + 1, dtype=torch.int64)
+    torch.cumsum(torch.bincount(pair, minlength=closed.i.numel()), 0, out=row_ptr[1:])
+    products = Pattern((closed.i.numel(), second.shape[0]), row_ptr, third.col[third_index])
+    entry, first_index, last_index = _two_step_paths(first, closed.k, last, closed.i)
+    coefficient = GatedMatrix(
+        _full_row(closed.i.numel()), entry, first.col[first_index], ((0, first_index), (3, last_index))
+    )
+    return PathsForm(closed.i, closed.k, products, ((2, third_index), (1, second_index)), coefficient)
+
+
+def _plan_columns(patterns: Sequence[Pattern]) -> tuple[ColumnsForm, int]:
+    """The form and its cost: live weights of W_2 .. W_L and of W_{L+1}, and one product per live neuron, of all columns."""
+    first, *hidden, last = patterns
+    masks = [
+        torch.sparse_coo_tensor(torch.stack([p.row, p.col]), torch.ones(p.nnz), p.shape, check_invariants=True)
+        for p in hidden
+    ]
+    forward, backward = [_mask(first) > 0], [_mask(last).T > 0]  # [n_l, dim]: reached from input m, reaching output m
+    for mask in masks:
+        forward.append(torch.sparse.mm(mask, forward[-1].float()) > 0)
+    for mask in reversed(masks):
+        backward.append(torch.sparse.mm(mask.t(), backward[-1].float()) > 0)
+    live = [reached & reaching for reached, reaching in zip(forward, reversed(backward))]
+    cost = sum(int(neurons.sum()) for neurons in live) + int(live[-1].sum())
+    for mask, before, after in zip(masks, live, live[1:]):
+        cost += int((torch.sparse.mm(mask, before.float()) * after).sum(dtype=torch.float64))
+
+    first_t, first_order = first.transpose
+    columns = []
+    for m in range(first.shape[1]):
+        alive = tuple(neurons[:, m].clone() for neurons in live)
+        if not bool(alive[-1].any()):
+            continue
+        start = slice(int(first_t.row_ptr[m]), int(first_t.row_ptr[m + 1]))
+        starts = alive[0][first_t.col[start]]
+        end = torch.arange(int(last.row_ptr[m]), int(last.row_ptr[m + 1]))
+        end = end[alive[-1][last.col[end]]]
+        columns.append(Column(
+            m, first_t.col[start][starts], first_order[start][starts], last.col[end], end, alive, tuple(hidden)
+        ))
+    return ColumnsForm(tuple(columns)), cost
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(
+    plan: DivergencePlan, field: VectorField, t: Tensor, slopes: Sequence[Tensor], noise: Tensor | None = None
+) -> Tensor:
+    """What every form means, in plain torch, for reading and testing: tr df/dx, or e' (df/dx) e for "hutchinson".
+
+    t: 0-d.  slopes: d_l of the hidden layers, each [batch, n_l].  noise: e, [batch, dim], only for "hutchinson".
+    Returns [batch] (or [1] where nothing given has a batch: the exact trace of a field without hidden layers).
+    """
+    form, last = plan.form, field.layers[-1]
+    gate = None if last.gate is None else last.gate.at(t)
+
+    def product(pattern: Pattern, values: Tensor, x: Tensor) -> Tensor:
+        return functional.linear(x, pattern.dense(values))
+
+    if isinstance(form, NoHiddenForm):
+        return form.trace.values(field, gate)
+    if isinstance(form, DiagonalForm):
+        return product(form.row.pattern, form.row.values(field, gate), slopes[0])[:, 0]
+    if isinstance(form, PairsForm):
+        return (slopes[1] * product(form.matrix.pattern, form.matrix.values(field, gate), slopes[0])).sum(1)
+    if isinstance(form, PathsForm):
+        (upper, upper_index), (lower, lower_index) = form.factors
+        through = field.layers[upper].values[upper_index] * field.layers[lower].values[lower_index]
+        q = product(form.products, through, slopes[1])
+        return (form.coefficient.values(field, gate) * slopes[2][:, form.i] * slopes[0][:, form.k] * q).sum(1)
+    if isinstance(form, ColumnsForm):
+        total = slopes[0].new_zeros(len(slopes[0]))
+        for column in form.columns:
+            p = torch.zeros_like(slopes[0])
+            p[:, column.start_row] = field.layers[0].values[column.start_index]
+            p = slopes[0] * p
+            for layer, slope, (pattern, index) in zip(field.layers[1:], slopes[1:], column.steps):
+                p = slope * product(pattern, layer.values[index], p)
+            end = p[:, column.end_col] @ last.values[column.end_index]
+            total = total + (end if gate is None else gate[column.m] * end)
+        return total
+    if noise is None:
+        raise ValueError('evaluate: a "hutchinson" plan needs noise [batch, dim]')
+    p = _times(field.layers[0], noise)
+    for layer, slope in zip(field.layers[1:], slopes):
+        p = _times(layer, slope * p)
+    return ((noise if gate is None else noise * gate) * p).sum(1)
+
+
+def _times(layer: Layer, x: Tensor) -> Tensor:
+    return functional.linear(x, layer.weight)

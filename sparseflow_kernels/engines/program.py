@@ -1,0 +1,225 @@
+"""Writes a vector field, and the divergence form its plan chose, as the short list of operations a native engine runs.
+
+What the operations mean is said in csrc/field.h; everything that is a formula is decided here, so that native code knows
+sparse rows and epilogues but no identities. The exact forms read the scaled slopes d_l (kept beside the values, in the
+second slot of a row); Hutchinson carries one tangent there instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field as dataclass_field
+from enum import IntEnum
+from typing import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..activations import rule_and_params
+from ..divergence import (
+    ColumnsForm,
+    DiagonalForm,
+    DivergencePlan,
+    GatedMatrix,
+    HutchinsonForm,
+    NoHiddenForm,
+    PairsForm,
+    PathsForm,
+)
+from ..field import Layer, LinearShift, Pattern, SigmoidGate, TimeFunction, VectorField
+
+ABSENT = (-1, 0)
+
+
+class Store(IntEnum):
+    """What an affine operation does with its slope (csrc/cpu/kernels.h)."""
+
+    VALUE = 0
+    VALUE_SLOPE = 1
+    SEED = 2
+    SEED_REDUCE = 3
+    TANGENT = 4
+    TANGENT_REDUCE = 5
+
+
+@dataclass
+class Externals:
+    """Functions of time that run in Python: the engine asks for all of them at a step's stage times, once a step."""
+
+    functions: list[Callable[[Tensor], Tensor]] = dataclass_field(default_factory=list)
+
+    def add(self, function: Callable[[Tensor], Tensor]) -> int:
+        self.functions.append(function)
+        return len(self.functions) - 1
+
+    def answer(self, times: list[float], dtype: torch.dtype) -> list[list[np.ndarray]]:
+        with torch.no_grad():
+            return [
+                [_array(function(torch.tensor(t, dtype=dtype))) for function in self.functions]
+                for t in times
+            ]
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().to("cpu").contiguous().numpy()
+
+
+def _index(tensor: Tensor) -> np.ndarray:
+    return _array(tensor).astype(np.int32)
+
+
+class _Writer:
+    def __init__(self, builder, field: VectorField) -> None:
+        self.builder = builder
+        self.field = field
+        self.externals = Externals()
+        self.modulations: list[int] = []
+        self.weights: list[int] = []
+
+    # ---- parts
+
+    def matrix(self, pattern: Pattern, values: Tensor) -> int:
+        return self.builder.matrix(*pattern.shape, _index(pattern.row_ptr), _index(pattern.col), _array(values))
+
+    def gated(self, matrix: GatedMatrix, gate: int | None) -> int:
+        """A matrix of path sums; static without an output gate."""
+        field, pattern = self.field, matrix.pattern
+        if gate is None:
+            return self.matrix(pattern, matrix.values(field, None))
+        parts = (*pattern.shape, _index(pattern.row_ptr), _index(pattern.col))
+        if matrix.entry is None:  # too many paths to list: its values are recomputed in torch
+            last = field.layers[-1]
+            return self.builder.external_matrix(*parts, self.externals.add(lambda t: matrix.values(field, last.gate.at(t))))
+        constants = matrix.path_constants(field)
+        return self.builder.gated_matrix(*parts, _index(matrix.entry), _index(matrix.gate), _array(constants), gate)
+
+    def modulation(self, layer: Layer) -> int:
+        parts: dict = {}
+        if isinstance(layer.gate, SigmoidGate):
+            parts |= {"gate_slope": _array(layer.gate.slope), "gate_offset": _array(layer.gate.offset)}
+        elif isinstance(layer.gate, TimeFunction):
+            parts["external_gate"] = self.externals.add(layer.gate.at)
+        if isinstance(layer.shift, LinearShift):
+            parts |= {"shift_slope": _array(layer.shift.slope), "shift_offset": _array(layer.shift.offset)}
+        elif isinstance(layer.shift, TimeFunction):
+            parts["external_shift"] = self.externals.add(layer.shift.at)
+        return self.builder.modulation(_array(layer.bias), **parts)
+
+    def affine(self, number: int, source, target, store=Store.VALUE, seed=ABSENT, weight=ABSENT) -> None:
+        rule, params = rule_and_params(self.field.layers[number].activation)
+        a, b = (*params, 1.0, 1.0)[:2]
+        self.builder.affine(
+            self.weights[number], source, target, self.modulations[number], rule.number, float(a), float(b), int(store),
+            seed, weight,
+        )
+
+    # ---- the program
+
+    def write(self, plan: DivergencePlan | None) -> None:
+        field, builder = self.field, self.builder
+        layers = field.layers
+        hidden = len(layers) - 1
+        self.weights = [self.matrix(layer.pattern, layer.values) for layer in layers]
+        self.modulations = [self.modulation(layer) for layer in layers]
+        form = None if plan is None else plan.form
+        hutchinson = isinstance(form, HutchinsonForm)
+        slots = 1 if form is None or isinstance(form, NoHiddenForm) else 2
+
+        x = builder.buffer(field.dim)
+        h = [builder.buffer(layer.out_features, slots) for layer in layers[:-1]]
+        carries = hutchinson and form.output_gate and hidden > 0
+        f = builder.buffer(field.dim, 2 if carries else 1)
+        noise = builder.buffer(field.dim) if hutchinson else -1
+        ones = builder.buffer(1) if isinstance(form, (ColumnsForm, NoHiddenForm)) else -1
+        chain = [x, *h, f]
+
+        if hutchinson:
+            self._hutchinson(form, chain, noise)
+        else:
+            for number in range(hidden):
+                self.affine(number, (chain[number], 0), (chain[number + 1], 0), Store.VALUE_SLOPE if slots == 2 else Store.VALUE)
+            self.affine(hidden, (chain[hidden], 0), (f, 0))
+            if form is not None:
+                self._exact(form, h, ones)
+        builder.roles(field.dim, form is not None, x, f, noise, ones, len(self.externals.functions))
+
+    def _hutchinson(self, form: HutchinsonForm, chain: list[int], noise: int) -> None:
+        """u = W_1 e and, without an output gate, r = W_out' e stay the same for a whole solve: they are made once per
+        tile and step, which bounds memory by the tile. Then one tangent runs beside the values."""
+        builder, layers = self.builder, self.field.layers
+        hidden, f = len(layers) - 1, chain[-1]
+        first, last = layers[0], layers[-1]
+        u = builder.buffer(first.out_features)
+        builder.product(self.weights[0], (noise, 0), (u, 0), prologue=True)
+        if hidden == 0:
+            # e' G W e: the "hidden layer" is the output itself, its slope the gate
+            self.affine(0, (chain[0], 0), (f, 0), Store.SEED_REDUCE, seed=(u, 0), weight=(noise, 0))
+            return
+        weight = ABSENT
+        if not form.output_gate:
+            transpose, order = last.pattern.transpose
+            r = builder.buffer(last.in_features)
+            builder.product(self.matrix(transpose, last.values[order.to(last.values.device)]), (noise, 0), (r, 0), prologue=True)
+            weight = (r, 0)
+        for number in range(hidden):
+            reduce = weight != ABSENT and number == hidden - 1
+            if number == 0:
+                store = Store.SEED_REDUCE if reduce else Store.SEED
+                self.affine(0, (chain[0], 0), (chain[1], 0), store, seed=(u, 0), weight=weight if reduce else ABSENT)
+            else:
+                store = Store.TANGENT_REDUCE if reduce else Store.TANGENT
+                self.affine(number, (chain[number], 0), (chain[number + 1], 0), store, weight=weight if reduce else ABSENT)
+        if form.output_gate:
+            self.affine(hidden, (chain[hidden], 0), (f, 0), Store.TANGENT_REDUCE, weight=(noise, 0))
+        else:
+            self.affine(hidden, (chain[hidden], 0), (f, 0))
+
+    def _exact(self, form, h: list[int], ones: int) -> None:
+        builder, layers = self.builder, self.field.layers
+        gate = self.modulations[-1] if layers[-1].gate is not None else None
+        if isinstance(form, NoHiddenForm):
+            builder.reduction(self.gated(form.trace, gate), (ones, 0))
+        elif isinstance(form, DiagonalForm):
+            builder.reduction(self.gated(form.row, gate), (h[0], 1))
+        elif isinstance(form, PairsForm):
+            builder.reduction(self.gated(form.matrix, gate), (h[0], 1), factor=(h[1], 1))
+        elif isinstance(form, PathsForm):
+            constants = None
+            for layer, index in form.factors:
+                values = layers[layer].values[index.to(layers[layer].values.device)]
+                constants = values if constants is None else constants * values
+            builder.reduction(
+                self.matrix(form.products, constants), (h[1], 1), factor=(h[2], 1), factor2=(h[0], 1),
+                factor_row=_index(form.i), factor2_row=_index(form.k),
+                coefficient_matrix=self.gated(form.coefficient, gate),
+            )
+        elif isinstance(form, ColumnsForm):
+            scratch = [builder.buffer(layer.out_features) for layer in layers[:-1]]
+            for column in form.columns:
+                self._column(column, h, scratch, ones, gate)
+        else:
+            raise TypeError(f"no native program for {type(form).__name__}")
+
+    def _column(self, column, h: list[int], scratch: list[int], ones: int, gate: int | None) -> None:
+        builder, layers = self.builder, self.field.layers
+        p = column.start_row
+        start, order = Pattern.from_coo((layers[0].out_features, 1), p, torch.zeros_like(p))
+        values = layers[0].values[column.start_index[order]]
+        builder.product(self.matrix(start, values), (ones, 0), (scratch[0], 0), factor=(h[0], 1), skip_empty=True)
+        for number, (pattern, index) in enumerate(column.steps, start=1):
+            builder.product(
+                self.matrix(pattern, layers[number].values[index]), (scratch[number - 1], 0), (scratch[number], 0),
+                factor=(h[number], 1), skip_empty=True,
+            )
+        end, order = Pattern.from_coo((1, layers[-1].in_features), torch.zeros_like(column.end_col), column.end_col)
+        index = column.end_index[order]
+        matrix = GatedMatrix(end, torch.arange(end.nnz), torch.full((end.nnz,), column.m), ((len(layers) - 1, index),))
+        builder.reduction(self.gated(matrix, gate), (scratch[-1], 0))
+
+
+def write_program(builder, field: VectorField, plan: DivergencePlan | None) -> Externals:
+    """Fill a native builder (`_cpu.BuilderF32` or `F64`); returns the functions of time the engine must ask for."""
+    writer = _Writer(builder, field)
+    with torch.no_grad():
+        writer.write(plan)
+    return writer.externals

@@ -1,0 +1,112 @@
+"""The reference engine: plain PyTorch on dense weights. It defines what a vector field, its divergence and a solve mean;
+every other engine is tested against it. The divergence is the Jacobian's diagonal by forward tangents, not an identity.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .. import activations
+from ..divergence import DivergencePlan
+from ..field import UnsupportedFieldError, VectorField
+from ..numerics.adaptive import solve_request
+from .base import Engine, SolveRequest, SolveResult
+
+TANGENT_ELEMENTS = 1 << 22  # largest tangent block [batch, columns, width]; wider Jacobians go in several column blocks
+
+
+class ReferenceEngine(Engine):
+    """float32 and float64, CPU and GPU, any field. Autograd flows through `evaluate`, `evaluate_with_divergence` and
+    `solve` to the state, the time, the noise and every tensor of the field."""
+
+    name: ClassVar[str] = "reference"
+    differentiable: ClassVar[bool] = True
+
+    @staticmethod
+    def unsupported(field: VectorField) -> str | None:
+        if not field.dtype.is_floating_point:
+            return f"the field's dtype is {field.dtype}, not floating point; convert the module first"
+        for layer in field.layers:
+            try:
+                activations.rule_and_params(layer.activation)
+            except UnsupportedFieldError as error:
+                return f"layer {layer.name!r}: {error}"
+        return None
+
+    def __init__(self, field: VectorField, plan: DivergencePlan | None = None) -> None:
+        self.field = field
+        self.plan = plan
+        self._packed: list[Tensor] | None = None  # dense weights without a graph
+
+    def _weights(self) -> list[Tensor]:
+        """Dense weights; under grad they are made anew at each call, because their graph belongs to one backward."""
+        if torch.is_grad_enabled() and any(layer.values.requires_grad for layer in self.field.layers):
+            return [layer.weight for layer in self.field.layers]
+        if self._packed is None:
+            with torch.no_grad():
+                self._packed = [layer.weight for layer in self.field.layers]
+        return self._packed
+
+    def evaluate(self, t: Tensor | float, y: Tensor) -> Tensor:
+        return self._forward(self._weights(), t, y)[0]
+
+    def evaluate_with_divergence(self, t: Tensor | float, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.plan is None:
+            raise ValueError("evaluate_with_divergence: this engine was packed without a divergence plan")
+        return self._with_divergence(self._weights(), t, x, noise)
+
+    def solve(self, request: SolveRequest) -> SolveResult:
+        weights = self._weights()
+
+        def f(t: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor | None]:
+            if self.plan is None:
+                return self._forward(weights, t, x)[0], None
+            dx, trace = self._with_divergence(weights, t, x, request.noise)
+            return dx, -trace
+
+        return solve_request(request, f)
+
+    def _forward(self, weights: Sequence[Tensor], t: Tensor | float, y: Tensor) -> tuple[Tensor, list[tuple]]:
+        """(f(t, y), [(s_l or None, z_l) of every layer])."""
+        t = torch.as_tensor(t, dtype=y.dtype, device=y.device)
+        trail = []
+        for layer, weight in zip(self.field.layers, weights):
+            scale, shift = layer.modulation(t)
+            z = functional.linear(y, weight, layer.bias)
+            z = z if scale is None else scale * z
+            z = z if shift is None else z + shift
+            trail.append((scale, z))
+            y = activations.apply(layer.activation, z)
+        return y, trail
+
+    def _with_divergence(
+        self, weights: Sequence[Tensor], t: Tensor | float, x: Tensor, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Tangents [batch, columns, n_l] run beside the primal: all unit vectors, or the one noise vector."""
+        dx, trail = self._forward(weights, t, x)
+        slopes = [
+            activations.derivative(layer.activation, z) for layer, (_, z) in zip(self.field.layers[:-1], trail)
+        ] + [None]
+
+        def push(tangent: Tensor) -> Tensor:
+            for weight, (scale, _), slope in zip(weights, trail, slopes):
+                tangent = functional.linear(tangent, weight)
+                tangent = tangent if scale is None else scale * tangent
+                tangent = tangent if slope is None else slope[:, None, :] * tangent
+            return tangent
+
+        if self.plan.kind == "hutchinson":
+            if noise is None:
+                raise ValueError('evaluate_with_divergence: a "hutchinson" divergence needs noise [batch, dim]')
+            return dx, (noise * push(noise[:, None, :])[:, 0]).sum(1)
+        widest = max(len(x), 1) * max(1, *(layer.out_features for layer in self.field.layers))
+        units = torch.eye(self.field.dim, dtype=x.dtype, device=x.device)
+        trace = x.new_zeros(len(x))
+        for block in units.split(max(1, TANGENT_ELEMENTS // widest)):
+            # one [1, columns, dim] for the whole batch: the first product is shared until a slope tells samples apart
+            trace = trace + (push(block[None]) * block).sum((1, 2))
+        return dx, trace

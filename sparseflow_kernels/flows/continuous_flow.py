@@ -1,0 +1,212 @@
+"""Continuous normalizing flows: densities and samples by solving a vector field (Chen et al. 2018; FFJORD, 2019).
+
+With dx/dt = f(t, x) from data at t0 to the base distribution at t0 + T, and dl/dt = -tr(df/dx), l(t0) = 0:
+log p(x) = log base(z) - l, z and l at the end. Sampling solves the same field backwards.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from ..compiled_field import compile as compile_field
+from ..compiled_field import with_divergence
+from ..odeint import odeint_adjoint, solve
+from ..solution import Stats
+
+
+@dataclass(frozen=True)
+class FlowStats:
+    """How the last call's solves went, one entry per vector field in the order they were solved."""
+
+    solves: tuple[Stats, ...]
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations of all vector fields together."""
+        return sum(stats.nfe for stats in self.solves)
+
+
+class ContinuousFlow(nn.Module):
+    """A density on R^dim given by one vector field, or a chain of them.
+
+    odefunc: a module f(t, x) with t 0-d and x [batch, dim], or a sequence of such: data goes through the first one
+        first. Compiled fields are as good as plain modules.
+    base: a distribution over vectors [dim] (event_shape (dim,)), None for the standard normal.
+    divergence: "exact" or "hutchinson"; eval_divergence: the same for eval mode, None for no difference (FFJORD trains
+        with "hutchinson" and reports "exact").  noise: Hutchinson's probe, "gaussian" or "rademacher", drawn once per
+        solve from torch's global generator.
+    t0, t1: the interval of every field.  train_end_time: give each field a parameter `sqrt_end_time`, T = its square,
+        starting at t1 - t0; it has a true gradient here.
+    rtol, atol, method, options: the solver's, as in `odeint`.
+    gradient: "discrete" (through the steps taken) or "adjoint" (`odeint_adjoint`, no statistics).
+
+    `stats` (FlowStats, or None) tells of the last call. Tensors are checked: shape [n, dim], the parameters' dtype and
+    device, finite.
+    """
+
+    def __init__(
+        self,
+        odefunc: nn.Module | Sequence[nn.Module],
+        dim: int = 2,
+        *,
+        base: Distribution | None = None,
+        divergence: str = "exact",
+        eval_divergence: str | None = None,
+        noise: str = "gaussian",
+        t0: float = 0.0,
+        t1: float = 1.0,
+        train_end_time: bool = False,
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        method: str = "dopri5",
+        options: dict | None = None,
+        gradient: str = "discrete",
+    ) -> None:
+        super().__init__()
+        fields = [odefunc] if isinstance(odefunc, nn.Module) and not isinstance(odefunc, nn.ModuleList) else list(odefunc)
+        if not fields or not all(isinstance(f, nn.Module) for f in fields):
+            raise TypeError("odefunc must be an nn.Module f(t, x), or a sequence of at least one such module")
+        for name, value, known in (
+            ("divergence", divergence, ("exact", "hutchinson")),
+            ("eval_divergence", eval_divergence, (None, "exact", "hutchinson")),
+            ("noise", noise, ("gaussian", "rademacher")),
+            ("gradient", gradient, ("discrete", "adjoint")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
+        if base is not None and tuple(base.event_shape) != (dim,):
+            raise ValueError(
+                f"base must be a distribution over vectors, event_shape ({dim},); it has {tuple(base.event_shape)} "
+                "(torch.distributions.Independent turns batch dimensions into event dimensions)"
+            )
+        if t0 == t1 or (train_end_time and not t0 < t1):
+            raise ValueError(f"t0 and t1 must differ, and t0 < t1 with train_end_time; got t0={t0}, t1={t1}")
+        self.vector_fields = nn.ModuleList(fields)
+        self.dim, self.base = dim, base
+        self.divergence, self.eval_divergence, self.noise = divergence, eval_divergence, noise
+        self.t0, self.t1 = float(t0), float(t1)
+        self.rtol, self.atol, self.method, self.options = rtol, atol, method, options
+        self.gradient = gradient
+        self.sqrt_end_time: nn.ParameterList | None = None
+        if train_end_time:
+            like = next(self.vector_fields.parameters())
+            start = torch.tensor(math.sqrt(t1 - t0), dtype=like.dtype, device=like.device)
+            self.sqrt_end_time = nn.ParameterList(nn.Parameter(start.clone()) for _ in fields)
+        self.stats: FlowStats | None = None
+
+    # ------------------------------------------------------------------------------------------------------ densities
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) in nats: x [n, dim] -> [n]. Differentiable in x and the parameters."""
+        z, logdet = self.transform(x)
+        return self._base(z).log_prob(z) + logdet
+
+    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Data to base: x [n, dim] -> (z [n, dim], log|det dz/dx| [n])."""
+        self._check(x, "x")
+        change = x.new_zeros(x.shape[0])  # l = -log|det dz/dx|
+        solves: list[Stats] = []
+        for index in range(len(self.vector_fields)):
+            x, change = self._solve(self._with_divergence(index), (x, change), self._times(index, x), solves)
+        self.stats = FlowStats(tuple(solves)) if solves else None
+        return x, -change
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Base to data: z [n, dim] -> x [n, dim], without densities."""
+        self._check(z, "z")
+        solves: list[Stats] = []
+        for index in reversed(range(len(self.vector_fields))):
+            z = self._solve(self.vector_fields[index], z, self._times(index, z).flip(0), solves)
+        self.stats = FlowStats(tuple(solves)) if solves else None
+        return z
+
+    @torch.no_grad()
+    def sample(self, shape: int | Sequence[int] = ()) -> Tensor:
+        """Samples [*shape, dim] (an int n means (n,)), from torch's global generator; no gradient."""
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        like = next(self._tensors())
+        n = math.prod(shape)
+        z = self._base(like).sample((n,)).to(like)
+        return self.inverse(z).view(*shape, self.dim)
+
+    # ------------------------------------------------------------------------------------------------------- compiled
+
+    def compile(self, engine: str = "auto") -> "ContinuousFlow":  # noqa: A003 - nn.Module.compile is torch.compile's
+        """A new flow of the same settings over `sparseflow_kernels.compile`d fields; this one is left as it is. The
+        parameters are copies. (This takes the place of nn.Module.compile; for that one call torch.compile(flow).)"""
+        flow = ContinuousFlow(
+            [compile_field(f, engine=engine, dim=self.dim) for f in self.vector_fields],
+            self.dim,
+            base=self.base,
+            divergence=self.divergence,
+            eval_divergence=self.eval_divergence,
+            noise=self.noise,
+            t0=self.t0,
+            t1=self.t1,
+            rtol=self.rtol,
+            atol=self.atol,
+            method=self.method,
+            options=self.options,
+            gradient=self.gradient,
+        )
+        if self.sqrt_end_time is not None:
+            flow.sqrt_end_time = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in self.sqrt_end_time)
+        return flow.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, divergence={self.divergence!r}, method={self.method!r}, rtol={self.rtol}, atol={self.atol}"
+
+    # ------------------------------------------------------------------------------------------------------- internal
+
+    def _times(self, index: int, like: Tensor) -> Tensor:
+        if self.sqrt_end_time is None:
+            return torch.tensor([self.t0, self.t1], dtype=like.dtype, device=like.device)
+        end = self.t0 + self.sqrt_end_time[index] ** 2
+        return torch.stack([torch.full_like(end, self.t0), end])
+
+    def _with_divergence(self, index: int) -> nn.Module:
+        kind = self.divergence if self.training or self.eval_divergence is None else self.eval_divergence
+        return with_divergence(self.vector_fields[index], kind, noise=self.noise if kind == "hutchinson" else None)
+
+    def _solve(self, field: nn.Module, state, times: Tensor, solves: list[Stats]):
+        settings = {"rtol": self.rtol, "atol": self.atol, "method": self.method, "options": self.options}
+        if self.gradient == "adjoint" and torch.is_grad_enabled():
+            ys = odeint_adjoint(field, state, times, **settings)
+        else:
+            solution = solve(field, state, times, **settings)
+            solves.append(solution.stats)
+            ys = solution.ys
+        return tuple(part[-1] for part in ys) if isinstance(state, tuple) else ys[-1]
+
+    def _base(self, like: Tensor) -> Distribution:
+        if self.base is not None:
+            return self.base
+        normal = torch.distributions.Normal(like.new_zeros(self.dim), like.new_ones(self.dim), validate_args=False)
+        return torch.distributions.Independent(normal, 1, validate_args=False)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from self.parameters()
+        yield from (buffer for buffer in self.buffers() if buffer.is_floating_point())
+        yield torch.empty(0)
+
+    def _check(self, x: Tensor, name: str) -> None:
+        if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != self.dim:
+            got = f"of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be a tensor [n, {self.dim}], one sample per row; got {got}")
+        like = next(self._tensors())
+        if x.dtype != like.dtype or x.device != like.device:
+            raise TypeError(
+                f"{name} is {x.dtype} on {x.device}, the flow's parameters are {like.dtype} on {like.device}; "
+                f"move one of them, for example {name}.to({like.dtype}) or flow.to({x.dtype})"
+            )
+        finite = torch.isfinite(x).all(1)
+        if not bool(finite.all()):
+            rows = (~finite).nonzero().flatten().tolist()
+            shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+            raise ValueError(f"{name} has NaN or infinite entries in {len(rows)} of {x.shape[0]} rows: {shown}")

@@ -1,0 +1,22 @@
+"""Pruning of vector fields and flows: WT (single weights), FT (whole neurons), and size as the paper counts it."""
+
+from .chain import NotAChain
+from .masks import copy_module, prunable_layers, remove_masks_
+from .neurons import prune_neurons_
+from .size import KEEP_RATIOS, SparsityReport, dense_size, keep_ratio, size, sparsity_report
+from .weights import prune_weights_
+
+__all__ = [
+    "KEEP_RATIOS",
+    "NotAChain",
+    "SparsityReport",
+    "copy_module",
+    "dense_size",
+    "keep_ratio",
+    "prunable_layers",
+    "prune_neurons_",
+    "prune_weights_",
+    "remove_masks_",
+    "size",
+    "sparsity_report",
+]

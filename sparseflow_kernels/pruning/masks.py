@@ -1,0 +1,129 @@
+"""What pruning can act on, and the masks it leaves: `torch.nn.utils.prune` masks, read and written in one place.
+
+A masked parameter `name` lives in its module as the parameter `name_orig` and the buffer `name_mask`; the attribute
+`name` is their product as of the last forward pass, so it is stale after an optimizer step. Everything here therefore
+reads the product itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Iterable, Iterator, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def effective(module: nn.Module, name: str) -> Tensor:
+    """The parameter `name` of this very module as its forward uses it: masks and parametrizations applied, detached."""
+    original = module._parameters.get(f"{name}_orig")
+    if original is not None and f"{name}_mask" in module._buffers:
+        return original.detach() * module._buffers[f"{name}_mask"]
+    return getattr(module, name).detach()
+
+
+def effective_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(path, tensor as used) of every parameter in `module`, shared ones once; a masked parameter under its plain name."""
+    seen: set[int] = set()
+    for prefix, part in module.named_modules():
+        if isinstance(part, parametrize.ParametrizationList):
+            continue  # its owner yields the parametrized tensor
+        names = [name.removesuffix("_orig") if f"{name.removesuffix('_orig')}_mask" in part._buffers else name
+                 for name, parameter in part._parameters.items() if parameter is not None]
+        if parametrize.is_parametrized(part):
+            names += list(part.parametrizations)
+        for name in names:
+            parameter = part._parameters.get(f"{name}_orig", part._parameters.get(name))
+            if parameter is not None:
+                if id(parameter) in seen:
+                    continue
+                seen.add(id(parameter))
+            yield (f"{prefix}.{name}" if prefix else name), effective(part, name)
+
+
+def set_mask_(module: nn.Module, name: str, mask: Tensor) -> None:
+    """Multiply the mask of parameter `name` by a bool `mask`. Masks compose: an entry once pruned stays pruned."""
+    if parametrize.is_parametrized(module, name):
+        raise ValueError(
+            f"cannot prune {type(module).__name__}.{name}: it has a parametrization; make it plain first with "
+            "torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    current = module._buffers.get(f"{name}_mask")
+    if current is None:
+        if bool(mask.all()):
+            return
+        prune.custom_from_mask(module, name, mask.to(getattr(module, name).device))
+    else:  # one container of methods per call would grow without end over a long schedule; the product is the same
+        current.mul_(mask.to(current))
+    setattr(module, name, effective(module, name))  # a graph-free value, so that the module can be deep-copied
+
+
+def copy_module(module: _Module) -> _Module:
+    """copy.deepcopy of a module that has pruning masks (plain deepcopy refuses one after a forward pass)."""
+    for part in module.modules():
+        for name in [name.removesuffix("_mask") for name in part._buffers if name.endswith("_mask")]:
+            if f"{name}_orig" in part._parameters:
+                setattr(part, name, effective(part, name))
+    return copy.deepcopy(module)
+
+
+def remove_masks_(module: _Module) -> _Module:
+    """Make every mask permanent: the zeros are written into plain parameters and can be trained again."""
+    for part in module.modules():
+        for name in [name.removesuffix("_mask") for name in part._buffers if name.endswith("_mask")]:
+            if f"{name}_orig" in part._parameters:
+                prune.remove(part, name)
+    return module
+
+
+def prunable_layers(module: nn.Module, layers: Iterable[nn.Module | str] | None = None) -> dict[str, nn.Module]:
+    """Path -> layer, in registration order, of every layer whose `weight` pruning scores.
+
+    These are nn.Linear and nn.Conv2d with groups == 1. A Linear with one input is a function of time alone (the gates and
+    time biases of FFJORD's squash and concatsquash layers) and is left out, as in the reference implementation.
+    `layers` overrides the choice: modules, or paths as in `module.named_modules()`.
+
+    Raises ValueError if nothing is prunable or an entry of `layers` is not a Linear or Conv2d of `module`.
+    """
+    named = dict(module.named_modules())
+    if layers is None:
+        found = {
+            path: part
+            for path, part in named.items()
+            if (isinstance(part, nn.Linear) and part.in_features > 1)
+            or (isinstance(part, nn.Conv2d) and part.groups == 1)
+        }
+    else:
+        paths = {id(part): path for path, part in named.items()}
+        wanted = set()
+        for entry in layers:
+            path = entry if isinstance(entry, str) else paths.get(id(entry))
+            if path not in named or not isinstance(named[path], (nn.Linear, nn.Conv2d)):
+                raise ValueError(
+                    f"layers: {entry!r} is not a Linear or Conv2d inside {type(module).__name__}; give such modules, or "
+                    "their paths as in module.named_modules()"
+                )
+            wanted.add(path)
+        found = {path: part for path, part in named.items() if path in wanted}
+    if not found:
+        raise ValueError(f"{type(module).__name__} has no prunable layer (nn.Linear with more than one input, nn.Conv2d)")
+    return found
+
+
+def live_mask(layer: nn.Module, name: str = "weight") -> Tensor:
+    """bool, shaped like the parameter: its non-zero entries as the forward pass sees them."""
+    return effective(layer, name) != 0
+
+
+def check_keep(keep: float, of: str) -> None:
+    if not isinstance(keep, (int, float)) or isinstance(keep, bool) or not 0.0 < keep <= 1.0:
+        raise ValueError(f"keep must be a number in (0, 1], the share that stays; got {keep!r}")
+    if of not in ("parameters", "weights"):
+        raise ValueError(f"of must be 'parameters' (the paper's size) or 'weights'; got {of!r}")
+
+
+def count(masks: Iterable[Tensor]) -> int:
+    return sum(int(torch.count_nonzero(mask)) for mask in masks)

@@ -1,0 +1,200 @@
+"""WT, unstructured pruning: one global magnitude ranking (Sparse Flows, arXiv 2106.12718, "WT")."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Iterable, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .chain import Chain, NotAChain, broadcast_rows, live_parameters, neurons_read, reaches_derivative
+from .chain import row_parameters, trace_chain, vector_fields
+from .masks import check_keep, count, effective, prunable_layers, set_mask_
+from .size import dense_size, size
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def prune_weights_(
+    module: _Module,
+    keep: float,
+    *,
+    layers: Iterable[nn.Module | str] | None = None,
+    of: str = "parameters",
+    remove_dead: bool = True,
+    min_neurons: int = 0,
+) -> _Module:
+    """Prune single weights in place, by global magnitude, to the keep ratio `keep`; returns `module`.
+
+    All |w| of the prunable layers (`prunable_layers`) are ranked together and the largest stay; equal magnitudes are
+    settled by position. The masks are `torch.nn.utils.prune`'s, so training goes on through them, and they nest: an entry
+    once pruned never comes back. Calling again with a larger `keep` changes nothing.
+
+    keep: in (0, 1], always relative to the dense total.
+    of: "parameters" (the paper's size: keep * all parameters is the number of non-zero entries left, and biases and time
+        conditioning count), or "weights" (keep * prunable weights stay, whatever else there is). Of the POWER flow's
+        parameters 8.6 % are not prunable: keep 0.1 of parameters leaves far fewer than 0.1 of its weights.
+    remove_dead: also mask every parameter (incoming weights, bias, gate, time bias) of neurons that nobody reads any
+        more. This does not change the function, and the size freed is spent on weights that live: the number of
+        top-ranked weights is searched so that the size after removal fits the budget, and what is still left goes to the
+        strongest weights between neurons that live. So the size is met exactly. Needs fields that are chains of
+        Linear layers; for others a warning is given and dead parameters stay, and count.
+    min_neurons: in every layer at least this many neurons stay connected from the state to the derivative, through
+        strong weights, even against the ranking (a global ranking can empty a layer). Chains only.
+
+    Warns when the budget cuts every path from a field's state to its derivative, or when `min_neurons` needs more than it.
+    Raises ValueError for bad arguments, NotAChain for `min_neurons` on a field that is not a chain.
+    """
+    check_keep(keep, of)
+    if min_neurons < 0 or min_neurons != int(min_neurons):
+        raise ValueError(f"min_neurons must be a whole number >= 0, got {min_neurons!r}")
+    found = prunable_layers(module, layers)
+    weights = {path: effective(layer, "weight") for path, layer in found.items()}
+    for path, weight in weights.items():
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"{path}.weight has non-finite entries; pruning by magnitude has no meaning there")
+    chains = _chains(module, found, remove_dead, min_neurons)
+
+    live = count(weights.values())
+    elsewhere = size(module) - live
+    if of == "parameters":
+        budget = math.floor(keep * dense_size(module))
+    else:
+        budget = math.floor(keep * sum(weight.numel() for weight in weights.values()))
+    outside = elsewhere if of == "parameters" else 0
+
+    protected = _protected(chains, weights, min_neurons) if min_neurons else {}
+    ranking = _Ranking(weights, protected)
+    searched = chains if remove_dead else []
+
+    def outcome(n: int) -> tuple[int, dict[str, Tensor], list[tuple[Chain, list[Tensor]]]]:
+        """Size in the budget's terms when the n top-ranked weights stay and dead neurons go."""
+        masks = ranking.top(n)
+        total, removed = outside, []
+        for chain in searched:
+            read = neurons_read(chain, masks)
+            removed.append((chain, read))
+            for layer, rows in zip(chain.layers, read):
+                masks[layer.path] &= broadcast_rows(rows, masks[layer.path])
+                if of == "parameters":
+                    total -= live_parameters(layer, ~rows)
+        return total + count(masks.values()), masks, removed
+
+    low, high = count(protected.values()), live  # invariant: `low` fits the budget (or is the least there is)
+    if outcome(high)[0] <= budget:
+        low = high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if outcome(middle)[0] <= budget else (low, middle)
+    total, masks, removed = outcome(low)
+    if total < budget and low < live:  # the next weight would bring back a neuron, and more than fits with it
+        added = ranking.next(low, budget - total, _between_live(removed, weights))
+        masks = {path: mask | added[path] for path, mask in masks.items()}
+    if total > budget:
+        warnings.warn(
+            f"prune_weights_: keep={keep} of {of} allows {budget:,} non-zero entries, but {total:,} remain "
+            f"({total - count(masks.values()):,} outside the prunable weights, {count(masks.values()):,} weights held by "
+            "min_neurons); use a larger keep, of='weights', or fewer min_neurons",
+            stacklevel=2,
+        )
+    cut = sum(not reaches_derivative(chain, masks) for chain in chains)
+    if count(masks.values()) == 0 or cut:
+        which = f"{cut} of {len(chains)} vector fields" if cut else "no weight at all: a field"
+        warnings.warn(
+            f"prune_weights_: keep={keep} of {of} leaves {which} in which no path leads from the state to its derivative; "
+            "use a larger keep, of='weights', or min_neurons",
+            stacklevel=2,
+        )
+
+    for path, layer in found.items():
+        set_mask_(layer, "weight", masks[path])
+    for chain, read in removed:
+        for layer, rows in zip(chain.layers, read):
+            for owner, name in row_parameters(layer):
+                set_mask_(owner, name, broadcast_rows(rows, effective(owner, name)))
+    return module
+
+
+class _Ranking:
+    """Weights of all layers, strongest first; `top(n)` are nested in n."""
+
+    def __init__(self, weights: dict[str, Tensor], protected: dict[str, Tensor]) -> None:
+        self.shapes = {path: weight.shape for path, weight in weights.items()}
+        self.device = next(iter(weights.values())).device
+        score = torch.cat([weight.abs().reshape(-1).to(self.device) for weight in weights.values()])
+        for path, mask in protected.items():
+            weights_before = sum(self.shapes[p].numel() for p in list(self.shapes)[: list(self.shapes).index(path)])
+            score[weights_before : weights_before + mask.numel()][mask.reshape(-1).to(self.device)] = math.inf
+        self.order = torch.sort(score, descending=True, stable=True).indices
+
+    def top(self, n: int) -> dict[str, Tensor]:
+        """bool masks with the n strongest weights (n at most the number of non-zero ones)."""
+        flat = torch.zeros(self.order.numel(), dtype=torch.bool, device=self.device)
+        flat[self.order[:n]] = True
+        return self._unflatten(flat)
+
+    def next(self, start: int, n: int, eligible: dict[str, Tensor]) -> dict[str, Tensor]:
+        """bool masks with the n strongest eligible weights after the first `start` of the ranking."""
+        allowed = torch.cat([mask.reshape(-1).to(self.device) for mask in eligible.values()])
+        rest = self.order[start:]
+        flat = torch.zeros_like(allowed)
+        flat[rest[allowed[rest]][:n]] = True
+        return self._unflatten(flat)
+
+    def _unflatten(self, flat: Tensor) -> dict[str, Tensor]:
+        parts = flat.split([shape.numel() for shape in self.shapes.values()])
+        return {path: part.view(shape).clone() for (path, shape), part in zip(self.shapes.items(), parts)}
+
+
+def _chains(module: nn.Module, found: dict[str, nn.Module], remove_dead: bool, min_neurons: int) -> list[Chain]:
+    chains: list[Chain] = []
+    if not (remove_dead or min_neurons):
+        return chains
+    for vector_field in vector_fields(module):
+        inside = set(map(id, vector_field.modules()))
+        try:
+            chains.append(trace_chain(vector_field, {p: layer for p, layer in found.items() if id(layer) in inside}))
+        except NotAChain as error:
+            if min_neurons:
+                raise NotAChain(f"min_neurons needs a chain of Linear layers: {error}") from error
+            warnings.warn(f"prune_weights_: dead parameters are left and count towards the size: {error}", stacklevel=3)
+    return chains
+
+
+def _between_live(removed: list[tuple[Chain, list[Tensor]]], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """bool masks of the non-zero weights whose return costs one entry each: none brings a dead neuron back."""
+    eligible = {path: (weight != 0).cpu() for path, weight in weights.items()}
+    for chain, read in removed:
+        for index, (layer, rows) in enumerate(zip(chain.layers, read)):
+            mask = eligible[layer.path] & rows.unsqueeze(1)
+            if index > 0:
+                mask[:, layer.columns[~read[index - 1]]] = False
+            eligible[layer.path] = mask
+    return eligible
+
+
+def _protected(chains: list[Chain], weights: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+    """Weights that keep n neurons per hidden layer on a path from the state to the derivative, strongest first."""
+    protected = {path: torch.zeros_like(weight, dtype=torch.bool) for path, weight in weights.items()}
+    for chain in chains:
+        before = torch.arange(chain.dim)
+        for index, layer in enumerate(chain.layers):
+            weight = weights[layer.path].abs().cpu()[:, layer.columns]
+            strength = weight[:, before].amax(1)
+            if index + 1 < len(chain.layers):
+                chosen = torch.sort(strength, descending=True, stable=True).indices[:n]
+            else:
+                chosen = torch.arange(weight.shape[0])
+            block = weight[chosen][:, before]
+            mask = torch.zeros_like(weight, dtype=torch.bool)
+            if index + 1 < len(chain.layers):
+                mask[chosen, before[block.argmax(1)]] = True
+            if index > 0:  # and every neuron chosen before is read
+                mask[chosen[block.argmax(0)], before] = True
+            full = torch.zeros_like(protected[layer.path], device="cpu")
+            full[:, layer.columns] = mask & (weight > 0)
+            protected[layer.path] |= full.to(protected[layer.path].device)
+            before = chosen
+    return protected

@@ -1,0 +1,90 @@
+"""What `solve` returns, and the error of a solve that could not go on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Sequence
+
+from torch import Tensor
+
+
+@dataclass
+class Stats:
+    """How a solve went.
+
+    nfe: evaluations of f (with step_control="per_tile": the mean over tiles, rounded up).
+    accepted, rejected: steps; None where the solver that ran does not tell (Adams, SciPy).
+    steps: float64 CPU [accepted, 2], (t, dt) of every accepted step, t in the caller's time and dt positive; None where
+        it is not known.
+    engine: who ran it: an engine's name ("cpu", "reference", ...), "numerics" for the package's own torch solver on a
+        plain callable, or "torchdiffeq" for a solve that was handed over; `reason` then says why.
+    """
+
+    nfe: int
+    accepted: int | None
+    rejected: int | None
+    steps: Tensor | None = field(repr=False)
+    engine: str
+    method: str
+    step_control: str = "shared"
+    reason: str = ""
+
+
+@dataclass(repr=False)
+class Solution:
+    """ys: [len(t), *y0.shape], or a tuple of such for a tuple state (with an event: the start and the event, so the first
+    axis is 2).  event_t: 0-d, the time of the event, or None."""
+
+    ys: Tensor | tuple[Tensor, ...]
+    stats: Stats
+    event_t: Tensor | None = None
+
+    def __repr__(self) -> str:
+        parts = (self.ys,) if isinstance(self.ys, Tensor) else self.ys
+        shapes = ", ".join(f"{list(part.shape)} {str(part.dtype).removeprefix('torch.')}" for part in parts)
+        ys = shapes if isinstance(self.ys, Tensor) else f"({shapes})"
+        event = "" if self.event_t is None else f"event_t={self.event_t.item():g}, "
+        return f"Solution(ys={ys}, {event}{self.stats})"
+
+
+class SolverError(AssertionError):
+    """A solve could not go on. An AssertionError that begins with torchdiffeq's words, then says where and what to do.
+
+    status: "underflow", "non_finite" or "max_num_steps".  t, dt: where it stopped, in the caller's time, and the step it
+    wanted.  rows: offending rows of the flattened batch (may be empty).
+    ys: the outputs, NaN from the first one that was not reached; no gradient.
+    """
+
+    def __init__(
+        self,
+        status: str,
+        t: float,
+        dt: float,
+        rows: Sequence[int],
+        ys: Tensor | tuple[Tensor, ...],
+        max_num_steps: int,
+    ) -> None:
+        self.status, self.t, self.dt, self.rows, self.ys = status, t, dt, tuple(rows), ys
+        first = ys if isinstance(ys, Tensor) else ys[0]
+        rows_text = ""
+        if self.rows:
+            shown = ", ".join(map(str, self.rows[:8])) + (", ..." if len(self.rows) > 8 else "")
+            rows_text = f", {len(self.rows)} row(s) of the batch: {shown}"
+        if status == "underflow":
+            lead = f"underflow in dt {dt}"
+            advice = (
+                "Either f or the state is not finite there (look at the rows named, and at the parameters), the "
+                "solution blows up, or the tolerances are too tight for this dtype and this t: loosen rtol and atol, "
+                "or use float64."
+            )
+        elif status == "non_finite":
+            lead = f"non-finite values in state `y`: dtype {first.dtype}"
+            advice = "A step of min_step was accepted whatever its error; lower options['min_step'], or mend f there."
+        else:
+            lead = f"max_num_steps exceeded ({max_num_steps}>={max_num_steps})"
+            advice = (
+                "Raise options['max_num_steps'] (it counts the steps of one output interval), or loosen rtol and atol. "
+                "The outputs reached are in the error's `ys`."
+            )
+        super().__init__(f"{lead}: stopped at t = {t:.9g}{rows_text}. {advice}")
+

@@ -1,0 +1,25 @@
+"""How many threads the native engines use. Results do not depend on it."""
+
+from __future__ import annotations
+
+import torch
+
+_count: int | None = None  # None: follow torch
+
+
+def set_num_threads(count: int) -> None:
+    """Use `count` threads (>= 1) in native solves and evaluations from now on, whatever torch uses.
+
+    Raises TypeError for anything but an int, ValueError below 1.
+    """
+    global _count
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"set_num_threads: count must be an int, not {type(count).__name__}")
+    if count < 1:
+        raise ValueError(f"set_num_threads: count must be at least 1, not {count}")
+    _count = count
+
+
+def get_num_threads() -> int:
+    """The number of threads of native engines: what `set_num_threads` said, else `torch.get_num_threads()`."""
+    return torch.get_num_threads() if _count is None else _count

@@ -1,0 +1,332 @@
+"""torchdiffeq's error table: what bad input raises, on plain callables and on compiled fields alike."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torchdiffeq
+from engine_fields import PlainField, OpaqueEngine, compiled
+from torch import nn
+
+from sparseflow_kernels.field import Activation, Layer, Pattern, VectorField
+from sparseflow_kernels.odeint import odeint, odeint_adjoint, odeint_dense, odeint_event
+
+F64 = torch.float64
+T = torch.linspace(0.0, 1.0, 3, dtype=F64)
+Y0 = torch.tensor([[0.5, -0.2, 0.1], [0.3, 0.4, -1.0]], dtype=F64)
+
+
+def decay(t, y):
+    return -y
+
+
+FUNCS = {
+    "plain": (lambda: decay, {}),
+    "compiled": (compiled, {}),
+    "tsit5": (lambda: decay, {"method": "tsit5"}),
+    "compiled tsit5": (compiled, {"method": "tsit5"}),
+}
+
+
+@pytest.fixture(params=FUNCS)
+def run(request):
+    """run(y0, t, **arguments) by each way through the door."""
+    make, defaults = FUNCS[request.param]
+    func = make()
+    return lambda y0=Y0, t=T, **arguments: odeint(func, y0, t, **{**defaults, **arguments})
+
+
+def square_field():
+    """y' = y^2, compiled."""
+    eye = Pattern.from_mask(torch.eye(1, dtype=torch.bool))
+
+    def layer(activation):
+        return Layer(eye, torch.ones(1, dtype=F64), torch.zeros(1, dtype=F64), activation=Activation(activation))
+
+    return PlainField(VectorField([layer("square"), layer("identity")]), OpaqueEngine)
+
+
+# ------------------------------------------------------------------------------------------------------- the arguments
+
+
+def test_unknown_method(run):
+    with pytest.raises(ValueError, match=r'^Invalid method "foo". Must be one of \{"dopri5", '):
+        run(method="foo")
+
+
+@pytest.mark.parametrize("y0", [[1.0, 2.0], np.ones(3)], ids=["list", "array"])
+def test_state_of_another_type(run, y0):
+    with pytest.raises(AssertionError, match="^y0 must be either a torch.Tensor or a tuple"):
+        run(y0)
+
+
+def test_integer_state():
+    for func in (decay, compiled()):
+        with pytest.raises((NotImplementedError, RuntimeError, TypeError, ValueError)):
+            odeint(func, torch.ones(2, 3, dtype=torch.int64), T)
+
+
+def test_empty_tuple(run):
+    with pytest.raises(ValueError):
+        run(())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.complex64, torch.float32])
+def test_other_state_dtypes(dtype):
+    assert odeint(decay, torch.ones(2, dtype=dtype), T, rtol=1e-2, atol=1e-2).dtype == dtype
+    assert odeint(decay, torch.tensor(1.0, dtype=dtype), T, rtol=1e-2, atol=1e-2).shape == (3,)
+
+
+def test_t_not_a_tensor(run):
+    with pytest.raises(AssertionError, match="^t must be a torch.Tensor"):
+        run(t=[0.0, 1.0])
+
+
+def test_t_integer(run):
+    with pytest.raises(TypeError, match="^`t` must be a floating point Tensor but is a torch.LongTensor"):
+        run(t=torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("t", [torch.tensor(1.0), torch.zeros(2, 2)], ids=["0-d", "2-d"])
+def test_t_of_another_shape(run, t):
+    with pytest.raises(AssertionError, match="^t must be one dimensional"):
+        run(t=t)
+
+
+@pytest.mark.parametrize("t", [[0.0, 0.5, 0.5], [0.0, 1.0, 0.5], [1.0, 0.0, 0.0], [0.0, math.nan]])
+def test_t_not_monotone(run, t):
+    with pytest.raises(AssertionError, match="^t must be strictly increasing or decreasing"):
+        run(t=torch.tensor(t))
+
+
+def test_t_empty(run):
+    with pytest.raises(IndexError):
+        run(t=torch.zeros(0))
+
+
+def test_t_of_one_point(run):
+    assert torch.equal(run(t=torch.tensor([0.7])), Y0[None])
+
+
+@pytest.mark.parametrize("name", ["rtol", "atol"])
+def test_tolerance_with_gradient(run, name):
+    with pytest.raises(AssertionError, match=f"^{name} cannot require gradient"):
+        run(**{name: torch.tensor(1e-3, requires_grad=True)})
+
+
+@pytest.mark.parametrize("name", ["rtol", "atol"])
+@pytest.mark.parametrize("method", ["dopri5", "tsit5"])
+def test_tuple_tolerance_of_another_length(name, method):
+    for func, state in ((lambda t, y: y, (Y0, Y0[:, 0])), (compiled(kind="exact"), (Y0, Y0[:, 0]))):
+        with pytest.raises(AssertionError, match=f"^If using tupled {name} it must have the same length as the tuple y0"):
+            odeint(func, state, T, method=method, **{name: (1e-3, 1e-3, 1e-3)})
+
+
+def test_fourth_positional_argument():
+    with pytest.raises(TypeError):
+        odeint(decay, Y0, T, 1e-3)
+
+
+def test_options_are_copied(run):
+    options = {"max_num_steps": 1000}
+    run(options=options)
+    assert options == {"max_num_steps": 1000}
+
+
+def test_negative_tolerance_is_accepted():
+    for func in (decay, compiled()):
+        odeint(func, Y0, T, rtol=-1e-9, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------ failures
+
+
+def test_zero_tolerances(run):
+    with pytest.raises(AssertionError, match=r"^underflow in dt 0\.0"):
+        run(rtol=0.0, atol=0.0)
+
+
+def test_negative_first_step(run):
+    with pytest.raises(AssertionError, match=r"^underflow in dt 0\.0"):
+        run(options={"first_step": -0.1})
+
+
+def test_nan_state(run):
+    with pytest.raises(AssertionError, match=r"^underflow in dt 0\.0"):
+        run(torch.full((2, 3), math.nan, dtype=F64))
+
+
+@pytest.mark.parametrize("method", ["dopri5", "tsit5"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_function_not_finite(method, value):
+    spoiled = compiled()
+    with torch.no_grad():
+        spoiled.vector_field.layers[-1].bias[0] = value
+    for func in (lambda t, y: y * value, spoiled):
+        with pytest.raises(AssertionError, match=r"^underflow in dt 0\.0"):
+            odeint(func, Y0, T, method=method)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "tsit5"])
+def test_blow_up(method):
+    y0 = torch.tensor([[1.0], [0.1]], dtype=F64)  # the first row blows up at t = 1
+    for func in (lambda t, y: y**2, square_field()):
+        with pytest.raises(AssertionError, match=r"^underflow in dt \d\.\d+e-1[67]"):
+            odeint(func, y0, torch.tensor([0.0, 2.0], dtype=F64), method=method)
+    with pytest.raises(AssertionError, match=r"stopped at t = 1.*, 1 row\(s\) of the batch: 0\. "):
+        odeint(square_field(), y0, torch.tensor([0.0, 2.0], dtype=F64), method=method)
+
+
+def test_nan_with_min_step(run):
+    with pytest.raises(AssertionError, match="^non-finite values in state `y`: "):
+        run(torch.full((2, 3), math.nan, dtype=F64), options={"min_step": 0.1})
+
+
+def test_too_many_steps(run):
+    with pytest.raises(AssertionError, match=r"^max_num_steps exceeded \(4>=4\)"):
+        run(options={"max_num_steps": 4, "max_step": 0.05})
+
+
+def test_the_step_limit_holds_within_an_output_interval(run):
+    """28 steps of 1 / 28: 15 are too few for two outputs and enough for three."""
+    options = {"max_num_steps": 15, "max_step": 1 / 28, "first_step": 1 / 28}
+    with pytest.raises(AssertionError, match="^max_num_steps exceeded"):
+        run(t=T[::2], options=options, rtol=1e-2, atol=1e-2)
+    run(options=options, rtol=1e-2, atol=1e-2)
+
+
+def test_point_in_both_stop_lists(run):
+    point = torch.tensor([0.5], dtype=F64)
+    with pytest.raises(ValueError, match="^`step_t` and `jump_t` must not have any repeated elements between them."):
+        run(options={"step_t": point, "jump_t": point})
+
+
+def test_sticky_stop_list(run):
+    """A step that lands on a stop by itself leaves the list there: 0.75 is never visited."""
+    from sparseflow_kernels.odeint import solve
+
+    options = {"step_t": torch.tensor([0.5, 0.75], dtype=F64), "max_step": 0.5, "first_step": 0.5, "min_step": 0.5}
+    for func in (decay, compiled()):
+        visited = solve(func, Y0, T, options=options).stats.steps[:, 0].tolist()
+        assert visited == [0.0, 0.5]
+
+
+# ----------------------------------------------------------------------------------------- the function, the options
+
+
+def test_function_of_another_size():
+    for arguments in ({}, {"method": "tsit5"}):
+        with pytest.raises(RuntimeError):
+            odeint(lambda t, y: y[:, :2], Y0, T, **arguments)
+
+
+def test_function_that_returns_nothing():
+    for arguments in ({}, {"method": "tsit5"}):
+        with pytest.raises((TypeError, AttributeError)):
+            odeint(lambda t, y: None, Y0, T, **arguments)
+
+
+def test_unknown_option(run):
+    with pytest.warns(UserWarning, match="Unexpected arguments {'foo': 1}"):
+        run(options={"foo": 1})
+
+
+def test_callback_the_solver_lacks():
+    for func in (compiled(), nn.Identity()):
+        func.forward = lambda t, y: -y
+        func.callback_accept_step = lambda t, y, dt: None
+        with pytest.warns(UserWarning, match="Solver 'rk4' does not support callbacks {'callback_accept_step'}"):
+            odeint(func, Y0, T, method="rk4")
+
+
+FIXED_FUNCS = pytest.mark.parametrize("func", [decay, compiled()], ids=["plain", "compiled"])
+
+
+@FIXED_FUNCS
+def test_two_grids(func):
+    with pytest.raises(ValueError, match="^step_size and grid_constructor are mutually exclusive arguments."):
+        odeint(func, Y0, T, method="rk4", options={"step_size": 0.1, "grid_constructor": lambda f, y, t: t})
+
+
+@FIXED_FUNCS
+def test_grid_that_does_not_span_t(func):
+    with pytest.raises(AssertionError):
+        odeint(func, Y0, T, method="rk4", options={"grid_constructor": lambda f, y, t: t[:-1]})
+
+
+@FIXED_FUNCS
+def test_unknown_interpolation(func):
+    with pytest.raises(ValueError, match="^Unknown interpolation method foo"):
+        odeint(func, Y0, T, method="rk4", options={"interp": "foo", "step_size": 0.3})
+
+
+@FIXED_FUNCS
+def test_fixed_grids_ignore_tolerances_and_norm(func):
+    first = odeint(func, Y0, T, method="rk4")
+    assert torch.equal(first, odeint(func, Y0, T, method="rk4", rtol=0.0, atol=0.0, options={"norm": lambda y: 1 / 0}))
+
+
+# ------------------------------------------------------------------------------------------------------ events, adjoint
+
+
+@FIXED_FUNCS
+def test_event_with_another_number_of_times(func):
+    with pytest.raises(ValueError, match=r"^We require len\(t\) == 2 when in event handling mode, but got len\(t\)=3."):
+        odeint(func, Y0, T, event_fn=lambda t, y: y[0, 0])
+
+
+@FIXED_FUNCS
+def test_event_on_a_fixed_grid(func):
+    with pytest.raises(AssertionError, match="^Event handling for fixed step solvers currently requires"):
+        odeint(func, Y0, T[:2], method="euler", event_fn=lambda t, y: y[0, 0])
+
+
+def test_event_that_never_fires():
+    with pytest.raises(RuntimeError, match="^Reached maximum number of iterations 20000."):
+        odeint(decay, Y0[0, :1], T[:2], method="euler", options={"step_size": 1e-9}, event_fn=lambda t, y: y[0])
+
+
+def test_event_without_a_tensor_time():
+    with pytest.raises(AttributeError):
+        odeint_event(decay, Y0, 0.0, event_fn=lambda t, y: y[0, 0])
+
+
+def test_adjoint_of_a_plain_function():
+    with pytest.raises(ValueError, match="^func must be an instance of nn.Module"):
+        odeint_adjoint(decay, Y0, T)
+    odeint_adjoint(decay, Y0, T, adjoint_params=())
+
+
+def test_adjoint_options_that_cannot_be_inferred():
+    for func in (compiled(), nn.Identity()):
+        with pytest.raises(ValueError, match="^If `adjoint_method != method` then we cannot infer `adjoint_options`"):
+            odeint_adjoint(func, Y0, T, adjoint_method="rk4", options={"max_num_steps": 5})
+
+
+def test_adams_orders():
+    for order, outcome in ((13, pytest.raises(AssertionError)), (3, pytest.warns(UserWarning))):
+        with outcome:
+            odeint(compiled(), Y0, T, method="explicit_adams", options={"max_order": order})
+
+
+def test_dense_limits():
+    zero, one = torch.tensor(0.0), torch.tensor(1.0)
+    with pytest.raises(AssertionError):
+        odeint_dense(decay, (Y0,), zero, one)
+    with pytest.raises(AssertionError):
+        odeint_dense(decay, Y0, zero, one, method="bosh3")
+
+
+def test_the_table_is_torchdiffeqs():
+    """The leading words above, from the oracle itself, so that a new release of it is noticed."""
+    cases = [
+        ({"method": "foo"}, ValueError, 'Invalid method "foo"'),
+        ({"options": {"max_num_steps": 4, "max_step": 0.05}}, AssertionError, r"max_num_steps exceeded \(4>=4\)"),
+        ({"rtol": 0.0, "atol": 0.0}, AssertionError, r"underflow in dt 0\.0"),
+    ]
+    for arguments, kind, words in cases:
+        with pytest.raises(kind, match=f"^{words}"):
+            torchdiffeq.odeint(decay, Y0, T, **arguments)

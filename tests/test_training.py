@@ -1,0 +1,191 @@
+"""Training: it learns, repeats by seed, respects masks, survives bad steps, and resumes."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sparseflow_kernels import data
+from sparseflow_kernels.flows import ContinuousFlow, mlp_field, toy_field
+from sparseflow_kernels.pruning import copy_module, dense_size, prune_weights_, size
+from sparseflow_kernels.training import (
+    CheckpointError,
+    NonFiniteLossError,
+    evaluate_nll,
+    load_checkpoint,
+    save_checkpoint,
+    train,
+    train_prune_retrain,
+)
+
+torch.set_num_threads(1)
+
+
+def make_flow(seed=0, **settings):
+    torch.manual_seed(seed)
+    return ContinuousFlow(toy_field("l2_h16"), rtol=1e-3, atol=1e-3, **settings)
+
+
+def rows(n=256, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return 0.4 * torch.randn(n, 2, generator=generator) + torch.tensor([1.0, -0.5])
+
+
+FAST = {"batch": 128, "lr": 0.05}
+
+
+def test_training_lowers_the_nll_to_near_the_entropy():
+    flow, seen = make_flow(), []
+    before = evaluate_nll(flow, rows(seed=1))
+    history = train(flow, rows(), steps=60, progress=seen.append, **FAST)
+    after = evaluate_nll(flow, rows(seed=1))
+    entropy = 1 + math.log(2 * math.pi) + 2 * math.log(0.4)
+    assert before > entropy + 0.5 and after < entropy + 0.15
+    assert len(seen) == 60 and seen[-1]["step"] == seen[-1]["steps"] == 60 and seen[-1]["nfe"] > 0
+    assert len(history) == 30 and history[-1]["nll"] < history[0]["nll"] and history[-1]["skipped"] == 0
+    assert all(entry["nfe"] > 0 and entry["seconds"] > 0 for entry in history)
+
+
+def test_same_seed_same_run_and_the_global_generator_is_left_alone():
+    flows = [make_flow(divergence="hutchinson") for _ in range(3)]
+    torch.manual_seed(77)
+    state = torch.get_rng_state()
+    for flow, seed in zip(flows, (4, 4, 5)):
+        train(flow, rows(), epochs=2, seed=seed, **FAST)
+    assert torch.equal(torch.get_rng_state(), state)
+    a, b, c = ([p.detach() for p in flow.parameters()] for flow in flows)
+    assert all(torch.equal(x, y) for x, y in zip(a, b)) and not all(torch.equal(x, y) for x, y in zip(a, c))
+
+
+def test_pruned_entries_stay_pruned_and_live_ones_learn():
+    flow = make_flow()
+    prune_weights_(flow, 0.5)
+    reached = size(flow)
+    before = copy_module(flow)
+    train(flow, rows(), steps=4, weight_decay=0.1, **FAST)
+    assert size(flow) == reached == dense_size(flow) // 2
+    moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), flow.parameters())]
+    assert all(moved)
+
+
+def test_evaluation_is_exact_whatever_the_flow_trains_with():
+    hutchinson, exact = make_flow(divergence="hutchinson"), make_flow()
+    x = rows(50)
+    value = evaluate_nll(hutchinson, x, batch=50)
+    assert value == pytest.approx(evaluate_nll(exact, x, batch=50), abs=1e-6)
+    assert hutchinson.training and hutchinson.eval_divergence is None
+    torch.manual_seed(0)
+    assert evaluate_nll(hutchinson, x, exact=False) != pytest.approx(value, abs=1e-6)
+    with pytest.raises(ValueError, match="no rows"):
+        evaluate_nll(exact, x[:0])
+
+
+class Sometimes(nn.Module):
+    """A field that is not finite at chosen calls."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.field, self.bad, self.solves = mlp_field(2, (8,), layer="ignore"), bad, -1
+
+    def forward(self, t, y):
+        if float(t) == 0.0:
+            self.solves += 1
+        return self.field(t, y) * (math.nan if self.bad(self.solves) else 1.0)
+
+
+def test_bad_steps_are_skipped_and_too_many_raise():
+    torch.manual_seed(0)
+    flow = ContinuousFlow(Sometimes(lambda solve: solve in (1, 3)), method="rk4")
+    history = train(flow, rows(), steps=6, **FAST)
+    assert sum(entry["skipped"] for entry in history) == 2
+    assert all(bool(torch.isfinite(p).all()) for p in flow.parameters())
+    torch.manual_seed(0)
+    flow = ContinuousFlow(Sometimes(lambda solve: solve >= 2), method="rk4")
+    with pytest.raises(NonFiniteLossError, match="3 training steps in a row failed, the last, step 5, because the loss is nan"):
+        train(flow, rows(), steps=20, max_failures=3, **FAST)
+    assert all(bool(torch.isfinite(p).all()) for p in flow.parameters())
+    flow = ContinuousFlow(Sometimes(lambda solve: True))  # an adaptive solve gives up by itself
+    with pytest.raises(NonFiniteLossError, match="the solve failed: underflow in dt"):
+        train(flow, rows(), steps=20, max_failures=1, **FAST)
+
+
+def test_clipping_bounds_the_step():
+    flow = make_flow()
+    before = [p.detach().clone() for p in flow.parameters()]
+    train(flow, rows(), steps=1, optimizer="sgd", lr=1.0, weight_decay=0.0, clip=1e-3, batch=256)
+    moved = math.sqrt(sum(float((p.detach() - b).square().sum()) for p, b in zip(flow.parameters(), before)))
+    assert moved == pytest.approx(1e-3, rel=0.01)
+
+
+def test_bad_arguments():
+    flow = make_flow()
+    with pytest.raises(ValueError, match="exactly one of epochs and steps"):
+        train(flow, rows())
+    with pytest.raises(ValueError, match="batch must be a whole number"):
+        train(flow, rows(), steps=1, batch=0)
+    with pytest.raises(ValueError, match="optimizer must be one of"):
+        train(flow, rows(), steps=1, optimizer="lion")
+    with pytest.raises(ValueError, match="keeps must be numbers in"):
+        train_prune_retrain(flow, data.load("moons"), (0.5, 0.8))
+    with pytest.raises(ValueError, match="keeps must be one of toy"):
+        train_prune_retrain(flow, data.load("moons"), "cifar")
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_checkpoint_brings_masks_to_a_dense_flow(tmp_path):
+    flow = make_flow(train_end_time=True)
+    prune_weights_(flow, 0.4)
+    train(flow, rows(), steps=2, **FAST)
+    save_checkpoint(tmp_path / "a.safetensors", flow, {"keep": 0.4, "note": "ü"})
+    other = make_flow(seed=3, train_end_time=True)
+    assert load_checkpoint(tmp_path / "a.safetensors", other) == {"keep": 0.4, "note": "ü"}
+    assert size(other) == size(flow)
+    x = rows(20)
+    assert torch.equal(other.log_prob(x), flow.log_prob(x))
+    train(other, rows(), steps=1, **FAST)
+    assert size(other) == size(flow)
+
+
+def test_foreign_and_broken_checkpoints_are_refused_and_change_nothing(tmp_path):
+    flow, path = make_flow(), tmp_path / "a.safetensors"
+    before = [p.detach().clone() for p in flow.parameters()]
+    save_checkpoint(path, ContinuousFlow(toy_field("l2_h8")))
+    with pytest.raises(CheckpointError, match="not of this module"):
+        load_checkpoint(path, flow)
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        load_checkpoint(path, flow)
+    pruned = make_flow()
+    save_checkpoint(path, pruned)
+    prune_weights_(pruned, 0.5)
+    with pytest.raises(CheckpointError, match="not of this module"):
+        load_checkpoint(path, pruned)
+    assert all(torch.equal(p, b) for p, b in zip(flow.parameters(), before))
+
+
+@pytest.mark.parametrize("method", ["weights", "neurons"])
+def test_cycles_resume_where_they_stopped(tmp_path, method):
+    sets = data.load("gaussians", n=40)
+    keeps = (0.7, 0.4)
+    run = {"method": method, "seed": 2, "epochs": 1, "batch": 64, "lr": 0.02}
+    straight = list(train_prune_retrain(make_flow(), sets, keeps, **run))
+    assert [cycle.keep for cycle in straight] == [1.0, 0.7, 0.4]
+    sizes = [cycle.size for cycle in straight]
+    assert sizes == [size(cycle.flow) for cycle in straight] and sizes[0] > sizes[1] > sizes[2]
+    assert all(s <= k * sizes[0] for s, k in zip(sizes, (1.0, *keeps)))
+
+    first = train_prune_retrain(make_flow(), sets, keeps, folder=tmp_path, **run)
+    next(first), next(first)
+    first.close()  # interrupted after two cycles
+    resumed = list(train_prune_retrain(make_flow(seed=8), sets, keeps, folder=tmp_path, **run))
+    assert [cycle.resumed for cycle in resumed] == [True, True, False]
+    for a, b in zip(straight, resumed):
+        assert (a.size, a.nll, [h["nll"] for h in a.history]) == (b.size, b.nll, [h["nll"] for h in b.history])
+        assert torch.equal(a.flow.log_prob(sets.test[:9]), b.flow.log_prob(sets.test[:9]))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"cycle_0{i}.safetensors" for i in range(3)]
+
+    with pytest.raises(CheckpointError, match=r"another run \(differing: training\)"):
+        next(train_prune_retrain(make_flow(), sets, keeps, folder=tmp_path, **{**run, "lr": 0.5}))
