@@ -6,13 +6,13 @@ For ratios taken in turns, with errors and floors, use `sparseflow bench`; this 
 
 import pytest
 
-from sparseflow_kernels.analysis.peers import BASELINE, OURS, one_core
+from sparseflow_kernels.analysis.peers import BASELINE, OURS, one_thread
 from sparseflow_kernels.analysis.problems import FIELDS, make_problem
 
 
 @pytest.fixture(autouse=True)
-def on_one_core():
-    with one_core():
+def on_one_thread():
+    with one_thread():
         yield
 
 

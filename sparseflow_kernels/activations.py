@@ -22,7 +22,8 @@ from .field import Activation, UnsupportedFieldError
 
 @dataclass(frozen=True)
 class ActivationRule:
-    """One row of the table. value, first, second: (z, *params) -> tensor shaped like z; `defaults` fills missing params."""
+    """One row of the table. value, first, second: (z, *params) -> tensor shaped like z; `defaults` fills missing
+    params."""
 
     number: int
     value: Callable[..., Tensor]

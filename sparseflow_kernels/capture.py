@@ -4,20 +4,21 @@ The module runs once, on a small random batch, under a dispatch mode that sees e
 stands an abstract value:
 
 - `Const`: independent of t and y. Parameters, and whatever is computed from them (prune masks, parametrizations).
-- `Time`: a function of t alone; affine functions and sigmoids of them are kept as such, all others as a replayable graph.
+- `Time`: a function of t alone; affine functions and sigmoids of them are kept as such, others as a replayable graph.
 - `State`: depends on y. Every element carries the number of a *row* (one scalar of the program, the same for every
   sample) and of its sample. Views, slices, joins and permutations are then done by applying the very same operation to
-  the numbers. Arithmetic makes new rows: each is one row of a pending layer s(t) * (W h + b) + c(t) over the last closed
-  layer h. An activation, or a second matrix, closes a layer.
+  the numbers. Arithmetic makes new rows: each is one row of a pending layer s(t) * (W h + b) + c(t) over the last
+  closed layer h. An activation, or a second matrix, closes a layer.
 
-What does not fit raises UnsupportedFieldError with the module path and the operation. Control flow on values cannot be seen;
-the result is therefore always compared with the module at other points and times.
+What does not fit raises UnsupportedFieldError with the module path and the operation. Control flow on values cannot be
+seen; the result is therefore always compared with the module at other points and times.
 """
 
 from __future__ import annotations
 
 import bisect
 import contextlib
+import itertools
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, field as dataclass_field, replace
@@ -42,9 +43,9 @@ REMEDY = "Use the module uncompiled with sfk.odeint, which hands it to torchdiff
 # Operations that only move elements about: applied to the numbers of a State, or to slope and offset of a Time, as is.
 STRUCTURAL = {
     "view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "unsqueeze", "squeeze", "permute", "transpose", "t",
-    "slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind", "cat", "stack", "index", "index_select",
-    "gather", "take", "clone", "contiguous", "alias", "detach", "lift_fresh", "lift_fresh_copy", "repeat", "flip", "roll",
-    "_to_copy", "diagonal", "view_copy", "expand_copy", "flatten", "numpy_T", "take_along_dim", "copy",
+    "slice", "select", "split", "split_with_sizes", "unbind", "cat", "stack", "index", "index_select", "gather", "take",
+    "clone", "alias", "detach", "lift_fresh", "lift_fresh_copy", "repeat", "flip", "roll", "_to_copy", "diagonal",
+    "copy",
 }
 # Results that only take shape, dtype and device from their tensor argument.
 FACTORIES = {
@@ -81,12 +82,25 @@ class Const:
 
 @dataclass(eq=False)
 class Node:
-    """One replayable operation of t; `item` picks one of several outputs. operation None: t itself, shaped like args[0]."""
+    """One replayable operation of t; `item` picks one of several outputs. operation None: t itself, shaped args[0]."""
 
     operation: Any
     args: tuple = ()
     kwargs: dict = dataclass_field(default_factory=dict)
     item: int | None = None
+
+    def __getstate__(self) -> dict:
+        # An operator pickles by name.
+        state, operation = dict(self.__dict__), self.operation
+        if isinstance(operation, torch._ops.OpOverload):
+            state["operation"] = (*operation._schema.name.split("::"), operation._overloadname)
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        if isinstance(self.operation, tuple):
+            namespace, name, overload = self.operation
+            self.operation = getattr(getattr(getattr(torch.ops, namespace), name), overload)
 
 
 @dataclass(eq=False)
@@ -133,8 +147,8 @@ class Hidden:
 
 @dataclass(eq=False)
 class Affine:
-    """n pending rows gate(t) * (W h + bias) + shift(t) over h = parent. W is either `weight` [n, parent.width], or has at
-    most one entry per row: scale[i] (None: 1) in column select[i] (-1: none)."""
+    """n pending rows gate(t) * (W h + bias) + shift(t) over h = parent. W is either `weight` [n, parent.width], or has
+    at most one entry per row: scale[i] (None: 1) in column select[i] (-1: none)."""
 
     parent: Hidden | None
     bias: Const
@@ -302,14 +316,13 @@ def _time_apply(base: str, func, args, kwargs, value=None) -> Any:
     affine = sigmoid = None
     if base in JOINTLY_LINEAR or (base in BILINEAR and _one_time_factor(base, args)):
         if all(a.affine is not None for a in times):
-            zero = base in JOINTLY_LINEAR or base in ("addmm", "baddbmm")
             if base in ("addmm", "baddbmm"):
                 # Only the summand is zeroed in the slope; the constant factor stays.
                 first = Const(torch.zeros_like(args[0].value)) if isinstance(args[0], Const) else args[0].affine[0]
                 rest = tuple(a.affine[0] if isinstance(a, Time) else a for a in args[1:])
                 affine = (_const_apply(base, func, (first, *rest), kwargs), part(1, "affine", False))
             else:
-                affine = (part(0, "affine", zero), part(1, "affine", False))
+                affine = (part(0, "affine", base in JOINTLY_LINEAR), part(1, "affine", False))
     if base == "sigmoid" and times[0].affine is not None:
         sigmoid = times[0].affine
     elif base in STRUCTURAL and all(a.sigmoid is not None for a in times) and not any(
@@ -362,6 +375,10 @@ class TimeProgram:
         self._moved: dict[int, Tensor] = {}
         self._place = (dtype, device)
 
+    def __getstate__(self) -> dict:
+        # The cache is keyed by identity, which a copy does not keep.
+        return {**self.__dict__, "_moved": {}}
+
     def __call__(self, t: Tensor) -> Tensor:
         if (t.dtype, t.device) != self._place:
             self._moved, self._place = {}, (t.dtype, t.device)
@@ -411,7 +428,7 @@ class _Tracer(TorchDispatchMode):
         self.starts: list[int] = []
         self.row_count = 0
         self.closed: dict[tuple[Activation, bytes], Tensor] = {}
-        self.scalings: dict[int, tuple[Tensor, Const]] = {}  # first row of a block -> (rows, factor) it is a multiple of
+        self.scalings: dict[int, tuple[Tensor, Const]] = {}  # first row of a block -> (rows, factor) it came from
         self.parameters: dict[int, tuple[str, int]] = {}
         self.parameter_names: list[str] = []
         self.parameter_starts: list[int] = []
@@ -431,8 +448,10 @@ class _Tracer(TorchDispatchMode):
         path = self.paths.get(id(module), "")
         return f"module {path!r} ({type(module).__name__})" if path else f"module {type(module).__name__}"
 
-    def fail(self, what: str, remedy: str = REMEDY) -> NoReturn:
-        raise UnsupportedFieldError(f"{self.where()}: {what} cannot be expressed as a layer of a vector field. {remedy}.")
+    def fail(self, what: str, remedy: str = REMEDY, cause: Exception | None = None) -> NoReturn:
+        raise UnsupportedFieldError(
+            f"{self.where()}: {what} cannot be expressed as a layer of a vector field. {remedy}."
+        ) from cause
 
     def layer_name(self, weight: Const) -> str:
         path = self.paths.get(id(self.stack[-1]), "") if self.stack else ""
@@ -482,9 +501,14 @@ class _Tracer(TorchDispatchMode):
         base = _base_name(func)
         if torch.Tag.nondeterministic_seeded in func.tags and not self._harmless_dropout(base, args, kwargs):
             if self.module.training:
-                self.fail(f"randomness ({base})", "Call .eval() on the module first (dropout is active in training mode)")
+                self.fail(f"randomness ({base})", "Call .eval() on the module first (dropout is active in training)")
             self.fail(f"randomness ({base})")
-        lift = lambda a: self.value_of(a) if isinstance(a, Tensor) else self.time_numbers.get(a, a) if isinstance(a, float) else a
+
+        def lift(a):
+            if isinstance(a, Tensor):
+                return self.value_of(a)
+            return self.time_numbers.get(a, a) if isinstance(a, float) else a
+
         a_args, a_kwargs = tree_map(lift, tuple(args)), tree_map(lift, kwargs)
         leaves = tree_leaves((a_args, a_kwargs))
         has_time, has_state = (any(isinstance(a, kind) for a in leaves) for kind in (Time, State))
@@ -499,13 +523,18 @@ class _Tracer(TorchDispatchMode):
             if has_time and isinstance(out, float):
                 self.time_numbers[out] = _apply(aten.reshape.default, a_args[0], [])
             return out
-        if base in FULL and any(isinstance(a, Time) for a in leaves):
-            number = next(a for a in leaves if isinstance(a, Time))
+        number = next((a for a in (*a_args[1:], *a_kwargs.values()) if isinstance(a, Time)), None)
+        if base in FULL and number is not None:
             result = _apply(aten.expand.default, number, list(out.shape))
         elif base in FACTORIES:
             result = tree_map(lambda v: Const(v), out)
         elif has_state:
-            result = self.state_op(base, func, a_args, a_kwargs, out)
+            try:
+                result = self.state_op(base, func, a_args, a_kwargs, out)
+            except UnsupportedFieldError:
+                raise
+            except Exception as error:  # an overload or a shape that no rule here thought of
+                self.fail(f"the operation {func} on the state ({type(error).__name__}: {error})", REMEDY, error)
         elif has_time:
             if not isinstance(func, torch._ops.OpOverload):
                 self.fail(f"the operation {func}")
@@ -586,7 +615,7 @@ class _Tracer(TorchDispatchMode):
         if axis >= len(value.shape) or value.shape[axis] != self.batch:
             self.fail("joining the state with a tensor of another batch size")
         if isinstance(value, Const):
-            value = Const(value.value.to(self.dtype), value.source, value.factor)
+            value = Const(value.value.to(self.device, self.dtype), value.source, value.factor)
         one = self.one_sample(value, axis)
         shape = one.shape
         return self.to_state(self.new_block(self.free_block(_apply(aten.reshape.default, one, [-1]))), shape, axis)
@@ -677,8 +706,8 @@ class _Tracer(TorchDispatchMode):
             self.fail("combining the state with an output of a later layer (a residual or skip connection)")
         if a.activation != b.activation:
             self.fail(
-                f"combining outputs of different layers or activations ({a.activation.name}, {b.activation.name}; a residual or "
-                "skip connection?)"
+                f"combining outputs of different layers or activations ({a.activation.name}, {b.activation.name}; a "
+                "residual or skip connection?)"
             )
         rows, number = torch.cat([a.rows, b.rows]).unique(return_inverse=True)
         merged = Hidden(rows.numel(), a.activation, self.gather(rows), rows)
@@ -724,7 +753,8 @@ class _Tracer(TorchDispatchMode):
                 return replace(a, bias=self.zeros(a.rows), shift=_mul(value, factor))
             shift = None if a.shift is None else _mul(a.shift, factor)
             return replace(a, gate=_mul(a.gate, factor), shift=shift)
-        changes: dict[str, Any] = {"bias": _mul(a.bias, factor), "shift": None if a.shift is None else _mul(a.shift, factor)}
+        shift = None if a.shift is None else _mul(a.shift, factor)
+        changes: dict[str, Any] = {"bias": _mul(a.bias, factor), "shift": shift}
         if a.weight is not None:
             changes["weight"] = _mul(a.weight, _apply(aten.unsqueeze.default, factor, 1))
         else:
@@ -773,8 +803,8 @@ class _Tracer(TorchDispatchMode):
         def vector(value) -> Const | Time:
             if not isinstance(value, (Const, Time)):
                 value = Const(torch.tensor(value, dtype=self.dtype, device=self.device))
-            elif isinstance(value, Const) and value.value.dtype != self.dtype:
-                value = Const(value.value.to(self.dtype), value.source, value.factor)
+            elif isinstance(value, Const):
+                value = Const(value.value.to(self.device, self.dtype), value.source, value.factor)
             value = _apply(aten.expand.default, value, list(out.shape))
             return _apply(aten.reshape.default, self.one_sample(value, axis), [-1])
 
@@ -831,9 +861,8 @@ class _Tracer(TorchDispatchMode):
                 # x * sigmoid(v x) = silu(v x) / v
                 inner = b.parent.rows[b.select]
                 scaled_rows, v = self.scalings.get(int(inner[0]), (None, None))
-                if scaled_rows is not None and torch.equal(scaled_rows, x) and bool((v.value != 0).all()) and torch.equal(
-                    inner, inner[0] + torch.arange(inner.numel())
-                ):
+                whole = torch.equal(inner, inner[0] + torch.arange(inner.numel()))
+                if whole and scaled_rows is not None and torch.equal(scaled_rows, x) and bool((v.value != 0).all()):
                     silu = self.gather(self.activate(inner, Activation("silu")))
                     rows = self.new_block(self.scaled(silu, _apply(aten.reciprocal.default, v)))
                     return self.to_state(rows, shape, axis)
@@ -929,7 +958,7 @@ class _Tracer(TorchDispatchMode):
         else:
             new.weight = add_up(self.dense(a))
         rows = self.new_block(new)
-        out_axis = [i for i, d in enumerate(range(ids.dim())) if d == axis][0] - sum(d < axis for d in dims)
+        out_axis = axis - sum(d < axis for d in dims)
         state = self.to_state(rows, [ids.shape[d] for d in keep], out_axis)
         return State(state.ids.reshape(out.shape))
 
@@ -1042,8 +1071,8 @@ class _Tracer(TorchDispatchMode):
                 return a.ids
             return a.value.cpu() if isinstance(a, Const) else a
 
-        result = func(*tree_map(swap, args), **{k: tree_map(swap, v) for k, v in kwargs.items() if k != "memory_format"})
-        return tree_map(State, result)
+        kwargs = {k: v for k, v in kwargs.items() if k != "memory_format"}
+        return tree_map(State, func(*tree_map(swap, args), **tree_map(swap, kwargs)))
 
 
 def _trace_vector(matrix: Const, vector: Const) -> tuple[Tensor, Tensor] | None:
@@ -1112,8 +1141,8 @@ def write_back(module: nn.Module, field: VectorField, sources: Sources) -> None:
                 raise ValueError(f"field: {index}.{name} is {list(new.shape)}, the module gives {list(old.shape)}")
             if bool((old != new).cpu()[free].any()):
                 raise ValueError(
-                    f"field: layer {index} ({layer.name!r}), {name}: an entry changed that is no plain entry of a parameter of "
-                    "the module, so it cannot be written back"
+                    f"field: layer {index} ({layer.name!r}), {name}: an entry changed that is no plain entry of a "
+                    "parameter of the module, so it cannot be written back"
                 )
             if source is None:
                 continue
@@ -1125,7 +1154,7 @@ def write_back(module: nn.Module, field: VectorField, sources: Sources) -> None:
                 clash = written[parameter][at] & ~torch.isclose(flat[at], wanted, rtol=1e-6).cpu()
                 if bool(clash.any()):
                     raise ValueError(
-                        f"parameter {parameter!r}: an entry is used in several places of the field and they no longer agree"
+                        f"parameter {parameter!r}: an entry is used in several places of the field, which disagree now"
                     )
                 flat[at] = wanted
                 written[parameter][at] = True
@@ -1142,11 +1171,12 @@ def capture(module: nn.Module, dim: int | None = None) -> VectorField:
 
     dim: size of the state; inferred from the module's weights if None.
     The module is left as it was: parameters, buffers, attributes, hooks and random state. All tensors of the field are
-    detached copies in the module's dtype (float32 or float64) and device. A pruned entry (exact zero) is not in the pattern.
+    detached copies in the module's dtype (float32 or float64) and device. A pruned entry (exact zero) is not in the
+    pattern.
 
     Raises UnsupportedFieldError where the module cannot be expressed (naming the module path, the operation and the
-    remedy), or where it differs from what was read; ValueError for NaN or infinite weights and for a `dim` that does not fit
-    or cannot be inferred; TypeError for something that is no nn.Module.
+    remedy), or where it differs from what was read; ValueError for NaN or infinite weights and for a `dim` that does
+    not fit or cannot be inferred; TypeError for something that is no nn.Module.
     """
     return capture_with_sources(module, dim)[0]
 
@@ -1166,21 +1196,20 @@ def capture_with_sources(module: nn.Module, dim: int | None = None) -> tuple[Vec
 
 
 def _dtype_and_device(module: nn.Module) -> tuple[torch.dtype, torch.device]:
-    named = list(module.named_parameters()) + [(n, b) for n, b in module.named_buffers() if b.is_floating_point()]
-    for name, tensor in named:
-        if tensor.is_meta:
-            raise ValueError(f"{name!r} is on the meta device; materialise the module first")
-        if not bool(torch.isfinite(tensor.detach()).all()):
-            raise ValueError(f"{name!r} holds NaN or infinite values; a vector field needs finite weights")
-    parameters = named[: len(list(module.parameters()))] or named
-    for what, kinds in (("dtype", {p.dtype for _, p in parameters}), ("device", {p.device for _, p in parameters})):
+    parameters = list(module.parameters())
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"parameter {name!r} is on the meta device; materialise the module first")
+        if not bool(torch.isfinite(parameter.detach()).all()):
+            raise ValueError(f"parameter {name!r} holds NaN or infinite values; a vector field needs finite weights")
+    for what, kinds in (("dtype", {p.dtype for p in parameters}), ("device", {p.device for p in parameters})):
         if len(kinds) > 1:
             raise UnsupportedFieldError(
-                f"the module's parameters have more than one {what} ({', '.join(sorted(map(str, kinds)))}); move them to one with "
-                "module.to(...)"
+                f"the module's parameters have more than one {what} ({', '.join(sorted(map(str, kinds)))}); move them "
+                "to one with module.to(...)"
             )
-    dtype, device = (parameters[0][1].dtype, parameters[0][1].device) if parameters else (
-        torch.get_default_dtype(), torch.device("cpu"))
+    like = next(iter([*parameters, *(b for b in module.buffers() if b.is_floating_point()), torch.empty(0)]))
+    dtype, device = like.dtype, like.device
     if dtype not in (torch.float32, torch.float64):
         raise UnsupportedFieldError(f"the module's dtype is {dtype}; use module.float() or module.double()")
     return dtype, device
@@ -1240,7 +1269,8 @@ def _probe(
     candidates = _candidates(module) if dim is None else [dim]
     sizes = {s for x in [*module.parameters(), *module.buffers()] for s in x.shape}
     sizes |= {c + k for c in candidates for k in (-1, 0, 1, 2)}
-    batch = next(p for p in (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71) if p not in sizes or p == 71)
+    # A size that nothing else has, so that no broadcast or transpose of the module's works by accident.
+    batch = next(n for n in itertools.count(7, 2) if n not in sizes)
     works: list[tuple[int, tuple[int, ...]]] = []
     first_error: Exception | None = None
     shape_seen = None
@@ -1261,8 +1291,8 @@ def _probe(
     if dim is not None:
         if shape_seen is not None:
             raise ValueError(
-                f"dim={dim}: forward(t, y) with y [{batch}, {dim}] returned {shape_seen}; a vector field returns one tensor shaped "
-                "like y"
+                f"dim={dim}: forward(t, y) with y [{batch}, {dim}] returned {shape_seen}; a vector field returns one "
+                "tensor shaped like y"
             )
         raise UnsupportedFieldError(
             f"module {type(module).__name__}: forward(t, y) failed for y [{batch}, {dim}] and t 0-d, [1, 1] or [1]: "
@@ -1275,7 +1305,11 @@ def _probe(
     )
 
 
-def _point(dim: int, batch: int, dtype, device, t_shape, t: float = 0.6180339887498949, scale: float = 1.0, seed: int = 0):
+def _point(
+    dim: int, batch: int, dtype: torch.dtype, device: torch.device, t_shape: tuple[int, ...],
+    t: float = 0.6180339887498949, scale: float = 1.0, seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """A random y [batch, dim] and a t that no number in a user's code is likely to equal."""
     generator = torch.Generator().manual_seed(seed)
     y = scale * torch.randn(batch, dim, generator=generator, dtype=torch.float64)
     return y.to(device, dtype), torch.full(t_shape, t, dtype=dtype, device=device)
@@ -1330,7 +1364,10 @@ def _assemble(tracer: _Tracer, last: Affine, dim: int) -> tuple[VectorField, Sou
             notes.append(f"capture: layer {index} ({layer.name}) has no weights left")
         for kind in ("gate", "shift"):
             if isinstance(getattr(layer, kind), TimeFunction):
-                notes.append(f"capture: layer {index} ({layer.name}) has a {kind} that is kept as a general function of t")
+                notes.append(
+                    f"capture: the {kind} of layer {index} ({layer.name}) is kept as a general function of t, with "
+                    "fixed parameters"
+                )
     return VectorField(layers, notes), sources
 
 
@@ -1347,7 +1384,8 @@ def _layer(tracer: _Tracer, a: Affine, activation: Activation) -> tuple[Layer, d
     }
     gate: Gate = None
     shift: Shift = None
-    for kind, part, exact, build in (("gate", a.gate, "sigmoid", SigmoidGate), ("shift", a.shift, "affine", LinearShift)):
+    parts = (("gate", a.gate, "sigmoid", SigmoidGate), ("shift", a.shift, "affine", LinearShift))
+    for kind, part, exact, build in parts:
         if part is None:
             continue
         pair = getattr(part, exact)
@@ -1357,6 +1395,9 @@ def _layer(tracer: _Tracer, a: Affine, activation: Activation) -> tuple[Layer, d
             tensors[f"{kind}.slope"], tensors[f"{kind}.offset"] = pair
             made = build(own(pair[0].value), own(pair[1].value))
         gate, shift = (made, shift) if kind == "gate" else (gate, made)
+    for name, value in tensors.items():
+        if not bool(torch.isfinite(value.value).all()):
+            raise ValueError(f"layer {a.name!r}: {name} computed from the weights holds NaN or infinite values")
     layer = Layer(pattern, own(tensors["values"].value), own(a.bias.value), gate, shift, activation, a.name)
     return layer, tensors
 
@@ -1375,22 +1416,24 @@ def evaluate(field: VectorField, t: Tensor, y: Tensor) -> Tensor:
 
 def _verify(module: nn.Module, field: VectorField, t_shape: tuple[int, ...]) -> None:
     tolerance = 4000 * torch.finfo(field.dtype).eps
-    for seed, (time, scale) in enumerate(((-1.0, 1.0), (-0.37, 0.2), (0.0, 1.0), (0.45, 3.0), (1.3, 1.0), (2.0, 0.5)), 1):
+    points = ((-1.0, 1.0), (-0.37, 0.2), (0.0, 1.0), (0.45, 3.0), (1.3, 1.0), (2.0, 0.5))  # (t, size of y)
+    for seed, (time, scale) in enumerate(points, 1):
         y, t = _point(field.dim, 5, field.dtype, field.device, t_shape, time, scale, seed)
         try:
             expected = module(t, y.clone())
         except Exception as error:
             raise UnsupportedFieldError(
-                f"module {type(module).__name__}: forward(t, y) fails for another batch size or time ({error}). {REMEDY}."
+                f"module {type(module).__name__}: forward(t, y) fails for another batch size or time ({error}). "
+                f"{REMEDY}."
             ) from error
         got = evaluate(field, t.reshape(()), y)
         finite = torch.isfinite(expected) & torch.isfinite(got)
         error = ((expected - got).abs() * finite).nan_to_num(0.0)
         worst = error.max() / (1.0 + (expected.abs() * finite).nan_to_num(0.0).max())
-        # Non-finite on one side only, elsewhere than by overflow, would be a difference too.
         one_sided = torch.isfinite(expected) != torch.isfinite(got)
         if float(worst) > tolerance or bool(one_sided.any()):
             raise UnsupportedFieldError(
-                f"module {type(module).__name__}: the captured field differs from the module at t = {time} (relative error "
-                f"{float(worst):.1e}): does forward branch on values of t or y, or keep state between calls? {REMEDY}."
+                f"module {type(module).__name__}: the captured field differs from the module at t = {time} (relative "
+                f"error {float(worst):.1e}): does forward branch on values of t or y, or keep state between calls? "
+                f"{REMEDY}."
             )

@@ -128,6 +128,7 @@ class CompiledField(nn.Module):
         self._program = field.map_tensors(lambda tensor: tensor.detach().to("meta"))
         self._plans: dict[str, DivergencePlan] = {}
         self._packed: dict[str | None, tuple[Any, Engine, list[Tensor]]] = {}
+        self._slots: list[tuple[dict, str]] | None = None
         self._frozen = frozen or {}  # (layer, tensor's name) -> bool mask of entries that are not trained
         for (number, name), mask in self._frozen.items():
             if bool(mask.all()):
@@ -141,7 +142,7 @@ class CompiledField(nn.Module):
                 parameter.register_hook(lambda grad, mask=mask: grad.masked_fill(mask.to(grad.device), 0))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": {}, "_packed": {}}
+        return {**self.__dict__, "_plans": {}, "_packed": {}, "_slots": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -214,17 +215,18 @@ class CompiledField(nn.Module):
 
     def packed(self, kind: Literal["exact", "hutchinson"] | None = None) -> Engine:
         """An engine that holds the current values, with the divergence of this kind; kept until a parameter changes."""
-        tensors = list(self.parameters())
+        if self._slots is None:  # walking the module tree at every evaluation would cost as much as a small evaluation
+            self._slots = [(m._parameters, name) for m in self.modules() for name in m._parameters]
+        tensors = [tensor for slots, name in self._slots if (tensor := slots[name]) is not None]
         # An inference tensor counts no versions; an object equal to nothing says "always changed".
-        key = [
-            (p.data_ptr(), object() if p.is_inference() else p._version, p.dtype, p.device) for p in tensors
-        ]
+        key = [(p.data_ptr(), object() if p.is_inference() else p._version) for p in tensors]
         known = self._packed.get(kind)
         if known is None or known[0] != key:
             field = self.vector_field
             engine_class, _ = choose(field, self._requested)
             engine = engine_class(field, None if kind is None else self.divergence_plan(kind))
-            # The aliases keep the old memory from being given to a new parameter, which the key could not tell.
+            # The aliases keep the old memory from being given to a new parameter, which the key could not tell. Another
+            # dtype or device is other memory.
             known = self._packed[kind] = (key, engine, [p.detach() for p in tensors])
         return known[1]
 
@@ -254,7 +256,7 @@ class CompiledField(nn.Module):
         like = self.layers[0].values
         if isinstance(t, Tensor):
             if t.numel() != 1 or t.dim() > 2:
-                raise ValueError(f"t: must be a number or a tensor of one element in at most 2 axes, not {list(t.shape)}")
+                raise ValueError(f"t: must be a number or a tensor of one element, at most 2 axes, not {list(t.shape)}")
             if t.is_complex() or t.dtype == torch.bool:
                 raise TypeError(f"t: must be a real number, not {t.dtype}")
             return t.reshape(()).to(like)
@@ -267,7 +269,7 @@ class CompiledField(nn.Module):
         if not isinstance(y, Tensor):
             raise TypeError(f"{name}: must be a tensor, not {type(y).__name__}")
         if y.dim() < 1 or y.shape[-1] != self.dim:
-            raise ValueError(f"{name}: the last axis must be {self.dim}, the size of the field's state, not {list(y.shape)}")
+            raise ValueError(f"{name}: the last axis must be {self.dim}, the field's state size, not {list(y.shape)}")
         if y.dtype != like.dtype:
             raise TypeError(f"{name}: is {y.dtype}, the field {like.dtype}; convert one of them with .to(dtype)")
         if y.device != like.device:
@@ -293,7 +295,9 @@ class CompiledField(nn.Module):
                     f"gives {_layout(theirs)}; it is not the module this was compiled from, or its masks have changed"
                 )
         if len(simplified.layers) != len(mine.layers):
-            raise ValueError(f"copy_to: the compiled field has {len(mine.layers)} layers, the module {len(simplified.layers)}")
+            raise ValueError(
+                f"copy_to: the compiled field has {len(mine.layers)} layers, the module {len(simplified.layers)}"
+            )
         for number, theirs, ours in zip(report.kept_layers, simplified.layers, mine.layers):
             whole = dict(original.layers[number].tensors())
             now = dict(theirs.tensors())
@@ -301,7 +305,9 @@ class CompiledField(nn.Module):
                 new = new.to(now[name])
                 if name not in whole:  # a shift that simplify folded in
                     if not torch.equal(new, now[name]):
-                        raise ValueError(f"copy_to: layer {number} ({ours.name!r}): {name} changed; the module has no such thing")
+                        raise ValueError(
+                            f"copy_to: layer {number} ({ours.name!r}): {name} changed, which the module does not have"
+                        )
                     continue
                 kept = (report.kept_values if name == "values" else report.kept_rows)[number].to(new.device)
                 old = whole[name][kept]
@@ -364,7 +370,7 @@ def _call(engine: Engine, kind: str | None, t: Tensor, x: Tensor, noise: Tensor 
 
 
 class _Recompute(nn.Module):
-    """A compiled field's evaluation on the reference engine, as a module that functional_call can lend other tensors."""
+    """A compiled field's evaluation on the reference engine, as a module to which functional_call can lend tensors."""
 
     def __init__(self, compiled: CompiledField) -> None:
         super().__init__()
@@ -479,7 +485,7 @@ class DivergenceField(nn.Module):
         return self._drawn
 
     def resample(self) -> None:
-        """Forget the drawn probe; the next evaluation or solve draws another. Without effect on a probe that was given."""
+        """Forget the drawn probe; the next evaluation or solve draws another. A probe that was given stays."""
         self._drawn = None
 
     def _probe(self, x: Tensor) -> Tensor | None:

@@ -5,8 +5,8 @@ slope of hidden layer l, [batch, n_l]; g(t) = s_{L+1}(t) is the output gate (1 w
 
     tr df/dx = tr( D_L W_L ... W_2 D_1 A ),      A = W_1 diag(g) W_{L+1}.
 
-Every form below is index arrays into the layers' canonical `values`, counted once per set of masks: a new weight version
-needs re-packing, never a new plan. All per-sample quantities the forms read are the d_l. `evaluate` is their meaning.
+Every form below is index arrays into the layers' canonical `values`, counted once per set of masks: a new weight
+version needs re-packing, never a new plan. All the forms read per sample are the d_l. `evaluate` is their meaning.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class PathsForm:
 
 @dataclass(eq=False)
 class Column:
-    """One state coordinate m of the columns form: start on live rows of W_1[:, m], sub-matrices of W_2 .. W_L restricted
-    to live neurons, end on W_{L+1}[m, :]. A neuron is live when a path from input m to output m runs through it.
+    """One state coordinate m of the columns form: start on live rows of W_1[:, m], sub-matrices of W_2 .. W_L on live
+    neurons, end on W_{L+1}[m, :]. A neuron is live when a path from input m to output m runs through it.
 
     start_row, start_index: int64, rows of layer 1 and indices into layer 1's values.
     end_col, end_index: int64, columns (neurons of layer L) and indices into the last layer's values; its gate is g[m].
@@ -124,15 +124,16 @@ class Column:
 
 @dataclass(eq=False)
 class ColumnsForm:
-    """L >= 3: for each live coordinate m: p = d_1 * W_1[:,m]; p = d_l * (W_l p), l = 2..L; tr += g_m W_{L+1}[m,:] . p."""
+    """L >= 3: for each live coordinate m: p = d_1 * W_1[:,m]; p = d_l * (W_l p), l = 2..L; then
+    tr += g_m W_{L+1}[m,:] . p."""
 
     columns: tuple[Column, ...]
 
 
 @dataclass(eq=False)
 class HutchinsonForm:
-    """e' J e: u = W_1 e once per solve; p = d_1 * u; p = d_l * (W_l p), l = 2..L; then r . p with r = W_{L+1}' e once per
-    solve when there is no output gate, else sum_m e_m g_m (W_{L+1} p)_m. L = 0: u = W_1 e, sum_m e_m g_m u_m."""
+    """e' J e: u = W_1 e once per solve; p = d_1 * u; p = d_l * (W_l p), l = 2..L; then r . p with r = W_{L+1}' e once
+    per solve when there is no output gate, else sum_m e_m g_m (W_{L+1} p)_m. L = 0: u = W_1 e, sum_m e_m g_m u_m."""
 
     output_gate: bool
 
@@ -149,9 +150,9 @@ Form = NoHiddenForm | DiagonalForm | PairsForm | PathsForm | ColumnsForm | Hutch
 
 @dataclass(eq=False)
 class DivergencePlan:
-    """kind: "exact" or "hutchinson". costs: multiply-adds per sample of every form that was counted ("diagonal", "pairs",
-    "paths", "columns", "hutchinson"; one product per neuron is not counted, except where a form repeats it per column or
-    pair); `reason` says in a sentence what was chosen and why."""
+    """kind: "exact" or "hutchinson". costs: multiply-adds per sample of every form that was counted ("diagonal",
+    "pairs", "paths", "columns", "hutchinson"; one product per neuron is not counted, except where a form repeats it per
+    column or pair); `reason` says in a sentence what was chosen and why."""
 
     kind: str
     form: Form
@@ -300,7 +301,8 @@ class _MultipliedOut:
         into, back = first.weight.T, last.weight.T
         back = back if gate is None else back * gate
         blocks = [
-            (back[rows] @ into).flatten()[_flat(self.pattern, rows).to(back.device)] for rows in _blocks(*self.pattern.shape)
+            (back[rows] @ into).flatten()[_flat(self.pattern, rows).to(back.device)]
+            for rows in _blocks(*self.pattern.shape)
         ]
         return middle.values[self.index.to(back.device)] * torch.cat(blocks)
 
@@ -345,7 +347,7 @@ def _plan_paths(patterns: Sequence[Pattern], closed: _ClosedPaths) -> PathsForm:
 
 
 def _plan_columns(patterns: Sequence[Pattern]) -> tuple[ColumnsForm, int]:
-    """The form and its cost: live weights of W_2 .. W_L and of W_{L+1}, and one product per live neuron, of all columns."""
+    """The form, and its cost over all columns: live weights of W_2 .. W_{L+1}, and one product per live neuron."""
     first, *hidden, last = patterns
     masks = [
         torch.sparse_coo_tensor(torch.stack([p.row, p.col]), torch.ones(p.nnz), p.shape, check_invariants=True)

@@ -28,7 +28,7 @@ from .compiled_field import CompiledField, DivergenceField
 from .engines.base import Engine, SolveRequest, SolveResult
 from .engines.reference import ReferenceEngine
 from .numerics.adaptive import offending_rows, rms_norm, solve_adaptive
-from .numerics.step_control import StepOptions
+from .numerics.step_control import StepOptions, StopPoints
 from .numerics.tableaus import ADAPTIVE, METHODS, Tableau
 from .solution import Solution, SolverError, Stats
 
@@ -58,13 +58,14 @@ def odeint(
 ) -> Any:
     """Solve dy/dt = func(t, y), y(t[0]) = y0, and return y at every time in `t`.
 
-    func: a compiled field, or any callable (0-d t in y's real dtype, y) -> dy/dt.  y0: a tensor of any shape, or a tuple
-    of tensors.  t: floating point [n], strictly increasing or decreasing.
+    func: a compiled field, or any callable (0-d t in y's real dtype, y) -> dy/dt.  y0: a tensor of any shape, or a
+    tuple of tensors.  t: floating point [n], strictly increasing or decreasing.
     rtol, atol: numbers, or (tuple state) a sequence with one per tensor; the step is accepted when the root mean square
     of error / (atol + rtol max(|y_before|, |y_after|)), over the whole batch, is at most 1 (tuple: in every tensor).
     method: "dopri5" (None), "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun"; "euler", "midpoint", "heun2",
     "heun3", "rk4" (3/8 rule); torchdiffeq's "explicit_adams", "implicit_adams", "scipy_solver".
-    options: `StepOptions` by name, plus norm and dtype (adaptive); step_size, grid_constructor, interp, perturb (fixed).
+    options: `StepOptions` by name, plus norm and dtype (adaptive); step_size, grid_constructor, interp, perturb
+    (fixed).
     event_fn: (t, y) -> tensor; ends the solve where it first changes sign.
 
     Returns [n, *y0.shape], or a tuple of such; with an event (event_t, the same with n = 2). Differentiable in y0, t
@@ -170,8 +171,8 @@ def odeint_event(
     odeint_interface: Callable = odeint,
     **kwargs: Any,
 ) -> tuple[Tensor, State]:
-    """Solve from t0 until event_fn(t, y) changes sign: (event_t, the state at t0 and at the event), with the gradient of
-    the event time. Runs in torchdiffeq."""
+    """Solve from t0 until event_fn(t, y) changes sign: (event_t, the state at t0 and at the event), with the gradient
+    of the event time. Runs in torchdiffeq."""
     return torchdiffeq.odeint_event(
         func, y0, t0, event_fn=event_fn, reverse_time=reverse_time, odeint_interface=odeint_interface, **kwargs
     )
@@ -268,7 +269,11 @@ def _check_tolerance(name: str, tolerance: Any, parts: int | None) -> None:
 
 
 def _is_sequence(value: Any) -> bool:
-    return value.dim() > 0 if isinstance(value, Tensor) else hasattr(value, "__iter__")
+    try:
+        iter(value)
+    except TypeError:  # a number, or an array or tensor without axes
+        return False
+    return True
 
 
 def _number(value: Any) -> float | None:
@@ -359,6 +364,8 @@ class _EngineCall(_Call):
         adaptive = method in ADAPTIVE
         if any(getattr(func, name, None) is not None for name in _CALLBACKS):
             return "func has callbacks, which need Python at every step"
+        if func._forward_hooks or func._forward_pre_hooks:
+            return "func has forward hooks, which need Python at every evaluation"
         if isinstance(func, DivergenceField):
             field = func.field
             if not isinstance(field, CompiledField):
@@ -415,6 +422,8 @@ class _EngineCall(_Call):
         engine = field.packed(kind)
         tableau = METHODS[self.method]
         adaptive = isinstance(tableau, Tableau)
+        options = _step_options(self.options, self.sign) if adaptive else StepOptions()
+        StopPoints(self.times[0].item(), options)  # refuses repeated points, whatever the engine does
         request = SolveRequest(
             x=x0.reshape(-1, field.dim).contiguous(),
             l=None if l0 is None else l0.reshape(-1).contiguous(),
@@ -423,7 +432,7 @@ class _EngineCall(_Call):
             tableau=tableau,
             rtol=self.rtol,
             atol=self.atol,
-            options=_step_options(self.options, self.sign) if adaptive else StepOptions(),
+            options=options,
             grid=None if adaptive else _grid(self.func, self.y0, self.t, self.times, self.sign, self.options),
             perturb=bool(self.options.get("perturb", False)),
             noise=None if noise is None else noise.reshape(-1, field.dim).contiguous(),
@@ -510,8 +519,9 @@ class _EngineSolve(torch.autograd.Function):
         return (None,) * 5 + tuple(next(grads) if want else None for want in wanted)
 
 
-def _with(request: SolveRequest, x: Tensor, l: Tensor | None, times: Tensor, grid: Tensor | None) -> SolveRequest:  # noqa: E741
-    return replace(request, x=x, l=l, times=times, grid=grid)
+def _with(request: SolveRequest, *tensors: Tensor | None) -> SolveRequest:
+    """The request with its differentiable inputs replaced: x, l, times, grid."""
+    return replace(request, **dict(zip(("x", "l", "times", "grid"), tensors, strict=True)))
 
 
 # ----------------------------------------------------------------------------------------------- numerics' own solve
@@ -571,15 +581,18 @@ class _TorchCall(_Call):
 
         def tolerance(value: Any) -> Any:
             if is_tuple and _is_sequence(value):
-                value = torch.cat([torch.as_tensor(v, dtype=torch.float64).expand(s.numel()) for v, s in zip(value, shapes)])
+                rows = (torch.as_tensor(v, dtype=torch.float64).expand(s.numel()) for v, s in zip(value, shapes))
+                value = torch.cat(tuple(rows))
             return torch.as_tensor(value, dtype=y0.real.dtype, device=y0.device)
 
         y0 = torch.cat([part.reshape(-1) for part in self.y0]) if is_tuple else self.y0
         user_norm = self.options.get("norm")
-        if is_tuple:
-            norm = lambda y: user_norm(split(y)) if user_norm else torch.stack([rms_norm(p) for p in split(y)]).amax()
-        else:
-            norm = user_norm or rms_norm
+
+        def norm(y: Tensor) -> Any:
+            if user_norm is not None:
+                return user_norm(split(y) if is_tuple else y)
+            return torch.stack([rms_norm(part) for part in split(y)]).amax() if is_tuple else rms_norm(y)
+
         options = _step_options(self.options, sign)
         result = solve_adaptive(
             f, y0, self.times, ADAPTIVE["tsit5"], tolerance(self.rtol), tolerance(self.atol), norm, options

@@ -2,9 +2,9 @@
 
 - zero weights go;
 - hidden neurons nobody reads go, and with them what only they read (to a fixed point);
-- a hidden neuron without inputs is a function of t only. If it is constant, W[:, j] * act(z_j) goes into the next layer's
-  bias (summed in float64). If it varies with t, it goes into the next layer's shift where that costs no affine shift its
-  form and no gate stands before it; else it stays, and a note says so;
+- a hidden neuron without inputs is a function of t only. If it is constant, W[:, j] * act(z_j) goes into the next
+  layer's bias (summed in float64). If it varies with t, it goes into the next layer's shift where that costs no affine
+  shift its form and no gate stands before it; else it stays, and a note says so;
 - layers before one that has no neurons left go altogether: f does not depend on y there.
 
 The state's own rows (the first layer's inputs, the last layer's outputs) always stay.
@@ -23,8 +23,8 @@ from .field import Gate, Layer, LinearShift, Pattern, Shift, SigmoidGate, TimeFu
 
 @dataclass
 class LayerReport:
-    """What happened to one layer of the input field. Neurons are its outputs; `dropped` were read by nobody, `folded` went
-    into the next layer, `time_only` have no inputs but had to stay. density: of the layer that remains (0 if none does)."""
+    """What happened to one layer of the input field. Neurons are its outputs; `dropped` were read by nobody, `folded`
+    went into the next layer, `time_only` have no inputs but had to stay. density: of what remains (0 if nothing)."""
 
     layer: int
     name: str
@@ -43,8 +43,8 @@ class SimplifyReport:
     """What simplify did, layer by layer, and the way back to the input field's layout.
 
     kept_layers: numbers of the input field's layers that remain, in order.
-    kept_rows[l], kept_values[l]: int64, indices into input layer l's rows and values that remain, in the order of the new
-        layer (empty for a layer that went).
+    kept_rows[l], kept_values[l]: int64, indices into input layer l's rows and values that remain, in the order of the
+        new layer (empty for a layer that went).
     str(report) gives a table.
     """
 
@@ -69,9 +69,10 @@ class SimplifyReport:
                 f"layer {r.layer} {r.name}: weights {r.weights_before} -> {r.weights_after} (density {r.density:.3f}), "
                 f"neurons {r.neurons_before} -> {r.neurons_after}"
             )
-            details = [f"{n} {what}" for n, what in (
+            counts = (
                 (r.dropped, "read by nobody"), (r.folded, "folded into the next layer"), (r.time_only, "of t only kept"),
-            ) if n]
+            )
+            details = [f"{n} {what}" for n, what in counts if n]
             if r.layer not in self.kept_layers:
                 details.append("the layer is gone")
             lines.append(line + (f": {', '.join(details)}" if details else ""))
@@ -207,8 +208,8 @@ def _rebuild(work: _Work, columns: Tensor) -> tuple[Layer, Tensor, Tensor]:
     pattern = Pattern((rows.numel(), int(columns.sum())), row_ptr, new_col[work.col[values]])
     old = layer.values.detach()
     new = Layer(
-        pattern, old[values.to(old.device)], work.bias[rows].to(old), _rows_of(layer.gate, rows), _rows_of(work.shift, rows),
-        layer.activation, layer.name,
+        pattern, old[values.to(old.device)], work.bias[rows].to(old), _rows_of(layer.gate, rows),
+        _rows_of(work.shift, rows), layer.activation, layer.name,
     )
     return new, rows, values
 
@@ -250,8 +251,8 @@ def simplify(field: VectorField) -> tuple[VectorField, SimplifyReport]:
         kept_values.append(values)
         if free:
             notes.append(
-                f"simplify: layer {number} ({work.layer.name}) keeps {free} neurons that are functions of t only: the next layer "
-                "has a gate, or would lose its affine shift"
+                f"simplify: layer {number} ({work.layer.name}) keeps {free} neurons that are functions of t only: the "
+                "next layer has a gate, or would lose its affine shift"
             )
         if remains and layers[-1].pattern.nnz == 0:
             notes.append(f"simplify: layer {number} ({work.layer.name}) has no weights left")

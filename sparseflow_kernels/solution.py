@@ -32,8 +32,8 @@ class Stats:
 
 @dataclass(repr=False)
 class Solution:
-    """ys: [len(t), *y0.shape], or a tuple of such for a tuple state (with an event: the start and the event, so the first
-    axis is 2).  event_t: 0-d, the time of the event, or None."""
+    """ys: [len(t), *y0.shape], or a tuple of such for a tuple state (with an event: the start and the event, so the
+    first axis is 2).  event_t: 0-d, the time of the event, or None."""
 
     ys: Tensor | tuple[Tensor, ...]
     stats: Stats
@@ -50,8 +50,8 @@ class Solution:
 class SolverError(AssertionError):
     """A solve could not go on. An AssertionError that begins with torchdiffeq's words, then says where and what to do.
 
-    status: "underflow", "non_finite" or "max_num_steps".  t, dt: where it stopped, in the caller's time, and the step it
-    wanted.  rows: offending rows of the flattened batch (may be empty).
+    status: "underflow", "non_finite" or "max_num_steps".  t, dt: where it stopped, in the caller's time, and the step
+    it wanted.  rows: offending rows of the flattened batch (may be empty).
     ys: the outputs, NaN from the first one that was not reached; no gradient.
     """
 

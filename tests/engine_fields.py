@@ -1,4 +1,4 @@
-"""Compiled fields made straight from plain data and a chosen engine class, without capture; shared by the solver tests."""
+"""Compiled fields made from plain data and a chosen engine class, without capture; shared by the solver tests."""
 
 from __future__ import annotations
 

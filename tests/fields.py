@@ -278,7 +278,7 @@ class ConcatEveryWay(nn.Module):
 
 
 class TimeFullLike(nn.Module):
-    """t read as a number (`t.item()`, `float(t)`) cannot be seen as time: refused by capture; kept for the tests of that."""
+    """t read as a number. Not in FIELDS: the module itself has no gradient with respect to t."""
 
     dim = 2
 

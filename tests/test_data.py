@@ -47,13 +47,18 @@ def test_toy_scale(name):
     assert float(points.std()) == pytest.approx(spec.std, rel=0.01)
 
 
-@pytest.mark.parametrize(("name", "radii", "stds"), [
-    ("gaussians", [4.0] * 6, [0.5] * 6),
-    ("gaussians_spiral", np.linspace(4, 1, 10), np.linspace(0.3, 0.1, 10)),
-])
+@pytest.mark.parametrize(
+    ("name", "radii", "stds"),
+    [
+        ("gaussians", [4.0] * 6, [0.5] * 6),
+        ("gaussians_spiral", np.linspace(4, 1, 10), np.linspace(0.3, 0.1, 10)),
+    ],
+)
 def test_clusters_are_where_they_should_be_and_the_floor_is_their_entropy(name, radii, stds):
     points, labels = toy.TOYS[name].generate(4000, torch.Generator().manual_seed(1))
-    centres = torch.tensor([[r * math.cos(math.pi * i / 3), r * math.sin(math.pi * i / 3)] for i, r in enumerate(radii, 1)])
+    centres = torch.tensor(
+        [[r * math.cos(math.pi * i / 3), r * math.sin(math.pi * i / 3)] for i, r in enumerate(radii, 1)]
+    )
     for label, std in enumerate(stds):
         cluster = points[labels == label]
         assert float((cluster.mean(0) - centres[label]).abs().max()) < 5 * std / math.sqrt(4000) + 4e-3
@@ -73,12 +78,21 @@ def test_shapes_of_the_other_toys():
     assert float(radius[labels == 1].mean()) == pytest.approx(0.757, abs=0.01)  # sqrt(0.75^2 + 0.1^2) or so
     assert float(radius[labels == 0].mean()) == pytest.approx(1.503, abs=0.01)
     points, labels = toy.moons(1000, generator)
-    jitter = points - torch.cat([
-        torch.stack([a.cos(), a.sin()], 1) if outer else torch.stack([1 - a.cos(), 0.5 - a.sin()], 1)
-        for outer, a in ((True, torch.linspace(0, math.pi, 500).double()), (False, torch.linspace(0, math.pi, 500).double()))
-    ])
+    jitter = points - torch.cat(
+        [
+            torch.stack([a.cos(), a.sin()], 1) if outer else torch.stack([1 - a.cos(), 0.5 - a.sin()], 1)
+            for outer, a in (
+                (True, torch.linspace(0, math.pi, 500).double()),
+                (False, torch.linspace(0, math.pi, 500).double()),
+            )
+        ]
+    )
     torch.testing.assert_close(jitter[:, 0], jitter[:, 1])  # diagonal: one draw per point
-    assert 0 <= float(jitter.min()) and float(jitter.max()) <= 0.1 and float(jitter.mean()) == pytest.approx(0.05, abs=0.005)
+    assert (
+        0 <= float(jitter.min())
+        and float(jitter.max()) <= 0.1
+        and float(jitter.mean()) == pytest.approx(0.05, abs=0.005)
+    )
     points, labels = toy.spirals2(3000, generator)
     torch.testing.assert_close(points[labels == 0], -points[labels == 1])
     assert 12.5 < float(points.norm(dim=1).max()) < 13.62 + 0.75
@@ -141,8 +155,10 @@ def test_writes_are_whole_or_not_at_all(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------- POWER
 
-HEADER = ("date_time,Global_active_power,Global_reactive_power,Voltage,Global_intensity,Sub_metering_1,Sub_metering_2,"
-          "Sub_metering_3\r\n")
+HEADER = (
+    "date_time,Global_active_power,Global_reactive_power,Voltage,Global_intensity,Sub_metering_1,Sub_metering_2,"
+    "Sub_metering_3\r\n"
+)
 
 
 @pytest.fixture
@@ -153,8 +169,10 @@ def wheel(tmp_path):
     values = np.round(rng.random((n, 7)) * [5, 1, 10, 20, 40, 40, 20] + [0, 0, 235, 0, 0, 0, 0], 3)
     values[1440:1540] = values[:100]
     minutes = 17 * 60 + 24 + np.arange(n)
-    lines = [f"2006-12-{16 + m // 1440:02d} {m % 1440 // 60:02d}:{m % 60:02d}:00,{','.join(map(str, row))}\r\n"
-             for m, row in zip(minutes, values)]
+    lines = [
+        f"2006-12-{16 + m // 1440:02d} {m % 1440 // 60:02d}:{m % 60:02d}:00,{','.join(map(str, row))}\r\n"
+        for m, row in zip(minutes, values)
+    ]
     path = tmp_path / "data.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(power.MEMBER, HEADER + "".join(lines))

@@ -10,7 +10,9 @@ from sparseflow_kernels.divergence import (
 )
 from sparseflow_kernels.field import Activation, Layer, Pattern, VectorField
 
-SIZES = {0: [4, 4], 1: [3, 9, 3], 2: [5, 11, 8, 5], 3: [4, 9, 12, 7, 4], 4: [3, 8, 6, 9, 7, 3], 5: [2, 5, 6, 4, 7, 5, 2]}
+SIZES = {
+    0: [4, 4], 1: [3, 9, 3], 2: [5, 11, 8, 5], 3: [4, 9, 12, 7, 4], 4: [3, 8, 6, 9, 7, 3], 5: [2, 5, 6, 4, 7, 5, 2],
+}
 T = torch.tensor(0.37, dtype=torch.float64)
 
 

@@ -60,7 +60,13 @@ def test_tabular_sizes(name, total, weights, n_layers):
 
 @pytest.mark.parametrize(
     ("shape", "total", "weights"),
-    [("l2_h3", 17, 12), ("l2_h128", 642, 512), ("l4_h64", 8642, 8448), ("l8_h37", 8623, 8362), ("l2_h1700", 8502, 6800)],
+    [
+        ("l2_h3", 17, 12),
+        ("l2_h128", 642, 512),
+        ("l4_h64", 8642, 8448),
+        ("l8_h37", 8623, 8362),
+        ("l2_h1700", 8502, 6800),
+    ],
 )
 def test_toy_sizes(shape, total, weights):
     field = toy_field(shape)

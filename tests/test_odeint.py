@@ -6,11 +6,14 @@ import inspect
 import math
 
 import pytest
+import sparseflow_kernels
 import torch
 import torchdiffeq
 from engine_fields import OpaqueEngine, compiled
 from torch import nn
 
+from sparseflow_kernels import engines
+from sparseflow_kernels.compiled_field import with_divergence
 from sparseflow_kernels.engines.reference import ReferenceEngine
 from sparseflow_kernels.numerics.adaptive import replay_adaptive, solve_adaptive
 from sparseflow_kernels.numerics.step_control import StepOptions, initial_step, next_step_size, trial_step
@@ -117,7 +120,8 @@ def test_f_sees_time_in_the_states_dtype_and_just_before_the_end_of_a_step():
         return -y
 
     times = torch.tensor([0.0, 1.0], dtype=F64)
-    result = solve_adaptive(f, torch.ones(2), times, ADAPTIVE["dopri5"], 1e-3, 1e-3, options=StepOptions(first_step=0.5))
+    options = StepOptions(first_step=0.5)
+    result = solve_adaptive(f, torch.ones(2), times, ADAPTIVE["dopri5"], 1e-3, 1e-3, options=options)
     t0, dt = result.steps[0].tolist()
     end = torch.tensor(t0 + dt, dtype=torch.float32)
     below = torch.nextafter(end, torch.tensor(-math.inf))
@@ -194,6 +198,30 @@ def test_compiled_field_against_torchdiffeq(method, times, kind):
         torch.testing.assert_close(stats.steps, expected_steps, rtol=0, atol=step_tol)
     else:
         assert stats.nfe == stats.accepted * FIXED[method].stages_per_step and stats.rejected == 0
+
+
+@pytest.mark.parametrize("kind", [None, "exact", "hutchinson"])
+@pytest.mark.parametrize("method", ["dopri5", "tsit5", "rk4"])
+def test_native_engine_through_the_door(method, kind):
+    """The C++ engine, where it is built: outputs, counts and gradients are the reference's."""
+    cpu, missing = engines.available("cpu")
+    if cpu is None or cpu.unsupported(compiled().vector_field):
+        pytest.skip(missing or cpu.unsupported(compiled().vector_field))
+    options = {"step_size": 0.13} if method == "rk4" else {"step_t": [0.4]}
+    results = []
+    for engine in (cpu, ReferenceEngine):
+        torch.manual_seed(0)
+        func, y0 = problem(kind, engine)
+        arguments = dict(rtol=1e-4, atol=1e-4, method=method, options=options)
+        grads = gradients(odeint, func, y0, TIMES["down"], **arguments)
+        torch.manual_seed(0)
+        results.append((solve(func, y0, TIMES["down"], **arguments), grads))
+    (native, native_grads), (reference, reference_grads) = results
+    assert (native.stats.engine, reference.stats.engine) == ("cpu", "reference")
+    assert (native.stats.nfe, native.stats.rejected) == (reference.stats.nfe, reference.stats.rejected)
+    torch.testing.assert_close(native.ys, reference.ys, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(native.stats.steps, reference.stats.steps, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(native_grads, reference_grads, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("times", [TIMES["up"], TIMES["down"]], ids=["up", "down"])
@@ -432,6 +460,14 @@ def test_handed_over_for_the_state_or_the_field():
     func, y0 = problem(None)
     func.callback_step = lambda t, y, dt: None
     assert "callbacks" in engine_of(func, y0)[1]
+    del func.callback_step
+    handle = func.register_forward_hook(lambda module, inputs, output: None)
+    assert "forward hooks" in engine_of(func, y0)[1]
+    handle.remove()
+    assert engine_of(func, y0) == ("opaque", "")
+    wrapped = with_divergence(nn.Bilinear(1, 3, 3).double().requires_grad_(False))
+    wrapped.field.forward = lambda t, x: -x
+    assert "not compiled" in engine_of(wrapped, (y0, y0[:, 0]))[1]
     assert engine_of(lambda t, y: -y, y0) == ("torchdiffeq", "func is not a compiled field")
 
 
@@ -485,8 +521,9 @@ def test_dense():
 
 @pytest.mark.parametrize("name", ["odeint", "odeint_adjoint", "odeint_event", "odeint_dense"])
 def test_signatures_are_torchdiffeqs(name):
+    """`import sparseflow_kernels as torchdiffeq` has everything torchdiffeq has."""
     theirs = inspect.signature(getattr(torchdiffeq, name)).parameters
-    ours = inspect.signature(globals()[name]).parameters
+    ours = inspect.signature(getattr(sparseflow_kernels, name)).parameters
     assert list(ours) == list(theirs)
     for parameter in theirs:
         assert ours[parameter].kind == theirs[parameter].kind
@@ -496,9 +533,8 @@ def test_signatures_are_torchdiffeqs(name):
 
 def test_plain_callables_are_torchdiffeqs_to_the_bit():
     for arguments in ({}, {"method": "dopri8"}, {"method": "implicit_adams", "options": {"step_size": 0.2}}):
-        assert torch.equal(
-            odeint(kinked, start(), TIMES["up"], **arguments), torchdiffeq.odeint(kinked, start(), TIMES["up"], **arguments)
-        )
+        ours, theirs = (call(kinked, start(), TIMES["up"], **arguments) for call in (odeint, torchdiffeq.odeint))
+        assert torch.equal(ours, theirs)
     module = nn.Linear(3, 3).double()
 
     class Func(nn.Module):
@@ -584,7 +620,8 @@ def test_step_control_is_checked():
 def test_failure_names_time_rows_and_keeps_what_was_reached():
     func, y0 = problem("exact")
     y0[0][4, 1] = math.nan
-    with pytest.raises(SolverError, match=r"^underflow in dt 0\.0: stopped at t = 0, 1 row\(s\) of the batch: 4\. ") as info:
+    words = r"^underflow in dt 0\.0: stopped at t = 0, 1 row\(s\) of the batch: 4\. "
+    with pytest.raises(SolverError, match=words) as info:
         odeint(func, y0, TIMES["up"])
     assert info.value.rows == (4,) and info.value.status == "underflow"
 

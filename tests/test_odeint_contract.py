@@ -121,7 +121,8 @@ def test_tolerance_with_gradient(run, name):
 @pytest.mark.parametrize("method", ["dopri5", "tsit5"])
 def test_tuple_tolerance_of_another_length(name, method):
     for func, state in ((lambda t, y: y, (Y0, Y0[:, 0])), (compiled(kind="exact"), (Y0, Y0[:, 0]))):
-        with pytest.raises(AssertionError, match=f"^If using tupled {name} it must have the same length as the tuple y0"):
+        words = f"^If using tupled {name} it must have the same length as the tuple y0"
+        with pytest.raises(AssertionError, match=words):
             odeint(func, state, T, method=method, **{name: (1e-3, 1e-3, 1e-3)})
 
 

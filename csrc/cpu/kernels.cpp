@@ -141,18 +141,17 @@ constexpr Kernels<double> kTableF64 = make_table<double>();
 const Kernels<float> kKernelsF32 = kTableF32;
 const Kernels<double> kKernelsF64 = kTableF64;
 
+// Ten independent chains, started from different values so that none can be computed from another.
 double fma_rate_sample(long iterations, float* sink) {
   using V = Vec<float>;
-  V a0 = splat<float>(1), a1 = a0, a2 = a0, a3 = a0, a4 = a0, a5 = a0, a6 = a0, a7 = a0, a8 = a0, a9 = a0;
+  V a0 = splat<float>(*sink), a1 = a0 + 1.0f, a2 = a0 + 2.0f, a3 = a0 + 3.0f, a4 = a0 + 4.0f, a5 = a0 + 5.0f, a6 = a0 + 6.0f,
+    a7 = a0 + 7.0f, a8 = a0 + 8.0f, a9 = a0 + 9.0f;
   const V b = splat<float>(0.9999f), c = splat<float>(0.5f);
   for (long i = 0; i < iterations; ++i) {
-#define STEP(x) x = x * b + c;
-    STEP(a0) STEP(a1) STEP(a2) STEP(a3) STEP(a4) STEP(a5) STEP(a6) STEP(a7) STEP(a8) STEP(a9)
-#undef STEP
-    // keeps the chains apart: without it the compiler may interchange or fold the iterations
-    asm volatile("" : "+m"(*sink) : : );
+    a0 = a0 * b + c, a1 = a1 * b + c, a2 = a2 * b + c, a3 = a3 * b + c, a4 = a4 * b + c;
+    a5 = a5 * b + c, a6 = a6 * b + c, a7 = a7 * b + c, a8 = a8 * b + c, a9 = a9 * b + c;
   }
-  *sink = (a0 + a1 + a2 + a3 + a4 + a5 + a6 + a7 + a8 + a9)[0];
+  *sink = (((a0 + a1) + (a2 + a3)) + ((a4 + a5) + (a6 + a7)) + (a8 + a9))[0];
   return 10.0 * Simd<float>::kLanes * double(iterations);
 }
 

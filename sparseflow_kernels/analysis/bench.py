@@ -1,7 +1,8 @@
 """Whole solves against whole solves, in one process, in turn; times are quoted as ratios to the dense baseline.
 
-The machine may be shared and its clock may wander, so the contenders take turns (A B C A B C ...) and the ratio is the
-median over the rounds of one round's two times; `best` is the quickest of all rounds.
+Times are processor seconds of the whole process, every contender held to one thread: on an idle core that is wall time,
+on a shared one it leaves out the neighbours' turns. The clock may still wander, so the contenders take turns (A B C A B C
+...) and the ratio is the median over the rounds of one round's two times; `best` is the quickest of all rounds.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from .problems import FieldSpec, Problem, make_problem
 class Row:
     """One contender on one problem. Seconds; ratios are baseline time over this contender's (above 1: quicker).
 
+    ratio_per_evaluation: ratio of times per evaluation of the field. Rounding can tip one step between accepted and
+    rejected, so that two solvers with the same rules differ by some evaluations; this ratio leaves that out.
     nnz: weights of the simplified field.  floor: seconds of arithmetic in the whole solve (None: unknown);
     share: floor / best.  error: the largest absolute difference to the float64 reference over the compared samples,
     states and log-densities.  skipped: why there are no figures.
@@ -41,6 +44,7 @@ class Row:
     best: float | None = None
     ratio: float | None = None
     ratio_best: float | None = None
+    ratio_per_evaluation: float | None = None
     per_evaluation: float | None = None
     floor: float | None = None
     share: float | None = None
@@ -49,7 +53,7 @@ class Row:
 
 
 def interleaved(runs: dict[str, Run], seconds: float, most: int) -> dict[str, list[float]]:
-    """Wall seconds of each run, taken in turns: at least two rounds, at most `most`, until `seconds` are spent.
+    """Processor seconds of each run, taken in turns: at least two rounds, at most `most`, until `seconds` are spent.
 
     The first, untimed turn of every run is the caller's (it also warms up).
     """
@@ -59,9 +63,9 @@ def interleaved(runs: dict[str, Run], seconds: float, most: int) -> dict[str, li
         if done >= 2 and time.perf_counter() - start > seconds:
             break
         for name, run in runs.items():
-            before = time.perf_counter()
+            before = time.process_time()
             run()
-            times[name].append(time.perf_counter() - before)
+            times[name].append(time.process_time() - before)
     return times
 
 
@@ -111,6 +115,7 @@ def bench_problem(
         row.ratio = statistics.median(b / a for a, b in zip(taken, base))
         row.ratio_best = min(base) / row.best
         row.per_evaluation = row.median / row.nfe
+        row.ratio_per_evaluation = row.ratio * row.nfe / rows[BASELINE.name].nfe
         if per_evaluation_floor is not None:
             row.floor = per_evaluation_floor * row.nfe
             row.share = row.floor / row.best
@@ -124,7 +129,7 @@ def bench(
     seconds: float = 20.0,
     most: int = 30,
 ) -> Iterator[Row]:
-    """Yield rows field by field, keep ratio by keep ratio. Run it within `peers.one_core()`."""
+    """Yield rows field by field, keep ratio by keep ratio. Run it within `peers.one_thread()`."""
     contenders = [BASELINE, OURS, *peers]
     for spec in specs:
         for keep in keeps:

@@ -25,6 +25,7 @@ from ..capture import capture
 from ..compiled_field import compile as compile_field, with_divergence
 from ..field import Activation, VectorField
 from ..odeint import solve
+from ..threads import get_num_threads, set_num_threads
 from .problems import Problem
 
 
@@ -339,21 +340,15 @@ PEERS = {
 
 
 @contextmanager
-def one_core() -> Iterator[None]:
-    """Hold this process, and every thread started inside, to one core and one thread per library.
-
-    Must be entered before jax is imported: XLA reads its thread settings once.
-    """
+def one_thread() -> Iterator[None]:
+    """One thread per library inside. Must be entered before jax is imported: XLA reads its settings once."""
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    threads = torch.get_num_threads()
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    torch_threads, own_threads = torch.get_num_threads(), get_num_threads()
     torch.set_num_threads(1)
-    if cores:
-        os.sched_setaffinity(0, {max(cores)})
+    set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
-        if cores:
-            os.sched_setaffinity(0, cores)
+        torch.set_num_threads(torch_threads)
+        set_num_threads(own_threads)

@@ -90,7 +90,7 @@ class Problem:
 def make_problem(spec: FieldSpec, keep: float, seed: int = 0) -> Problem:
     """The field pruned globally by magnitude to the fraction `keep` of its weights.
 
-    Every weight matrix is scaled back to the Frobenius norm it had before pruning: otherwise a sparser field would also
+    Every weight matrix is scaled back to the spectral norm it had before pruning: otherwise a sparser field would also
     be a tamer one, and a solve of it would be shorter for a reason that has nothing to do with kernels.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -101,12 +101,12 @@ def make_problem(spec: FieldSpec, keep: float, seed: int = 0) -> Problem:
     with torch.no_grad():
         for linear in linears:
             linear.weight.mul_(spec.gain)
-        norms = [linear.weight.norm().item() for linear in linears]
+        norms = [torch.linalg.matrix_norm(linear.weight, 2) for linear in linears]
         if keep < 1.0:
             prune_weights_(module, keep, of="weights")
             remove_masks_(module)
             for linear, norm in zip(linears, norms):
-                linear.weight.mul_(norm / max(linear.weight.norm().item(), 1e-12))
+                linear.weight.mul_(norm / torch.linalg.matrix_norm(linear.weight, 2).clamp(min=1e-12))
     module.requires_grad_(False)
     x = torch.randn(spec.batch, spec.dim, generator=generator)
     noise = None

@@ -8,12 +8,12 @@ from typing import Annotated, Optional
 import typer
 
 from ..analysis import bench as benchmark
-from ..analysis.peers import BASELINE, OURS, PEERS, one_core
+from ..analysis.peers import BASELINE, OURS, PEERS, one_thread
 from ..analysis.plots import plot_bench
 from ..analysis.problems import DEFAULT_FIELDS, DEFAULT_KEEPS, FIELDS
 from .console import fail, progress, say, show_table
 
-COLUMNS = ("keep", "contender", "nnz", "NFE", "ms/solve", "best ms", "us/NFE", "ratio", "best ratio", "floor share", "max error")
+COLUMNS = ("keep", "contender", "nnz", "NFE", "ms/solve", "best ms", "us/NFE", "ratio", "ratio/NFE", "floor share", "max error")
 
 
 def _figure(value: float | None, form: str, scale: float = 1.0) -> str:
@@ -26,7 +26,7 @@ def _cells(row: benchmark.Row) -> tuple[str, ...]:
     return (
         f"{row.keep:g}", row.contender, str(row.nnz), str(row.nfe), _figure(row.median, ".2f", 1e3),
         _figure(row.best, ".2f", 1e3), _figure(row.per_evaluation, ".1f", 1e6), _figure(row.ratio, ".1f"),
-        _figure(row.ratio_best, ".1f"), _figure(row.share, ".0%"), _figure(row.error, ".1e"),
+        _figure(row.ratio_per_evaluation, ".1f"), _figure(row.share, ".0%"), _figure(row.error, ".1e"),
     )
 
 
@@ -70,7 +70,7 @@ def bench(
     most = 3 if quick else 30
 
     rows: list[benchmark.Row] = []
-    with one_core():
+    with one_thread():
         for spec in chosen:
             here = []
             with progress(f"timing {spec.name}", len(ratios)) as update:

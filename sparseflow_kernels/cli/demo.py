@@ -12,7 +12,7 @@ import typer
 
 from .. import data
 from ..analysis.bench import interleaved, processor
-from ..analysis.peers import BASELINE, OURS, one_core
+from ..analysis.peers import BASELINE, OURS, one_thread
 from ..analysis.plots import plot_densities
 from ..analysis.problems import FieldSpec, Problem
 from ..build_info import build_info
@@ -126,7 +126,7 @@ def _figures(plan: Plan, folder: Path, quick: bool) -> list[dict]:
 
     problems = {cycle.keep: _problem(cycle, plan, test) for cycle in (dense, pruned)}
     contenders = (("torchdiffeq, dense", dense, BASELINE), ("torchdiffeq, pruned", pruned, BASELINE), ("sparseflow, pruned", pruned, OURS))
-    with one_core():
+    with one_thread():
         runs = {name: contender.prepare(problems[cycle.keep]) for name, cycle, contender in contenders}
         outcomes = {name: run() for name, run in runs.items()}
         times = interleaved(runs, seconds=1.0 if quick else 20.0, most=2 if quick else 15)

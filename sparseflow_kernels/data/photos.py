@@ -19,9 +19,9 @@ def load(*, seed: int = 0, rows: int | None = None) -> Dataset:
     """All 531,720 overlapping 8x8 patches x 63 (or `rows` of them at random, about the same share of every split).
 
     A patch is (grey level + U[0, 1)) / 256 with noise of its own, less the patch's mean; the last pixel is dropped, as
-    it follows from the others. Split by place: of each photograph's patch columns the left 80 % are train, the next 10 %
-    val, the rest test, so that test patches are of scenery not trained on; patches within 7 columns of a border share
-    pixels across it.
+    it follows from the others. Split by place: of each photograph's patch columns the left 80 % are train, the next
+    10 % val, the rest test, so that test patches are of scenery not trained on; patches within 7 columns of a border
+    share pixels across it.
     seed: of noise and choice of rows. Raises ImportError without scikit-learn and pillow, ValueError for rows out of
     range.
     """

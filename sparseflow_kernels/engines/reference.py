@@ -1,5 +1,5 @@
-"""The reference engine: plain PyTorch on dense weights. It defines what a vector field, its divergence and a solve mean;
-every other engine is tested against it. The divergence is the Jacobian's diagonal by forward tangents, not an identity.
+"""The reference engine: plain PyTorch on dense weights. It defines what a field, its divergence and a solve mean; every
+other engine is tested against it. The divergence is the Jacobian's diagonal by forward tangents, not an identity.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class ReferenceEngine(Engine):
     def evaluate(self, t: Tensor | float, y: Tensor) -> Tensor:
         return self._forward(self._weights(), t, y)[0]
 
-    def evaluate_with_divergence(self, t: Tensor | float, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def evaluate_with_divergence(
+        self, t: Tensor | float, x: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         if self.plan is None:
             raise ValueError("evaluate_with_divergence: this engine was packed without a divergence plan")
         return self._with_divergence(self._weights(), t, x, noise)

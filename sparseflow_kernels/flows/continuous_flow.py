@@ -69,7 +69,9 @@ class ContinuousFlow(nn.Module):
         gradient: str = "discrete",
     ) -> None:
         super().__init__()
-        fields = [odefunc] if isinstance(odefunc, nn.Module) and not isinstance(odefunc, nn.ModuleList) else list(odefunc)
+        fields = (
+            [odefunc] if isinstance(odefunc, nn.Module) and not isinstance(odefunc, nn.ModuleList) else list(odefunc)
+        )
         if not fields or not all(isinstance(f, nn.Module) for f in fields):
             raise TypeError("odefunc must be an nn.Module f(t, x), or a sequence of at least one such module")
         for name, value, known in (
@@ -160,7 +162,8 @@ class ContinuousFlow(nn.Module):
         return flow.train(self.training)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, divergence={self.divergence!r}, method={self.method!r}, rtol={self.rtol}, atol={self.atol}"
+        solver = f"method={self.method!r}, rtol={self.rtol}, atol={self.atol}"
+        return f"dim={self.dim}, divergence={self.divergence!r}, {solver}"
 
     # ------------------------------------------------------------------------------------------------------- internal
 

@@ -1,8 +1,8 @@
 """Vector fields as plain torch modules: FFJORD's ways to let time into a Linear layer (Grathwohl et al. 2019, arXiv
 1810.01367, table of layer types), and the multi-layer field made of them.
 
-Every layer maps (t, x) with t 0-d and x [batch, in] to [batch, out]. `sparseflow_kernels.compile` reads these modules as it
-reads anybody's; nothing depends on the classes.
+Every layer maps (t, x) with t 0-d and x [batch, in] to [batch, out]. `sparseflow_kernels.compile` reads these modules
+as it reads anybody's; nothing depends on the classes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Adaptive Runge-Kutta solves of dy/dt = f(t, y), with torchdiffeq 0.2.5's rules to the letter.
 
 Step sizes are chosen on the host in double precision, one read of the device per step; f sees time in the state's real
-dtype. Stages at the end of a step see the time one unit in the last place early, in case f jumps there. The solver steps
-over output times (f may be called beyond the last one) and reads the outputs off a quartic.
+dtype. Stages at the end of a step see the time one unit in the last place early, in case f jumps there. The solver
+steps over output times (f may be called beyond the last one) and reads the outputs off a quartic.
 
 Autograd flows through the accepted steps, with the step sizes held fixed; also from the outputs to `times`, if those
 require gradients.
@@ -11,7 +11,7 @@ require gradients.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Callable, Sequence
 
 import torch
@@ -62,7 +62,7 @@ class _Step:
     y1: Tensor
     k: list[Tensor]
     b_mid: tuple[float, ...]
-    coefficients: tuple[Tensor, ...] | None = field(default=None)
+    coefficients: tuple[Tensor, ...] | None = None
 
     def output(self, time: float, times: Tensor, index: int) -> Tensor:
         """The state at times[index], whose value is `time`."""
@@ -291,9 +291,9 @@ class RequestResult:
 def solve_request(request: Any, f: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]) -> RequestResult:
     """Run a SolveRequest (engines/base.py) in plain torch, one step size for the whole batch.
 
-    f(t, x [batch, dim]) -> (dx/dt [batch, dim], dl/dt [batch] or None), in the caller's own time and sign: the request's
-    `sign` is applied here, to t and to both derivatives. With `request.replay` the recorded steps are taken again, and
-    the counts are theirs. Differentiable as solve_adaptive is.
+    f(t, x [batch, dim]) -> (dx/dt [batch, dim], dl/dt [batch] or None), in the caller's own time and sign: the
+    request's `sign` is applied here, to t and to both derivatives. With `request.replay` the recorded steps are taken
+    again, and the counts are theirs. Differentiable as solve_adaptive is.
     """
     if request.step_control != "shared":
         raise ValueError(f"step_control={request.step_control!r}: this engine knows only 'shared'")

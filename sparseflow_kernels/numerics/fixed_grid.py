@@ -56,8 +56,8 @@ def solve_fixed(
 ) -> Trajectory:
     """Step on `grid` from y0 at times[0]; outputs between grid points are interpolated linearly.
 
-    f: (t, y) -> dy/dt, t a 0-d tensor in y's real dtype.  times: [outputs] and grid: [points], increasing, with the same
-    ends.  perturb: see f just above the start of a step and just below its end.
+    f: (t, y) -> dy/dt, t a 0-d tensor in y's real dtype.  times: [outputs] and grid: [points], increasing, with the
+    same ends.  perturb: see f just above the start of a step and just below its end.
     Differentiable in y0, f's parameters, `times` and `grid`. The status is always "ok": nothing is checked on the way.
     """
     times, grid = times.to(torch.float64), grid.to(torch.float64)

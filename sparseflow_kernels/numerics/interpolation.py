@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def fit_quartic(y0: Tensor, y1: Tensor, y_mid: Tensor, f0: Tensor, f1: Tensor, dt: float | Tensor) -> tuple[Tensor, ...]:
+def fit_quartic(
+    y0: Tensor, y1: Tensor, y_mid: Tensor, f0: Tensor, f1: Tensor, dt: float | Tensor
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Coefficients, lowest power first, of the quartic p(x) on [0, 1] with p(0) = y0, p(1/2) = y_mid, p(1) = y1,
     p'(0) = dt f0, p'(1) = dt f1. All states of one shape; dt a number or a 0-d tensor."""
     slope0, slope1 = dt * f0, dt * f1

@@ -3,8 +3,9 @@
 Structured pruning and the removal of dead parameters need to know which layer reads which neuron, where time enters
 and what a neuron emits once its inputs are gone. Class names do not tell; one evaluation on a random probe does: hooks
 record each layer's input and output in the order of execution, and the autograd graph tells which time parameters act
-between two layers. No table of activations is needed: what a neuron without inputs emits is observed, too. Only chains are accepted (each layer reads the one before it, apart from time); anything else raises
-NotAChain and is left to the caller.
+between two layers. No table of activations is needed: what a neuron without inputs emits is observed, too. Only chains
+are accepted (each layer reads the one before it, apart from time); anything else raises NotAChain and is left to the
+caller.
 """
 
 from __future__ import annotations
@@ -60,11 +61,15 @@ class Chain:
         (values [out], constant bool [out]: the value does not depend on time). Found by running the field with the
         layer's output replaced by its bias."""
         layer, after = self.layers[index], self.layers[index + 1]
-        bias = effective(layer.module, "bias") if layer.module.bias is not None else torch.zeros_like(layer.weight[:, 0])
+        bias = (
+            effective(layer.module, "bias") if layer.module.bias is not None else torch.zeros_like(layer.weight[:, 0])
+        )
         seen: list[Tensor] = []
         handles = [
             layer.module.register_forward_hook(lambda _module, _args, out: bias.expand_as(out)),
-            after.module.register_forward_pre_hook(lambda _module, args: seen.append(args[0].detach()[:, after.columns])),
+            after.module.register_forward_pre_hook(
+                lambda _module, args: seen.append(args[0].detach()[:, after.columns])
+            ),
         ]
         try:
             with torch.no_grad():
@@ -106,7 +111,9 @@ def trace_chain(vector_field: nn.Module, layers: dict[str, nn.Module]) -> Chain:
         leaves, nodes = _upstream(after)
         if z.grad_fn not in nodes:
             raise NotAChain(f"{path}: the layer after it does not read it; only plain chains can be traced")
-        if any(other is not z and other.grad_fn in _upstream(after, stop=z.grad_fn)[1] for _, _, other in records[:index]):
+        if any(
+            other is not z and other.grad_fn in _upstream(after, stop=z.grad_fn)[1] for _, _, other in records[:index]
+        ):
             raise NotAChain(f"{path}: an earlier layer's output goes round it (a skip connection)")
         for owner, name, parameter in _parameters_of(vector_field, leaves):
             if id(parameter) not in claimed:
@@ -160,7 +167,7 @@ def _record(vector_field: nn.Module, layers: dict[str, nn.Module]) -> tuple[list
 
 
 def _state_columns(path: str, x: Tensor, width: int) -> Tensor:
-    """Which columns of a layer's input [batch, in] are the neurons before it; the rest are time's, in front or behind."""
+    """Which columns of a layer's input [batch, in] are the neurons before it; the others are time's, before or behind."""
     extra = x.shape[1] - width
     if extra < 0:
         raise NotAChain(f"{path}: reads {x.shape[1]} inputs, the layer before it has {width}; not a plain chain")
@@ -220,7 +227,7 @@ def reaches_derivative(chain: Chain, weights: dict[str, Tensor]) -> bool:
 
 
 def row_parameters(layer: ChainLayer) -> list[tuple[nn.Module, str]]:
-    """(module, name) of the parameters besides the weight that belong to single output neurons: bias, gates, time biases."""
+    """(module, name) of what belongs to single output neurons besides the weight: bias, gates, time biases."""
     bias = [(layer.module, "bias")] if layer.module.bias is not None else []
     return bias + layer.time_parameters
 

@@ -26,13 +26,16 @@ def effective(module: nn.Module, name: str) -> Tensor:
 
 
 def effective_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(path, tensor as used) of every parameter in `module`, shared ones once; a masked parameter under its plain name."""
+    """(path, tensor as used) of every parameter in `module`, shared ones once, masked ones under their plain name."""
     seen: set[int] = set()
     for prefix, part in module.named_modules():
         if isinstance(part, parametrize.ParametrizationList):
             continue  # its owner yields the parametrized tensor
-        names = [name.removesuffix("_orig") if f"{name.removesuffix('_orig')}_mask" in part._buffers else name
-                 for name, parameter in part._parameters.items() if parameter is not None]
+        names = [
+            name.removesuffix("_orig") if f"{name.removesuffix('_orig')}_mask" in part._buffers else name
+            for name, parameter in part._parameters.items()
+            if parameter is not None
+        ]
         if parametrize.is_parametrized(part):
             names += list(part.parametrizations)
         for name in names:
@@ -82,8 +85,8 @@ def remove_masks_(module: _Module) -> _Module:
 def prunable_layers(module: nn.Module, layers: Iterable[nn.Module | str] | None = None) -> dict[str, nn.Module]:
     """Path -> layer, in registration order, of every layer whose `weight` pruning scores.
 
-    These are nn.Linear and nn.Conv2d with groups == 1. A Linear with one input is a function of time alone (the gates and
-    time biases of FFJORD's squash and concatsquash layers) and is left out, as in the reference implementation.
+    These are nn.Linear and nn.Conv2d with groups == 1. A Linear with one input is a function of time alone (the gates
+    and time biases of FFJORD's squash and concatsquash layers) and is left out, as in the reference implementation.
     `layers` overrides the choice: modules, or paths as in `module.named_modules()`.
 
     Raises ValueError if nothing is prunable or an entry of `layers` is not a Linear or Conv2d of `module`.
@@ -103,13 +106,15 @@ def prunable_layers(module: nn.Module, layers: Iterable[nn.Module | str] | None 
             path = entry if isinstance(entry, str) else paths.get(id(entry))
             if path not in named or not isinstance(named[path], (nn.Linear, nn.Conv2d)):
                 raise ValueError(
-                    f"layers: {entry!r} is not a Linear or Conv2d inside {type(module).__name__}; give such modules, or "
-                    "their paths as in module.named_modules()"
+                    f"layers: {entry!r} is not a Linear or Conv2d inside {type(module).__name__}; give "
+                    "such modules, or their paths as in module.named_modules()"
                 )
             wanted.add(path)
         found = {path: part for path, part in named.items() if path in wanted}
     if not found:
-        raise ValueError(f"{type(module).__name__} has no prunable layer (nn.Linear with more than one input, nn.Conv2d)")
+        raise ValueError(
+            f"{type(module).__name__} has no prunable layer (nn.Linear with more than one input, nn.Conv2d)"
+        )
     return found
 
 

@@ -32,10 +32,10 @@ def prune_neurons_(
 ) -> _Module:
     """Prune whole hidden neurons in place until the size is at most `keep` of the dense total; returns `module`.
 
-    The score of a neuron is the l1 norm of its row of weights. Every hidden layer keeps the same fraction phi of its live
-    rows, max(1, round(phi * live)), strongest first; phi is the largest (by bisection) whose size fits the budget. A
-    pruned row is masked (`torch.nn.utils.prune`; masks nest over repeated calls). The rows of each vector field's last
-    layer, and time's input columns, are never pruned.
+    The score of a neuron is the l1 norm of its row of weights. Every hidden layer keeps the same fraction phi of its
+    live rows, max(1, round(phi * live)), strongest first; phi is the largest (by bisection) whose size fits the budget.
+    A pruned row is masked (`torch.nn.utils.prune`; masks nest over repeated calls). The rows of each vector field's
+    last layer, and time's input columns, are never pruned.
 
     keep, of: as in `prune_weights_`.
     fold: what becomes of the pruned neuron's output, a function of time alone.
@@ -79,8 +79,9 @@ def prune_neurons_(
         phi = low
         if size_at(phi) > budget:
             warnings.warn(
-                f"prune_neurons_: keep={keep} of {of} allows {budget:,} non-zero entries, but one neuron per hidden layer "
-                f"leaves {size_at(phi):,}; use a larger keep, or fold='drop' where gated neurons keep their time parameters",
+                f"prune_neurons_: keep={keep} of {of} allows {budget:,} non-zero entries, but one neuron per hidden "
+                f"layer leaves {size_at(phi):,}; use a larger keep, or fold='drop' where gated neurons keep their time "
+                "parameters",
                 stacklevel=2,
             )
     for plan in plans:
@@ -90,7 +91,7 @@ def prune_neurons_(
 
 @dataclass(eq=False)
 class _Plan:
-    """One vector field's hidden neurons, ranked; `folds[l]` bool [out]: once without inputs, the neuron goes entirely."""
+    """One vector field's hidden neurons, ranked; `folds[l]` bool [out]: without inputs, the neuron goes entirely."""
 
     chain: Chain
     drop: bool
@@ -104,7 +105,9 @@ class _Plan:
         for index, layer in enumerate(chain.layers):
             weight = layer.weight.cpu()
             if not bool(torch.isfinite(weight).all()):
-                raise ValueError(f"{layer.path}.weight has non-finite entries; pruning by magnitude has no meaning there")
+                raise ValueError(
+                    f"{layer.path}.weight has non-finite entries; pruning by magnitude has no meaning there"
+                )
             live.append(weight != 0)
             if index + 1 == len(chain.layers):
                 break
@@ -124,8 +127,8 @@ class _Plan:
         return kept
 
     def masks(self, phi: float) -> tuple[list[Tensor], list[Tensor]]:
-        """(bool weight masks of all layers, bool [out] of hidden neurons that go entirely). A neuron that loses its last
-        input because the neurons before it went is treated as a pruned one."""
+        """(bool weight masks of all layers, bool [out] of hidden neurons that go entirely). A neuron that loses its
+        last input because the neurons before it went is treated as a pruned one."""
         masks, gone = [], []
         columns_gone = None
         kept = self.rows_kept(phi) + [torch.ones(self.live[-1].shape[0], dtype=torch.bool)]

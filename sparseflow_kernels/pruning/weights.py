@@ -9,8 +9,17 @@ from typing import Iterable, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .chain import Chain, NotAChain, broadcast_rows, live_parameters, neurons_read, reaches_derivative
-from .chain import row_parameters, trace_chain, vector_fields
+from .chain import (
+    Chain,
+    NotAChain,
+    broadcast_rows,
+    live_parameters,
+    neurons_read,
+    reaches_derivative,
+    row_parameters,
+    trace_chain,
+    vector_fields,
+)
 from .masks import check_keep, count, effective, prunable_layers, set_mask_
 from .size import dense_size, size
 
@@ -29,23 +38,24 @@ def prune_weights_(
     """Prune single weights in place, by global magnitude, to the keep ratio `keep`; returns `module`.
 
     All |w| of the prunable layers (`prunable_layers`) are ranked together and the largest stay; equal magnitudes are
-    settled by position. The masks are `torch.nn.utils.prune`'s, so training goes on through them, and they nest: an entry
-    once pruned never comes back. Calling again with a larger `keep` changes nothing.
+    settled by position. The masks are `torch.nn.utils.prune`'s, so training goes on through them, and they nest: an
+    entry once pruned never comes back. Calling again with a larger `keep` changes nothing.
 
     keep: in (0, 1], always relative to the dense total.
-    of: "parameters" (the paper's size: keep * all parameters is the number of non-zero entries left, and biases and time
-        conditioning count), or "weights" (keep * prunable weights stay, whatever else there is). Of the POWER flow's
-        parameters 8.6 % are not prunable: keep 0.1 of parameters leaves far fewer than 0.1 of its weights.
+    of: "parameters" (the paper's size: keep * all parameters is the number of non-zero entries left, and biases and
+        time conditioning count), or "weights" (keep * prunable weights stay, whatever else there is). Of the POWER
+        flow's parameters 8.6 % are not prunable: keep 0.1 of parameters leaves far fewer than 0.1 of its weights.
     remove_dead: also mask every parameter (incoming weights, bias, gate, time bias) of neurons that nobody reads any
         more. This does not change the function, and the size freed is spent on weights that live: the number of
-        top-ranked weights is searched so that the size after removal fits the budget, and what is still left goes to the
-        strongest weights between neurons that live. So the size is met exactly. Needs fields that are chains of
-        Linear layers; for others a warning is given and dead parameters stay, and count.
+        top-ranked weights is searched so that the size after removal fits the budget, and what is still left goes to
+        the strongest weights between neurons that live. So the size is met exactly, as long as enough neurons live.
+        Needs fields that are chains of Linear layers; for others a warning is given and dead parameters stay, and
+        count.
     min_neurons: in every layer at least this many neurons stay connected from the state to the derivative, through
         strong weights, even against the ranking (a global ranking can empty a layer). Chains only.
 
-    Warns when the budget cuts every path from a field's state to its derivative, or when `min_neurons` needs more than it.
-    Raises ValueError for bad arguments, NotAChain for `min_neurons` on a field that is not a chain.
+    Warns when the budget cuts every path from a field's state to its derivative, or when `min_neurons` needs more than
+    it. Raises ValueError for bad arguments, NotAChain for `min_neurons` on a field that is not a chain.
     """
     check_keep(keep, of)
     if min_neurons < 0 or min_neurons != int(min_neurons):
@@ -95,16 +105,16 @@ def prune_weights_(
     if total > budget:
         warnings.warn(
             f"prune_weights_: keep={keep} of {of} allows {budget:,} non-zero entries, but {total:,} remain "
-            f"({total - count(masks.values()):,} outside the prunable weights, {count(masks.values()):,} weights held by "
-            "min_neurons); use a larger keep, of='weights', or fewer min_neurons",
+            f"({total - count(masks.values()):,} outside the prunable weights, {count(masks.values()):,} weights held "
+            "by min_neurons); use a larger keep, of='weights', or fewer min_neurons",
             stacklevel=2,
         )
     cut = sum(not reaches_derivative(chain, masks) for chain in chains)
     if count(masks.values()) == 0 or cut:
         which = f"{cut} of {len(chains)} vector fields" if cut else "no weight at all: a field"
         warnings.warn(
-            f"prune_weights_: keep={keep} of {of} leaves {which} in which no path leads from the state to its derivative; "
-            "use a larger keep, of='weights', or min_neurons",
+            f"prune_weights_: keep={keep} of {of} leaves {which} in which no path leads from the state to its "
+            "derivative; use a larger keep, of='weights', or min_neurons",
             stacklevel=2,
         )
 

@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file per state, masks included, with JSON facts in its header; written whole or not at all."""
+"""Checkpoints: a safetensors file with the state, masks included, and JSON facts in its header; whole or not at all."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def load_checkpoint(path: str | Path, module: nn.Module) -> dict[str, Any]:
     """Load `path` into `module` in place and return the facts. A dense module is given the masks the checkpoint has.
 
     Raises FileNotFoundError, or CheckpointError for a file that is no checkpoint, has other tensors than the module, or
-    lacks masks the module has (a pruned module cannot become dense again: build a new one). The module is unchanged then.
+    lacks masks the module has (a pruned module cannot become dense again: build a new one). The module is unchanged
+    then.
     """
     try:
         with safe_open(str(path), framework="pt") as file:

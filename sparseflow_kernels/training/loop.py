@@ -1,4 +1,4 @@
-"""Maximum likelihood training of a flow, and the cycle of train, prune, retrain (Sparse Flows, arXiv 2106.12718, Alg. 1).
+"""Maximum likelihood training of a flow, and the cycle of train, prune, retrain (Sparse Flows, arXiv 2106.12718).
 
 Masks need no care here: a masked parameter is parametrised as original * mask, so its pruned entries have no gradient.
 """
@@ -55,12 +55,12 @@ def train(
     optimizer: "adamw", "adam" or "sgd" with `lr` and `weight_decay`; a new one each call, as the paper's retraining.
     clip: largest norm of the gradient, None for no clipping.
     seed: of the order of rows and of the Hutchinson noise; torch's global generator is left as it was.
-    max_failures: a step with a non-finite loss or gradient, or a failed solve, is skipped and counted; that many in a row
-        raise NonFiniteLossError. The flow's parameters are then those of the last good step.
+    max_failures: a step with a non-finite loss or gradient, or a failed solve, is skipped and counted; that many in a
+        row raise NonFiniteLossError. The flow's parameters are then those of the last good step.
     progress: called with each step's {"epoch", "step", "steps", "nll", "nfe"}.
 
-    History entries: epoch, nll (mean over the epoch's good steps), nfe (mean per step, None if not known), skipped, seconds.
-    Raises ValueError for bad arguments.
+    History entries: epoch, nll (mean over the epoch's good steps), nfe (mean per step, None if not known), skipped,
+    seconds. Raises ValueError for bad arguments.
     """
     rows = data.train if isinstance(data, Dataset) else data
     if (epochs is None) == (steps is None):
@@ -113,13 +113,15 @@ def train(
                     if progress is not None:
                         nfe = flow.stats.nfe if flow.stats is not None else None
                         progress({"epoch": len(history) + 1, "step": step, "steps": total, "nll": nll, "nfe": nfe})
-                history.append({
-                    "epoch": len(history) + 1,
-                    "nll": sum(nlls) / len(nlls) if nlls else math.nan,
-                    "nfe": sum(nfes) / len(nfes) if nfes else None,
-                    "skipped": skipped,
-                    "seconds": time.perf_counter() - started,
-                })
+                history.append(
+                    {
+                        "epoch": len(history) + 1,
+                        "nll": sum(nlls) / len(nlls) if nlls else math.nan,
+                        "nfe": sum(nfes) / len(nfes) if nfes else None,
+                        "skipped": skipped,
+                        "seconds": time.perf_counter() - started,
+                    }
+                )
     finally:
         flow.train(was_training)
     return history
@@ -198,13 +200,13 @@ def train_prune_retrain(
     seed: int = 0,
     **training: Any,
 ) -> Iterator[Cycle]:
-    """Train `flow` dense, then prune to each keep ratio and retrain with the same settings and a new optimizer; yields a
-    Cycle after each. Weights are never rewound and pruned entries never return. `flow` is trained in place.
+    """Train `flow` dense, then prune to each keep ratio and retrain with the same settings and a new optimizer; yields
+    a Cycle after each. Weights are never rewound and pruned entries never return. `flow` is trained in place.
 
     keeps: a name of `KEEP_RATIOS`, or ratios in (0, 1) that fall.  method: "weights" (WT) or "neurons" (FT).
     prune_options: for `prune_weights_` or `prune_neurons_`.  training: for `train`; cycle i uses seed + i.
-    folder: where each cycle's checkpoint goes, atomically; a later call with the same arguments continues after the last
-        finished cycle. A folder of another run raises CheckpointError.
+    folder: where each cycle's checkpoint goes, atomically; a later call with the same arguments continues after the
+        last finished cycle. A folder of another run raises CheckpointError.
 
     Raises ValueError for bad arguments when called (nothing has run then).
     """
@@ -218,7 +220,10 @@ def train_prune_retrain(
         raise ValueError(f"method must be 'weights' or 'neurons', got {method!r}")
     prune = prune_weights_ if method == "weights" else prune_neurons_
     run = {
-        "method": method, "keeps": list(ratios), "prune_options": _plain(prune_options or {}), "seed": seed,
+        "method": method,
+        "keeps": list(ratios),
+        "prune_options": _plain(prune_options or {}),
+        "seed": seed,
         "training": _plain({name: value for name, value in training.items() if name != "progress"}),
         "data": data.name,
     }
@@ -250,8 +255,8 @@ def _resume(path: Path, flow: ContinuousFlow, run: dict[str, Any], index: int) -
     if found != run or facts.get("index") != index:
         differing = sorted(name for name in run.keys() | found.keys() if run.get(name) != found.get(name))
         raise CheckpointError(
-            f"{path} is of another run (differing: {', '.join(differing) or 'index'}); choose another folder, or delete "
-            "it to start anew"
+            f"{path} is of another run (differing: {', '.join(differing) or 'index'}); choose another folder, or "
+            "delete it to start anew"
         )
     load_checkpoint(path, flow)
     return facts
@@ -259,5 +264,7 @@ def _resume(path: Path, flow: ContinuousFlow, run: dict[str, Any], index: int) -
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
     """Options as they come back from JSON, so that they compare equal."""
-    return {name: value if isinstance(value, (int, float, str, bool, type(None))) else repr(value)
-            for name, value in sorted(options.items())}
+    return {
+        name: value if isinstance(value, (int, float, str, bool, type(None))) else repr(value)
+        for name, value in sorted(options.items())
+    }
