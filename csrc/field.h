@@ -65,7 +65,6 @@ struct Op {
   Operand factor, factor2;
   std::vector<int32_t> factor_row, factor2_row;
   int coefficient_matrix = -1;      // the values of this matrix, one per row
-  bool skip_empty = false;          // product: nobody reads the rows that have no entries
   bool tangent() const { return kind == OpKind::kAffine && store >= 4; }
   bool reduces() const { return kind == OpKind::kReduction || (kind == OpKind::kAffine && (store == 3 || store == 5)); }
 };

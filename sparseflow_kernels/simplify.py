@@ -70,7 +70,9 @@ class SimplifyReport:
                 f"neurons {r.neurons_before} -> {r.neurons_after}"
             )
             counts = (
-                (r.dropped, "read by nobody"), (r.folded, "folded into the next layer"), (r.time_only, "of t only kept"),
+                (r.dropped, "read by nobody"),
+                (r.folded, "folded into the next layer"),
+                (r.time_only, "of t only kept"),
             )
             details = [f"{n} {what}" for n, what in counts if n]
             if r.layer not in self.kept_layers:

@@ -388,6 +388,13 @@ def test_sources_say_where_entries_came_from(name: str, masked: bool) -> None:
             assert (index, "shift.slope") not in sources or masked or sources[index, "shift.slope"].complete
 
 
+def test_sources_keep_the_sign() -> None:
+    module = module_of(lambda m, t, y: F.linear(y, torch.zeros_like(m.a.weight) - m.a.weight, -m.a.bias), a=L(2, 2))
+    _, sources = capture_with_sources(module)
+    assert sources[0, "values"].complete and sources[0, "values"].scale.tolist() == [-1.0] * 4
+    assert sources[0, "bias"].complete and sources[0, "bias"].scale.tolist() == [-1.0] * 2
+
+
 @pytest.mark.parametrize(
     "name", ["ffjord_concat", "ffjord_concatsquash", "negated", "split_state", "stacked_columns", "raw_parameters"]
 )

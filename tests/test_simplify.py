@@ -8,7 +8,7 @@ import torch.nn.utils.prune as prune
 from torch import Tensor, nn
 
 from fields import FIELDS, make_ffjord
-from random_fields import plain_forward
+from random_fields import plain_forward, random_field
 from sparseflow_kernels.capture import capture
 from sparseflow_kernels.field import (
     IDENTITY, Activation, Layer, LinearShift, Pattern, SigmoidGate, TimeFunction, VectorField,
@@ -198,6 +198,22 @@ def test_single_neuron_left() -> None:
     new, _ = simplify(field)
     assert new.hidden == [1, 1]
     assert_same(field, new)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("gate, shift", [(False, False), (True, False), (False, True), (True, True)])
+def test_random_sparse_fields(seed: int, gate: bool, shift: bool) -> None:
+    activation = ["tanh", "softplus", "identity", "sin"][seed % 4]
+    activation = Activation(activation, (1.5, 20.0) if activation == "softplus" else ())
+    field = random_field((3, 6, 5, 6, 3), 0.2, activation=activation, gate=gate, shift=shift, seed=seed)
+    new, report = simplify(field)
+    assert_same(field, new)
+    # A fixed point: every hidden neuron is read, and one without inputs is a function of t that had to stay.
+    for number, before, after in zip(report.kept_layers, new.layers, new.layers[1:]):
+        assert set(after.pattern.col.tolist()) == set(range(before.out_features))
+        blind = set(range(before.out_features)) - set(before.pattern.row.tolist())
+        assert len(blind) == report.layers[number].time_only
+        assert not blind or gate or shift
 
 
 def test_report_and_purity() -> None:

@@ -93,14 +93,14 @@ class Builder {
     op.weight = operand(weight);
     program_.body.push_back(op);
   }
-  void product(int matrix, Ref source, Ref target, Ref factor, bool prologue, bool skip_empty) {
+  void product(int matrix, Ref source, Ref target, Ref factor, const std::optional<Array<int32_t>>& factor_row, bool prologue) {
     Op op;
     op.kind = OpKind::kProduct;
     op.matrix = matrix;
     op.source = operand(source);
     op.target = operand(target);
     op.factor = operand(factor);
-    op.skip_empty = skip_empty;
+    op.factor_row = copy(factor_row);
     (prologue ? program_.prologue : program_.body).push_back(op);
   }
   void reduction(int matrix, Ref source, Ref factor, Ref factor2, const std::optional<Array<int32_t>>& factor_row,
@@ -245,7 +245,7 @@ void bind(py::module_& m, const char* builder, const char* compiled) {
            py::arg("activation"), py::arg("a") = 1.0, py::arg("b") = 20.0, py::arg("store") = 0, py::arg("seed") = Ref(-1, 0),
            py::arg("weight") = Ref(-1, 0))
       .def("product", &Builder<T>::product, py::arg("matrix"), py::arg("source"), py::arg("target"), py::arg("factor") = Ref(-1, 0),
-           py::arg("prologue") = false, py::arg("skip_empty") = false)
+           py::arg("factor_row") = py::none(), py::arg("prologue") = false)
       .def("reduction", &Builder<T>::reduction, py::arg("matrix"), py::arg("source"), py::arg("factor") = Ref(-1, 0),
            py::arg("factor2") = Ref(-1, 0), py::arg("factor_row") = py::none(), py::arg("factor2_row") = py::none(),
            py::arg("coefficient_matrix") = -1)

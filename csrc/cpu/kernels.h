@@ -10,29 +10,28 @@
 
 namespace sparseflow {
 
-// One weight and the byte offset of the activation row it multiplies, read as one stream.
+// A packed matrix is one stream of steps. A step serves the `rows_in_flight` rows of a group, one entry each: first
+// their weights, then the byte offsets of the activation rows they multiply (two offsets are one 64-bit load).
+template <class T, int R>
+struct Step {
+  T weight[R];
+  uint32_t offset[R];
+};
 template <class T>
-struct Entry;
-template <>
-struct Entry<float> {
-  float weight;
-  int32_t offset;
-};
-template <>
-struct Entry<double> {
-  double weight;
-  int64_t offset;
-};
+constexpr size_t step_bytes(int rows_in_flight) {
+  const size_t bytes = size_t(rows_in_flight) * (sizeof(T) + sizeof(uint32_t));
+  return (bytes + alignof(T) - 1) / alignof(T) * alignof(T);
+}
 
 // A sparse matrix packed for one tile width. Rows are sorted by length and taken `rows_in_flight` at a time (a group);
-// within a group the entries of the rows alternate, shorter rows padded with zero weights. Wide matrices are cut into
+// shorter rows of a group are padded with zero weights. Wide matrices are cut into
 // blocks of columns, so that a block's activations stay in the first-level cache; a block continues the sums of the
 // one before it.
 template <class T>
 struct PackedBlock {
-  const Entry<T>* entries;
-  const int32_t* counts;  // [groups] entries per row of the group
-  const int32_t* rows;    // [groups * rows_in_flight]; the row number, or `trash` for a padded row
+  const char* steps;
+  const int32_t* counts;  // [groups] steps of the group
+  const int32_t* rows;    // [groups * rows_in_flight]; the row number, or the number of rows for a padded one
   int32_t groups;
 };
 
@@ -67,7 +66,7 @@ struct RowArgs {
   const char* weight;  // k*Reduce; null: 1
   ptrdiff_t seed_stride, weight_stride;
   T* reduce;  // [width] sums over rows
-  // product: target[row] = factor[row] * (W source);  reduction: reduce += coefficient[row] f[i[row]] g[j[row]] (W source)
+  // product: target[row] = factor[i[row]] * (W source);  reduction: reduce += coefficient[row] f[i[row]] g[j[row]] (W source)
   const char* factor;
   const char* factor2;
   ptrdiff_t factor_stride, factor2_stride;

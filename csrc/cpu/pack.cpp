@@ -53,7 +53,7 @@ void validate_op(const Op& op, const Program<T>& p, const std::string& name) {
   };
   if (op.matrix < 0 || op.matrix >= static_cast<int>(p.matrices.size())) fail(name + ": no such matrix");
   const Matrix<T>& m = p.matrices[op.matrix];
-  if (rows_of(op.source, "source") != m.cols) fail(name + ": the source has not the matrix's columns");
+  if (rows_of(op.source, "source") < m.cols) fail(name + ": the source has fewer rows than the matrix has columns");
   if (op.kind != OpKind::kReduction) {
     need(op.target, m.rows, "target");
     if (op.target.buffer == op.source.buffer && (op.kind == OpKind::kAffine || op.target.slot == op.source.slot))
@@ -85,7 +85,6 @@ void validate_op(const Op& op, const Program<T>& p, const std::string& name) {
     };
     check_factor(op.factor, op.factor_row, "factor");
     check_factor(op.factor2, op.factor2_row, "factor2");
-    if (op.kind == OpKind::kProduct && !op.factor_row.empty()) fail(name + ": a product's factor is read row by row");
     if (op.coefficient_matrix >= 0) {
       if (op.coefficient_matrix >= static_cast<int>(p.matrices.size()) || p.matrices[op.coefficient_matrix].nnz() != m.rows)
         fail(name + ": one coefficient per matrix row is needed");
@@ -177,8 +176,8 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, const Packed<T>& pa
     const bool whole = last && op.reduces();
     auto length = [&](int i) { return whole ? m.row_ptr[i + 1] - m.row_ptr[i] : end[i] - begin[i]; };
     std::stable_sort(order.begin(), order.end(), [&](int i, int j) { return length(i) > length(j); });
-    // rows without entries here have nothing to continue, or nobody reads them, or add nothing
-    if ((b > 0 && !last) || (n_blocks == 1 && (op.skip_empty || op.kind == OpKind::kReduction)))
+    // rows without entries here have nothing to continue, or add nothing
+    if ((b > 0 && !last) || op.kind == OpKind::kReduction)
       order.erase(std::remove_if(order.begin(), order.end(), [&](int i) { return end[i] == begin[i]; }), order.end());
 
     const int groups = (static_cast<int>(order.size()) + R - 1) / R;
@@ -190,29 +189,33 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, const Packed<T>& pa
         rows[g * R + r] = i;
         counts[g] = std::max(counts[g], end[i] - begin[i]);
       }
-      total += int64_t(counts[g]) * R;
+      total += counts[g];
     }
-    Aligned<Entry<T>> stream(total);
+    const size_t bytes = step_bytes<T>(R);
+    Aligned<char> stream(size_t(total) * bytes);
     std::vector<int64_t> positions;
-    int64_t at = 0;
+    char* step = stream.get();
     for (int g = 0; g < groups; ++g) {
       int fallback = 0;  // an activation row this group reads anyway, for the padding of an empty row
       for (int r = 0; r < R; ++r)
         if (rows[g * R + r] < m.rows && end[rows[g * R + r]] > begin[rows[g * R + r]]) fallback = m.col[begin[rows[g * R + r]]];
-      for (int k = 0; k < counts[g]; ++k)
-        for (int r = 0; r < R; ++r, ++at) {
+      for (int k = 0; k < counts[g]; ++k, step += bytes) {
+        T* weights = reinterpret_cast<T*>(step);
+        uint32_t* offsets = reinterpret_cast<uint32_t*>(weights + R);
+        for (int r = 0; r < R; ++r) {
           const int i = rows[g * R + r];
           const int n = i < m.rows ? end[i] - begin[i] : 0;
           const int entry = n > 0 ? begin[i] + std::min(k, n - 1) : -1;
-          const int column = entry >= 0 ? m.col[entry] : fallback;
-          stream[at].offset = static_cast<decltype(stream[at].offset)>(column * source_stride);
-          const bool real = k < n;
-          stream[at].weight = real && !m.dynamic() ? m.values[entry] : T(0);
-          if (real && m.dynamic()) {
+          offsets[r] = static_cast<uint32_t>((entry >= 0 ? m.col[entry] : fallback) * source_stride);
+          if (k >= n) continue;  // padding: weight zero
+          if (!m.dynamic()) {
+            weights[r] = m.values[entry];
+          } else {
             positions.push_back(entry);
-            positions.push_back(at);
+            positions.push_back(reinterpret_cast<char*>(weights + r) - stream.get());
           }
         }
+      }
     }
     out.streams.push_back(std::move(stream));
     out.counts.push_back(std::move(counts));
@@ -302,7 +305,7 @@ Stage<T>::Stage(const Program<T>& program, const Packed<T>& packed, const Kernel
       streams_[op.dynamic].emplace_back(op.streams[b].size());
       std::copy_n(op.streams[b].get(), op.streams[b].size(), streams_[op.dynamic].back().get());
       PackedBlock<T> block = op.blocks[b];
-      block.entries = streams_[op.dynamic].back().get();
+      block.steps = streams_[op.dynamic].back().get();
       blocks_[op.dynamic].push_back(block);
     }
   }
@@ -341,9 +344,9 @@ void Stage<T>::refresh(T t, const std::vector<std::vector<T>>* answers) {
     if (op.dynamic < 0) continue;
     const std::vector<T>& values = values_[op.op->matrix];
     for (size_t b = 0; b < op.positions.size(); ++b) {
-      Entry<T>* stream = streams_[op.dynamic][b].get();
+      char* stream = streams_[op.dynamic][b].get();
       const std::vector<int64_t>& positions = op.positions[b];
-      for (size_t k = 0; k < positions.size(); k += 2) stream[positions[k + 1]].weight = values[positions[k]];
+      for (size_t k = 0; k < positions.size(); k += 2) *reinterpret_cast<T*>(stream + positions[k + 1]) = values[positions[k]];
     }
   }
 }

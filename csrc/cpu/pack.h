@@ -1,4 +1,4 @@
-// A program made ready for one tile width: matrices as entry streams with byte offsets, buffers as a workspace layout.
+// A program made ready for one tile width: matrices as streams of steps with byte offsets, buffers as a workspace layout.
 #pragma once
 
 #include <cstdlib>
@@ -41,10 +41,10 @@ struct PackedOp {
   RowKernel<T> kernel = nullptr;
   RowArgs<T> args{};  // everything but what depends on the workspace or the stage
   ptrdiff_t source = 0, target = 0, seed = 0, weight = 0, factor = 0, factor2 = 0;  // workspace offsets, bytes; -1 absent
-  std::vector<Aligned<Entry<T>>> streams;  // one per block
+  std::vector<Aligned<char>> streams;  // one per block
   std::vector<std::vector<int32_t>> counts, rows;
   std::vector<PackedBlock<T>> blocks;
-  std::vector<std::vector<int64_t>> positions;  // dynamic matrices: (entry of the matrix, position) pairs, per block
+  std::vector<std::vector<int64_t>> positions;  // dynamic matrices: (entry of the matrix, byte of its weight) pairs, per block
   std::vector<int32_t> factor_row, factor2_row; // the op's, with one entry to spare for padded rows
   int dynamic = -1;                             // index among the dynamic ops
 };
@@ -70,7 +70,7 @@ template <class T>
 std::unique_ptr<Packed<T>> pack(const Program<T>& program, const Kernels<T>& kernels, int width_index);
 
 // What depends on time, for one evaluation: scale and shift of every modulation, values of every dynamic matrix and
-// coefficient, and the entry streams they are woven into.
+// coefficient, and the streams they are woven into.
 template <class T>
 class Stage {
  public:
@@ -85,7 +85,7 @@ class Stage {
   const Kernels<T>& kernels_;
   std::vector<std::vector<T>> scale_, shift_;
   std::vector<std::vector<T>> values_;                        // by matrix, dynamic ones only
-  std::vector<std::vector<Aligned<Entry<T>>>> streams_;       // by dynamic op, by block
+  std::vector<std::vector<Aligned<char>>> streams_;       // by dynamic op, by block
   std::vector<std::vector<PackedBlock<T>>> blocks_;           // by dynamic op
   bool fresh_ = false;
 };

@@ -22,17 +22,30 @@ struct Row {
 };
 
 template <class T, int NV, int R>
-SF_INLINE const Entry<T>* multiply_rows(const Entry<T>* entry, int count, const char* source, Row<T, NV> (&acc)[R]) {
-  for (int k = 0; k < count; ++k, entry += R) {
+SF_INLINE const Step<T, R>* multiply_rows(const Step<T, R>* step, int count, const char* source, Row<T, NV> (&acc)[R]) {
+  static_assert(sizeof(Step<T, R>) == step_bytes<T>(R));
+  for (int k = 0; k < count; ++k, ++step) {
+    const Vec<T>* x[R];
+    if constexpr (R % 2 == 0 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r += 2) {
+        uint64_t pair;
+        __builtin_memcpy(&pair, step->offset + r, sizeof pair);
+        x[r] = reinterpret_cast<const Vec<T>*>(source + static_cast<uint32_t>(pair));
+        x[r + 1] = reinterpret_cast<const Vec<T>*>(source + (pair >> 32));
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) x[r] = reinterpret_cast<const Vec<T>*>(source + step->offset[r]);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Vec<T>* x = reinterpret_cast<const Vec<T>*>(source + entry[r].offset);
-      const Vec<T> w = splat<T>(entry[r].weight);
+      const Vec<T> w = splat<T>(step->weight[r]);
 #pragma GCC unroll 12
-      for (int v = 0; v < NV; ++v) acc[r].v[v] += w * x[v];
+      for (int v = 0; v < NV; ++v) acc[r].v[v] += w * x[r][v];
     }
   }
-  return entry;
+  return step;
 }
 
 // Runs all blocks of a matrix over NV vectors per row; `finish(row, sums)` sees each row once, complete. Sums of
@@ -43,7 +56,7 @@ SF_INLINE void for_each_row(const RowArgs<T>& args, Finish finish) {
   for (int b = 0; b < args.matrix.n_blocks; ++b) {
     const PackedBlock<T>& block = args.matrix.blocks[b];
     const bool first = b == 0, last = b + 1 == args.matrix.n_blocks;
-    const Entry<T>* entry = block.entries;
+    const Step<T, R>* step = reinterpret_cast<const Step<T, R>*>(block.steps);
     for (int g = 0; g < block.groups; ++g) {
       const int32_t* rows = block.rows + g * R;
       Row<T, NV> acc[R];
@@ -55,7 +68,7 @@ SF_INLINE void for_each_row(const RowArgs<T>& args, Finish finish) {
       } else {
         for (int r = 0; r < R; ++r) acc[r] = *reinterpret_cast<const Row<T, NV>*>(args.target + rows[r] * args.target_stride);
       }
-      entry = multiply_rows<T, NV, R>(entry, block.counts[g], args.source, acc);
+      step = multiply_rows<T, NV, R>(step, block.counts[g], args.source, acc);
       if (last) {
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) finish(rows[r], acc[r].v);
@@ -129,13 +142,13 @@ void affine_tangent(const RowArgs<T>& args) {
   });
 }
 
-// target[row] = factor[row] * (W source)
+// target[row] = factor[row, or factor_row[row]] * (W source)
 template <class T, int NV>
 void product(const RowArgs<T>& args) {
   for_each_row<T, NV>(args, [&](int row, const Vec<T>* sum) {
     Vec<T>* const out = reinterpret_cast<Vec<T>*>(args.target + row * args.target_stride);
     if (args.factor) {
-      const Vec<T>* factor = at_row<T>(args.factor, row, args.factor_stride);
+      const Vec<T>* factor = at_row<T>(args.factor, args.factor_row ? args.factor_row[row] : row, args.factor_stride);
       for (int v = 0; v < NV; ++v) out[v] = factor[v] * sum[v];
     } else {
       for (int v = 0; v < NV; ++v) out[v] = sum[v];

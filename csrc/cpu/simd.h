@@ -68,14 +68,30 @@ SF_INLINE Vec<T> abs(Vec<T> x) {
   constexpr auto sign = decltype(IVec<T>{}[0] + 0)(1) << (sizeof(T) * 8 - 1);
   return as_real<T>(as_int<T>(x) & ~(IVec<T>{} + sign));
 }
-// These two return x where it is NaN.
+// max(low, x) and min(high, x), x where it is NaN: the order of the operands makes the machine's instructions do just that.
 template <class T>
 SF_INLINE Vec<T> at_least(Vec<T> x, T low) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_max_ps((__m512)splat<T>(low), (__m512)x);
+  else return (Vec<T>)_mm512_max_pd((__m512d)splat<T>(low), (__m512d)x);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_max_ps((__m256)splat<T>(low), (__m256)x);
+  else return (Vec<T>)_mm256_max_pd((__m256d)splat<T>(low), (__m256d)x);
+#else
   return x < splat<T>(low) ? splat<T>(low) : x;
+#endif
 }
 template <class T>
 SF_INLINE Vec<T> at_most(Vec<T> x, T high) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_min_ps((__m512)splat<T>(high), (__m512)x);
+  else return (Vec<T>)_mm512_min_pd((__m512d)splat<T>(high), (__m512d)x);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_min_ps((__m256)splat<T>(high), (__m256)x);
+  else return (Vec<T>)_mm256_min_pd((__m256d)splat<T>(high), (__m256d)x);
+#else
   return x > splat<T>(high) ? splat<T>(high) : x;
+#endif
 }
 
 // Nearest integer, for |x| < 2^22 (2^51).

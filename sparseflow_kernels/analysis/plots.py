@@ -64,7 +64,7 @@ def plot_densities(
         axes[1][column].hist2d(*samples[name].T.numpy(), **window)
         axes[1][column].set_title(f"{name}: samples")
     for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
+        axis.set(xticks=[], yticks=[], aspect="equal")
     return _save(figure, path)
 
 

@@ -28,10 +28,11 @@ def fail(text: str) -> typer.Exit:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns after the first are right-aligned where every cell looks like a figure."""
+    """Columns of figures are right-aligned. A terminal too narrow for a drawn table gets plain lines too."""
     numeric = [all(_is_figure(row[i]) for row in rows) for i in range(len(columns))]
     out = console()
-    if out.is_terminal:
+    widths = [max(len(cell) for cell in column) for column in zip(columns, *rows)]
+    if out.is_terminal and sum(widths) + 3 * len(widths) + 1 <= out.width:
         table = Table(title=title, title_justify="left")
         for name, right in zip(columns, numeric):
             table.add_column(name, justify="right" if right else "left")
@@ -39,7 +40,6 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
             table.add_row(*row)
         out.print(table)
         return
-    widths = [max(len(cell) for cell in column) for column in zip(columns, *rows)]
     print(title)
     for row in (columns, *rows):
         cells = (cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric))
@@ -56,9 +56,11 @@ def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
     out = console()
     if out.is_terminal:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[text]}")
-        with Progress(*columns, console=out) as bar:
+        # Drawn when told, not by a thread of its own: that thread's time would be counted in a benchmark's.
+        with Progress(*columns, console=out, auto_refresh=False) as bar:
             task = bar.add_task(title, total=total, text="")
-            yield lambda done, text: bar.update(task, completed=done, text=text)
+            bar.refresh()
+            yield lambda done, text: bar.update(task, completed=done, text=text, refresh=True)
         return
     next_line = 0
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field as dataclass_field
 from enum import IntEnum
-from typing import Callable
+from typing import Callable, Iterator
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..activations import rule_and_params
 from ..divergence import (
+    Column,
     ColumnsForm,
     DiagonalForm,
     DivergencePlan,
@@ -29,6 +30,7 @@ from ..divergence import (
 from ..field import Layer, LinearShift, Pattern, SigmoidGate, TimeFunction, VectorField
 
 ABSENT = (-1, 0)
+STACKED_ROWS = 512  # live neurons of one layer that columns running together may have
 
 
 class Store(IntEnum):
@@ -130,7 +132,7 @@ class _Writer:
         carries = hutchinson and form.output_gate and hidden > 0
         f = builder.buffer(field.dim, 2 if carries else 1)
         noise = builder.buffer(field.dim) if hutchinson else -1
-        ones = builder.buffer(1) if isinstance(form, (ColumnsForm, NoHiddenForm)) else -1
+        ones = builder.buffer(1) if isinstance(form, NoHiddenForm) else -1
         chain = [x, *h, f]
 
         if hutchinson:
@@ -194,27 +196,90 @@ class _Writer:
                 coefficient_matrix=self.gated(form.coefficient, gate),
             )
         elif isinstance(form, ColumnsForm):
-            scratch = [builder.buffer(layer.out_features) for layer in layers[:-1]]
-            for column in form.columns:
-                self._column(column, h, scratch, ones, gate)
+            for group in _groups(form.columns):
+                self._columns(group, h, gate)
         else:
             raise TypeError(f"no native program for {type(form).__name__}")
 
-    def _column(self, column, h: list[int], scratch: list[int], ones: int, gate: int | None) -> None:
+    def _columns(self, columns: list[Column], h: list[int], gate: int | None) -> None:
+        """Several columns at once, their live neurons stacked into one buffer a layer.
+
+        A column's start W_1[:, m] is a constant, so it joins the weights of the second layer, which then reads the slopes
+        d_1 themselves; and its end W_{L+1}[m, :] joins the last product, which is summed up without being stored.
+        """
         builder, layers = self.builder, self.field.layers
-        p = column.start_row
-        start, order = Pattern.from_coo((layers[0].out_features, 1), p, torch.zeros_like(p))
-        values = layers[0].values[column.start_index[order]]
-        builder.product(self.matrix(start, values), (ones, 0), (scratch[0], 0), factor=(h[0], 1), skip_empty=True)
-        for number, (pattern, index) in enumerate(column.steps, start=1):
-            builder.product(
-                self.matrix(pattern, layers[number].values[index]), (scratch[number - 1], 0), (scratch[number], 0),
-                factor=(h[number], 1), skip_empty=True,
-            )
-        end, order = Pattern.from_coo((1, layers[-1].in_features), torch.zeros_like(column.end_col), column.end_col)
-        index = column.end_index[order]
-        matrix = GatedMatrix(end, torch.arange(end.nnz), torch.full((end.nnz,), column.m), ((len(layers) - 1, index),))
-        builder.reduction(self.gated(matrix, gate), (scratch[-1], 0))
+        depth = len(layers) - 1
+        source, place = (h[0], 1), None  # place: [columns, neurons] -> row of the stacked buffer
+        for number in range(1, depth):
+            rows, cols, values, neurons = [], [], [], []
+            count, final = 0, number == depth - 1
+            following = torch.full((len(columns), layers[number].out_features), -1)
+            for c, column in enumerate(columns):
+                pattern, index = column.steps[number - 1]
+                value = layers[number].values[index]
+                if number == 1:
+                    start = value.new_zeros(layers[0].out_features)
+                    start[column.start_row] = layers[0].values[column.start_index]
+                    value = value * start[pattern.col]
+                    cols.append(pattern.col)
+                else:
+                    cols.append(place[c, pattern.col])
+                if final and gate is None:
+                    end = value.new_zeros(layers[-1].in_features)
+                    end[column.end_col] = layers[-1].values[column.end_index]
+                    rows.append(pattern.row)
+                    value = value * end[pattern.row]
+                else:
+                    live = column.live[number].nonzero().squeeze(1)
+                    following[c, live] = count + torch.arange(live.numel())
+                    count += live.numel()
+                    neurons.append(live)
+                    rows.append(following[c, pattern.row])
+                values.append(value)
+            width = layers[0].out_features if number == 1 else int(place.max()) + 1
+            height = layers[number].out_features if final and gate is None else count
+            pattern, order = Pattern.from_coo((height, width), torch.cat(rows), torch.cat(cols))
+            matrix = self.matrix(pattern, torch.cat(values)[order])
+            slopes, slope_row = (h[number], 1), _index(torch.cat(neurons)) if neurons else None
+            if not final:
+                target = builder.buffer(count)
+                builder.product(matrix, source, (target, 0), factor=slopes, factor_row=slope_row)
+                source, place = (target, 0), following
+            elif gate is None:
+                builder.reduction(matrix, source, factor=slopes)
+            else:
+                builder.reduction(
+                    matrix, source, factor=slopes, factor_row=slope_row,
+                    coefficient_matrix=self.gated(self._ends(columns, following, count), gate),
+                )
+
+    def _ends(self, columns: list[Column], place: Tensor, count: int) -> GatedMatrix:
+        """[1, count] of W_{L+1}[m, i] g_m for the stacked live neurons (m, i) of the last hidden layer."""
+        index, gate, row = [], [], []
+        for c, column in enumerate(columns):
+            reached = place[c, column.end_col] >= 0
+            row.append(place[c, column.end_col][reached])
+            index.append(column.end_index[reached])
+            gate.append(torch.full_like(index[-1], column.m))
+        entry, order = torch.sort(torch.cat(row))
+        full = Pattern.from_mask(torch.ones(1, count, dtype=torch.bool))
+        factor = (len(self.field.layers) - 1, torch.cat(index)[order])
+        return GatedMatrix(full, entry, torch.cat(gate)[order], (factor,))
+
+
+def _groups(columns: tuple[Column, ...]) -> Iterator[list[Column]]:
+    """Columns that run together: as many as keep the stacked buffers of live neurons within the size of a cache."""
+    group: list[Column] = []
+    rows = 0
+    for column in columns:
+        size = max(int(live.sum()) for live in column.live)
+        if group and rows + size > STACKED_ROWS:
+            yield group
+            group, rows = [], 0
+        group.append(column)
+        rows += size
+    if group:
+        yield group
 
 
 def write_program(builder, field: VectorField, plan: DivergencePlan | None) -> Externals:

@@ -167,7 +167,7 @@ def _record(vector_field: nn.Module, layers: dict[str, nn.Module]) -> tuple[list
 
 
 def _state_columns(path: str, x: Tensor, width: int) -> Tensor:
-    """Which columns of a layer's input [batch, in] are the neurons before it; the others are time's, before or behind."""
+    """Which columns of a layer's input [batch, in] are the neurons before it; others, at either end, are time's."""
     extra = x.shape[1] - width
     if extra < 0:
         raise NotAChain(f"{path}: reads {x.shape[1]} inputs, the layer before it has {width}; not a plain chain")

@@ -1,0 +1,657 @@
+// The CPU engine without Python, meant to run under the address and undefined-behaviour sanitizers (`make sanitize`):
+// random programs against a plain interpreter in double, every instruction set, tile width and thread count; and
+// programs with one number spoiled, which must be refused or run without touching foreign memory.
+#include <climits>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/solve.h"
+#include "cpu/thread_pool.h"
+
+using namespace sparseflow;
+
+namespace {
+
+int passed = 0, failed = 0;
+
+void check(bool ok, const std::string& what) {
+  ok ? ++passed : ++failed;
+  if (!ok && failed <= 40) std::printf("FAILED: %s\n", what.c_str());
+}
+
+template <class F>
+std::string thrown(F body) {  // the message of what body throws, or ""
+  try {
+    body();
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "";
+}
+
+using Random = std::mt19937;
+int pick(Random& random, int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); }
+bool chance(Random& random, double p) { return std::uniform_real_distribution<double>(0, 1)(random) < p; }
+// in float32, so that a program means the same in both precisions
+double number(Random& random) { return static_cast<float>(std::uniform_real_distribution<double>(-1, 1)(random)); }
+std::vector<double> numbers(Random& random, int n) {
+  std::vector<double> out(n);
+  for (double& x : out) x = number(random);
+  return out;
+}
+
+// ------------------------------------------------------------------------------------------------- random programs
+
+Matrix<double> random_matrix(Random& random, int rows, int cols, double density) {
+  Matrix<double> m;
+  m.rows = rows;
+  m.cols = cols;
+  m.row_ptr.push_back(0);
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < cols; ++j)
+      if (chance(random, density)) m.col.push_back(j), m.values.push_back(number(random) / std::sqrt(1 + density * cols));
+    m.row_ptr.push_back(m.nnz());
+  }
+  return m;
+}
+
+int add(Program<double>& p, Matrix<double> m) {
+  p.matrices.push_back(std::move(m));
+  return static_cast<int>(p.matrices.size()) - 1;
+}
+
+int add_buffer(Program<double>& p, int rows, int slots) {
+  p.buffers.push_back({rows, slots});
+  return static_cast<int>(p.buffers.size()) - 1;
+}
+
+int add_modulation(Random& random, Program<double>& p, int n) {
+  Modulation<double> m;
+  m.n = n;
+  m.bias = numbers(random, n);
+  const int gate = pick(random, 0, 3), shift = pick(random, 0, 3);
+  if (gate == 1) m.gate_slope = numbers(random, n), m.gate_offset = numbers(random, n);
+  if (gate == 2) m.external_gate = p.externals++;
+  if (shift == 1) m.shift_slope = numbers(random, n), m.shift_offset = numbers(random, n);
+  if (shift == 2) m.external_shift = p.externals++;
+  p.modulations.push_back(std::move(m));
+  return static_cast<int>(p.modulations.size()) - 1;
+}
+
+// Constant, gated by the last modulation, or external.
+int add_dynamic(Random& random, Program<double>& p, int rows, int cols, double density) {
+  Matrix<double> m = random_matrix(random, rows, cols, density);
+  const int kind = pick(random, 0, 2), gates = p.modulations.back().n;
+  if (kind == 1 && gates > 0) {
+    m.gated = true;
+    m.values.clear();
+    m.gate_modulation = static_cast<int>(p.modulations.size()) - 1;
+    for (int path = 0; m.nnz() > 0 && path < 2 * m.nnz(); ++path) {
+      m.path_entry.push_back(pick(random, 0, m.nnz() - 1));
+      m.path_gate.push_back(pick(random, 0, gates - 1));
+      m.path_constant.push_back(number(random));
+    }
+  } else if (kind == 2) {
+    m.values.clear();
+    m.external = p.externals++;
+  }
+  return add(p, std::move(m));
+}
+
+Op affine_op(Random& random, Program<double>& p, Operand source, Operand target, int store, double density) {
+  const int cols = p.buffers[source.buffer].rows, rows = p.buffers[target.buffer].rows;
+  Op op;
+  op.kind = OpKind::kAffine;
+  op.matrix = add(p, random_matrix(random, rows, cols, density));
+  op.modulation = add_modulation(random, p, rows);
+  op.source = source;
+  op.target = target;
+  op.store = store;
+  op.activation = static_cast<Activation>(pick(random, 0, kActivations - 1));
+  op.params = op.activation == Activation::kSoftplus ? ActivationParams{2.0, 1.5} : ActivationParams{0.75, 20.0};
+  return op;
+}
+
+Op product_op(int matrix, Operand source, Operand target, Operand factor, bool skip_empty) {
+  Op op;
+  op.kind = OpKind::kProduct;
+  op.matrix = matrix;
+  op.source = source;
+  op.target = target;
+  op.factor = factor;
+  op.skip_empty = skip_empty;
+  return op;
+}
+
+// A chain as the engine's writer makes them; `kind` 0: f alone, 1: slopes and reductions of every sort, 2: one tangent.
+Program<double> random_program(Random& random, int kind) {
+  Program<double> p;
+  const int depth = pick(random, kind == 0 ? 0 : 1, 3);
+  const double densities[] = {0.0, 0.05, 0.3, 1.0};
+  const int widths[] = {1, 2, 7, 30, 90};
+  auto density = [&] { return densities[pick(random, 0, 3)]; };
+  p.dim = pick(random, 1, 5);
+  p.divergence = kind != 0;
+  const int x = add_buffer(p, p.dim, 1);
+  std::vector<int> h;
+  for (int l = 0; l < depth; ++l) h.push_back(add_buffer(p, widths[pick(random, 0, 4)], kind == 0 ? 1 : 2));
+  const bool reduce_last = kind == 2 && chance(random, 0.5);
+  const int f = add_buffer(p, p.dim, reduce_last ? 2 : 1);
+  p.input = x;
+  p.output = f;
+  if (kind == 2) {
+    p.noise = add_buffer(p, p.dim, 1);
+    const int u = add_buffer(p, p.buffers[h[0]].rows, 1), r = add_buffer(p, p.buffers[h.back()].rows, 1);
+    p.prologue.push_back(product_op(add(p, random_matrix(random, p.buffers[u].rows, p.dim, density())), {p.noise, 0}, {u, 0}, {}, false));
+    p.prologue.push_back(product_op(add(p, random_matrix(random, p.buffers[r].rows, p.dim, density())), {p.noise, 0}, {r, 0}, {}, false));
+    for (int l = 0; l < depth; ++l) {
+      const bool reduce = !reduce_last && l + 1 == depth;
+      const int store = l == 0 ? (reduce ? 3 : 2) : (reduce ? 5 : 4);
+      Op op = affine_op(random, p, {l == 0 ? x : h[l - 1], 0}, {h[l], 0}, store, density());
+      if (l == 0) op.seed = {u, 0};
+      if (reduce) op.weight = {r, 0};
+      p.body.push_back(op);
+    }
+    Op last = affine_op(random, p, {h.back(), 0}, {f, 0}, reduce_last ? 5 : 0, density());
+    if (reduce_last) last.weight = {p.noise, 0};
+    p.body.push_back(last);
+    return p;
+  }
+  for (int l = 0; l <= depth; ++l)
+    p.body.push_back(affine_op(random, p, {l == 0 ? x : h[l - 1], 0}, {l == depth ? f : h[l], 0}, kind == 1 && l < depth ? 1 : 0, density()));
+  if (kind == 0) return p;
+
+  p.ones = add_buffer(p, 1, 1);
+  const int first = p.buffers[h[0]].rows, last = p.buffers[h.back()].rows;
+  const int scratch = add_buffer(p, last, 1);
+  Op op;
+  op.kind = OpKind::kReduction;
+  op.source = {p.ones, 0};
+  op.matrix = add_dynamic(random, p, 1, 1, 1.0);
+  p.body.push_back(op);
+  op.source = {h[0], 1};
+  op.matrix = add_dynamic(random, p, last, first, density());
+  op.factor = {h.back(), 1};
+  p.body.push_back(op);
+  const int terms = pick(random, 0, 40);
+  op.matrix = add(p, random_matrix(random, terms, first, density()));
+  op.factor2 = {h[0], 0};
+  for (int i = 0; i < terms; ++i) {
+    op.factor_row.push_back(pick(random, 0, last - 1));
+    op.factor2_row.push_back(pick(random, 0, first - 1));
+  }
+  op.coefficient_matrix = add_dynamic(random, p, 1, terms, 1.0);
+  p.body.push_back(op);
+  p.body.push_back(product_op(add_dynamic(random, p, last, first, density()), {h[0], 1}, {scratch, 0}, {h.back(), 1}, false));
+  Op sum;
+  sum.kind = OpKind::kReduction;
+  sum.source = {scratch, 0};
+  sum.matrix = add_dynamic(random, p, 1, last, density());
+  p.body.push_back(sum);
+  return p;
+}
+
+template <class T>
+Program<T> convert(const Program<double>& p) {
+  if constexpr (sizeof(T) == 8) return p;
+  auto cast = [](const std::vector<double>& v) { return std::vector<T>(v.begin(), v.end()); };
+  Program<T> q;
+  q.dim = p.dim, q.divergence = p.divergence, q.buffers = p.buffers, q.input = p.input, q.output = p.output;
+  q.noise = p.noise, q.ones = p.ones, q.prologue = p.prologue, q.body = p.body, q.externals = p.externals;
+  for (const auto& m : p.matrices) {
+    Matrix<T> n;
+    n.rows = m.rows, n.cols = m.cols, n.row_ptr = m.row_ptr, n.col = m.col, n.values = cast(m.values), n.gated = m.gated;
+    n.gate_modulation = m.gate_modulation, n.path_entry = m.path_entry, n.path_gate = m.path_gate;
+    n.path_constant = cast(m.path_constant), n.external = m.external;
+    q.matrices.push_back(n);
+  }
+  for (const auto& m : p.modulations)
+    q.modulations.push_back({m.n, cast(m.bias), cast(m.gate_slope), cast(m.gate_offset), cast(m.shift_slope),
+                             cast(m.shift_offset), m.external_gate, m.external_shift});
+  return q;
+}
+
+// What the functions of time say: of the right length for whoever asks.
+template <class T>
+RefreshCallback<T> externals_of(const Program<T>& p) {
+  std::vector<size_t> lengths(p.externals, 1);
+  for (const auto& m : p.modulations) {
+    if (m.external_gate >= 0) lengths[m.external_gate] = m.n;
+    if (m.external_shift >= 0) lengths[m.external_shift] = m.n;
+  }
+  for (const auto& m : p.matrices)
+    if (!m.gated && m.external >= 0) lengths[m.external] = m.nnz();
+  return [lengths](const std::vector<double>& times) {
+    std::vector<std::vector<std::vector<T>>> answers;
+    for (double t : times) {
+      answers.emplace_back();
+      for (size_t n : lengths) {
+        answers.back().emplace_back();
+        for (size_t i = 0; i < n; ++i) answers.back().back().push_back(T(0.5 + 0.25 * std::sin(double(i) + 3 * t)));
+      }
+    }
+    return answers;
+  };
+}
+
+// ---------------------------------------------------------------------------------------------- the plain interpreter
+
+void activation(Activation kind, ActivationParams params, double z, double& h, double& slope) {
+  const double s = 1 / (1 + std::exp(-z));
+  switch (kind) {
+    case Activation::kIdentity: h = z, slope = 1; break;
+    case Activation::kTanh: h = std::tanh(z), slope = 1 - h * h; break;
+    case Activation::kSigmoid: h = s, slope = s * (1 - s); break;
+    case Activation::kSoftplus: {
+      const double x = params.a * z;
+      h = x > params.b ? z : std::log1p(std::exp(x)) / params.a;
+      slope = x > params.b ? 1 : 1 / (1 + std::exp(-x));
+      break;
+    }
+    case Activation::kRelu: h = z > 0 ? z : 0, slope = z > 0; break;
+    case Activation::kElu: h = z > 0 ? z : params.a * std::expm1(z), slope = z > 0 ? 1 : params.a * std::exp(z); break;
+    case Activation::kSilu: h = z * s, slope = s + h * (1 - s); break;
+    case Activation::kSin: h = std::sin(z), slope = std::cos(z); break;
+    case Activation::kSquare: h = z * z, slope = 2 * z; break;
+    case Activation::kCube: h = z * z * z, slope = 3 * z * z; break;
+  }
+}
+
+// One sample, loop by loop as csrc/field.h and kernels.h word it.
+struct Interpreter {
+  const Program<double>& p;
+  std::vector<std::vector<double>> answers;
+  std::vector<std::vector<double>> scale, shift, values;
+  double largest = 1;  // magnitude met on the way, what rounding errors are measured by
+
+  Interpreter(const Program<double>& program, double t) : p(program) {
+    if (p.externals > 0) answers = externals_of(p)({t})[0];
+    for (const auto& m : p.modulations) {
+      scale.emplace_back(m.n, 1.0);
+      shift.emplace_back(m.n, 0.0);
+      for (int i = 0; i < m.n; ++i) {
+        double c = 0;
+        if (m.external_gate >= 0) scale.back()[i] = answers[m.external_gate][i];
+        else if (!m.gate_slope.empty()) scale.back()[i] = 1 / (1 + std::exp(-(m.gate_slope[i] * t + m.gate_offset[i])));
+        if (m.external_shift >= 0) c = answers[m.external_shift][i];
+        else if (!m.shift_slope.empty()) c = m.shift_slope[i] * t + m.shift_offset[i];
+        shift.back()[i] = scale.back()[i] * m.bias[i] + c;
+      }
+    }
+    for (const auto& m : p.matrices) {
+      values.push_back(m.values);
+      if (m.gated) {
+        values.back().assign(m.nnz(), 0.0);
+        for (size_t k = 0; k < m.path_entry.size(); ++k)
+          values.back()[m.path_entry[k]] += m.path_constant[k] * scale[m.gate_modulation][m.path_gate[k]];
+      } else if (m.external >= 0) {
+        values.back() = answers[m.external];
+      }
+    }
+  }
+
+  void run(const double* x, const double* noise, double* f, double& trace) {
+    std::vector<std::vector<double>> memory[2];
+    for (const Buffer& b : p.buffers)
+      for (auto& slot : memory) slot.emplace_back(b.rows, 0.0);
+    auto at = [&](Operand o) -> std::vector<double>& { return memory[o.slot][o.buffer]; };
+    std::copy_n(x, p.dim, memory[0][p.input].begin());
+    if (p.noise >= 0) std::copy_n(noise, p.dim, memory[0][p.noise].begin());
+    if (p.ones >= 0) memory[0][p.ones][0] = 1;
+    trace = 0;
+    std::vector<Op> ops(p.prologue);
+    ops.insert(ops.end(), p.body.begin(), p.body.end());
+    for (const Op& op : ops) {
+      const Matrix<double>& m = p.matrices[op.matrix];
+      for (int i = 0; i < m.rows; ++i) {
+        double sum = 0, tangent = 0;
+        for (int k = m.row_ptr[i]; k < m.row_ptr[i + 1]; ++k) {
+          sum += values[op.matrix][k] * at(op.source)[m.col[k]];
+          if (op.tangent()) tangent += values[op.matrix][k] * memory[1][op.source.buffer][m.col[k]];
+        }
+        double term = sum;
+        if (op.kind == OpKind::kAffine) {
+          const double s = scale[op.modulation][i];
+          double h, slope;
+          activation(op.activation, op.params, s * sum + shift[op.modulation][i], h, slope);
+          memory[0][op.target.buffer][i] = h;
+          largest = std::max({largest, std::fabs(h), std::fabs(slope)});
+          slope *= s;
+          term = op.tangent() ? slope * tangent : op.store >= 2 ? slope * at(op.seed)[i] : slope;
+          if (op.store == 1 || op.store == 2 || op.store == 4) memory[1][op.target.buffer][i] = term;
+          if (op.store == 3 || op.store == 5) trace += term *= at(op.weight)[i];
+        } else {
+          if (op.factor.buffer >= 0) term *= at(op.factor)[op.factor_row.empty() ? i : op.factor_row[i]];
+          if (op.factor2.buffer >= 0) term *= at(op.factor2)[op.factor2_row.empty() ? i : op.factor2_row[i]];
+          if (op.coefficient_matrix >= 0) term *= values[op.coefficient_matrix][i];
+          if (op.kind == OpKind::kProduct) at(op.target)[i] = term;
+          else trace += term;
+        }
+        largest = std::max(largest, std::fabs(term));
+      }
+    }
+    for (int c = 0; c < p.dim; ++c) f[c] = memory[0][p.output][c];
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------------- tests
+
+template <class T>
+const Kernels<T>& table_of(const KernelSet& set) {
+  if constexpr (sizeof(T) == 4) return *set.f32;
+  else return *set.f64;
+}
+
+template <class T>
+std::vector<T> random_states(Random& random, int n) {
+  std::vector<T> out(n);
+  for (T& x : out) x = static_cast<T>(number(random));
+  return out;
+}
+
+Tableau bosh3() {
+  Tableau t;
+  t.order = 3;
+  t.c = {0.5, 0.75, 1.0};
+  t.a = {{0.5}, {0.0, 0.75}, {2.0 / 9, 1.0 / 3, 4.0 / 9}};
+  t.b = {2.0 / 9, 1.0 / 3, 4.0 / 9, 0.0};
+  t.b_error = {2.0 / 9 - 7.0 / 24, 1.0 / 3 - 0.25, 4.0 / 9 - 1.0 / 3, -0.125};
+  t.b_mid = {0.0, 0.5, 0.0, 0.0};
+  return t;
+}
+
+Tableau euler() {
+  Tableau t;
+  t.adaptive = false;
+  t.order = 1;
+  t.b = {1.0};
+  return t;
+}
+
+const std::function<void()> kNothing = [] {};
+
+// Exactly as large as promised, so that the sanitizer sees any step beyond.
+template <class T>
+struct Case {
+  std::vector<T> x, l, noise;
+  int batch;
+
+  Case(Random& random, int batch_, int dim)
+      : x(random_states<T>(random, batch_ * dim)), l(random_states<T>(random, batch_)), noise(random_states<T>(random, batch_ * dim)), batch(batch_) {}
+
+  SolveInput<T> input(const Tableau& tableau, int threads) const {
+    SolveInput<T> in;
+    in.batch = batch;
+    in.x = x.data(), in.l = l.data(), in.noise = noise.data();
+    in.times = {0.25, 0.5, 0.6875};
+    in.grid = {0.25, 0.375, 0.5625, 0.6875};
+    in.tableau = tableau;
+    for (int c = 0; c < 2; ++c) in.rtol[c] = in.atol[c] = 1e-3;
+    in.options.max_num_steps = 60;
+    in.threads = threads;
+    return in;
+  }
+};
+
+template <class T>
+bool same(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+template <class T>
+void test_program(Random& random, const Program<double>& meaning, const KernelSet& set, const std::string& name) {
+  CompiledProgram<T> compiled(convert<T>(meaning), table_of<T>(set));
+  compiled.set_refresh(externals_of(compiled.program()));
+  const int dim = meaning.dim, widths = Kernels<T>::kWidths;
+  const double t = 0.375, epsilon = sizeof(T) == 4 ? 2e-5 : 1e-12;
+  const int batch = compiled.width(widths - 1) + 3;
+  const Case<T> all(random, batch, dim);
+  std::vector<T> f(batch * dim), trace(batch);
+  compiled.force_width(0);
+  compiled.evaluate(t, all.x.data(), all.noise.data(), batch, 1, f.data(), trace.data());
+  for (int s = 0; s < batch; s += 7) {
+    const std::vector<double> x(all.x.begin() + s * dim, all.x.begin() + (s + 1) * dim),
+        noise(all.noise.begin() + s * dim, all.noise.begin() + (s + 1) * dim);
+    std::vector<double> wanted(dim);
+    double wanted_trace;
+    Interpreter interpreter(meaning, t);
+    interpreter.run(x.data(), noise.data(), wanted.data(), wanted_trace);
+    const double bound = epsilon * interpreter.largest * interpreter.largest;
+    bool ok = !meaning.divergence || std::fabs(trace[s] - wanted_trace) <= bound * 10;
+    for (int c = 0; c < dim; ++c) ok = ok && std::fabs(f[s * dim + c] - wanted[c]) <= bound;
+    check(ok, name + ": evaluation against the interpreter");
+  }
+  for (int w = -1; w < widths; ++w) {
+    compiled.force_width(w);
+    for (int threads = 1; threads <= 4; ++threads) {
+      std::vector<T> again(batch * dim), again_trace(batch);
+      compiled.evaluate(t, all.x.data(), all.noise.data(), batch, threads, again.data(), again_trace.data());
+      check(same(f, again) && (!meaning.divergence || same(trace, again_trace)), name + ": bits by width and threads");
+    }
+    for (int part : {1, compiled.width(std::max(w, 0)) - 1, compiled.width(std::max(w, 0)) + 1}) {
+      if (part < 1) continue;
+      // copies of the exact size: reading beyond the batch is an error
+      const std::vector<T> x(all.x.begin(), all.x.begin() + part * dim), noise(all.noise.begin(), all.noise.begin() + part * dim);
+      std::vector<T> again(part * dim);
+      compiled.evaluate(t, x.data(), noise.data(), part, 2, again.data(), nullptr);
+      check(std::memcmp(again.data(), f.data(), again.size() * sizeof(T)) == 0, name + ": bits by batch");
+    }
+  }
+
+  const std::function<void()> nothing = kNothing;
+  for (const Tableau& tableau : {bosh3(), euler()}) {
+    std::vector<T> xs, ls;
+    SolveOutput wanted;
+    for (int w = 0; w < widths; ++w) {
+      for (int threads : {1, 3}) {
+        SolveInput<T> in = all.input(tableau, threads);
+        in.sign = -1;
+        std::vector<T> xs2(in.times.size() * batch * dim), ls2(in.times.size() * batch);
+        compiled.force_width(w);
+        const SolveOutput out = compiled.solve(in, xs2.data(), ls2.data(), nothing);
+        if (xs.empty()) {
+          xs = xs2, ls = ls2, wanted = out;
+          if (!tableau.adaptive) {
+            double worst = 0, largest = 1;
+            for (int s = 0; s < batch; s += 11) {  // Euler's method, written out
+              std::vector<double> y(all.x.begin() + s * dim, all.x.begin() + (s + 1) * dim), g(dim),
+                  noise(all.noise.begin() + s * dim, all.noise.begin() + (s + 1) * dim);
+              double l = all.l[s], divergence = 0;
+              for (size_t i = 0; i + 1 < in.grid.size(); ++i) {
+                Interpreter interpreter(meaning, -in.grid[i]);
+                interpreter.run(y.data(), noise.data(), g.data(), divergence);
+                for (int c = 0; c < dim; ++c) y[c] -= (in.grid[i + 1] - in.grid[i]) * g[c];
+                l += (in.grid[i + 1] - in.grid[i]) * divergence;
+                largest = std::max(largest, interpreter.largest * interpreter.largest);
+              }
+              const size_t end = (in.times.size() - 1) * batch + s;
+              for (int c = 0; c < dim; ++c) worst = std::max(worst, std::fabs(xs[end * dim + c] - y[c]));
+              if (meaning.divergence) worst = std::max(worst, std::fabs(ls[end] - l) / 10);
+            }
+            check(worst <= 10 * epsilon * largest * largest, name + ": Euler's method");
+          }
+          continue;
+        }
+        const bool ok = out.status == wanted.status && out.nfe == wanted.nfe && out.steps == wanted.steps;
+        check(ok && (out.status != "ok" || (same(xs, xs2) && (!meaning.divergence || same(ls, ls2)))), name + ": bits of a solve");
+      }
+    }
+    SolveInput<T> in = all.input(tableau, 2);
+    in.per_tile = true;
+    const SolveOutput out = compiled.solve(in, xs.data(), ls.data(), nothing);
+    check(out.nfe > 0, name + ": per tile");
+    in.batch = 0;
+    in.x = in.l = in.noise = nullptr;
+    check(compiled.solve(in, nullptr, nullptr, nothing).nfe == 0, name + ": empty batch");
+    compiled.evaluate(t, nullptr, nullptr, 0, 2, nullptr, nullptr);
+  }
+}
+
+// Wide enough for the columns to be taken in blocks.
+Program<double> wide_program(Random& random, int kind) {
+  Program<double> p;
+  p.dim = 3;
+  p.divergence = kind == 2;
+  p.buffers = {{3, 1}, {1500, 2}, {40, 2}, {3, 1}};
+  p.input = 0;
+  p.output = 3;
+  if (kind == 2) p.noise = add_buffer(p, 3, 1), add_buffer(p, 1500, 1), add_buffer(p, 40, 1);
+  Op first = affine_op(random, p, {0, 0}, {1, 0}, kind == 2 ? 2 : 1, 0.5);
+  Op second = affine_op(random, p, {1, 0}, {2, 0}, kind == 2 ? 5 : 1, 0.3);
+  first.activation = second.activation = Activation::kTanh;
+  if (kind == 2) {
+    first.seed = {5, 0};
+    second.weight = {6, 0};
+    p.prologue.push_back(product_op(add(p, random_matrix(random, 1500, 3, 0.4)), {p.noise, 0}, {5, 0}, {}, false));
+    p.prologue.push_back(product_op(add(p, random_matrix(random, 40, 3, 0.4)), {p.noise, 0}, {6, 0}, {}, false));
+  }
+  p.body = {first, second, affine_op(random, p, {2, 0}, {3, 0}, 0, 0.5)};
+  return p;
+}
+
+// One number of a good program spoiled. What validate lets through must still run.
+template <class T>
+void test_spoiled(Random& random, const Program<double>& good, const KernelSet& set, int& refused, int& ran) {
+  Program<T> p = convert<T>(good);
+  std::vector<int*> fields{&p.dim, &p.input, &p.output, &p.noise, &p.ones, &p.externals};
+  auto operand = [&](Operand& o) { fields.push_back(&o.buffer), fields.push_back(&o.slot); };
+  auto list = [&](std::vector<int32_t>& v) {
+    if (!v.empty()) fields.push_back(&v[pick(random, 0, static_cast<int>(v.size()) - 1)]);
+  };
+  for (auto& b : p.buffers) fields.insert(fields.end(), {&b.rows, &b.slots});
+  for (auto& m : p.modulations) fields.insert(fields.end(), {&m.n, &m.external_gate, &m.external_shift});
+  for (auto& m : p.matrices) {
+    fields.insert(fields.end(), {&m.rows, &m.cols, &m.gate_modulation, &m.external});
+    list(m.row_ptr), list(m.col), list(m.path_entry), list(m.path_gate);
+  }
+  std::vector<int> activations;
+  for (auto* ops : {&p.prologue, &p.body})
+    for (Op& op : *ops) {
+      fields.insert(fields.end(), {&op.matrix, &op.modulation, &op.store, &op.coefficient_matrix});
+      for (Operand* o : {&op.source, &op.target, &op.seed, &op.weight, &op.factor, &op.factor2}) operand(*o);
+      list(op.factor_row), list(op.factor2_row);
+    }
+  int* field = fields[pick(random, 0, static_cast<int>(fields.size()) - 1)];
+  const int values[] = {-2, -1, 0, 1, 2, 3, 5, 7, 30, 31, 1 << 20, 1 << 30, INT_MAX, INT_MIN, *field + 1, *field - 1};
+  *field = values[pick(random, 0, 13 + (*field < INT_MAX ? 1 : 0) + (*field > INT_MIN ? 1 : 0))];
+  const int dim = p.dim;
+  std::unique_ptr<CompiledProgram<T>> compiled;
+  const std::string message = thrown([&] { compiled = std::make_unique<CompiledProgram<T>>(p, table_of<T>(set)); });
+  if (!compiled) {
+    ++refused;
+    check(message.rfind("program: ", 0) == 0, "a refusal that names the program, not: " + message);
+    return;
+  }
+  ++ran;
+  if (p.externals > 1000) return;  // the callback's business
+  compiled->set_refresh(externals_of(compiled->program()));
+  compiled->force_width(pick(random, 0, Kernels<T>::kWidths - 1));
+  const Case<T> all(random, 5, dim);
+  std::vector<T> f(5 * dim), trace(5), xs(3 * 5 * dim), ls(3 * 5);
+  const std::string error = thrown([&] {
+    compiled->evaluate(0.5, all.x.data(), all.noise.data(), 5, 1, f.data(), trace.data());
+    compiled->solve(all.input(bosh3(), 1), xs.data(), ls.data(), kNothing);
+  });
+  check(error.empty() || error.rfind("refresh: ", 0) == 0, "what was accepted runs: " + error);
+}
+
+void test_threads() {
+  for (int threads : {1, 2, 4, 9}) {
+    for (int count : {0, 1, 3, 1000}) {
+      std::vector<int> visits(count, 0);
+      std::vector<char> workers(std::max(threads, 1), 0);
+      parallel_for(count, threads, [&](int index, int worker) {
+        ++visits[index];
+        workers[worker] = 1;
+        if (threads > 1 && count > 1) parallel_for(3, 4, [&](int, int inner) { visits[index] += inner; });  // on the caller alone
+      });
+      check(visits == std::vector<int>(count, 1), "every index once");
+    }
+    const std::string message = thrown([&] {
+      parallel_for(100, threads, [](int index, int) { if (index == 57) throw std::runtime_error("at 57"); });
+    });
+    check(message == "at 57", "an exception of a body arrives");
+    int sum = 0;
+    parallel_for(1, threads, [&](int, int) { ++sum; });
+    check(sum == 1, "the pool goes on after an exception");
+  }
+}
+
+void test_refresh(Random& random, const KernelSet& set) {
+  Program<double> p;
+  while (p.externals == 0) p = random_program(random, 1);
+  CompiledProgram<double> compiled(p, *set.f64);
+  compiled.force_width(0);
+  const Case<double> all(random, 3, p.dim);
+  std::vector<double> f(3 * p.dim), trace(3);
+  using Answers = std::vector<std::vector<std::vector<double>>>;
+  const std::function<Answers(size_t)> wrong[] = {
+      [](size_t) { return Answers(); },
+      [](size_t n) { return Answers(n); },
+      [&](size_t n) { return Answers(n, std::vector<std::vector<double>>(p.externals, std::vector<double>(100000))); },
+  };
+  for (const auto& answer : wrong) {
+    compiled.set_refresh([&](const std::vector<double>& times) { return answer(times.size()); });
+    const std::string message = thrown([&] { compiled.evaluate(0, all.x.data(), all.noise.data(), 3, 1, f.data(), trace.data()); });
+    check(message.rfind("refresh: ", 0) == 0, "wrong answers are refused, not: " + message);
+  }
+}
+
+void test_errors_of_a_solve(Random& random, const KernelSet& set) {
+  const Program<double> p = random_program(random, 0);
+  CompiledProgram<double> compiled(p, *set.f64);
+  compiled.set_refresh(externals_of(p));
+  Case<double> all(random, 70, p.dim);
+  all.x[42 * p.dim] = std::nan("");
+  std::vector<double> xs(3 * 70 * p.dim), ls(3 * 70);
+  for (bool per_tile : {false, true}) {
+    SolveInput<double> in = all.input(bosh3(), 2);
+    in.per_tile = per_tile;
+    const SolveOutput out = compiled.solve(in, xs.data(), ls.data(), kNothing);
+    check(out.status != "ok" && out.rows == std::vector<int>{42}, "a row that is not a number is named");
+  }
+  SolveInput<double> in = Case<double>(all).input(bosh3(), 2);
+  in.options.max_num_steps = 0;
+  check(compiled.solve(in, xs.data(), ls.data(), kNothing).status == "max_num_steps", "too many steps");
+  in.tableau.c.resize(16, 1.0);
+  check(!thrown([&] { compiled.solve(in, xs.data(), ls.data(), kNothing); }).empty(), "too many stages");
+}
+
+}  // namespace
+
+int main() {
+  test_threads();
+  const KernelSet* sets;
+  const int n = available_sets(&sets);
+  for (int i = 0; i < n; ++i) {
+    Random random(20 + i);
+    for (int trial = 0; trial < 24; ++trial) {
+      const Program<double> p = random_program(random, trial % 3);
+      const std::string name = std::string(sets[i].name) + " program " + std::to_string(trial);
+      test_program<float>(random, p, sets[i], name + " float32");
+      test_program<double>(random, p, sets[i], name + " float64");
+    }
+    for (int kind : {0, 2}) {
+      const Program<double> p = wide_program(random, kind);
+      test_program<float>(random, p, sets[i], std::string(sets[i].name) + " wide float32");
+      test_program<double>(random, p, sets[i], std::string(sets[i].name) + " wide float64");
+    }
+    int refused = 0, ran = 0;
+    for (int trial = 0; trial < 3000; ++trial) {
+      const Program<double> p = random_program(random, trial % 3);
+      test_spoiled<float>(random, p, sets[i], refused, ran);
+      test_spoiled<double>(random, p, sets[i], refused, ran);
+    }
+    check(refused > 1000 && ran > 300, "spoiled programs of both sorts: " + std::to_string(refused) + " and " + std::to_string(ran));
+    test_refresh(random, sets[i]);
+    test_errors_of_a_solve(random, sets[i]);
+  }
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed == 0 ? 0 : 1;
+}
