@@ -61,7 +61,7 @@ struct Op {
   ActivationParams params;
   int store = 0;  // sparseflow::Store
   Operand seed, weight;
-  // product (factor), reduction (factor, factor2, coefficient)
+  // product (factor), reduction (factor, factor2, coefficient; a target to cut wide matrices into blocks of columns)
   Operand factor, factor2;
   std::vector<int32_t> factor_row, factor2_row;
   int coefficient_matrix = -1;      // the values of this matrix, one per row

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from cpu_cases import Wave, in_a_process_of_its_own, isolated_environment, states, threads  # noqa: F401
 from random_fields import random_field
 
 from sparseflow_kernels import divergence
@@ -19,30 +20,11 @@ from sparseflow_kernels.divergence import DivergencePlan
 from sparseflow_kernels.engines.cpu import CpuEngine
 from sparseflow_kernels.engines.reference import ReferenceEngine
 from sparseflow_kernels.field import Activation, LinearShift, SigmoidGate, TimeFunction, VectorField
-from sparseflow_kernels.threads import get_num_threads, set_num_threads
 
 _cpu = pytest.importorskip("sparseflow_kernels._cpu")
 F32, F64 = torch.float32, torch.float64
 T = 0.375  # exact in float32
 PARAMS = {"softplus": [(1.0, 20.0), (2.5, 3.0)], "elu": [(1.0,), (1.67,)]}
-
-
-@pytest.fixture
-def threads():
-    """set_num_threads, undone afterwards."""
-    before = get_num_threads()
-    yield set_num_threads
-    set_num_threads(before)
-
-
-class Wave:
-    """A function of t alone that is neither a sigmoid nor affine, one value per row."""
-
-    def __init__(self, rows: int, seed: int) -> None:
-        self.frequency = torch.randn(rows, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-    def __call__(self, t):
-        return 0.7 + 0.5 * torch.sin(self.frequency.to(t.dtype) * t + 1.0)
 
 
 def any_field(seed: int) -> VectorField:
@@ -95,13 +77,6 @@ def forms(field: VectorField, seed: int = 0) -> dict[str, DivergencePlan]:
     return found
 
 
-def states(batch: int, dim: int, dtype=F64, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, dim, generator=generator, dtype=F64).to(dtype)
-    noise = (torch.randint(0, 2, (batch, dim), generator=generator) * 2 - 1).to(dtype)
-    return x, noise
-
-
 # ------------------------------------------------------------------------------------------------ against the reference
 
 
@@ -138,20 +113,14 @@ def test_the_random_fields_cover_what_they_should():
     assert any(field.layers[-1].gate is None and any(layer.gate for layer in field.layers) for field in fields)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_core_float32_errs_at_most_twice_as_much_as_torch(activation):
-    """RMS over many fields of the error against float64, in units of the largest output; floor: half a unit in the last
-    place."""
+def compare_errors(fields, tag: str, floor: float = 2.0**-24) -> None:
+    """RMS over fields and samples of the float32 error against float64, in units of the largest output: ours may be at
+    most twice that of the reference engine in float32, and `floor`."""
     ours, torchs = {}, {}
-    for seed in range(12):
-        sizes = [4, *((24, 31), (40,), (19, 23, 17))[seed % 3], 4]
-        params = PARAMS.get(activation, [()])[seed % len(PARAMS.get(activation, [()]))]
-        field = random_field(sizes, (0.2, 0.5, 1.0)[seed % 3], activation=Activation(activation, params), gate=seed % 2 == 0,
-                             shift=seed % 4 < 2, seed=seed, dtype=F32)  # fmt: skip
+    for seed, field in enumerate(fields):
         exact = field.map_tensors(torch.Tensor.double)
         x, noise = states(64, field.dim, F32, seed)
-        plans = forms(field)
-        for name, plan in plans.items():
+        for plan in forms(field).values():
             given = noise if plan.kind == "hutchinson" else None
             wanted = ReferenceEngine(exact, plan).evaluate_with_divergence(T, x.double(), noise.double())
             found = CpuEngine(field, plan).evaluate_with_divergence(T, x, given)
@@ -160,27 +129,46 @@ def test_core_float32_errs_at_most_twice_as_much_as_torch(activation):
                 scale = w.abs().max().clamp(min=1.0)
                 ours.setdefault(part, []).append(((f - w) / scale).square().mean())
                 torchs.setdefault(part, []).append(((r - w) / scale).square().mean())
+    ratios = {}
     for part in ours:
         mine, theirs = (torch.stack(errors[part]).mean().sqrt().item() for errors in (ours, torchs))
-        print(f"{activation} {part}: {mine:.2e} ours, {theirs:.2e} torch's")
-        assert mine <= 2 * theirs + 1e-8, part
+        print(f"{tag} {part}: {mine:.2e} ours, {theirs:.2e} torch's, ratio {mine / theirs:.2f}")
+        ratios[part] = (mine - floor) / theirs
+    assert max(ratios.values()) <= 2, ratios
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_core_float32_errs_at_most_twice_as_much_as_torch(activation):
+    params = PARAMS.get(activation, [()])
+    compare_errors((
+        random_field([4, *((24, 31), (40,), (19, 23, 17))[seed % 3], 4], (0.2, 0.5, 1.0)[seed % 3],
+                     activation=Activation(activation, params[seed % len(params)]), gate=seed % 2 == 0,
+                     shift=seed % 4 < 2, seed=seed, dtype=F32)
+        for seed in range(30)
+    ), activation)  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes,density", [((21, 210, 210, 21), 0.1), ((8, 700, 700, 8), 0.05), ((16, 2000, 16), 0.5)])
+def test_float32_of_wide_fields_errs_at_most_twice_as_much_as_torch(sizes, density):
+    """Sums of many rows and of long rows, which torch takes in several parts."""
+    fields = (random_field(sizes, density, activation=name, gate=True, seed=seed, dtype=F32)
+              for seed, name in enumerate(("tanh", "softplus", "tanh")))  # fmt: skip
+    compare_errors(fields, str(sizes), floor=2.0**-23)
 
 
 @pytest.mark.parametrize("isa", [isa for isa in _cpu.isas() if isa != _cpu.isa()])
 def test_every_instruction_set(isa):
     """The tests named core and bits, once more with the other kernels this machine can run."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "core or bits", __file__]
+    command = [sys.executable, "-P", "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", "core or bits", __file__]
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    path = os.pathsep.join(filter(None, [os.path.dirname(os.path.abspath(__file__)), *map(str, sys.path)]))
-    environment = {**os.environ, "SPARSEFLOW_ISA": isa, "PYTHONPATH": path}
+    environment = isolated_environment(SPARSEFLOW_ISA=isa)
     result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    assert "passed" in result.stdout and "skipped" not in result.stdout
 
 
 def test_unknown_instruction_set_is_refused():
-    code = "from sparseflow_kernels import _cpu; _cpu.isa()"
-    environment = {**os.environ, "SPARSEFLOW_ISA": "mmx", "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    result = in_a_process_of_its_own("from sparseflow_kernels import _cpu; _cpu.isa()", SPARSEFLOW_ISA="mmx")
     assert result.returncode == 1 and "SPARSEFLOW_ISA is 'mmx'" in result.stderr and "baseline" in result.stderr
 
 
@@ -218,7 +206,7 @@ def assert_equal(found, wanted, *what):
 
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("name", ["toy", "wide", "wide, sparse", "wide, dense"])
-def test_bits_depend_on_nothing_but_the_sample(name, dtype, threads):
+def test_bits_depend_on_nothing_but_the_sample(name, dtype, threads):  # noqa: F811
     field = bit_fields(dtype)[name]
     for kind, engine in runs(field):
         widths = engine.program.widths()
@@ -237,7 +225,8 @@ def test_bits_depend_on_nothing_but_the_sample(name, dtype, threads):
             for batch in (1, width - 1, width, width + 1, 2 * width + 3):
                 first = int(torch.randint(len(x) - batch + 1, (1,), generator=generator))
                 part = slice(first, first + batch)
-                assert_equal(evaluate(engine, x[part], noise[part]), [w[part] for w in wanted], kind, "batch", width, batch)
+                found = evaluate(engine, x[part], noise[part])
+                assert_equal(found, [w[part] for w in wanted], kind, "batch", width, batch)
         order = torch.randperm(len(x), generator=generator)
         engine.program.force_width(-1)
         assert_equal(evaluate(engine, x[order], noise[order]), [w[order] for w in wanted], kind, "order")
@@ -303,15 +292,6 @@ def test_wrong_states_are_refused(y):
         engine.evaluate_with_divergence(T, y, torch.ones(4, 3, dtype=F64))
     with pytest.raises(ValueError, match="noise must"):
         engine.evaluate_with_divergence(T, torch.ones(4, 3, dtype=F64), y)
-
-
-def in_a_process_of_its_own(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs code that might crash the interpreter; the tests' helpers are on its path."""
-    path = os.pathsep.join([os.path.dirname(os.path.abspath(__file__)), *map(str, sys.path)])
-    prelude = "import torch, gc\ntorch.set_num_threads(1)\nfrom random_fields import random_field\n" \
-        "from sparseflow_kernels import divergence\nfrom sparseflow_kernels.engines.cpu import CpuEngine\n"
-    return subprocess.run([sys.executable, "-c", prelude + code], env={**os.environ, "PYTHONPATH": path, **environment},
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
 
 
 MISSING = """
@@ -395,7 +375,8 @@ def good_program(builder: str = "BuilderF64", **changed):
     value = lambda name, default: changed.get(name, default)  # noqa: E731
     ints = lambda *x: np.array(x, np.int32)  # noqa: E731
     floats = lambda n: np.linspace(-1.0, 1.0, n)  # noqa: E731
-    b.matrix(*value("shape", (4, 3)), value("row_ptr", ints(0, 2, 2, 3, 5)), value("col", ints(0, 2, 1, 0, 1)), floats(value("nnz", 5)))
+    b.matrix(*value("shape", (4, 3)), value("row_ptr", ints(0, 2, 2, 3, 5)), value("col", ints(0, 2, 1, 0, 1)),
+             floats(value("nnz", 5)))
     b.matrix(3, 4, ints(0, 1, 2, 4), ints(0, 1, 2, 3), floats(4))
     b.gated_matrix(1, 4, ints(0, 3), ints(0, 1, 3), value("entry", ints(0, 1, 2)), value("gate", ints(0, 2, 1)),
                    floats(value("paths", 3)), value("gate_modulation", 1))
@@ -403,7 +384,8 @@ def good_program(builder: str = "BuilderF64", **changed):
     b.external_matrix(rows, 4, ints(0, *[2] * rows), ints(1, 2), value("external", 0))
     b.modulation(floats(value("n0", 4)))
     b.modulation(floats(3), gate_slope=floats(value("slope", 3)), gate_offset=floats(value("offset", 3)),
-                 shift_slope=floats(value("shift", 3)), shift_offset=floats(3), external_shift=value("external_shift", -1))
+                 shift_slope=floats(value("shift", 3)), shift_offset=floats(3),
+                 external_shift=value("external_shift", -1))
     x = b.buffer(value("x_rows", 3))
     h = b.buffer(value("h_rows", 4), value("h_slots", 2))
     f = b.buffer(value("f_rows", 3))
@@ -413,7 +395,9 @@ def good_program(builder: str = "BuilderF64", **changed):
              value("activation", 1), 1.0, 1.0, value("store", 1), value("seed", (-1, 0)), value("weight", (-1, 0)))
     b.affine(1, (h, value("slot", 0)), (f, 0), 1, 0, 1.0, 1.0, value("last_store", 0))
     if "product_target" in changed or "factor" in changed or "prologue" in changed:
-        b.product(value("product_matrix", 0), (x, 0), value("product_target", (product, 0)), value("factor", (-1, 0)), value("prologue", False))
+        b.product(value("product_matrix", 0), (x, 0), value("product_target", (product, 0)),
+                  value("factor", (-1, 0)), factor_row=value("product_factor_row", None),
+                  prologue=value("prologue", False))
     b.reduction(2, (h, 1))
     b.reduction(3, value("reduction_source", (h, 1)), value("factor1", (-1, 0)), value("factor2", (-1, 0)),
                 factor_row=value("factor_row", None), factor2_row=value("factor2_row", None),
@@ -437,6 +421,7 @@ BAD_PROGRAMS = {
     "negative rows": (dict(shape=(-1, 3), row_ptr=ints(), col=ints(), nnz=0), "row pointers"),
     "negative columns": (dict(shape=(4, -3)), "row pointers|outside"),
     "path entry": (dict(entry=ints(0, 1, 3)), "path entry 3"),
+    "path entries descend": (dict(entry=ints(0, 2, 1)), "path entries must ascend"),
     "path gate": (dict(gate=ints(0, 3, 1)), "path gate 3"),
     "path constants": (dict(paths=2), "path arrays of different lengths"),
     "gate modulation": (dict(gate_modulation=2), "no such gate"),
@@ -464,11 +449,11 @@ BAD_PROGRAMS = {
     "source absent": (dict(source=(-1, 0)), "no such source buffer"),
     "source slot": (dict(source=(0, 1)), "no such source slot"),
     "source slot, 2": (dict(source=(0, -1)), "no such source slot"),
-    "source size": (dict(source=(3, 0)), "the source has not the matrix's columns"),
+    "source size": (dict(shape=(4, 5)), "the source has fewer rows"),
     "target buffer": (dict(target=(8, 0)), "no such target buffer"),
     "target slot": (dict(target=(1, 1)), "an affine target starts at slot 0"),
     "target size": (dict(h_rows=3), "target buffer has too few rows"),
-    "source is target": (dict(target=(0, 0), shape=(3, 3), row_ptr=ints(0, 2, 2, 5), n0=3, store=0), "source and target must differ"),
+    "source is target": (dict(target=(0, 0), shape=(3, 3), row_ptr=ints(0, 2, 2, 5), n0=3, store=0), "must differ"),
     "modulation": (dict(modulation=2), "modulation does not fit"),
     "modulation size": (dict(modulation=1), "modulation does not fit"),
     "bias size": (dict(n0=3), "modulation does not fit"),
@@ -488,8 +473,10 @@ BAD_PROGRAMS = {
     "product target size": (dict(product_target=(2, 0)), "target buffer has too few rows"),
     "product factor": (dict(factor=(9, 0)), "no such factor buffer"),
     "product factor size": (dict(factor=(0, 0)), "factor buffer has too few rows"),
+    "product factor rows": (dict(factor=(0, 0), product_factor_row=ints(0, 1, 2)), "one factor row per matrix row"),
+    "product factor row": (dict(factor=(0, 0), product_factor_row=ints(0, 1, 2, 3)), "factor row 3"),
     "prologue": (dict(prologue=True, product_matrix=2, product_target=(3, 0)), "columns|constant matrices"),
-    "reduction source": (dict(reduction_source=(0, 0)), "the source has not the matrix's columns"),
+    "reduction source": (dict(reduction_source=(0, 0)), "the source has fewer rows"),
     "reduction source slot": (dict(reduction_source=(1, 2)), "no such source slot"),
     "factor row": (dict(factor1=(1, 0), factor_row=ints(4)), "factor row 4"),
     "factor row negative": (dict(factor1=(1, 0), factor_row=ints(-1)), "factor row -1"),

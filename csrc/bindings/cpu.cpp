@@ -104,7 +104,7 @@ class Builder {
     (prologue ? program_.prologue : program_.body).push_back(op);
   }
   void reduction(int matrix, Ref source, Ref factor, Ref factor2, const std::optional<Array<int32_t>>& factor_row,
-                 const std::optional<Array<int32_t>>& factor2_row, int coefficient_matrix) {
+                 const std::optional<Array<int32_t>>& factor2_row, int coefficient_matrix, Ref target) {
     Op op;
     op.kind = OpKind::kReduction;
     op.matrix = matrix;
@@ -114,6 +114,7 @@ class Builder {
     op.factor_row = copy(factor_row);
     op.factor2_row = copy(factor2_row);
     op.coefficient_matrix = coefficient_matrix;
+    op.target = operand(target);
     program_.body.push_back(op);
   }
   std::unique_ptr<CompiledProgram<T>> compile() const {
@@ -248,7 +249,7 @@ void bind(py::module_& m, const char* builder, const char* compiled) {
            py::arg("factor_row") = py::none(), py::arg("prologue") = false)
       .def("reduction", &Builder<T>::reduction, py::arg("matrix"), py::arg("source"), py::arg("factor") = Ref(-1, 0),
            py::arg("factor2") = Ref(-1, 0), py::arg("factor_row") = py::none(), py::arg("factor2_row") = py::none(),
-           py::arg("coefficient_matrix") = -1)
+           py::arg("coefficient_matrix") = -1, py::arg("target") = Ref(-1, 0))
       .def("compile", &Builder<T>::compile);
 
   py::class_<CompiledProgram<T>>(m, compiled, "A checked program; evaluates and solves over batches in memory.")
@@ -337,8 +338,7 @@ std::pair<double, double> bench_spmm(int rows, int cols, double density, unsigne
   double best_rate = 0, best_seconds = 0, best_work = 0;
   for (int w = 0; w < Kernels<float>::kWidths; ++w) {
     Packed<float>& packed = program.packed(w);
-    Stage<float> stage(program.program(), packed, table);
-    stage.refresh(0.0f, nullptr);
+    const Stage<float> stage(program.program(), packed, table);
     Aligned<char> workspace(packed.workspace_bytes);
     float* x = reinterpret_cast<float*>(workspace.get());
     for (int i = 0; i < cols * packed.width; ++i) x[i] = uniform(random);

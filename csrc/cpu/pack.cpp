@@ -32,6 +32,7 @@ void validate_matrix(const Matrix<T>& m, const Program<T>& p, const std::string&
       if (m.path_entry.size() != m.path_gate.size() || m.path_entry.size() != m.path_constant.size())
         fail(name + ": path arrays of different lengths");
       check_range(m.path_entry, 0, m.nnz(), name + ": path entry");
+      if (!std::is_sorted(m.path_entry.begin(), m.path_entry.end())) fail(name + ": path entries must ascend");
       check_range(m.path_gate, 0, p.modulations[m.gate_modulation].n, name + ": path gate");
     } else if (m.external >= p.externals) {
       fail(name + ": no such external");
@@ -54,7 +55,7 @@ void validate_op(const Op& op, const Program<T>& p, const std::string& name) {
   if (op.matrix < 0 || op.matrix >= static_cast<int>(p.matrices.size())) fail(name + ": no such matrix");
   const Matrix<T>& m = p.matrices[op.matrix];
   if (rows_of(op.source, "source") < m.cols) fail(name + ": the source has fewer rows than the matrix has columns");
-  if (op.kind != OpKind::kReduction) {
+  if (op.kind != OpKind::kReduction || op.target.buffer >= 0) {
     need(op.target, m.rows, "target");
     if (op.target.buffer == op.source.buffer && (op.kind == OpKind::kAffine || op.target.slot == op.source.slot))
       fail(name + ": source and target must differ");
@@ -86,7 +87,8 @@ void validate_op(const Op& op, const Program<T>& p, const std::string& name) {
     check_factor(op.factor, op.factor_row, "factor");
     check_factor(op.factor2, op.factor2_row, "factor2");
     if (op.coefficient_matrix >= 0) {
-      if (op.coefficient_matrix >= static_cast<int>(p.matrices.size()) || p.matrices[op.coefficient_matrix].nnz() != m.rows)
+      if (op.coefficient_matrix >= static_cast<int>(p.matrices.size()) || p.matrices[op.coefficient_matrix].rows != 1 ||
+          p.matrices[op.coefficient_matrix].nnz() != m.rows)
         fail(name + ": one coefficient per matrix row is needed");
     }
   }
@@ -105,7 +107,8 @@ long l1_bytes() {
 // fewer than leave about a dozen entries per row and block, below which reloading the sums costs more than it saves.
 template <class T>
 int columns_per_block(const Matrix<T>& m, ptrdiff_t row_bytes, const Op& op) {
-  if (op.kind == OpKind::kReduction || m.rows == 0 || m.nnz() == 0) return std::max(1, m.cols);
+  const bool nowhere_to_wait = op.kind == OpKind::kReduction && op.target.buffer < 0;
+  if (nowhere_to_wait || m.rows == 0 || m.nnz() == 0) return std::max(1, m.cols);
   const double fit = 0.75 * double(l1_bytes()) / double(row_bytes);
   const double entries_per_column = double(m.nnz()) / m.rows / m.cols;
   const double wanted = std::max(fit, 12.0 / entries_per_column);
@@ -161,6 +164,7 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, const Packed<T>& pa
   const ptrdiff_t source_stride = stride(op.source);
   const int per_block = columns_per_block(m, tangent ? 2 * slot_bytes : slot_bytes, op);
   const int n_blocks = std::max(1, (m.cols + per_block - 1) / per_block);
+  if (m.dynamic()) out.places.resize(m.nnz());
   std::vector<int32_t> begin(m.row_ptr.begin(), m.row_ptr.end() - 1), end(m.rows);
   for (int b = 0; b < n_blocks; ++b) {
     const bool last = b + 1 == n_blocks;
@@ -176,9 +180,9 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, const Packed<T>& pa
     const bool whole = last && op.reduces();
     auto length = [&](int i) { return whole ? m.row_ptr[i + 1] - m.row_ptr[i] : end[i] - begin[i]; };
     std::stable_sort(order.begin(), order.end(), [&](int i, int j) { return length(i) > length(j); });
-    // rows without entries here have nothing to continue, or add nothing
-    if ((b > 0 && !last) || op.kind == OpKind::kReduction)
-      order.erase(std::remove_if(order.begin(), order.end(), [&](int i) { return end[i] == begin[i]; }), order.end());
+    auto drop = [&](auto empty) { order.erase(std::remove_if(order.begin(), order.end(), empty), order.end()); };
+    if (b > 0 && !last) drop([&](int i) { return end[i] == begin[i]; });  // nothing to continue here
+    if (op.kind == OpKind::kReduction) drop([&](int i) { return m.row_ptr[i + 1] == m.row_ptr[i]; });  // nothing to add
 
     const int groups = (static_cast<int>(order.size()) + R - 1) / R;
     std::vector<int32_t> counts(groups), rows(size_t(groups) * R, m.rows);
@@ -193,7 +197,6 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, const Packed<T>& pa
     }
     const size_t bytes = step_bytes<T>(R);
     Aligned<char> stream(size_t(total) * bytes);
-    std::vector<int64_t> positions;
     char* step = stream.get();
     for (int g = 0; g < groups; ++g) {
       int fallback = 0;  // an activation row this group reads anyway, for the padding of an empty row
@@ -211,8 +214,7 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, const Packed<T>& pa
           if (!m.dynamic()) {
             weights[r] = m.values[entry];
           } else {
-            positions.push_back(entry);
-            positions.push_back(reinterpret_cast<char*>(weights + r) - stream.get());
+            out.places[entry] = {static_cast<uint32_t>(b), static_cast<uint32_t>(reinterpret_cast<char*>(weights + r) - stream.get())};
           }
         }
       }
@@ -220,7 +222,6 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, const Packed<T>& pa
     out.streams.push_back(std::move(stream));
     out.counts.push_back(std::move(counts));
     out.rows.push_back(std::move(rows));
-    out.positions.push_back(std::move(positions));
     begin = end;
   }
   for (int b = 0; b < n_blocks; ++b)
@@ -287,15 +288,17 @@ std::unique_ptr<Packed<T>> pack(const Program<T>& program, const Kernels<T>& ker
 
 template <class T>
 Stage<T>::Stage(const Program<T>& program, const Packed<T>& packed, const Kernels<T>& kernels)
-    : program_(program), packed_(packed), kernels_(kernels) {
+    : program_(&program), packed_(&packed), kernels_(&kernels) {
   for (const Modulation<T>& m : program.modulations) {  // one entry to spare, zero, for padded rows
     scale_.emplace_back(m.n + 1, T(0));
     shift_.emplace_back(m.n + 1, T(0));
   }
   for (const Matrix<T>& m : program.matrices) {
-    values_.emplace_back();
-    if (m.dynamic()) values_.back().assign(m.nnz() + 1, T(0));
-    else if (m.rows == 1) values_.back().assign(m.values.begin(), m.values.end()), values_.back().push_back(T(0));  // coefficients
+    coefficients_.emplace_back();
+    if (m.rows == 1) {
+      coefficients_.back().assign(m.nnz() + 1, T(0));
+      if (!m.dynamic()) std::copy(m.values.begin(), m.values.end(), coefficients_.back().begin());
+    }
   }
   streams_.resize(packed.dynamic_ops);
   blocks_.resize(packed.dynamic_ops);
@@ -312,13 +315,13 @@ Stage<T>::Stage(const Program<T>& program, const Packed<T>& packed, const Kernel
 }
 
 template <class T>
-void Stage<T>::refresh(T t, const std::vector<std::vector<T>>* answers) {
-  for (size_t i = 0; i < program_.modulations.size(); ++i) {
-    const Modulation<T>& m = program_.modulations[i];
+void Stage<T>::modulate(T t, const std::vector<std::vector<T>>* answers) {
+  for (size_t i = 0; i < program_->modulations.size(); ++i) {
+    const Modulation<T>& m = program_->modulations[i];
     if (fresh_ && !m.dynamic()) continue;
     std::vector<T>&scale = scale_[i], &shift = shift_[i];
     if (m.external_gate >= 0) std::copy_n((*answers)[m.external_gate].begin(), m.n, scale.begin());
-    else if (!m.gate_slope.empty()) kernels_.sigmoid(m.gate_slope.data(), m.gate_offset.data(), t, m.n, scale.data());
+    else if (!m.gate_slope.empty()) kernels_->sigmoid(m.gate_slope.data(), m.gate_offset.data(), t, m.n, scale.data());
     else std::fill_n(scale.begin(), m.n, T(1));
     for (int j = 0; j < m.n; ++j) {
       T c = T(0);
@@ -328,25 +331,53 @@ void Stage<T>::refresh(T t, const std::vector<std::vector<T>>* answers) {
     }
   }
   fresh_ = true;
-  for (size_t i = 0; i < program_.matrices.size(); ++i) {
-    const Matrix<T>& m = program_.matrices[i];
-    if (!m.dynamic()) continue;
-    std::vector<T>& values = values_[i];
-    if (m.external >= 0) {
-      std::copy_n((*answers)[m.external].begin(), m.nnz(), values.begin());
-      continue;
-    }
-    std::fill(values.begin(), values.end(), T(0));
-    const std::vector<T>& gate = scale_[m.gate_modulation];
-    for (size_t p = 0; p < m.path_entry.size(); ++p) values[m.path_entry[p]] += m.path_constant[p] * gate[m.path_gate[p]];
+}
+
+// Puts the values of a matrix wherever they are used.
+template <class T>
+void Stage<T>::weave(int matrix, const T* values) {
+  const int nnz = program_->matrices[matrix].nnz();
+  if (!coefficients_[matrix].empty()) std::copy_n(values, nnz, coefficients_[matrix].begin());
+  for (const PackedOp<T>& op : packed_->body) {
+    if (op.dynamic < 0 || op.op->matrix != matrix) continue;
+    const std::vector<Aligned<char>>& streams = streams_[op.dynamic];
+    for (int e = 0; e < nnz; ++e) *reinterpret_cast<T*>(streams[op.places[e].block].get() + op.places[e].byte) = values[e];
   }
-  for (const PackedOp<T>& op : packed_.body) {
-    if (op.dynamic < 0) continue;
-    const std::vector<T>& values = values_[op.op->matrix];
-    for (size_t b = 0; b < op.positions.size(); ++b) {
-      char* stream = streams_[op.dynamic][b].get();
-      const std::vector<int64_t>& positions = op.positions[b];
-      for (size_t k = 0; k < positions.size(); k += 2) *reinterpret_cast<T*>(stream + positions[k + 1]) = values[positions[k]];
+}
+
+template <class T>
+void Stage<T>::refresh(std::vector<Stage<T>>& stages, const std::vector<T>& times,
+                       const std::vector<std::vector<std::vector<T>>>& answers) {
+  const int n = static_cast<int>(times.size());
+  for (int s = 0; s < n; ++s) stages[s].modulate(times[s], answers.empty() ? nullptr : &answers[s]);
+  const Program<T>& program = *stages[0].program_;
+  for (size_t i = 0; i < program.matrices.size(); ++i) {
+    const Matrix<T>& m = program.matrices[i];
+    const int matrix = static_cast<int>(i);
+    if (m.external >= 0) {
+      for (int s = 0; s < n; ++s) stages[s].weave(matrix, answers[s][m.external].data());
+    } else if (m.gated) {
+      // Paths are many and the stages of a step few: the stages are the lanes.
+      constexpr int kLanes = 8;
+      const int gates = program.modulations[m.gate_modulation].n;
+      std::vector<T> gate(size_t(gates) * kLanes, T(0)), values(size_t(m.nnz()) * kLanes, T(0));
+      for (int first = 0; first < n; first += kLanes) {
+        const int lanes = std::min(kLanes, n - first);
+        for (int s = 0; s < lanes; ++s)
+          for (int g = 0; g < gates; ++g) gate[size_t(g) * kLanes + s] = stages[first + s].scale_[m.gate_modulation][g];
+        const size_t paths = m.path_entry.size();
+        for (size_t p = 0; p < paths;) {
+          const int32_t entry = m.path_entry[p];
+          T sum[kLanes] = {};
+          for (; p < paths && m.path_entry[p] == entry; ++p) {
+            const T constant = m.path_constant[p];
+            const T* g = gate.data() + size_t(m.path_gate[p]) * kLanes;
+            for (int s = 0; s < kLanes; ++s) sum[s] += constant * g[s];
+          }
+          for (int s = 0; s < lanes; ++s) values[size_t(s) * m.nnz() + entry] = sum[s];
+        }
+        for (int s = 0; s < lanes; ++s) stages[first + s].weave(matrix, values.data() + size_t(s) * m.nnz());
+      }
     }
   }
 }
@@ -364,12 +395,12 @@ void Stage<T>::run(const std::vector<PackedOp<T>>& ops, char* workspace) const {
     args.weight = at(op.weight);
     args.factor = at(op.factor);
     args.factor2 = at(op.factor2);
-    args.reduce = reinterpret_cast<T*>(workspace + packed_.reduce_offset);
+    args.reduce = reinterpret_cast<T*>(workspace + packed_->reduce_offset);
     if (op.op->modulation >= 0) {
       args.scale = scale_[op.op->modulation].data();
       args.shift = shift_[op.op->modulation].data();
     }
-    args.coefficient = op.op->coefficient_matrix < 0 ? nullptr : values_[op.op->coefficient_matrix].data();
+    args.coefficient = op.op->coefficient_matrix < 0 ? nullptr : coefficients_[op.op->coefficient_matrix].data();
     op.kernel(args);
   }
 }

@@ -44,7 +44,10 @@ struct PackedOp {
   std::vector<Aligned<char>> streams;  // one per block
   std::vector<std::vector<int32_t>> counts, rows;
   std::vector<PackedBlock<T>> blocks;
-  std::vector<std::vector<int64_t>> positions;  // dynamic matrices: (entry of the matrix, byte of its weight) pairs, per block
+  struct Place {
+    uint32_t block, byte;
+  };
+  std::vector<Place> places;  // dynamic matrices: where the weight of every entry lies
   std::vector<int32_t> factor_row, factor2_row; // the op's, with one entry to spare for padded rows
   int dynamic = -1;                             // index among the dynamic ops
 };
@@ -75,17 +78,23 @@ template <class T>
 class Stage {
  public:
   Stage(const Program<T>& program, const Packed<T>& packed, const Kernels<T>& kernels);
-  // answers: what the refresh callback said for this time, one array per external, or null when there are none
-  void refresh(T t, const std::vector<std::vector<T>>* answers);
   void run(const std::vector<PackedOp<T>>& ops, char* workspace) const;
 
+  // Makes several stages ready for their times at once. answers[i]: what the refresh callback said for time i, one array
+  // per external of the program; empty if it has none.
+  static void refresh(std::vector<Stage<T>>& stages, const std::vector<T>& times,
+                      const std::vector<std::vector<std::vector<T>>>& answers);
+
  private:
-  const Program<T>& program_;
-  const Packed<T>& packed_;
-  const Kernels<T>& kernels_;
-  std::vector<std::vector<T>> scale_, shift_;
-  std::vector<std::vector<T>> values_;                        // by matrix, dynamic ones only
-  std::vector<std::vector<Aligned<char>>> streams_;       // by dynamic op, by block
+  void modulate(T t, const std::vector<std::vector<T>>* answers);
+  void weave(int matrix, const T* values);
+
+  const Program<T>* program_;
+  const Packed<T>* packed_;
+  const Kernels<T>* kernels_;
+  std::vector<std::vector<T>> scale_, shift_;                 // by modulation
+  std::vector<std::vector<T>> coefficients_;                  // by matrix, those of one row only
+  std::vector<std::vector<Aligned<char>>> streams_;           // by dynamic op, by block
   std::vector<std::vector<PackedBlock<T>>> blocks_;           // by dynamic op
   bool fresh_ = false;
 };

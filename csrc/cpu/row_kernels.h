@@ -156,7 +156,8 @@ void product(const RowArgs<T>& args) {
   });
 }
 
-// reduce += coefficient[row] * factor[row] * factor2[row] * (W source), summed over rows; the matrix is one block.
+// reduce += coefficient[row] * factor[row] * factor2[row] * (W source), summed over rows; a target is needed only where
+// the matrix is cut into blocks.
 template <class T, int NV>
 void reduction(const RowArgs<T>& args) {
   Vec<T>* const reduce = reinterpret_cast<Vec<T>*>(args.reduce);

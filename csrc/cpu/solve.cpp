@@ -61,7 +61,7 @@ void CompiledProgram<T>::refresh(const std::vector<T>& times, std::vector<Stage<
     for (const Modulation<T>& m : program_.modulations) check(m.external_gate, m.n), check(m.external_shift, m.n);
     for (const Matrix<T>& m : program_.matrices) check(m.external, m.nnz());
   }
-  for (size_t i = 0; i < times.size(); ++i) stages[i].refresh(times[i], answers.empty() ? nullptr : &answers[i]);
+  Stage<T>::refresh(stages, times, answers);
 }
 
 template <class T>
@@ -277,12 +277,17 @@ class Integration {
     });
   }
 
+  // Names the samples that are to blame: those that are not finite; if there are none, those whose own error is too large.
   void stop(const char* status, double t, double dt) {
     out_.status = status;
     out_.t = t;
     out_.dt = dt;
-    for (int s = 0; s < samples_; ++s)
-      if (!std::isfinite(sums_[0][s]) || !std::isfinite(sums_[1][s])) out_.rows.push_back(first_sample_ + s);
+    auto collect = [&](auto blame) {
+      for (int s = 0; s < samples_; ++s)
+        if (blame(sums_[0][s], sums_[1][s])) out_.rows.push_back(first_sample_ + s);
+    };
+    collect([](double x, double l) { return !std::isfinite(x) || !std::isfinite(l); });
+    if (out_.rows.empty()) collect([this](double x, double l) { return x > dim_ || l > 1.0; });
   }
 
   void first_derivative(T t) {
@@ -374,18 +379,21 @@ class Integration {
     });
   }
 
+  // Leaves zero or NaN per sample where `stop` looks for the ones to blame.
   bool state_is_finite() {
     bool finite = true;
     for (int tile = 0; tile < tiles_; ++tile) {
-      const T* y = y0_.get() + tile * tile_size();
       for (int s = 0; s < count(tile); ++s) {
-        double bad = 0;
-        for (int row = 0; row < rows_; ++row) {
-          const T v = y[size_t(row) * width_ + s];
-          bad += double(v) - double(v);
-        }
-        sums_[0][size_t(tile) * width_ + s] = bad;
-        finite &= bad == 0;
+        auto badness = [&](const Aligned<T>& part) {
+          const T* rows = part.get() + tile * tile_size() + s;
+          double bad = 0;
+          for (int row = 0; row < rows_; ++row) bad += double(rows[size_t(row) * width_]) - double(rows[size_t(row) * width_]);
+          return bad;
+        };
+        const double state = badness(y0_);
+        sums_[0][size_t(tile) * width_ + s] = state + badness(f0_);
+        sums_[1][size_t(tile) * width_ + s] = 0;
+        finite &= state == 0;
       }
     }
     return finite;

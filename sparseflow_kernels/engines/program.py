@@ -184,7 +184,8 @@ class _Writer:
         elif isinstance(form, DiagonalForm):
             builder.reduction(self.gated(form.row, gate), (h[0], 1))
         elif isinstance(form, PairsForm):
-            builder.reduction(self.gated(form.matrix, gate), (h[0], 1), factor=(h[1], 1))
+            sums = builder.buffer(layers[1].out_features)
+            builder.reduction(self.gated(form.matrix, gate), (h[0], 1), factor=(h[1], 1), target=(sums, 0))
         elif isinstance(form, PathsForm):
             constants = None
             for layer, index in form.factors:

@@ -1,0 +1,98 @@
+"""Reading the program out of a user's `nn.Module`: `forward(t, y)` -> VectorField, by meaning, not by class names.
+
+The module runs once, on a small random batch, under a dispatch mode that sees every aten operation (tracer). Beside
+each tensor stands an abstract value (values):
+
+- a constant, independent of t and y: parameters, and whatever is computed from them (prune masks, parametrizations);
+- a function of t alone; affine functions and sigmoids of them are kept as such, others as a replayable graph
+  (algebra, time_program);
+- a state, which depends on y: every element carries the number of a row of the program. Views, slices, joins and
+  permutations are done by applying the very same operation to the numbers (rules); arithmetic makes new rows (rows).
+
+The rows of the result, followed back to y, are the layers of the field (program). What does not fit raises
+UnsupportedFieldError with the module path and the operation (refusal). Control flow on values cannot be seen; the field
+is therefore always compared with the module at other points and times (verify).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..field import VectorField
+from .probe import find_probe, untouched
+from .program import assemble
+from .provenance import Provenance, Sources
+from .tracer import Tracer
+from .verify import verify
+
+__all__ = ["Provenance", "Sources", "capture", "capture_with_sources", "write_back"]
+
+
+def capture(module: nn.Module, dim: int | None = None) -> VectorField:
+    """The program of `module.forward(t, y)`, y [batch, dim], t 0-d (or [1], [1, 1] if only those work).
+
+    dim: size of the state; inferred from the module's weights if None.
+    The module is left as it was: parameters, buffers, attributes, hooks and random state. All tensors of the field are
+    detached copies in the module's dtype (float32 or float64) and device. A pruned entry (exact zero) is not in the
+    pattern.
+
+    Raises UnsupportedFieldError where the module cannot be expressed (naming the module path, the operation and the
+    remedy), or where it differs from what was read; ValueError for NaN or infinite weights and for a `dim` that does
+    not fit or cannot be inferred; TypeError for something that is no nn.Module.
+    """
+    return capture_with_sources(module, dim)[0]
+
+
+def capture_with_sources(module: nn.Module, dim: int | None = None) -> tuple[VectorField, Sources]:
+    """capture(), and for every tensor of the field the parameter entries it was read from (see `write_back`)."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module with forward(t, y), not {type(module).__name__}")
+    module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
+    with untouched(module), torch.no_grad():
+        probe = find_probe(module, dim)
+        tracer = Tracer(module, probe.batch, probe.dtype, probe.device)
+        field, sources = assemble(tracer, *tracer.read(*probe.point()))
+        verify(module, field, probe)
+    return field, sources
+
+
+def write_back(module: nn.Module, field: VectorField, sources: Sources) -> None:
+    """Copies the field's tensors into the parameters they were captured from; masked entries keep what they hold.
+
+    field: in the layout that capture gave (not simplified). Raises ValueError if a changed entry cannot be expressed by
+    the module (a constant of its code), or if one parameter entry would need two values; nothing is written then.
+    """
+    parameters = dict(module.named_parameters())
+    before = dict(capture(module, field.dim).tensors())
+    after = {name: p.detach().clone() for name, p in parameters.items()}
+    written = {name: torch.zeros(p.numel(), dtype=torch.bool) for name, p in parameters.items()}
+    for index, layer in enumerate(field.layers):
+        for name, tensor in layer.tensors():
+            source = sources.get((index, name))
+            old, new = before[f"{index}.{name}"].detach(), tensor.detach()
+            free = torch.ones(new.numel(), dtype=torch.bool) if source is None else source.parameter < 0
+            if old.shape != new.shape:
+                raise ValueError(f"field: {index}.{name} is {list(new.shape)}, the module gives {list(old.shape)}")
+            if bool((old != new).cpu()[free].any()):
+                raise ValueError(
+                    f"field: layer {index} ({layer.name!r}), {name}: an entry changed that is no plain entry of a "
+                    "parameter of the module, so it cannot be written back"
+                )
+            if source is None:
+                continue
+            value = new.cpu().double() / source.scale
+            for number, parameter in enumerate(source.parameters):
+                own = source.parameter == number
+                at, flat = source.index[own], after[parameter].view(-1)
+                wanted = value[own].to(flat)
+                clash = written[parameter][at] & ~torch.isclose(flat[at], wanted, rtol=1e-6).cpu()
+                if bool(clash.any()):
+                    raise ValueError(
+                        f"parameter {parameter!r}: an entry is used in several places of the field, which disagree now"
+                    )
+                flat[at] = wanted
+                written[parameter][at] = True
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(after[name])

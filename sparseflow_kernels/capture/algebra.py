@@ -1,0 +1,122 @@
+"""aten operations on constants and functions of t: `apply` computes the abstract value of the result."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from .operations import ADDITIVE, BILINEAR, JOINTLY_LINEAR, STRUCTURAL, SUMMAND_FIRST, aten, base_name, call
+from .provenance import trace
+from .time_program import Node
+from .values import Constant, TimeValue
+
+
+def apply(func, *args, **kwargs) -> Any:
+    """An aten operation on Constant and TimeValue (and plain) arguments."""
+    return evaluate(func, args, kwargs)
+
+
+def evaluate(func, args, kwargs, value=None) -> Any:
+    """The same; value: the operation's result on the tensors, if it was computed already."""
+    if value is None:
+        bare = lambda a: a.value if isinstance(a, (TimeValue, Constant)) else a
+        value = call(func, tree_map(bare, args), tree_map(bare, kwargs))
+    timed = any(isinstance(a, TimeValue) for a in tree_leaves((args, kwargs)))
+    leaves, spec = tree_flatten(value)
+    results = (_of_time if timed else _of_constants)(func, args, kwargs, leaves)
+    return tree_unflatten([r if isinstance(v, Tensor) else v for v, r in zip(leaves, results)], spec)
+
+
+def _of_constants(func, args, kwargs, values: list) -> list[Constant]:
+    return [Constant(v, *origin) for v, origin in zip(values, trace(func, args, kwargs, values))]
+
+
+def _of_time(func, args, kwargs, values: list) -> list[TimeValue]:
+    to_node = lambda a: a.node if isinstance(a, TimeValue) else a.value if isinstance(a, Constant) else a
+    node = Node(func, tree_map(to_node, args), tree_map(to_node, kwargs))
+    nodes = [node] if len(values) == 1 and isinstance(values[0], Tensor) and _single(func) else [
+        Node(operator.getitem, (node, i)) for i in range(len(values))
+    ]
+    affine, sigmoid = ([None] * len(values) if pair is None else list(zip(*map(tree_leaves, pair)))
+                       for pair in (_affine(func, args, kwargs), _sigmoid(func, args, kwargs)))
+    return [TimeValue(*parts) for parts in zip(values, nodes, affine, sigmoid)]
+
+
+def _single(func) -> bool:
+    """func returns one tensor, not a list or tuple."""
+    return len(func._schema.returns) == 1 and isinstance(func._schema.returns[0].type, torch.TensorType)
+
+
+def _with(func, args, kwargs, form: str, index: int) -> Any:
+    """The operation on slopes (index 0) or offsets (1) in place of the functions of t."""
+    swap = lambda a: getattr(a, form)[index] if isinstance(a, TimeValue) else a
+    return evaluate(func, tree_map(swap, args), tree_map(swap, kwargs))
+
+
+def _affine(func, args, kwargs) -> tuple | None:
+    """(slope, offset) of the result, if it is an affine function of t."""
+    base = base_name(func)
+    jointly = base in JOINTLY_LINEAR
+    if not jointly:
+        factors = args[1:3] if base in SUMMAND_FIRST else args[:2]
+        several = sum(isinstance(a, TimeValue) for a in factors) > 1
+        if base not in BILINEAR or several or (base == "div" and isinstance(args[1], TimeValue)):
+            return None
+    if any(isinstance(a, TimeValue) and a.affine is None for a in tree_leaves((args, kwargs))):
+        return None
+
+    def without(a):
+        """A constant summand has no slope."""
+        if isinstance(a, Constant) and a.value.is_floating_point():
+            return Constant(torch.zeros_like(a.value))
+        return a
+
+    summands = range(len(args)) if jointly else range(1) if base in SUMMAND_FIRST else ()
+    slope_args = [tree_map(without, a) if i in summands else a for i, a in enumerate(args)]
+    if base in ADDITIVE and isinstance(slope_args[1], (int, float)):
+        slope_args[1] = 0.0
+    return _with(func, tuple(slope_args), kwargs, "affine", 0), _with(func, args, kwargs, "affine", 1)
+
+
+def _sigmoid(func, args, kwargs) -> tuple | None:
+    """(slope, offset) if the result is the sigmoid of an affine function of t."""
+    base, leaves = base_name(func), tree_leaves((args, kwargs))
+    if base == "sigmoid":
+        return args[0].affine
+    mixed = any(
+        isinstance(a, Constant) and a.value.is_floating_point() or isinstance(a, TimeValue) and a.sigmoid is None
+        for a in leaves
+    )
+    if base not in STRUCTURAL or mixed:
+        return None
+    return _with(func, args, kwargs, "sigmoid", 0), _with(func, args, kwargs, "sigmoid", 1)
+
+
+# ------------------------------------------------------------------------- what the rows of a program are computed with
+
+
+def add(a, b):
+    """a + b; None is 0."""
+    if a is None or b is None:
+        return b if a is None else a
+    return apply(aten.add.Tensor, a, b)
+
+
+def mul(a, b):
+    """a * b; None is 1."""
+    if a is None or b is None:
+        return b if a is None else a
+    return apply(aten.mul.Tensor, a, b)
+
+
+def take(a, index: Tensor):
+    """a[index] along the first axis."""
+    return None if a is None else apply(aten.index_select.default, a, 0, Constant(index.to(a.value.device)))
+
+
+def as_time(a: Constant) -> TimeValue:
+    return TimeValue(a.value, Node(aten.clone.default, (a.value,)), (Constant(torch.zeros_like(a.value)), a))

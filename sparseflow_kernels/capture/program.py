@@ -1,0 +1,67 @@
+"""From the rows of the result back to y: the chain of layers of a VectorField, with the sources of its tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..field import IDENTITY, Activation, Layer, LinearShift, Pattern, SigmoidGate, TimeFunction, VectorField
+from .provenance import Sources
+from .rows import Affine, Hidden
+from .time_program import TimeProgram
+from .tracer import Tracer
+from .values import Constant
+
+
+def assemble(tracer: Tracer, last: Affine, root: Hidden) -> tuple[VectorField, Sources]:
+    chain: list[tuple[Affine, Activation]] = []
+    affine, activation = last, IDENTITY
+    while True:
+        parent = root if affine.parent is None else affine.parent.resolve()[0]
+        chain.append((tracer.table.onto(affine, parent), activation))
+        if parent is root:
+            break
+        affine, activation = parent.pre, parent.activation
+    layers, notes, sources = [], [], {}
+    for index, (affine, activation) in enumerate(reversed(chain)):
+        name = affine.name or (f"layer {index}" if affine.weight is not None else f"layer {index} (diagonal)")
+        layer, constants = _layer(tracer, affine, activation, name)
+        layers.append(layer)
+        sources.update({(index, key): tracer.parameters.provenance(value) for key, value in constants.items()})
+        if layer.pattern.nnz == 0:
+            notes.append(f"capture: layer {index} ({name}) has no weights left")
+        for kind in ("gate", "shift"):
+            if isinstance(getattr(layer, kind), TimeFunction):
+                notes.append(
+                    f"capture: the {kind} of layer {index} ({name}) is kept as a general function of t, with fixed "
+                    "parameters"
+                )
+    return VectorField(layers, notes), sources
+
+
+def _layer(tracer: Tracer, a: Affine, activation: Activation, name: str) -> tuple[Layer, dict[str, Constant]]:
+    weight = tracer.table.dense(a)
+    mask = weight.value != 0
+    entries = mask.cpu()
+    values = Constant(weight.value[mask], weight.sources[entries], weight.factors[entries])
+    constants = {"values": values, "bias": a.bias}
+
+    def own(key: str) -> Tensor:
+        value = constants[key].value
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"layer {name!r}: {key} computed from the weights holds NaN or infinite values")
+        return value.detach().to(tracer.table.dtype).clone()
+
+    modulation = {}
+    parts = (("gate", a.gate, "sigmoid", SigmoidGate), ("shift", a.shift, "affine", LinearShift))
+    for kind, part, form, native in parts:
+        if part is None:
+            continue
+        pair = getattr(part, form)
+        if pair is None:
+            modulation[kind] = TimeFunction(TimeProgram(part.node, tracer.table.dtype))
+        else:
+            constants[f"{kind}.slope"], constants[f"{kind}.offset"] = pair
+            modulation[kind] = native(own(f"{kind}.slope"), own(f"{kind}.offset"))
+    layer = Layer(Pattern.from_mask(mask), own("values"), own("bias"), activation=activation, name=name, **modulation)
+    return layer, constants

@@ -1,0 +1,305 @@
+"""What every aten operation does to a state: the table operation -> rule.
+
+A rule takes (reading, func, args, kwargs, out): the arguments as abstract values, the result `out` on the tensors, and
+returns the abstract result.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..field import Activation, UnsupportedFieldError
+from .algebra import apply, mul
+from .operations import STRUCTURAL, aten, base_name
+from .refusal import REMEDY, refuse
+from .rows import RowTable
+from .samples import Samples
+from .values import Constant, StateValue, TimeValue
+
+
+@dataclass
+class Reading:
+    """What rules work on. layer_name: a name for the layer of the given matrix at this point of the forward."""
+
+    table: RowTable
+    samples: Samples
+    layer_name: Callable[[Constant], str]
+
+    def typed(self, value: Any) -> Constant | TimeValue:
+        """A number, constant or function of t in the field's dtype and device."""
+        dtype, device = self.table.dtype, self.table.device
+        if not isinstance(value, (Constant, TimeValue)):
+            return Constant(torch.tensor(value, dtype=dtype, device=device))
+        if value.value.dtype == dtype and value.value.device == device:
+            return value
+        return apply(aten._to_copy.default, value, dtype=dtype, device=device)
+
+    def as_state(self, value: Constant | TimeValue, axis: int) -> StateValue:
+        """A constant or function of t with a sample axis."""
+        if axis >= len(value.shape) or value.shape[axis] != self.samples.size:
+            refuse("joining the state with a tensor of another batch size")
+        one = self.samples.one(self.typed(value), axis)
+        rows = self.table.add(self.table.free(apply(aten.reshape.default, one, [-1])))
+        return self.samples.spread(rows.view(one.shape), axis)
+
+
+Rule = Callable[[Reading, Any, tuple, dict, Any], Any]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def apply_to_state(reading: Reading, func, args: tuple, kwargs: dict, out: Any) -> Any:
+    base = base_name(func)
+    if base not in RULES:
+        refuse(f"the operation {base} on the state")
+    try:
+        return RULES[base](reading, func, args, kwargs, out)
+    except UnsupportedFieldError:
+        raise
+    except Exception as error:  # an overload or a shape that no rule here thought of
+        refuse(f"the operation {func} on the state ({type(error).__name__}: {error})", REMEDY, error)
+
+
+# ------------------------------------------------------------------------------------------------- moving elements
+
+
+@rule(*STRUCTURAL)
+def structural(reading: Reading, func, args, kwargs, out) -> Any:
+    leaves = tree_leaves((args, kwargs))
+    if any(isinstance(a, TimeValue) for a in leaves):
+        refuse(f"{base_name(func)} with an index that depends on t")
+    ids = lambda a: a.ids if isinstance(a, StateValue) else a.value.cpu() if isinstance(a, Constant) else a
+    kwargs = {k: v for k, v in kwargs.items() if k != "memory_format"}
+    return tree_map(StateValue, func(*tree_map(ids, args), **tree_map(ids, kwargs)))
+
+
+@rule("view", "_unsafe_view")
+def view(reading: Reading, func, args, kwargs, out) -> Any:
+    return StateValue(args[0].ids.reshape(out.shape))  # row numbers may lie in another order than the state did
+
+
+@rule("cat", "stack")
+def join(reading: Reading, func, args, kwargs, out) -> Any:
+    axis = next(reading.samples.axis_of(a.ids) for a in args[0] if isinstance(a, StateValue))
+    states = [a if isinstance(a, StateValue) else reading.as_state(a, axis) for a in args[0]]
+    return structural(reading, func, (states, *args[1:]), kwargs, out)
+
+
+@rule("_to_copy")
+def to_copy(reading: Reading, func, args, kwargs, out) -> Any:
+    if out.dtype != reading.table.dtype:
+        refuse(f"a change of the state's dtype to {out.dtype}")
+    return args[0]
+
+
+@rule("copy")
+def copy(reading: Reading, func, args, kwargs, out) -> Any:
+    if isinstance(args[1], StateValue):
+        return StateValue(args[1].ids.expand(out.shape).clone())
+    return apply(aten.expand.default, args[1], list(out.shape))
+
+
+# ------------------------------------------------------------------------------------------------------ arithmetic
+
+
+def _operands(reading: Reading, left, right, out: Tensor) -> tuple[list[Any], Callable[[Tensor], StateValue]]:
+    """Both operands for one sample, broadcast and flat (states: row numbers; others: [n]), and what makes a state of
+    the rows of the result."""
+    axes = {reading.samples.axis_of(a.ids.expand(out.shape)) for a in (left, right) if isinstance(a, StateValue)}
+    if len(axes) > 1:
+        refuse("an operation across the samples of the batch")
+    axis = axes.pop()
+
+    def flat(a):
+        if isinstance(a, StateValue):
+            return a.ids.expand(out.shape).select(axis, 0).reshape(-1)
+        wide = apply(aten.expand.default, reading.typed(a), list(out.shape))
+        return apply(aten.reshape.default, reading.samples.one(wide, axis), [-1])
+
+    shape = out.select(axis, 0).shape
+    return [flat(left), flat(right)], lambda rows: reading.samples.spread(rows.view(shape), axis)
+
+
+def add(reading: Reading, left, right, out: Tensor, signs: tuple[float, float] = (1, 1)) -> StateValue:
+    operands, state = _operands(reading, left, right, out)
+    table, terms = reading.table, []
+    for operand, sign in zip(operands, signs):
+        term = table.gather(operand) if isinstance(operand, Tensor) else table.free(operand)
+        terms.append(term if sign == 1 else term.scaled(Constant(table.ones(term.rows).value * sign)))
+    return state(table.add(table.sum_of(*terms)))
+
+
+def multiply(reading: Reading, left, right, out: Tensor) -> StateValue:
+    (a, b), state = _operands(reading, left, right, out)
+    if not isinstance(a, Tensor):
+        a, b = b, a
+    return state(reading.table.product(a, b) if isinstance(b, Tensor) else reading.table.multiple(a, b))
+
+
+@rule("add", "sub", "rsub")
+def sum_rule(reading: Reading, func, args, kwargs, out) -> Any:
+    base = base_name(func)
+    alpha = args[2] if len(args) > 2 else kwargs.get("alpha", 1)
+    signs = {"add": (1, alpha), "sub": (1, -alpha), "rsub": (-alpha, 1)}[base]
+    return add(reading, args[0], args[1], out, signs)
+
+
+@rule("mul")
+def mul_rule(reading: Reading, func, args, kwargs, out) -> Any:
+    return multiply(reading, args[0], args[1], out)
+
+
+@rule("neg")
+def neg(reading: Reading, func, args, kwargs, out) -> Any:
+    return multiply(reading, args[0], -1.0, out)
+
+
+@rule("div")
+def div(reading: Reading, func, args, kwargs, out) -> Any:
+    if isinstance(args[1], StateValue):
+        refuse("division by the state")
+    if kwargs.get("rounding_mode") is not None:
+        refuse("division with rounding")
+    return multiply(reading, args[0], apply(aten.reciprocal.default, reading.typed(args[1])), out)
+
+
+@rule("addcmul")  # a + value * b * c
+def addcmul(reading: Reading, func, args, kwargs, out) -> Any:
+    summand, b, c = args
+    states = isinstance(b, StateValue) or isinstance(c, StateValue)
+    product = multiply(reading, b, c, out) if states else mul(b, c)
+    return add(reading, summand, product, out, (1, kwargs.get("value", 1)))
+
+
+@rule("sum", "mean")
+def reduce(reading: Reading, func, args, kwargs, out) -> Any:
+    """Over axes other than the samples'."""
+    base, ids = base_name(func), args[0].ids
+    axis = reading.samples.axis_of(ids)
+    dims = args[1] if len(args) > 1 else None
+    dims = {d % ids.dim() for d in ([dims] if isinstance(dims, int) else dims or range(ids.dim()))}
+    if axis in dims:
+        refuse(f"{base} over the samples of the batch")
+    keep = [d for d in range(ids.dim()) if d not in dims and d != axis]
+    terms = math.prod(ids.shape[d] for d in dims)
+    groups = ids.permute(axis, *keep, *sorted(dims))[0].reshape(-1, terms)
+    rows = reading.table.group_sums(groups, 1.0 / terms if base == "mean" else 1.0)
+    state = reading.samples.spread(rows.view([ids.shape[d] for d in keep]), axis - sum(d < axis for d in dims))
+    return StateValue(state.ids.reshape(out.shape))
+
+
+# -------------------------------------------------------------------------------------------------------- matrices
+
+
+def _matrix_product(reading: Reading, left, right) -> StateValue:
+    if isinstance(left, StateValue) and isinstance(right, StateValue):
+        refuse("the matrix product of two states")
+    if isinstance(right, StateValue):
+        left = left if isinstance(left, TimeValue) else apply(aten.transpose.int, left, -2, -1)
+        return StateValue(_matrix_product(reading, StateValue(right.ids.mT), left).ids.mT.contiguous())
+    if isinstance(right, TimeValue):
+        refuse("a matrix that depends on t")
+    axis = reading.samples.axis_of(left.ids)
+    if axis == left.ids.dim() - 1:
+        refuse("a sum over the samples of the batch")
+    one = left.ids.select(axis, 0)  # [k], or [p, k] against one matrix [k, q] for all samples or against [p, k, q]
+    if axis == 0 and len(right.shape) == 3:
+        right = reading.samples.one(right, 0)
+
+    def contract(group: int, rows: Tensor) -> Tensor:
+        matrix = apply(aten.select.int, right, 0, group) if len(right.shape) == 3 else right
+        return reading.table.contract(rows, apply(aten.t.default, matrix), reading.layer_name(matrix))
+
+    rows = torch.stack([contract(g, part) for g, part in enumerate(one.reshape(-1, one.shape[-1]))])
+    return reading.samples.spread(rows.reshape(*one.shape[:-1], -1), axis)
+
+
+@rule("mm", "bmm")
+def matrix_product(reading: Reading, func, args, kwargs, out) -> Any:
+    return _matrix_product(reading, *args)
+
+
+@rule("addmm", "baddbmm")
+def add_matrix_product(reading: Reading, func, args, kwargs, out) -> Any:
+    if any(isinstance(a, StateValue) for a in args[1:]):
+        product = _matrix_product(reading, args[1], args[2])
+    else:
+        product = apply(aten.mm.default if len(out.shape) == 2 else aten.bmm.default, args[1], args[2])
+    return add(reading, args[0], product, out, (kwargs.get("beta", 1), kwargs.get("alpha", 1)))
+
+
+@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
+def batch_norm(reading: Reading, func, args, kwargs, out) -> Any:
+    """With stored statistics."""
+    x, weight, bias, mean, variance, *rest = args
+    if base_name(func) != "_native_batch_norm_legit_no_training" and rest.pop(0):
+        refuse("batch normalisation over the batch", "Call .eval() on the module first")
+    if len(x.shape) != 2:
+        refuse("batch normalisation of images")
+    scale = apply(aten.rsqrt.default, apply(aten.add.Scalar, variance, rest[1]))
+    y = add(reading, x, mean, out[0], (1, -1))
+    y = multiply(reading, y, mul(scale, weight), out[0])
+    y = y if bias is None else add(reading, y, bias, out[0])
+    return [y, *(Constant(v) for v in out[1:])]
+
+
+# ----------------------------------------------------------------------------------------------------- activations
+
+
+def _activate(reading: Reading, state: StateValue, activation: Activation) -> StateValue:
+    axis = reading.samples.axis_of(state.ids)
+    one = state.ids.select(axis, 0)
+    return reading.samples.spread(reading.table.activate(one.reshape(-1), activation).view(one.shape), axis)
+
+
+def _number(args, kwargs, position: int, name: str, default: float | None) -> float | None:
+    value = args[position] if len(args) > position else kwargs.get(name, default)
+    return float(value) if isinstance(value, (int, float)) else value
+
+
+@rule("tanh", "sigmoid", "relu", "silu", "sin", "square")
+def activation(reading: Reading, func, args, kwargs, out) -> Any:
+    return _activate(reading, args[0], Activation(base_name(func)))
+
+
+@rule("softplus")
+def softplus(reading: Reading, func, args, kwargs, out) -> Any:
+    params = (_number(args, kwargs, 1, "beta", 1.0), _number(args, kwargs, 2, "threshold", 20.0))
+    return _activate(reading, args[0], Activation("softplus", params))
+
+
+@rule("elu")  # also selu: scale * elu(x, alpha)
+def elu(reading: Reading, func, args, kwargs, out) -> Any:
+    state = _activate(reading, args[0], Activation("elu", (_number(args, kwargs, 1, "alpha", 1.0),)))
+    scale = _number(args, kwargs, 2, "scale", 1.0)
+    if _number(args, kwargs, 3, "input_scale", 1.0) != 1:
+        refuse("elu with input_scale")
+    return state if scale == 1 else multiply(reading, state, scale, out)
+
+
+@rule("pow")
+def power(reading: Reading, func, args, kwargs, out) -> Any:
+    name = {1.0: "identity", 2.0: "square", 3.0: "cube"}.get(args[1] if isinstance(args[1], (int, float)) else None)
+    if name is None:
+        refuse("a power of the state other than 2 and 3")
+    return args[0] if name == "identity" else _activate(reading, args[0], Activation(name))
+
+
+@rule("clamp", "clamp_min")
+def clamp(reading: Reading, func, args, kwargs, out) -> Any:
+    if _number(args, kwargs, 1, "min", None) != 0 or _number(args, kwargs, 2, "max", None) is not None:
+        refuse("clamping the state other than at 0 from below")
+    return _activate(reading, args[0], Activation("relu"))

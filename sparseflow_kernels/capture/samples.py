@@ -1,0 +1,47 @@
+"""Element numbers of states, sample * STRIDE + row: every element knows the row of the program that it holds (the same
+for every sample) and its sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .algebra import apply
+from .operations import aten
+from .refusal import refuse
+from .values import Constant, StateValue, TimeValue
+
+STRIDE = 1 << 40
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The batch of the traced run."""
+
+    size: int
+
+    def _numbers(self, first: Tensor, axis: int) -> Tensor:
+        sizes = [1] * (first.dim() + 1)
+        sizes[axis] = self.size
+        return first.unsqueeze(axis) + STRIDE * torch.arange(self.size).view(sizes)
+
+    def spread(self, rows: Tensor, axis: int = 0) -> StateValue:
+        """Rows of one sample, in its shape, for every sample."""
+        return StateValue(self._numbers(rows, axis))
+
+    def axis_of(self, ids: Tensor) -> int:
+        for axis, size in enumerate(ids.shape):
+            if size == self.size and ids.numel():
+                first = ids.select(axis, 0)
+                if bool((first < STRIDE).all()) and torch.equal(self._numbers(first, axis), ids):
+                    return axis
+        refuse("an operation that mixes the samples of the batch, or empties the state,")
+
+    def one(self, value: Constant | TimeValue, axis: int) -> Constant | TimeValue:
+        """value without its sample axis; it must be the same for every sample."""
+        first = value.value.select(axis, 0)
+        if not torch.equal(first.unsqueeze(axis).expand_as(value.value), value.value):
+            refuse("a constant that differs from sample to sample of the batch")
+        return apply(aten.select.int, value, axis, 0)

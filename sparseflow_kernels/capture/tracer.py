@@ -1,0 +1,176 @@
+"""Running a module's forward under a dispatch mode that sees every aten operation, and keeping an abstract value beside
+each tensor."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..field import UnsupportedFieldError
+from .algebra import apply, evaluate
+from .operations import ADDITIVE, BILINEAR, FACTORIES, FULL, aten, base_name, written
+from .provenance import ParameterNumbers
+from .refusal import REMEDY, refuse
+from .rows import Affine, Hidden, RowTable
+from .rules import Reading, apply_to_state
+from .samples import Samples
+from .time_program import Node
+from .values import Constant, Overwritten, StateValue, TimeValue
+
+
+class ModuleStack:
+    """Which submodule is running."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root, self._running = root, []
+        self._paths = {id(m): name for name, m in root.named_modules()}
+
+    @property
+    def path(self) -> str:
+        return self._paths.get(id(self._running[-1]), "") if self._running else ""
+
+    def __str__(self) -> str:
+        name = type(self._running[-1] if self._running else self._root).__name__
+        return f"module {self.path!r} ({name})" if self.path else f"module {name}"
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        def leave(module, args, result) -> None:
+            while self._running and self._running.pop() is not module:
+                pass
+
+        hooks = (
+            register_module_forward_pre_hook(lambda module, args: self._running.append(module)),
+            register_module_forward_hook(leave),
+        )
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """Refusals say where."""
+        try:
+            yield
+        except UnsupportedFieldError as error:
+            raise UnsupportedFieldError(f"{self}: {error}") from error.__cause__
+
+
+class Tracer(TorchDispatchMode):
+    """Reads one run of module(t, y), y [batch, dim]: `tracer.read(t, y)` gives the rows of the result."""
+
+    def __init__(self, module: nn.Module, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.module, self.stack, self.parameters = module, ModuleStack(module), ParameterNumbers(module)
+        self.table, self.samples = RowTable(dtype, device), Samples(batch)
+        self.reading = Reading(self.table, self.samples, self.layer_name)
+        self.values: dict[int, Any] = {}
+        self.aliases: dict[int, list[Tensor]] = {}  # by memory; also keeps ids unique, for these tensors stay alive
+        self.numbers: dict[float, TimeValue] = {}  # read out of functions of t by .item()
+
+    def read(self, t: Tensor, y: Tensor) -> tuple[Affine, Hidden]:
+        """The pending rows of module(t, y), and the layer that stands for y."""
+        root = Hidden(y.shape[1])
+        self.bind(y, self.samples.spread(self.table.outputs(root)))
+        slope, offset = Constant(torch.ones_like(t)), Constant(torch.zeros_like(t))
+        self.bind(t, TimeValue(t, Node(aten.reshape.default, (Node(), list(t.shape))), (slope, offset)))
+        with self, self.stack.following():
+            out = self.module(t, y)
+        with self.stack.naming():
+            value = self.value_of(out)
+            if not isinstance(value, StateValue):
+                value = self.reading.as_state(value, 0)
+            if self.samples.axis_of(value.ids) != 0:
+                refuse("a result whose first axis is not the batch")
+            return self.table.gather(value.ids[0]), root
+
+    def layer_name(self, weight: Constant) -> str:
+        path, parameter = self.stack.path, self.parameters.first_name(weight)
+        # A bare parameter names its layer itself: its owner holds several.
+        return path if parameter is None or (path and path == parameter.rpartition(".")[0]) else parameter
+
+    # --------------------------------------------------------------------------------------------- values of tensors
+
+    def value_of(self, tensor: Tensor) -> Any:
+        value = self.values.get(id(tensor))
+        if value is None:
+            value = self.parameters.constant(tensor)
+            self.bind(tensor, value)
+        elif isinstance(value, Overwritten):
+            refuse("writing into a slice of a tensor", "Join the parts with torch.cat or torch.stack instead")
+        return value
+
+    def bind(self, tensor: Tensor, value: Any) -> None:
+        if id(tensor) not in self.values:
+            self.aliases.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+        self.values[id(tensor)] = value
+
+    def rebind(self, tensor: Tensor, value: Any) -> None:
+        """After an in-place operation: other views of the same memory follow, or become unreadable."""
+        self.bind(tensor, value)
+        geometry = lambda x: (x.shape, x.stride(), x.storage_offset())
+        for other in self.aliases[tensor.untyped_storage()._cdata]:
+            if other is not tensor:
+                self.values[id(other)] = value if geometry(other) == geometry(tensor) else Overwritten()
+
+    # ------------------------------------------------------------------------------------------------------ operations
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        with self.stack.naming():
+            return self._operation(func, args, kwargs or {})
+
+    def _operation(self, func, args: tuple, kwargs: dict) -> Any:
+        base = base_name(func)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            evaluation = "Call .eval() on the module first (dropout is active in training)"
+            refuse(f"randomness ({base})", evaluation if self.module.training else REMEDY)
+
+        def lift(a):
+            if isinstance(a, Tensor):
+                return self.value_of(a)
+            return self.numbers.get(a, a) if isinstance(a, float) else a
+
+        abstract_args, abstract_kwargs = tree_map(lift, tuple(args)), tree_map(lift, kwargs)
+        out = func(*args, **kwargs)
+        result = self._abstract(func, abstract_args, abstract_kwargs, out)
+        changed = [args[i] for i in written(func) if i < len(args) and isinstance(args[i], Tensor)]
+        if changed:
+            self.rebind(changed[0], result)
+        else:
+            for tensor, value in zip(tree_leaves(out), tree_leaves(result)):
+                if isinstance(tensor, Tensor):
+                    self.bind(tensor, value)
+        return out
+
+    def _abstract(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
+        """The abstract value of `out`."""
+        base, leaves = base_name(func), tree_leaves((args, kwargs))
+        has_time, has_state = (any(isinstance(a, kind) for a in leaves) for kind in (TimeValue, StateValue))
+        if base == "_local_scalar_dense":
+            if has_state:
+                refuse("reading a number out of the state (.item(), an if on its values)")
+            if has_time and isinstance(out, float):
+                self.numbers[out] = apply(aten.reshape.default, args[0], [])
+            return out
+        if "out" in kwargs and (has_state or has_time):
+            refuse(f"out= of {base}", "Use the result instead")
+        number = next((a for a in (*args[1:], *kwargs.values()) if isinstance(a, TimeValue)), None)
+        if base in FULL and number is not None:
+            return apply(aten.expand.default, number, list(out.shape))
+        if base in FACTORIES:
+            return tree_map(Constant, out)
+        if has_state:
+            return apply_to_state(self.reading, func, args, kwargs, out)
+        if not has_time and written(func):
+            return tree_map(lambda v: Constant(v.clone()), out)  # its tensor may change again
+        if base in ADDITIVE | BILINEAR and func._overloadname == "Scalar" and number is not None:
+            func = getattr(aten, base).Tensor  # its number was read out of t
+        return evaluate(func, args, kwargs, out)

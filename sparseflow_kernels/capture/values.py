@@ -1,0 +1,75 @@
+"""The abstract values that stand beside the tensors of a traced forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .time_program import Node
+
+NOT_A_PARAMETER, NOT_PLAIN = -1, -2
+
+
+@dataclass(eq=False)
+class Constant:
+    """A tensor independent of t and y. source: int64 of its shape, an index into all parameters laid end to end, or
+    NOT_A_PARAMETER, or NOT_PLAIN (computed from parameters); value = factor * parameter where source >= 0. None: no
+    entry has anything to do with a parameter (source), all factors are 1 (factor)."""
+
+    value: Tensor
+    source: Tensor | None = None
+    factor: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.value.shape
+
+    @property
+    def sources(self) -> Tensor:
+        return torch.full(self.shape, NOT_A_PARAMETER) if self.source is None else self.source
+
+    @property
+    def factors(self) -> Tensor:
+        return torch.ones(self.shape, dtype=torch.float64) if self.factor is None else self.factor
+
+    @property
+    def zeros(self) -> Tensor:
+        """bool of its shape: zero whatever the parameters are."""
+        return (self.sources == NOT_A_PARAMETER) & (self.value.cpu() == 0)
+
+    @property
+    def is_zero(self) -> bool:
+        return bool(self.zeros.all())
+
+
+@dataclass(eq=False)
+class TimeValue:
+    """A function of t alone: its value at the probe time, its graph and, if it is one, slope * t + offset, or
+    sigmoid(slope * t + offset)."""
+
+    value: Tensor
+    node: Node
+    affine: tuple[Constant, Constant] | None = None
+    sigmoid: tuple[Constant, Constant] | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.value.shape
+
+
+@dataclass(eq=False)
+class StateValue:
+    """A tensor that depends on y. ids: int64 of its shape; each element's sample and its row of the program (samples.py
+    lays the two into one number)."""
+
+    ids: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.ids.shape
+
+
+class Overwritten:
+    """A tensor that was changed in place through another view of its memory."""
