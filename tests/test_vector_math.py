@@ -111,13 +111,13 @@ def test_value_ulps(name, isa, sweep):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", NAMES)
 def test_slope_error(name, isa, sweep):
-    """Absolute error 3e-7 for bounded slopes; the slopes of sigmoid and softplus keep their relative accuracy too."""
+    """Absolute error 3e-7 for bounded slopes (tanh's, 1 - h^2, doubles the 5 ULP that h may be off); the slopes of sigmoid and softplus keep their relative accuracy too."""
     _, found = native32(name, sweep, isa)
     _, wanted = exact(name, sweep)
     if name in ("identity", "relu", "square", "cube"):
         assert worst(f"{name}' {isa} ulp", ulps(found, wanted), sweep) <= 2
         return
-    assert worst(f"{name}' {isa} absolute", np.abs(found - wanted), sweep) <= 3e-7
+    assert worst(f"{name}' {isa} absolute", np.abs(found - wanted), sweep) <= (6e-7 if name == "tanh" else 3e-7)
     if name in ("sigmoid", "softplus"):
         normal = wanted > 1.2e-38
         assert worst(f"{name}' {isa} ulp", np.where(normal, ulps(found, wanted), 0.0), sweep) <= 8

@@ -198,6 +198,8 @@ py::dict solve(CompiledProgram<T>& self, uintptr_t x, uintptr_t l, uintptr_t noi
   in.options.max_num_steps = options["max_num_steps"].cast<long long>();
   in.options.step_t = options["step_t"].cast<std::vector<double>>();
   in.options.jump_t = options["jump_t"].cast<std::vector<double>>();
+  if (self.program().noise >= 0 && noise == 0) throw std::invalid_argument("solve: this program needs noise");
+  if (self.program().divergence && (l == 0 || ls == 0)) throw std::invalid_argument("solve: a divergence needs l");
   in.grid = std::move(grid);
   in.perturb = perturb;
   in.per_tile = per_tile;
@@ -258,6 +260,7 @@ void bind(py::module_& m, const char* builder, const char* compiled) {
       .def(
           "evaluate",
           [](CompiledProgram<T>& self, double t, uintptr_t x, uintptr_t noise, int batch, int threads, uintptr_t f, uintptr_t trace) {
+            if (trace != 0 && self.program().noise >= 0 && noise == 0) throw std::invalid_argument("evaluate: this program needs noise");
             py::gil_scoped_release release;
             self.evaluate(t, address<T>(x), address<T>(noise), batch, threads, address<T>(f), address<T>(trace));
           },
@@ -272,7 +275,11 @@ void bind(py::module_& m, const char* builder, const char* compiled) {
            }, "the tile widths on offer, in samples")
       .def("tile_seconds", [](CompiledProgram<T>& self) { py::gil_scoped_release release; return self.tile_seconds(); },
            "measured seconds of one evaluation of one tile, per width")
-      .def("workspace_bytes", &CompiledProgram<T>::workspace_bytes, py::arg("width_index"))
+      .def("workspace_bytes", [](CompiledProgram<T>& self, int index) {
+             if (index < 0 || index >= Kernels<T>::kWidths) throw std::invalid_argument("workspace_bytes: no such width");
+             py::gil_scoped_release release;  // a refresh callback may hold the program and wait for the interpreter
+             return self.workspace_bytes(index);
+           }, py::arg("width_index"))
       .def("force_width", [](CompiledProgram<T>& self, int index) {
              if (index < -1 || index >= Kernels<T>::kWidths) throw std::invalid_argument("force_width: no such width");
              self.force_width(index);

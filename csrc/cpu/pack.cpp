@@ -1,7 +1,5 @@
 #include "pack.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -20,7 +18,7 @@ void check_range(const Container& values, int low, int high, const std::string& 
 
 template <class T>
 void validate_matrix(const Matrix<T>& m, const Program<T>& p, const std::string& name) {
-  if (m.rows < 0 || m.cols < 0 || static_cast<int>(m.row_ptr.size()) != m.rows + 1 || m.row_ptr.front() != 0 ||
+  if (m.rows < 0 || m.cols < 0 || static_cast<int64_t>(m.row_ptr.size()) != int64_t(m.rows) + 1 || m.row_ptr.front() != 0 ||
       m.row_ptr.back() != m.nnz())
     fail(name + ": row pointers do not fit " + std::to_string(m.rows) + " rows and " + std::to_string(m.nnz()) + " entries");
   for (int i = 0; i < m.rows; ++i)
@@ -28,6 +26,7 @@ void validate_matrix(const Matrix<T>& m, const Program<T>& p, const std::string&
   check_range(m.col, 0, m.cols, name + ": column");
   if (m.dynamic()) {
     if (m.gated) {
+      if (m.external >= 0) fail(name + ": gated or external, not both");
       if (m.gate_modulation < 0 || m.gate_modulation >= static_cast<int>(p.modulations.size())) fail(name + ": no such gate");
       if (m.path_entry.size() != m.path_gate.size() || m.path_entry.size() != m.path_constant.size())
         fail(name + ": path arrays of different lengths");
@@ -53,6 +52,14 @@ void validate_op(const Op& op, const Program<T>& p, const std::string& name) {
     if (rows_of(o, role) < rows) fail(name + ": the " + role + " buffer has too few rows");
   };
   if (op.matrix < 0 || op.matrix >= static_cast<int>(p.matrices.size())) fail(name + ": no such matrix");
+  // packing looks at every operand, used or not
+  auto optional = [&](const Operand& o, const char* role) {
+    if (o.buffer >= 0) rows_of(o, role);
+  };
+  optional(op.target, "target"), optional(op.seed, "seed"), optional(op.weight, "weight");
+  optional(op.factor, "factor"), optional(op.factor2, "factor2");
+  if (op.kind != OpKind::kAffine && op.modulation >= 0) fail(name + ": only an affine operation has a modulation");
+  if (op.kind != OpKind::kReduction && op.coefficient_matrix >= 0) fail(name + ": only a reduction has coefficients");
   const Matrix<T>& m = p.matrices[op.matrix];
   if (rows_of(op.source, "source") < m.cols) fail(name + ": the source has fewer rows than the matrix has columns");
   if (op.kind != OpKind::kReduction || op.target.buffer >= 0) {
@@ -95,23 +102,16 @@ void validate_op(const Op& op, const Program<T>& p, const std::string& name) {
   if (op.reduces() && !p.divergence) fail(name + ": a reduction needs a program with divergence");
 }
 
-long l1_bytes() {
-  static const long size = [] {
-    const long reported = sysconf(_SC_LEVEL1_DCACHE_SIZE);
-    return reported > 0 ? reported : 32768L;
-  }();
-  return size;
-}
-
-// Columns per block: as many as let the block's activations live in three quarters of the first-level cache, but no
-// fewer than leave about a dozen entries per row and block, below which reloading the sums costs more than it saves.
+// Columns per block: as many as let the activations a block reads live in a first-level cache, but no fewer than leave a
+// dozen entries per row and block, below which reloading the sums costs more than it saves. A block's sums start from
+// zero, which also bounds the rounding of long rows. The tile width plays no part: it must not change a bit.
 template <class T>
-int columns_per_block(const Matrix<T>& m, ptrdiff_t row_bytes, const Op& op) {
+int columns_per_block(const Matrix<T>& m, const Op& op) {
   const bool nowhere_to_wait = op.kind == OpKind::kReduction && op.target.buffer < 0;
   if (nowhere_to_wait || m.rows == 0 || m.nnz() == 0) return std::max(1, m.cols);
-  const double fit = 0.75 * double(l1_bytes()) / double(row_bytes);
+  constexpr double kFit = 36.0 * 1024 / (64 * sizeof(T));  // 36 KB of 64 values each
   const double entries_per_column = double(m.nnz()) / m.rows / m.cols;
-  const double wanted = std::max(fit, 12.0 / entries_per_column);
+  const double wanted = std::max(kFit, 12.0 / entries_per_column);
   if (wanted >= m.cols) return m.cols;
   const int blocks = static_cast<int>(std::ceil(m.cols / wanted));
   return (m.cols + blocks - 1) / blocks;
@@ -162,7 +162,7 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, const Packed<T>& pa
   }
 
   const ptrdiff_t source_stride = stride(op.source);
-  const int per_block = columns_per_block(m, tangent ? 2 * slot_bytes : slot_bytes, op);
+  const int per_block = columns_per_block(m, op);
   const int n_blocks = std::max(1, (m.cols + per_block - 1) / per_block);
   if (m.dynamic()) out.places.resize(m.nnz());
   std::vector<int32_t> begin(m.row_ptr.begin(), m.row_ptr.end() - 1), end(m.rows);
@@ -173,13 +173,10 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, const Packed<T>& pa
       end[i] = begin[i];
       while (end[i] < m.row_ptr[i + 1] && m.col[end[i]] < limit) ++end[i];
     }
-    // Like rows beside each other, so that little is padded. A sum over rows must not depend on how the columns are
-    // cut: there the order comes from the whole rows.
+    // like rows beside each other, so that little is padded
     std::vector<int32_t> order(m.rows);
     std::iota(order.begin(), order.end(), 0);
-    const bool whole = last && op.reduces();
-    auto length = [&](int i) { return whole ? m.row_ptr[i + 1] - m.row_ptr[i] : end[i] - begin[i]; };
-    std::stable_sort(order.begin(), order.end(), [&](int i, int j) { return length(i) > length(j); });
+    std::stable_sort(order.begin(), order.end(), [&](int i, int j) { return end[i] - begin[i] > end[j] - begin[j]; });
     auto drop = [&](auto empty) { order.erase(std::remove_if(order.begin(), order.end(), empty), order.end()); };
     if (b > 0 && !last) drop([&](int i) { return end[i] == begin[i]; });  // nothing to continue here
     if (op.kind == OpKind::kReduction) drop([&](int i) { return m.row_ptr[i + 1] == m.row_ptr[i]; });  // nothing to add
@@ -238,7 +235,7 @@ void validate(const Program<T>& p) {
   int64_t rows = 0;
   for (const Buffer& b : p.buffers) {
     if (b.rows < 0 || b.slots < 1 || b.slots > 2) fail("a buffer needs rows >= 0 and one or two slots");
-    rows += int64_t(b.rows + 1) * b.slots;
+    rows += (int64_t(b.rows) + 1) * b.slots;
   }
   if (rows > (int64_t(1) << 31) / 512) fail("the layers are too wide for 32-bit offsets");
   auto check_buffer = [&](int id, const char* name, bool optional) {

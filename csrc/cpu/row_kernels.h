@@ -2,8 +2,8 @@
 //
 // A group of rows_in_flight rows of like length runs at once, each with its own accumulators, which hides the latency
 // of the multiply-add; per entry one broadcast weight meets one activation row of the tile. The bits of a sample do not
-// depend on the tile width, on its place in the tile or on the rows in flight: every row is one chain of
-// multiply-adds in column order, and sums over rows follow one fixed order.
+// depend on the tile width, on its place in the tile or on the rows in flight: within a block of columns every row is one
+// chain of multiply-adds in column order, and blocks and sums over rows follow one fixed order.
 #pragma once
 
 #include "kernels.h"
@@ -48,10 +48,12 @@ SF_INLINE const Step<T, R>* multiply_rows(const Step<T, R>* step, int count, con
   return step;
 }
 
-// Runs all blocks of a matrix over NV vectors per row; `finish(row, sums)` sees each row once, complete. Sums of
-// unfinished rows wait in the target.
+// Runs all blocks of a matrix over NV vectors per row. `finish.row(number, sums)` sees each row once, complete;
+// `finish.pause()` is called after every kRowsPerSum rows and at the end. Sums of unfinished rows wait in the target.
+inline constexpr int kRowsPerSum = 64;
+
 template <class T, int NV, class Finish>
-SF_INLINE void for_each_row(const RowArgs<T>& args, Finish finish) {
+SF_INLINE void for_each_row(const RowArgs<T>& args, Finish& finish) {
   constexpr int R = rows_in_flight(NV);
   for (int b = 0; b < args.matrix.n_blocks; ++b) {
     const PackedBlock<T>& block = args.matrix.blocks[b];
@@ -60,24 +62,60 @@ SF_INLINE void for_each_row(const RowArgs<T>& args, Finish finish) {
     for (int g = 0; g < block.groups; ++g) {
       const int32_t* rows = block.rows + g * R;
       Row<T, NV> acc[R];
-      if (first) {
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r)
+      for (int r = 0; r < R; ++r)
 #pragma GCC unroll 12
-          for (int v = 0; v < NV; ++v) acc[r].v[v] = Vec<T>{};
-      } else {
-        for (int r = 0; r < R; ++r) acc[r] = *reinterpret_cast<const Row<T, NV>*>(args.target + rows[r] * args.target_stride);
-      }
+        for (int v = 0; v < NV; ++v) acc[r].v[v] = Vec<T>{};
       step = multiply_rows<T, NV, R>(step, block.counts[g], args.source, acc);
+      if (!first) {
+        for (int r = 0; r < R; ++r) {
+          const Row<T, NV>* waiting = reinterpret_cast<const Row<T, NV>*>(args.target + rows[r] * args.target_stride);
+          for (int v = 0; v < NV; ++v) acc[r].v[v] += waiting->v[v];
+        }
+      }
       if (last) {
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) finish(rows[r], acc[r].v);
+        for (int r = 0; r < R; ++r) finish.row(rows[r], acc[r].v);
+        if ((g + 1) * R % kRowsPerSum == 0) finish.pause();
       } else {
         for (int r = 0; r < R; ++r) *reinterpret_cast<Row<T, NV>*>(args.target + rows[r] * args.target_stride) = acc[r];
       }
     }
   }
+  finish.pause();
 }
+
+// A sum over rows in two levels, so that its rounding grows with the square root of long sums at most.
+template <class T, int NV>
+struct Reduction {
+  Vec<T>* total;
+  Vec<T> part[NV] = {};
+  SF_INLINE void add(int v, Vec<T> term) { part[v] += term; }
+  SF_INLINE void pause() {
+    for (int v = 0; v < NV; ++v) {
+      total[v] += part[v];
+      part[v] = Vec<T>{};
+    }
+  }
+};
+
+// Kernels without a sum have nothing to do at a pause.
+template <class Row>
+struct Rows {
+  Row row;
+  SF_INLINE void pause() {}
+};
+template <class Row>
+Rows(Row) -> Rows<Row>;
+
+template <class Row, class Sum>
+struct RowsWithSum {
+  Row row;
+  Sum& sum;
+  SF_INLINE void pause() { sum.pause(); }
+};
+template <class Row, class Sum>
+RowsWithSum(Row, Sum&) -> RowsWithSum<Row, Sum>;
 
 template <class T>
 SF_INLINE const Vec<T>* at_row(const char* base, int row, ptrdiff_t stride) {
@@ -88,18 +126,22 @@ SF_INLINE const Vec<T>* at_row(const char* base, int row, ptrdiff_t stride) {
 template <class T, int NV, Activation A>
 void affine(const RowArgs<T>& args) {
   const T a = args.a, b = args.b, inverse_a = args.inverse_a;
-  Vec<T>* const reduce = reinterpret_cast<Vec<T>*>(args.reduce);
   const Store store = args.store;
-  for_each_row<T, NV>(args, [&](int row, const Vec<T>* sum) {
-    const T scale = args.scale[row], shift = args.shift[row];
-    Vec<T>* const out = reinterpret_cast<Vec<T>*>(args.target + row * args.target_stride);
-    if (store == Store::kValue) {
+  if (store == Store::kValue) {
+    Rows rows{[&](int row, const Vec<T>* sum) {
+      const T scale = args.scale[row], shift = args.shift[row];
+      Vec<T>* const out = reinterpret_cast<Vec<T>*>(args.target + row * args.target_stride);
       for (int v = 0; v < NV; ++v) {
         Vec<T> slope;
         activate<T, A>(sum[v] * scale + shift, a, b, inverse_a, out[v], slope);
       }
-      return;
-    }
+    }};
+    return for_each_row<T, NV>(args, rows);
+  }
+  Reduction<T, NV> reduction{reinterpret_cast<Vec<T>*>(args.reduce)};
+  RowsWithSum rows{[&](int row, const Vec<T>* sum) {
+    const T scale = args.scale[row], shift = args.shift[row];
+    Vec<T>* const out = reinterpret_cast<Vec<T>*>(args.target + row * args.target_stride);
     Vec<T> slope[NV];
     for (int v = 0; v < NV; ++v) {
       activate<T, A>(sum[v] * scale + shift, a, b, inverse_a, out[v], slope[v]);
@@ -107,24 +149,26 @@ void affine(const RowArgs<T>& args) {
     }
     if (store == Store::kValueSlope) {
       for (int v = 0; v < NV; ++v) out[NV + v] = slope[v];
-    } else if (store == Store::kSeed) {
-      const Vec<T>* seed = at_row<T>(args.seed, row, args.seed_stride);
+      return;
+    }
+    const Vec<T>* seed = at_row<T>(args.seed, row, args.seed_stride);
+    if (store == Store::kSeed) {
       for (int v = 0; v < NV; ++v) out[NV + v] = slope[v] * seed[v];
     } else {
-      const Vec<T>* seed = at_row<T>(args.seed, row, args.seed_stride);
       const Vec<T>* weight = at_row<T>(args.weight, row, args.weight_stride);
-      for (int v = 0; v < NV; ++v) reduce[v] += weight[v] * (slope[v] * seed[v]);
+      for (int v = 0; v < NV; ++v) reduction.add(v, weight[v] * (slope[v] * seed[v]));
     }
-  });
+  }, reduction};
+  for_each_row<T, NV>(args, rows);
 }
 
 // The same with a tangent in slot 1 of every source row: one stream of weights serves both.
 template <class T, int NV, Activation A>
 void affine_tangent(const RowArgs<T>& args) {
   const T a = args.a, b = args.b, inverse_a = args.inverse_a;
-  Vec<T>* const reduce = reinterpret_cast<Vec<T>*>(args.reduce);
   const bool store = args.store == Store::kTangent;
-  for_each_row<T, 2 * NV>(args, [&](int row, const Vec<T>* sum) {
+  Reduction<T, NV> reduction{reinterpret_cast<Vec<T>*>(args.reduce)};
+  RowsWithSum rows{[&](int row, const Vec<T>* sum) {
     const T scale = args.scale[row], shift = args.shift[row];
     Vec<T>* const out = reinterpret_cast<Vec<T>*>(args.target + row * args.target_stride);
     Vec<T> tangent[NV];
@@ -137,15 +181,16 @@ void affine_tangent(const RowArgs<T>& args) {
       for (int v = 0; v < NV; ++v) out[NV + v] = tangent[v];
     } else {
       const Vec<T>* weight = at_row<T>(args.weight, row, args.weight_stride);
-      for (int v = 0; v < NV; ++v) reduce[v] += weight[v] * tangent[v];
+      for (int v = 0; v < NV; ++v) reduction.add(v, weight[v] * tangent[v]);
     }
-  });
+  }, reduction};
+  for_each_row<T, 2 * NV>(args, rows);
 }
 
 // target[row] = factor[row, or factor_row[row]] * (W source)
 template <class T, int NV>
 void product(const RowArgs<T>& args) {
-  for_each_row<T, NV>(args, [&](int row, const Vec<T>* sum) {
+  Rows rows{[&](int row, const Vec<T>* sum) {
     Vec<T>* const out = reinterpret_cast<Vec<T>*>(args.target + row * args.target_stride);
     if (args.factor) {
       const Vec<T>* factor = at_row<T>(args.factor, args.factor_row ? args.factor_row[row] : row, args.factor_stride);
@@ -153,15 +198,16 @@ void product(const RowArgs<T>& args) {
     } else {
       for (int v = 0; v < NV; ++v) out[v] = sum[v];
     }
-  });
+  }};
+  for_each_row<T, NV>(args, rows);
 }
 
 // reduce += coefficient[row] * factor[row] * factor2[row] * (W source), summed over rows; a target is needed only where
 // the matrix is cut into blocks.
 template <class T, int NV>
 void reduction(const RowArgs<T>& args) {
-  Vec<T>* const reduce = reinterpret_cast<Vec<T>*>(args.reduce);
-  for_each_row<T, NV>(args, [&](int row, const Vec<T>* sum) {
+  Reduction<T, NV> sum_of_rows{reinterpret_cast<Vec<T>*>(args.reduce)};
+  RowsWithSum rows{[&](int row, const Vec<T>* sum) {
     Vec<T> term[NV];
     for (int v = 0; v < NV; ++v) term[v] = sum[v];
     if (args.factor) {
@@ -175,8 +221,9 @@ void reduction(const RowArgs<T>& args) {
     if (args.coefficient) {
       for (int v = 0; v < NV; ++v) term[v] *= args.coefficient[row];
     }
-    for (int v = 0; v < NV; ++v) reduce[v] += term[v];
-  });
+    for (int v = 0; v < NV; ++v) sum_of_rows.add(v, term[v]);
+  }, sum_of_rows};
+  for_each_row<T, NV>(args, rows);
 }
 
 }  // namespace sparseflow::SPARSEFLOW_ISA

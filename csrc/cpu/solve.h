@@ -52,7 +52,7 @@ class CompiledProgram {
   const Program<T>& program() const { return program_; }
   void set_refresh(RefreshCallback<T> refresh) { refresh_ = std::move(refresh); }
 
-  // f [batch, dim] and, if asked for, the trace [batch] at one time
+  // f [batch, dim] and, if asked for, the trace [batch] at one time; noise may be null where the trace is not asked for
   void evaluate(double t, const T* x, const T* noise, int batch, int threads, T* f, T* trace);
 
   // xs [times, batch, dim], ls [times, batch]; `interrupted` is asked now and then and may throw

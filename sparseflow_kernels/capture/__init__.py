@@ -54,6 +54,8 @@ def capture_with_sources(module: nn.Module, dim: int | None = None) -> tuple[Vec
         tracer = Tracer(module, probe.batch, probe.dtype, probe.device)
         field, sources = assemble(tracer, *tracer.read(*probe.point()))
         verify(module, field, probe)
+    with untouched(module), torch.no_grad():
+        verify(module, field, probe)  # as its owner finds it: by the calls above it may have been another
     return field, sources
 
 

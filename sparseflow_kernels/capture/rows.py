@@ -239,7 +239,9 @@ class RowTable:
                 return y.shifted(x.value())
         both, n = self.join([a, b]), a.rows
         if both.gate is not None and a.gate is not b.gate:
-            refuse("the sum of two differently gated layers")
+            # Two gates cannot be one: the gated rows become a layer of their own, and what is added are its neurons.
+            closed = self.activate(self.add(both), IDENTITY)
+            return self.sum_of(self.gather(closed[:n]), self.gather(closed[n:]))
         top, bottom = torch.arange(n), torch.arange(n, 2 * n)
         halves = lambda v: add(take(v, top), take(v, bottom))
         return Affine(
@@ -303,12 +305,11 @@ class RowTable:
     def group_sums(self, rows: Tensor, factor: float) -> Tensor:
         """factor times the sums of the rows [groups, terms] of each group."""
         a = self.gather(rows.reshape(-1))
+        if a.gate is not None:
+            a = self.gather(self.activate(rows.reshape(-1), IDENTITY))  # as in sum_of
         width = 0 if a.parent is None else a.parent.width
         if rows.numel() * width > 1 << 27:
             refuse(f"a sum over so many products ({rows.numel()} x {width})", "Use torch.nn.functional.linear")
-        if a.gate is not None:
-            refuse("a sum of gated values")
-
         def total(v):
             if v is None:
                 return None

@@ -281,13 +281,29 @@ def softplus(reading: Reading, func, args, kwargs, out) -> Any:
     return _activate(reading, args[0], Activation("softplus", params))
 
 
-@rule("elu")  # also selu: scale * elu(x, alpha)
-def elu(reading: Reading, func, args, kwargs, out) -> Any:
-    state = _activate(reading, args[0], Activation("elu", (_number(args, kwargs, 1, "alpha", 1.0),)))
-    scale = _number(args, kwargs, 2, "scale", 1.0)
-    if _number(args, kwargs, 3, "input_scale", 1.0) != 1:
-        refuse("elu with input_scale")
+def _elu(reading: Reading, x: StateValue, alpha: float, scale: float, input_scale: float, out: Tensor) -> StateValue:
+    """scale * x above 0, scale * alpha * (exp(input_scale * x) - 1) below."""
+    if input_scale != 1:
+        x, scale, alpha = multiply(reading, x, input_scale, out), scale / input_scale, alpha * input_scale
+    state = _activate(reading, x, Activation("elu", (alpha,)))
     return state if scale == 1 else multiply(reading, state, scale, out)
+
+
+@rule("elu")  # also selu
+def elu(reading: Reading, func, args, kwargs, out) -> Any:
+    numbers = (_number(args, kwargs, i, name, 1.0) for i, name in enumerate(("alpha", "scale", "input_scale"), 1))
+    return _elu(reading, args[0], *numbers, out)
+
+
+@rule("celu")
+def celu(reading: Reading, func, args, kwargs, out) -> Any:
+    alpha = _number(args, kwargs, 1, "alpha", 1.0)
+    return _elu(reading, args[0], alpha, 1.0, 1.0 / alpha, out)
+
+
+@rule("cos")  # sin(x + pi / 2)
+def cos(reading: Reading, func, args, kwargs, out) -> Any:
+    return _activate(reading, add(reading, args[0], math.pi / 2, out), Activation("sin"))
 
 
 @rule("pow")

@@ -14,6 +14,7 @@ from .refusal import refuse
 from .values import Constant, StateValue, TimeValue
 
 STRIDE = 1 << 40
+ROUNDING = 64  # units in the last place by which a library may tell equal rows of a product apart
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,12 @@ class Samples:
         refuse("an operation that mixes the samples of the batch, or empties the state,")
 
     def one(self, value: Constant | TimeValue, axis: int) -> Constant | TimeValue:
-        """value without its sample axis; it must be the same for every sample."""
+        """value without its sample axis; it must be the same for every sample, up to the rounding of a matrix product."""
         first = value.value.select(axis, 0)
-        if not torch.equal(first.unsqueeze(axis).expand_as(value.value), value.value):
-            refuse("a constant that differs from sample to sample of the batch")
+        every = first.unsqueeze(axis).expand_as(value.value)
+        if not torch.equal(every, value.value):
+            scale = value.value.abs().max() if value.value.is_floating_point() else 0.0
+            rounding = ROUNDING * torch.finfo(value.value.dtype).eps * scale if scale else 0.0
+            if not bool(((every - value.value).abs() <= rounding).all()):
+                refuse("a constant that differs from sample to sample of the batch")
         return apply(aten.select.int, value, axis, 0)

@@ -74,14 +74,16 @@ class Tracer(TorchDispatchMode):
         self.reading = Reading(self.table, self.samples, self.layer_name)
         self.values: dict[int, Any] = {}
         self.aliases: dict[int, list[Tensor]] = {}  # by memory; also keeps ids unique, for these tensors stay alive
-        self.numbers: dict[float, TimeValue] = {}  # read out of functions of t by .item()
+        self.numbers: dict[float, TimeValue] = {}  # t, and what is read out of functions of t by .item()
 
     def read(self, t: Tensor, y: Tensor) -> tuple[Affine, Hidden]:
         """The pending rows of module(t, y), and the layer that stands for y."""
         root = Hidden(y.shape[1])
         self.bind(y, self.samples.spread(self.table.outputs(root)))
         slope, offset = Constant(torch.ones_like(t)), Constant(torch.zeros_like(t))
-        self.bind(t, TimeValue(t, Node(aten.reshape.default, (Node(), list(t.shape))), (slope, offset)))
+        time = TimeValue(t, Node(aten.reshape.default, (Node(), list(t.shape))), (slope, offset))
+        self.bind(t, time)
+        self.numbers[t.item()] = apply(aten.reshape.default, time, [])
         with self, self.stack.following():
             out = self.module(t, y)
         with self.stack.naming():
@@ -162,6 +164,8 @@ class Tracer(TorchDispatchMode):
             return out
         if "out" in kwargs and (has_state or has_time):
             refuse(f"out= of {base}", "Use the result instead")
+        if base == "lift_fresh" and isinstance(args[0], Constant) and out.is_floating_point():
+            return self._with_numbers(args[0])
         number = next((a for a in (*args[1:], *kwargs.values()) if isinstance(a, TimeValue)), None)
         if base in FULL and number is not None:
             return apply(aten.expand.default, number, list(out.shape))
@@ -174,3 +178,19 @@ class Tracer(TorchDispatchMode):
         if base in ADDITIVE | BILINEAR and func._overloadname == "Scalar" and number is not None:
             func = getattr(aten, base).Tensor  # its number was read out of t
         return evaluate(func, args, kwargs, out)
+
+    def _with_numbers(self, constant: Constant) -> Constant | TimeValue:
+        """What torch.tensor([..., t, ...]) makes: torch copies the number unseen, but it equals no other by accident."""
+        result, dtype = constant, constant.value.dtype
+        for number, time in self.numbers.items():
+            here = constant.value == torch.tensor(number, dtype=dtype, device=constant.value.device)
+            if bool(here.any()):
+                time = apply(aten._to_copy.default, time, dtype=dtype)
+                time = apply(aten.mul.Tensor, Constant(here.to(dtype)), time)
+                rest = result.value.masked_fill(here, 0.0)
+                if isinstance(result, Constant) and not bool(rest.any()):
+                    result = time
+                else:
+                    kept = Constant((~here).to(dtype))
+                    result = apply(aten.add.Tensor, apply(aten.mul.Tensor, result, kept), time)
+        return result

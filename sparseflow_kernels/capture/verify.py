@@ -33,8 +33,20 @@ def verify(module: nn.Module, field: VectorField, probe: Probe) -> None:
         if worst > tolerance or not torch.equal(torch.isfinite(expected), torch.isfinite(got)):
             raise UnsupportedFieldError(
                 f"module {type(module).__name__}: the captured field differs from the module at t = {time} (relative "
-                f"error {worst:.1e}): does forward branch on values of t or y, or keep state between calls? {REMEDY}."
+                f"error {worst:.1e}): {_suspicion(module, field, worst)} {REMEDY}."
             )
+
+
+def _suspicion(module: nn.Module, field: VectorField, error: float) -> str:
+    if field.dtype == torch.float64 and 0.0 < error < 1e-5:
+        return (
+            "is something computed in float32 on the way (torch.full or torch.tensor without dtype=, .float())? Make it "
+            "follow y.dtype, or compile the module in float32."
+        )
+    updates = ""
+    if module.training:
+        updates = " (call .eval() first if a layer updates itself in training, as spectral_norm does)"
+    return f"does forward branch on values of t or y, or keep state between calls{updates}?"
 
 
 def _evaluate(field: VectorField, t: Tensor, y: Tensor) -> Tensor:

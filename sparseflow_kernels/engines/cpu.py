@@ -44,7 +44,7 @@ class CpuEngine(Engine):
         if reason is not None:
             raise ValueError(f"engine 'cpu': {reason}")
         self.plan = plan
-        self.dim, self.dtype, self.divergence = field.dim, field.dtype, plan is not None
+        self.dim, self.dtype = field.dim, field.dtype
         builder = getattr(_native(), _BUILDERS[field.dtype])()
         externals = write_program(builder, field, plan)
         self.program = builder.compile()
@@ -53,23 +53,31 @@ class CpuEngine(Engine):
             self.program.set_refresh(lambda times: externals.answer(times, dtype))
 
     def evaluate(self, t: Tensor | float, y: Tensor) -> Tensor:
-        if self.divergence:
-            return self._evaluate(t, y, None)[0]
-        return self._evaluate(t, y, None, trace=False)[0]
+        y = self._ready(y, "y")
+        f = torch.empty_like(y)
+        self.program.evaluate(float(t), y.data_ptr(), 0, y.shape[0], get_num_threads(), f.data_ptr(), 0)
+        return f
 
     def evaluate_with_divergence(self, t: Tensor | float, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._evaluate(t, x, noise)
-
-    def _evaluate(self, t, x: Tensor, noise: Tensor | None, trace: bool = True) -> tuple[Tensor, Tensor | None]:
-        x = self._ready(x, "y")
-        noise = None if noise is None else self._ready(noise, "noise")
-        f = torch.empty_like(x)
-        divergence = x.new_empty(x.shape[0]) if trace else None
+        if self.plan is None:
+            raise ValueError("this engine was packed without a divergence: pack it with a plan")
+        x = self._ready(x, "x")
+        noise = self._ready_noise(noise, x)
+        f, divergence = torch.empty_like(x), x.new_empty(x.shape[0])
         self.program.evaluate(
-            float(t), x.data_ptr(), 0 if noise is None else noise.data_ptr(), x.shape[0], get_num_threads(), f.data_ptr(),
-            0 if divergence is None else divergence.data_ptr(),
+            float(t), x.data_ptr(), _address(noise), x.shape[0], get_num_threads(), f.data_ptr(), divergence.data_ptr()
         )
         return f, divergence
+
+    def _ready_noise(self, noise: Tensor | None, x: Tensor) -> Tensor | None:
+        if self.plan is None or self.plan.kind != "hutchinson":
+            return None
+        if noise is None:
+            raise ValueError("noise is missing: a hutchinson divergence needs a probe of the state's shape")
+        noise = self._ready(noise, "noise")
+        if noise.shape != x.shape:
+            raise ValueError(f"noise must have the state's shape {list(x.shape)}, not {list(noise.shape)}")
+        return noise
 
     def _ready(self, x: Tensor, name: str) -> Tensor:
         """The native code reads raw memory: nothing unchecked gets past this line."""
@@ -82,28 +90,30 @@ class CpuEngine(Engine):
     def solve(self, request: SolveRequest) -> SolveResult:
         x = self._ready(request.x, "y0")
         batch, outputs = x.shape[0], len(request.times)
-        l = None
-        if self.divergence:
+        l = ls = None
+        if self.plan is not None:
             if request.l is None or request.l.shape != (batch,) or request.l.dtype != self.dtype:
                 raise ValueError(f"the log-density channel must be [{batch}], {self.dtype}")
             l = request.l.detach().contiguous()
-        noise = None if request.noise is None else self._ready(request.noise, "noise")
-        if noise is not None and noise.shape != x.shape:
-            raise ValueError(f"noise must have the state's shape {list(x.shape)}, not {list(noise.shape)}")
-        xs = x.new_empty(outputs, batch, self.dim)
-        ls = x.new_empty(outputs, batch) if l is not None else None
+            ls = x.new_full((outputs, batch), torch.nan)
+        noise = self._ready_noise(request.noise, x)
+        xs = x.new_full((outputs, batch, self.dim), torch.nan)  # outputs a failed solve does not reach stay NaN
         rtol, atol = (*request.rtol, 0.0)[:2], (*request.atol, 0.0)[:2]
         raw = self.program.solve(
-            x=x.data_ptr(), l=0 if l is None else l.data_ptr(), noise=0 if noise is None else noise.data_ptr(), batch=batch,
+            x=x.data_ptr(), l=_address(l), noise=_address(noise), batch=batch,
             times=request.times.tolist(), sign=request.sign, tableau=_tableau(request.tableau), rtol=rtol, atol=atol,
             options=_options(request.options), grid=[] if request.grid is None else request.grid.tolist(),
             perturb=request.perturb, per_tile=request.step_control == "per_tile", threads=get_num_threads(),
-            xs=xs.data_ptr(), ls=0 if ls is None else ls.data_ptr(),
+            xs=xs.data_ptr(), ls=_address(ls),
         )
         return SolveResult(
             xs=xs, ls=ls, nfe=raw["nfe"], accepted=raw["accepted"], rejected=raw["rejected"],
             steps=torch.from_numpy(raw["steps"]), status=raw["status"], t=raw["t"], dt=raw["dt"], rows=tuple(raw["rows"]),
         )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _tableau(tableau: Tableau | FixedTableau) -> dict:

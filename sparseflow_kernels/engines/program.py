@@ -182,7 +182,7 @@ class _Writer:
         if isinstance(form, NoHiddenForm):
             builder.reduction(self.gated(form.trace, gate), (ones, 0))
         elif isinstance(form, DiagonalForm):
-            builder.reduction(self.gated(form.row, gate), (h[0], 1))
+            builder.reduction(self.gated(form.row, gate), (h[0], 1), target=(builder.buffer(1), 0))
         elif isinstance(form, PairsForm):
             sums = builder.buffer(layers[1].out_features)
             builder.reduction(self.gated(form.matrix, gate), (h[0], 1), factor=(h[1], 1), target=(sums, 0))
