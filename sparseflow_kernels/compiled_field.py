@@ -11,6 +11,7 @@ from typing import Any, Callable, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import divergence
 from .capture import Sources, capture_with_sources, write_back
@@ -45,14 +46,9 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
         frozen = module_or_field.frozen_entries()
     elif isinstance(module_or_field, VectorField):
         field, frozen = module_or_field, {}
-    elif isinstance(module_or_field, nn.Module):
-        field, sources = capture_with_sources(module_or_field, dim)
-        frozen = _absent_entries(field, sources)
     else:
-        raise TypeError(
-            "compile: module_or_field must be an nn.Module with forward(t, y) or a VectorField, "
-            f"not {type(module_or_field).__name__}"
-        )
+        field, sources = capture_with_sources(module_or_field, dim)
+        frozen = _absent_entries(field, sources, dict(module_or_field.named_parameters()))
     if dim is not None and field.dim != dim:
         raise ValueError(f"compile: dim is {dim}, but the field's state has {field.dim} components")
     simplified, report = simplify(field.map_tensors(torch.Tensor.detach))
@@ -65,19 +61,26 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
     return CompiledField(simplified, engine, frozen=kept_frozen, simplification=str(report))
 
 
-def _absent_entries(field: VectorField, sources: Sources) -> dict[tuple[int, str], Tensor]:
-    """bool masks of the entries that are zero because the module has nothing there: a bias left out, a masked weight of
-    the time. Entries computed from parameters in other ways are not among them."""
+def _absent_entries(
+    field: VectorField, sources: Sources, parameters: dict[str, nn.Parameter]
+) -> dict[tuple[int, str], Tensor]:
+    """bool masks of the entries that are not trained: zero because the module has nothing there (a bias left out, a
+    masked weight of the time), or parameters that require no grad. Entries computed from parameters in other ways are
+    not among them, unless no parameter of the module requires grad."""
+    untrained = bool(parameters) and not any(parameter.requires_grad for parameter in parameters.values())
     absent = {}
     for number, layer in enumerate(field.layers):
         for name, tensor in layer.tensors():
-            source, zero = sources.get((number, name)), (tensor == 0).cpu()
-            if source is not None:
-                zero = zero & (source.parameter < 0)
-            elif not bool(zero.all()):
+            source, none = sources.get((number, name)), (tensor == 0).cpu()
+            if untrained:
+                none = torch.ones_like(none)
+            elif source is not None:
+                fixed = torch.tensor([not parameters[name].requires_grad for name in source.parameters] + [False])
+                none = torch.where(source.parameter < 0, none, fixed[source.parameter])
+            elif not bool(none.all()):
                 continue
-            if bool(zero.any()):
-                absent[number, name] = zero
+            if bool(none.any()):
+                absent[number, name] = none
     return absent
 
 
@@ -92,7 +95,8 @@ class _LayerParameters(nn.Module):
             if owner and owner not in self._modules:
                 self.add_module(owner, nn.Module())
             target = self.get_submodule(owner)
-            target.register_parameter(leaf, nn.Parameter(tensor.detach().clone()))
+            with torch.inference_mode(False):  # a field compiled there is a field elsewhere
+                target.register_parameter(leaf, nn.Parameter(tensor.detach().clone()))
         for name, function in functions.items():
             self.add_module(name, function)
 
@@ -128,7 +132,7 @@ class CompiledField(nn.Module):
         self._program = field.map_tensors(lambda tensor: tensor.detach().to("meta"))
         self._plans: dict[str, DivergencePlan] = {}
         self._packed: dict[str | None, tuple[Any, Engine, list[Tensor]]] = {}
-        self._slots: list[tuple[dict, str]] | None = None
+        self._slots: list[tuple[nn.Module, str]] | None = None
         self._frozen = frozen or {}  # (layer, tensor's name) -> bool mask of entries that are not trained
         for (number, name), mask in self._frozen.items():
             if bool(mask.all()):
@@ -213,11 +217,18 @@ class CompiledField(nn.Module):
             self._plans[kind] = divergence.plan(self.vector_field, kind)
         return self._plans[kind]
 
+    def runner(self, kind: Literal["exact", "hutchinson"] | None = None) -> Engine:
+        """The engine for a call made now: `packed(kind)`, or inside torch.func's transforms and forward-mode automatic
+        differentiation, in which only torch operations take part, the reference engine."""
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return ReferenceEngine(self.vector_field, None if kind is None else self.divergence_plan(kind))
+        return self.packed(kind)
+
     def packed(self, kind: Literal["exact", "hutchinson"] | None = None) -> Engine:
         """An engine that holds the current values, with the divergence of this kind; kept until a parameter changes."""
         if self._slots is None:  # walking the module tree at every evaluation would cost as much as a small evaluation
-            self._slots = [(m._parameters, name) for m in self.modules() for name in m._parameters]
-        tensors = [tensor for slots, name in self._slots if (tensor := slots[name]) is not None]
+            self._slots = [(m, name) for m in self.modules() for name in m._parameters]
+        tensors = [tensor for m, name in self._slots if (tensor := m._parameters[name]) is not None]
         # An inference tensor counts no versions; an object equal to nothing says "always changed".
         key = [(p.data_ptr(), object() if p.is_inference() else p._version) for p in tensors]
         known = self._packed.get(kind)
@@ -245,7 +256,7 @@ class CompiledField(nn.Module):
 
     def _run(self, kind: str | None, t: Tensor, x: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
         """(dx,) or (dx, trace) by the engine, for checked x [batch, dim]; with a graph where one is wanted."""
-        engine = self.packed(kind)
+        engine = self.runner(kind)
         if not engine.differentiable and torch.is_grad_enabled():
             parameters = tuple(self.parameters())
             if any(tensor is not None and tensor.requires_grad for tensor in (t, x, noise, *parameters)):
@@ -444,9 +455,10 @@ class DivergenceField(nn.Module):
         self, field: CompiledField | Callable, kind: str = "exact", noise: Tensor | str | None = None
     ) -> None:
         super().__init__()
-        if isinstance(field, VectorField) or not callable(field):
+        if isinstance(field, (VectorField, DivergenceField, type)) or not callable(field):
+            what = f"the class {field.__name__}" if isinstance(field, type) else type(field).__name__
             raise TypeError(
-                f"with_divergence: field must be a callable f(t, x), not {type(field).__name__}"
+                f"with_divergence: field must be a callable f(t, x), not {what}"
                 + ("; compile(field) it first" if isinstance(field, VectorField) else "")
             )
         if kind not in KINDS:

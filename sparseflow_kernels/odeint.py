@@ -27,6 +27,7 @@ from torch import Tensor
 from .compiled_field import CompiledField, DivergenceField
 from .engines.base import Engine, SolveRequest, SolveResult
 from .engines.reference import ReferenceEngine
+from .field import VectorField
 from .numerics.adaptive import offending_rows, rms_norm, solve_adaptive
 from .numerics.step_control import StepOptions, StopPoints
 from .numerics.tableaus import ADAPTIVE, METHODS, Tableau
@@ -213,6 +214,11 @@ def _plan_call(
 ) -> "_Call | str":  # fmt: skip
     """The call an engine (or numerics) will run, or the reason why torchdiffeq has to."""
     compiled = isinstance(func, (CompiledField, DivergenceField))
+    if not callable(func):
+        remedy = "; compile(field) it first" if isinstance(func, VectorField) else ""
+        raise TypeError(f"func must be a compiled field or a callable f(t, y), not {type(func).__name__}{remedy}")
+    if not isinstance(options, (dict, type(None))):
+        raise TypeError(f"options must be a dict, not {type(options).__name__}")
     method = "dopri5" if method is None else method
     if not compiled and method != "tsit5":
         if method not in METHODS and method not in _OTHER_METHODS:
@@ -257,11 +263,15 @@ def _upward(t: Tensor, device: torch.device) -> tuple[Tensor, int]:
     times = (t if sign > 0 else -t).to("cpu", torch.float64)
     if not bool((times[1:] > times[:-1]).all()):
         raise AssertionError("t must be strictly increasing or decreasing")
+    if bool(times.isinf().any()):
+        raise AssertionError("t must be finite")
     return times, sign
 
 
 def _check_tolerance(name: str, tolerance: Any, parts: int | None) -> None:
     """parts: the number of tensors of a tuple state, else None."""
+    if tolerance is None or isinstance(tolerance, (str, bytes)):
+        raise TypeError(f"{name} must be a number, a tensor or a sequence with one per tensor of y0, not {tolerance!r}")
     if isinstance(tolerance, Tensor) and tolerance.requires_grad:
         raise AssertionError(f"{name} cannot require gradient")
     if parts is not None and _is_sequence(tolerance) and len(tuple(tolerance)) != parts:
@@ -361,6 +371,8 @@ class _EngineCall(_Call):
         options: dict, step_control: str,
     ) -> "_EngineCall | str":  # fmt: skip
         parts = (y0,) if isinstance(y0, Tensor) else y0
+        if not parts or not all(isinstance(part, Tensor) for part in parts):
+            raise TypeError("y0 must be a tensor or a tuple with at least one tensor, and nothing else")
         adaptive = method in ADAPTIVE
         if any(getattr(func, name, None) is not None for name in _CALLBACKS):
             return "func has callbacks, which need Python at every step"
@@ -376,13 +388,13 @@ class _EngineCall(_Call):
             field = func
             if isinstance(y0, tuple):
                 return "the state is a tuple, and a compiled field runs on one tensor"
-        if not all(isinstance(part, Tensor) for part in parts):
-            return "y0 holds something that is not a tensor"
         x = parts[0]
         if x.dim() < 1 or x.shape[-1] != field.dim:
             return f"the state's last axis must be {field.dim}, its shape is {list(x.shape)}"
         if len(parts) == 2 and parts[1].shape not in (x.shape[:-1], x.shape[:-1] + (1,)):
             return f"l must be of shape {list(x.shape[:-1])} or with a last axis of 1, not {list(parts[1].shape)}"
+        if len({part.dtype for part in parts}) > 1:
+            raise TypeError(f"y0: x is {x.dtype} and l is {parts[1].dtype}; give both in the field's dtype, {field.dtype}")
         for part in parts:
             if part.dtype != field.dtype or part.device != field.device:
                 return (
@@ -419,7 +431,9 @@ class _EngineCall(_Call):
             field, kind, noise = self.func.field, self.func.kind, self.func.begin_solve(x0)
         else:
             field, kind, noise = self.func, None, None
-        engine = field.packed(kind)
+        if torch._C._functorch.is_batchedtensor(x0):
+            raise ValueError("a solve cannot be vmapped: it takes whole batches, so give it y0 [batch, dim]")
+        engine = field.runner(kind)
         tableau = METHODS[self.method]
         adaptive = isinstance(tableau, Tableau)
         options = _step_options(self.options, self.sign) if adaptive else StepOptions()

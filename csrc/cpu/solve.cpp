@@ -150,6 +150,7 @@ class Integration {
     for (Aligned<T>* part : {&y0_, &f0_, &y1_, &f1_, &mid_}) *part = Aligned<T>(state);
     if (program_.noise >= 0) noise_ = Aligned<T>(size_t(tiles) * dim_ * width);
     for (int i = 0; i < stages_; ++i) modulated_.emplace_back(program_, packed, kernels_);
+    scratch_.resize(threads);
     for (int c = 0; c < 2; ++c) sums_[c].assign(size_t(tiles) * width, 0.0);
     const Tableau& tableau = input.tableau;
     for (const auto& row : tableau.a) a_.emplace_back(row.begin(), row.end());
@@ -167,15 +168,18 @@ class Integration {
   }
 
  private:
-  struct Scratch {  // the stages of one tile, behind the workspace of its worker
-    char* workspace;
+  struct Scratch {  // the workspace of one worker, and the stages of the tile it is at
+    char* workspace = nullptr;
+    T* input = nullptr;  // where the program reads the state
     std::vector<T*> k;
-    T* stage_y;
+    std::vector<const T*> k_rows;  // the same, to be handed to kernels
+    T* row = nullptr;              // one tile of state to write into
     double* sums[2];
   };
 
   int count(int tile) const { return std::min(width_, samples_ - tile * width_); }
   size_t tile_size() const { return size_t(rows_) * width_; }
+  size_t state_size() const { return size_t(dim_) * width_; }  // without the log-density row
 
  public:
   static size_t scratch_bytes(const Packed<T>& packed, int rows, int stages) {
@@ -183,14 +187,17 @@ class Integration {
   }
 
  private:
-  Scratch scratch(int worker) {
+  Scratch& scratch(int worker) {
+    Scratch& s = scratch_[worker];
+    if (s.workspace != nullptr) return s;
     Aligned<char>& memory = workspaces_[worker];
     if (memory.get() == nullptr) memory = Aligned<char>(scratch_bytes(packed_, rows_, stages_));
-    Scratch s;
     s.workspace = memory.get();
+    s.input = buffer(s, program_.input);
     char* at = memory.get() + (packed_.workspace_bytes + 63) / 64 * 64;
     for (int i = 0; i < stages_; ++i, at += tile_size() * sizeof(T)) s.k.push_back(reinterpret_cast<T*>(at));
-    s.stage_y = reinterpret_cast<T*>(at);
+    s.k_rows.assign(s.k.begin(), s.k.end());
+    s.row = reinterpret_cast<T*>(at);
     at += tile_size() * sizeof(T);
     for (double*& sums : s.sums) sums = reinterpret_cast<double*>(at), at += size_t(width_) * sizeof(double);
     if (program_.ones >= 0) std::fill_n(buffer(s, program_.ones), width_, T(1));
@@ -209,16 +216,15 @@ class Integration {
     });
   }
 
-  // k = sign * (f, -trace) at stage y of a tile
-  void evaluate(const Scratch& s, const Stage<T>& stage, const T* y, T* k) const {
-    std::copy_n(y, size_t(dim_) * width_, buffer(s, program_.input));
+  // k = sign * (f, -trace) at the state in s.input
+  void evaluate(const Scratch& s, const Stage<T>& stage, T* k) const {
     T* reduce = reinterpret_cast<T*>(s.workspace + packed_.reduce_offset);
     if (program_.divergence) std::fill_n(reduce, width_, T(0));
     stage.run(packed_.body, s.workspace);
     const ptrdiff_t stride = packed_.row_bytes(program_.buffers[program_.output]) / ptrdiff_t(sizeof(T));
     const T* f = buffer(s, program_.output);
     for (int c = 0; c < dim_; ++c) kernels_.scale(f + c * stride, T(in_.sign), width_, k + size_t(c) * width_);
-    if (program_.divergence) kernels_.scale(reduce, T(-in_.sign), width_, k + size_t(dim_) * width_);
+    if (program_.divergence) kernels_.scale(reduce, T(-in_.sign), width_, k + state_size());
   }
 
   void begin_tile(const Scratch& s, int tile) const {
@@ -267,7 +273,7 @@ class Integration {
 
   void write_output(int index, const std::function<const T*(int tile, const Scratch&)>& state) {
     parallel_for(tiles_, threads_, [&](int tile, int worker) {
-      const Scratch s = scratch(worker);
+      Scratch& s = scratch(worker);
       const T* y = state(tile, s);
       const int first = first_sample_ + tile * width_;
       store_tile(y, dim_, first, count(tile), width_, xs_ + size_t(index) * in_.batch * dim_);
@@ -292,9 +298,10 @@ class Integration {
     modulate({t});
     ++out_.nfe;
     parallel_for(tiles_, threads_, [&](int tile, int worker) {
-      const Scratch s = scratch(worker);
+      Scratch& s = scratch(worker);
       begin_tile(s, tile);
-      evaluate(s, modulated_[0], y0_.get() + tile * tile_size(), f0_.get() + tile * tile_size());
+      std::copy_n(y0_.get() + tile * tile_size(), state_size(), s.input);
+      evaluate(s, modulated_[0], f0_.get() + tile * tile_size());
     });
   }
 
@@ -304,7 +311,7 @@ class Integration {
     const T one = T(1);
     auto norm_of = [&](const Aligned<T>& what, const T* c, int terms, const Aligned<T>* other) {
       parallel_for(tiles_, threads_, [&](int tile, int worker) {
-        const Scratch s = scratch(worker);
+        Scratch& s = scratch(worker);
         const T* y = y0_.get() + tile * tile_size();
         const T* k[2] = {what.get() + tile * tile_size(), other ? other->get() + tile * tile_size() : nullptr};
         measure(tile, s, y, y, k, c, terms);
@@ -317,12 +324,12 @@ class Integration {
     modulate({T(t0 + h0)});
     ++out_.nfe;
     parallel_for(tiles_, threads_, [&](int tile, int worker) {
-      const Scratch s = scratch(worker);
+      Scratch& s = scratch(worker);
       begin_tile(s, tile);
       const T h = T(h0);
       const T* k[1] = {f0_.get() + tile * tile_size()};
-      kernels_.combine(y0_.get() + tile * tile_size(), k, &h, 1, int(tile_size()), s.stage_y);
-      evaluate(s, modulated_[0], s.stage_y, f1_.get() + tile * tile_size());
+      kernels_.combine(y0_.get() + tile * tile_size(), k, &h, 1, int(state_size()), s.input);
+      evaluate(s, modulated_[0], f1_.get() + tile * tile_size());
     });
     const T difference[2] = {T(1), T(-1)};
     const double d2 = std::fabs(norm_of(f1_, difference, 2, &f0_) / h0);
@@ -347,22 +354,23 @@ class Integration {
     for (const auto& row : a_) a.push_back(scaled(row));
     const std::vector<T> b = scaled(b_), b_error = scaled(b_error_), b_mid = scaled(b_mid_);
     parallel_for(tiles_, threads_, [&](int tile, int worker) {
-      const Scratch s = scratch(worker);
+      Scratch& s = scratch(worker);
       begin_tile(s, tile);
       const size_t at = tile * tile_size();
       const int n = int(tile_size());
-      std::vector<const T*> k{f0_.get() + at};
+      const T* y0 = y0_.get() + at;
+      T *y1 = y1_.get() + at, *f1 = f1_.get() + at;
+      const T** k = s.k_rows.data();
+      k[0] = f0_.get() + at;
+      k[stages_ - 1] = f1;
       for (int i = 0; i + 1 < stages_; ++i) {
-        kernels_.combine(y0_.get() + at, k.data(), a[i].data(), i + 1, n, s.stage_y);
-        evaluate(s, modulated_[i], s.stage_y, s.k[i + 1]);
-        k.push_back(s.k[i + 1]);
+        kernels_.combine(y0, k, a[i].data(), i + 1, int(state_size()), s.input);
+        evaluate(s, modulated_[i], i + 2 == stages_ ? f1 : s.k[i + 1]);
       }
-      T* y1 = y1_.get() + at;
-      if (shortcut) std::copy_n(s.stage_y, n, y1);
-      else kernels_.combine(y0_.get() + at, k.data(), b.data(), stages_, n, y1);
-      std::copy_n(s.k[stages_ - 1], n, f1_.get() + at);
-      if (with_mid) kernels_.combine(y0_.get() + at, k.data(), b_mid.data(), stages_, n, mid_.get() + at);
-      measure(tile, s, y0_.get() + at, y1, k.data(), b_error.data(), stages_);
+      kernels_.combine(y0, k, b.data(), stages_, n, y1);
+      if (shortcut) std::copy_n(s.input, state_size(), y1);  // the state f1 belongs to, bit for bit
+      if (with_mid) kernels_.combine(y0, k, b_mid.data(), stages_, n, mid_.get() + at);
+      measure(tile, s, y0, y1, k, b_error.data(), stages_);
     });
     return mixed_norm();
   }
@@ -372,8 +380,8 @@ class Integration {
     const T x = T((in_.times[index] - t0) / (t1 - t0));
     write_output(index, [&, x](int tile, const Scratch& s) -> const T* {
       const size_t at = tile * tile_size();
-      kernels_.interpolate(y1_.get() + at, y0_.get() + at, mid_.get() + at, f1_.get() + at, f0_.get() + at, T(dt), x, int(tile_size()), s.stage_y);
-      return s.stage_y;
+      kernels_.interpolate(y1_.get() + at, y0_.get() + at, mid_.get() + at, f1_.get() + at, f0_.get() + at, T(dt), x, int(tile_size()), s.row);
+      return s.row;
     });
   }
 
@@ -499,21 +507,16 @@ class Integration {
       std::vector<T> b(b_);
       for (T& w : b) w *= step;
       parallel_for(tiles_, threads_, [&](int tile, int worker) {
-        const Scratch s = scratch(worker);
+        Scratch& s = scratch(worker);
         begin_tile(s, tile);
         const size_t at = tile * tile_size();
-        const int n = int(tile_size());
-        std::vector<const T*> k;
         for (int j = 0; j < stages_; ++j) {
           const T* y = y0_.get() + at;
-          if (j > 0) {
-            kernels_.combine(y, k.data(), a[j - 1].data(), j, n, s.stage_y);
-            y = s.stage_y;
-          }
-          evaluate(s, modulated_[j], y, s.k[j]);
-          k.push_back(s.k[j]);
+          if (j == 0) std::copy_n(y, state_size(), s.input);
+          else kernels_.combine(y, s.k_rows.data(), a[j - 1].data(), j, int(state_size()), s.input);
+          evaluate(s, modulated_[j], s.k[j]);
         }
-        kernels_.combine(y0_.get() + at, k.data(), b.data(), stages_, n, y1_.get() + at);
+        kernels_.combine(y0_.get() + at, s.k_rows.data(), b.data(), stages_, int(tile_size()), y1_.get() + at);
       });
       ++out_.accepted;
       out_.steps.emplace_back(t0, t1 - t0);
@@ -524,8 +527,8 @@ class Integration {
           const T *a0 = y0_.get() + tile * tile_size(), *a1 = y1_.get() + tile * tile_size();
           if (t == t0) return a0;
           if (t == t1) return a1;
-          for (size_t j = 0; j < tile_size(); ++j) s.stage_y[j] = a0[j] + x * (a1[j] - a0[j]);
-          return s.stage_y;
+          for (size_t j = 0; j < tile_size(); ++j) s.row[j] = a0[j] + x * (a1[j] - a0[j]);
+          return s.row;
         });
       }
       std::swap(y0_, y1_);
@@ -544,6 +547,7 @@ class Integration {
   int first_sample_ = 0, samples_ = 0;
   Aligned<T> y0_, f0_, y1_, f1_, mid_, noise_;  // [tiles][rows][width]
   std::vector<Stage<T>> modulated_;             // one per stage
+  std::vector<Scratch> scratch_;                // one per worker
   std::vector<double> sums_[2];                 // [samples]
   std::vector<std::vector<T>> a_;
   std::vector<T> b_, b_error_, b_mid_;

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..field import VectorField
-from .probe import find_probe, untouched
+from .probe import check_arguments, find_probe, untouched
 from .program import assemble
 from .provenance import Provenance, Sources
 from .tracer import Tracer
@@ -30,7 +30,8 @@ __all__ = ["Provenance", "Sources", "capture", "capture_with_sources", "write_ba
 
 
 def capture(module: nn.Module, dim: int | None = None) -> VectorField:
-    """The program of `module.forward(t, y)`, y [batch, dim], t 0-d (or [1], [1, 1] if only those work).
+    """The program of `module.forward(t, y)`, y [batch, dim] (or [dim] if only that works, row by row then), t 0-d (or [1],
+    [1, 1] if only those work).
 
     dim: size of the state; inferred from the module's weights if None.
     The module is left as it was: parameters, buffers, attributes, hooks and random state. All tensors of the field are
@@ -39,23 +40,21 @@ def capture(module: nn.Module, dim: int | None = None) -> VectorField:
 
     Raises UnsupportedFieldError where the module cannot be expressed (naming the module path, the operation and the
     remedy), or where it differs from what was read; ValueError for NaN or infinite weights and for a `dim` that does
-    not fit or cannot be inferred; TypeError for something that is no nn.Module.
+    not fit or cannot be inferred; TypeError for something that is no nn.Module with a forward of two arguments.
     """
     return capture_with_sources(module, dim)[0]
 
 
 def capture_with_sources(module: nn.Module, dim: int | None = None) -> tuple[VectorField, Sources]:
     """capture(), and for every tensor of the field the parameter entries it was read from (see `write_back`)."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be an nn.Module with forward(t, y), not {type(module).__name__}")
+    check_arguments(module, dim)
     module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
     with untouched(module), torch.no_grad():
         probe = find_probe(module, dim)
-        tracer = Tracer(module, probe.batch, probe.dtype, probe.device)
+        tracer = Tracer(module, probe)
         field, sources = assemble(tracer, *tracer.read(*probe.point()))
+    with untouched(module), torch.no_grad():  # restored: the calls above may have made it another module
         verify(module, field, probe)
-    with untouched(module), torch.no_grad():
-        verify(module, field, probe)  # as its owner finds it: by the calls above it may have been another
     return field, sources
 
 

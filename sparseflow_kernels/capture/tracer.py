@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..field import UnsupportedFieldError
 from .algebra import apply, evaluate
 from .operations import ADDITIVE, BILINEAR, FACTORIES, FULL, aten, base_name, written
+from .probe import Probe
 from .provenance import ParameterNumbers
 from .refusal import REMEDY, refuse
 from .rows import Affine, Hidden, RowTable
@@ -67,10 +68,10 @@ class ModuleStack:
 class Tracer(TorchDispatchMode):
     """Reads one run of module(t, y), y [batch, dim]: `tracer.read(t, y)` gives the rows of the result."""
 
-    def __init__(self, module: nn.Module, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, probe: Probe) -> None:
         super().__init__()
         self.module, self.stack, self.parameters = module, ModuleStack(module), ParameterNumbers(module)
-        self.table, self.samples = RowTable(dtype, device), Samples(batch)
+        self.probe, self.table, self.samples = probe, RowTable(probe.dtype, probe.device), Samples(probe.batch)
         self.reading = Reading(self.table, self.samples, self.layer_name)
         self.values: dict[int, Any] = {}
         self.aliases: dict[int, list[Tensor]] = {}  # by memory; also keeps ids unique, for these tensors stay alive
@@ -85,7 +86,7 @@ class Tracer(TorchDispatchMode):
         self.bind(t, time)
         self.numbers[t.item()] = apply(aten.reshape.default, time, [])
         with self, self.stack.following():
-            out = self.module(t, y)
+            out = self.probe.run(self.module, t, y)
         with self.stack.naming():
             value = self.value_of(out)
             if not isinstance(value, StateValue):

@@ -20,7 +20,7 @@ def verify(module: nn.Module, field: VectorField, probe: Probe) -> None:
     for seed, (time, scale) in enumerate(POINTS, 1):
         t, y = probe.point(time, scale, seed, BATCH)
         try:
-            expected = module(t, y.clone())
+            expected = probe.run(module, t, y.clone())
         except Exception as error:
             raise UnsupportedFieldError(
                 f"module {type(module).__name__}: forward(t, y) fails for another batch size or time ({error}). "

@@ -4,6 +4,7 @@ other engine is tested against it. The divergence is the Jacobian's diagonal by 
 
 from __future__ import annotations
 
+import contextlib
 from typing import ClassVar, Sequence
 
 import torch
@@ -52,14 +53,16 @@ class ReferenceEngine(Engine):
         return self._packed
 
     def evaluate(self, t: Tensor | float, y: Tensor) -> Tensor:
-        return self._forward(self._weights(), t, y)[0]
+        with _own_precision(y):
+            return self._forward(self._weights(), t, y)[0]
 
     def evaluate_with_divergence(
         self, t: Tensor | float, x: Tensor, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         if self.plan is None:
             raise ValueError("evaluate_with_divergence: this engine was packed without a divergence plan")
-        return self._with_divergence(self._weights(), t, x, noise)
+        with _own_precision(x):
+            return self._with_divergence(self._weights(), t, x, noise)
 
     def solve(self, request: SolveRequest) -> SolveResult:
         weights = self._weights()
@@ -70,7 +73,8 @@ class ReferenceEngine(Engine):
             dx, trace = self._with_divergence(weights, t, x, request.noise)
             return dx, -trace
 
-        return solve_request(request, f)
+        with _own_precision(request.x):
+            return solve_request(request, f)
 
     def _forward(self, weights: Sequence[Tensor], t: Tensor | float, y: Tensor) -> tuple[Tensor, list[tuple]]:
         """(f(t, y), [(s_l or None, z_l) of every layer])."""
@@ -112,3 +116,10 @@ class ReferenceEngine(Engine):
             # one [1, columns, dim] for the whole batch: the first product is shared until a slope tells samples apart
             trace = trace + (push(block[None]) * block).sum((1, 2))
         return dx, trace
+
+
+def _own_precision(like: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast off: a field computes in its own dtype, as native engines do."""
+    kind = like.device.type
+    active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if active else contextlib.nullcontext()

@@ -69,11 +69,12 @@ class ContinuousFlow(nn.Module):
         gradient: str = "discrete",
     ) -> None:
         super().__init__()
-        fields = (
-            [odefunc] if isinstance(odefunc, nn.Module) and not isinstance(odefunc, nn.ModuleList) else list(odefunc)
-        )
+        several = isinstance(odefunc, (nn.ModuleList, list, tuple))
+        fields = list(odefunc) if several else [odefunc]
         if not fields or not all(isinstance(f, nn.Module) for f in fields):
             raise TypeError("odefunc must be an nn.Module f(t, x), or a sequence of at least one such module")
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+            raise ValueError(f"dim must be an int, at least 1, the size of x; got {dim!r}")
         for name, value, known in (
             ("divergence", divergence, ("exact", "hutchinson")),
             ("eval_divergence", eval_divergence, (None, "exact", "hutchinson")),
@@ -131,7 +132,10 @@ class ContinuousFlow(nn.Module):
     @torch.no_grad()
     def sample(self, shape: int | Sequence[int] = ()) -> Tensor:
         """Samples [*shape, dim] (an int n means (n,)), from torch's global generator; no gradient."""
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        sizes = (shape,) if isinstance(shape, (int, float)) else tuple(shape)
+        if not all(isinstance(size, int) and size >= 0 for size in sizes):
+            raise ValueError(f"shape must be an int or a sequence of ints, none below 0; got {shape!r}")
+        shape = sizes
         like = next(self._tensors())
         n = math.prod(shape)
         z = self._base(like).sample((n,)).to(like)

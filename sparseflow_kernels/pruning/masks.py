@@ -87,9 +87,10 @@ def prunable_layers(module: nn.Module, layers: Iterable[nn.Module | str] | None 
 
     These are nn.Linear and nn.Conv2d with groups == 1. A Linear with one input is a function of time alone (the gates
     and time biases of FFJORD's squash and concatsquash layers) and is left out, as in the reference implementation.
-    `layers` overrides the choice: modules, or paths as in `module.named_modules()`.
+    `layers` overrides the choice: modules, or paths as in `module.named_modules()`, of any class with a `weight` of two
+    axes or more (linear layers that people write themselves).
 
-    Raises ValueError if nothing is prunable or an entry of `layers` is not a Linear or Conv2d of `module`.
+    Raises ValueError if nothing is prunable or an entry of `layers` is not such a layer of `module`.
     """
     named = dict(module.named_modules())
     if layers is None:
@@ -104,18 +105,24 @@ def prunable_layers(module: nn.Module, layers: Iterable[nn.Module | str] | None 
         wanted = set()
         for entry in layers:
             path = entry if isinstance(entry, str) else paths.get(id(entry))
-            if path not in named or not isinstance(named[path], (nn.Linear, nn.Conv2d)):
+            if path not in named or not _has_matrix(named[path]):
                 raise ValueError(
-                    f"layers: {entry!r} is not a Linear or Conv2d inside {type(module).__name__}; give "
-                    "such modules, or their paths as in module.named_modules()"
+                    f"layers: {entry!r} is not a Linear, a Conv2d or another module with a weight matrix inside "
+                    f"{type(module).__name__}; give such modules, or their paths as in module.named_modules()"
                 )
             wanted.add(path)
         found = {path: part for path, part in named.items() if path in wanted}
     if not found:
         raise ValueError(
-            f"{type(module).__name__} has no prunable layer (nn.Linear with more than one input, nn.Conv2d)"
+            f"{type(module).__name__} has no prunable layer (nn.Linear with more than one input, nn.Conv2d); name other "
+            "modules with a weight matrix by layers=..."
         )
     return found
+
+
+def _has_matrix(layer: nn.Module) -> bool:
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim >= 2
 
 
 def live_mask(layer: nn.Module, name: str = "weight") -> Tensor:

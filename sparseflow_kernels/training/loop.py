@@ -40,6 +40,7 @@ def train(
     steps: int | None = None,
     batch: int = 1024,
     lr: float = 5e-3,
+    lr_end: float | None = None,
     optimizer: str = "adamw",
     weight_decay: float = 1e-5,
     clip: float | None = None,
@@ -53,6 +54,7 @@ def train(
     epochs or steps: how long, exactly one of the two. An epoch goes through the rows in random order in batches of
         `batch`; a last batch of less than half of that is left out (unless it is the only one).
     optimizer: "adamw", "adam" or "sgd" with `lr` and `weight_decay`; a new one each call, as the paper's retraining.
+    lr_end: the learning rate falls geometrically from lr at the first step to this at the last; None: it stays.
     clip: largest norm of the gradient, None for no clipping.
     seed: of the order of rows and of the Hutchinson noise; torch's global generator is left as it was.
     max_failures: a step with a non-finite loss or gradient, or a failed solve, is skipped and counted; that many in a
@@ -68,6 +70,8 @@ def train(
     for name, value in (("epochs", epochs), ("steps", steps), ("batch", batch), ("max_failures", max_failures)):
         if value is not None and (int(value) != value or value < 1):
             raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    if lr_end is not None and not 0 < lr_end <= lr:
+        raise ValueError(f"lr_end must be None, or above 0 and at most lr ({lr!r}); got {lr_end!r}")
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {optimizer!r}")
     if len(rows) == 0:
@@ -95,6 +99,9 @@ def train(
                 for index in range(min(per_epoch, total - step)):
                     x = rows[order[index * batch : (index + 1) * batch].to(rows.device)]
                     step += 1
+                    if lr_end is not None:
+                        for group in update.param_groups:
+                            group["lr"] = lr * (lr_end / lr) ** ((step - 1) / max(1, total - 1))
                     nll, problem = _gradient(flow, x, update, parameters, clip)
                     if problem:
                         failures, skipped = failures + 1, skipped + 1
