@@ -1,0 +1,116 @@
+// A compiled program but for its solves: packings, the choice of a tile width, refreshes, single evaluations.
+#include <algorithm>
+#include <chrono>
+#include <limits>
+#include <stdexcept>
+
+#include "solve.h"
+#include "thread_pool.h"
+#include "tile_io.h"
+
+namespace sparseflow {
+
+template <class T>
+CompiledProgram<T>::CompiledProgram(Program<T> program, const Kernels<T>& kernels) : program_(std::move(program)), kernels_(kernels) {
+  validate(program_);
+}
+
+template <class T>
+Packed<T>& CompiledProgram<T>::packed(int width_index) {
+  std::lock_guard<std::recursive_mutex> lock(mutex_);
+  std::unique_ptr<Packed<T>>& slot = packed_[width_index];
+  if (!slot) slot = pack(program_, kernels_, width_index);
+  return *slot;
+}
+
+template <class T>
+void CompiledProgram<T>::refresh(const std::vector<T>& times, std::vector<Stage<T>>& stages) {
+  std::vector<std::vector<std::vector<T>>> answers;
+  if (program_.externals > 0) {
+    answers = refresh_(std::vector<double>(times.begin(), times.end()));
+    if (answers.size() != times.size()) throw std::runtime_error("refresh: one answer per time is needed");
+    for (const auto& answer : answers)
+      if (static_cast<int>(answer.size()) != program_.externals) throw std::runtime_error("refresh: one array per external is needed");
+    auto check = [&](int external, int n) {
+      if (external < 0) return;
+      for (const auto& answer : answers)
+        if (static_cast<int>(answer[external].size()) != n) throw std::runtime_error("refresh: an answer has the wrong length");
+    };
+    for (const Modulation<T>& m : program_.modulations) check(m.external_gate, m.n), check(m.external_shift, m.n);
+    for (const Matrix<T>& m : program_.matrices) check(m.external, m.nnz());
+  }
+  Stage<T>::refresh(stages, times, answers);
+}
+
+template <class T>
+const std::vector<double>& CompiledProgram<T>::tile_seconds() {
+  std::lock_guard<std::recursive_mutex> lock(mutex_);
+  if (!seconds_.empty()) return seconds_;
+  using Clock = std::chrono::steady_clock;
+  for (int w = 0; w < Kernels<T>::kWidths; ++w) {
+    Packed<T>& p = packed(w);
+    const Stage<T> stage(program_, p, kernels_);  // not refreshed: its zeros take as long, and no callback sees a made-up time
+    Aligned<char> workspace(p.workspace_bytes);
+    double best = std::numeric_limits<double>::infinity();
+    for (int repeat = 0; repeat < 5; ++repeat) {
+      const auto begin = Clock::now();
+      stage.run(p.body, workspace.get());
+      best = std::min(best, std::chrono::duration<double>(Clock::now() - begin).count());
+    }
+    seconds_.push_back(best);
+  }
+  return seconds_;
+}
+
+template <class T>
+int CompiledProgram<T>::choose_width(int batch, int threads) {
+  if (forced_ >= 0) return forced_;
+  const std::vector<double>& seconds = tile_seconds();
+  int best = 0;
+  double least = std::numeric_limits<double>::infinity();
+  for (int w = 0; w < Kernels<T>::kWidths; ++w) {
+    const int tiles = (batch + width(w) - 1) / width(w);
+    const double cost = double((tiles + threads - 1) / std::max(1, threads)) * seconds[w];
+    if (cost < least) least = cost, best = w;
+  }
+  // keep one packing for the batch sizes to come rather than five
+  for (auto it = packed_.begin(); it != packed_.end();) it = it->second && it->first != best && packed_.size() > 2 ? packed_.erase(it) : std::next(it);
+  return best;
+}
+
+template <class T>
+void CompiledProgram<T>::evaluate(double t, const T* x, const T* noise, int batch, int threads, T* f, T* trace) {
+  if (batch == 0) return;
+  std::lock_guard<std::recursive_mutex> lock(mutex_);
+  Packed<T>& p = packed(choose_width(batch, threads));
+  const int width = p.width, dim = program_.dim, tiles = (batch + width - 1) / width;
+  std::vector<Stage<T>> stages;
+  stages.emplace_back(program_, p, kernels_);
+  refresh({static_cast<T>(t)}, stages);
+  const int workers = std::max(1, std::min(threads, tiles));
+  std::vector<Aligned<char>> workspaces(workers);
+  parallel_for(tiles, workers, [&](int tile, int worker) {
+    Aligned<char>& memory = workspaces[worker];
+    if (memory.get() == nullptr) memory = Aligned<char>(p.workspace_bytes);
+    char* ws = memory.get();
+    auto buffer = [&](int id) { return reinterpret_cast<T*>(ws + p.buffer_offset[id]); };
+    const int first = tile * width, count = std::min(width, batch - first);
+    load_tile(x, dim, first, count, width, buffer(program_.input));
+    if (program_.ones >= 0) std::fill_n(buffer(program_.ones), width, T(1));
+    if (program_.noise >= 0 && noise != nullptr) load_tile(noise, dim, first, count, width, buffer(program_.noise));
+    T* reduce = reinterpret_cast<T*>(ws + p.reduce_offset);
+    std::fill_n(reduce, width, T(0));
+    stages[0].run(p.prologue, ws);
+    stages[0].run(p.body, ws);
+    const ptrdiff_t stride = p.row_bytes(program_.buffers[program_.output]) / ptrdiff_t(sizeof(T));
+    const T* out = buffer(program_.output);
+    for (int s = 0; s < count; ++s)
+      for (int c = 0; c < dim; ++c) f[size_t(first + s) * dim + c] = out[c * stride + s];
+    if (trace) std::copy_n(reduce, count, trace + first);
+  });
+}
+
+template class CompiledProgram<float>;
+template class CompiledProgram<double>;
+
+}  // namespace sparseflow
