@@ -55,9 +55,11 @@ inline constexpr int kRowsPerSum = 64;
 template <class T, int NV, class Finish>
 SF_INLINE void for_each_row(const RowArgs<T>& args, Finish& finish) {
   constexpr int R = rows_in_flight(NV);
-  for (int b = 0; b < args.matrix.n_blocks; ++b) {
-    const PackedBlock<T>& block = args.matrix.blocks[b];
-    const bool first = b == 0, last = b + 1 == args.matrix.n_blocks;
+  const char* const source = args.source;
+  const int n_blocks = args.matrix.n_blocks;
+  for (int b = 0; b < n_blocks; ++b) {
+    const PackedBlock<T> block = args.matrix.blocks[b];
+    const bool first = b == 0, last = b + 1 == n_blocks;
     const Step<T, R>* step = reinterpret_cast<const Step<T, R>*>(block.steps);
     for (int g = 0; g < block.groups; ++g) {
       const int32_t* rows = block.rows + g * R;
@@ -66,7 +68,7 @@ SF_INLINE void for_each_row(const RowArgs<T>& args, Finish& finish) {
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 12
         for (int v = 0; v < NV; ++v) acc[r].v[v] = Vec<T>{};
-      step = multiply_rows<T, NV, R>(step, block.counts[g], args.source, acc);
+      step = multiply_rows<T, NV, R>(step, block.counts[g], source, acc);
       if (!first) {
         for (int r = 0; r < R; ++r) {
           const Row<T, NV>* waiting = reinterpret_cast<const Row<T, NV>*>(args.target + rows[r] * args.target_stride);
@@ -190,14 +192,19 @@ void affine_tangent(const RowArgs<T>& args) {
 // target[row] = factor[row, or factor_row[row]] * (W source)
 template <class T, int NV>
 void product(const RowArgs<T>& args) {
-  Rows rows{[&](int row, const Vec<T>* sum) {
-    Vec<T>* const out = reinterpret_cast<Vec<T>*>(args.target + row * args.target_stride);
-    if (args.factor) {
-      const Vec<T>* factor = at_row<T>(args.factor, args.factor_row ? args.factor_row[row] : row, args.factor_stride);
-      for (int v = 0; v < NV; ++v) out[v] = factor[v] * sum[v];
-    } else {
+  char* const target = args.target;
+  const ptrdiff_t stride = args.target_stride;
+  if (args.factor == nullptr) {
+    Rows rows{[=](int row, const Vec<T>* sum) {
+      Vec<T>* const out = reinterpret_cast<Vec<T>*>(target + row * stride);
       for (int v = 0; v < NV; ++v) out[v] = sum[v];
-    }
+    }};
+    return for_each_row<T, NV>(args, rows);
+  }
+  Rows rows{[=, &args](int row, const Vec<T>* sum) {
+    Vec<T>* const out = reinterpret_cast<Vec<T>*>(target + row * stride);
+    const Vec<T>* factor = at_row<T>(args.factor, args.factor_row ? args.factor_row[row] : row, args.factor_stride);
+    for (int v = 0; v < NV; ++v) out[v] = factor[v] * sum[v];
   }};
   for_each_row<T, NV>(args, rows);
 }
