@@ -18,7 +18,7 @@ from .capture import Sources, capture_with_sources, write_back
 from .divergence import DivergencePlan
 from .engines import choose
 from .engines.base import Engine
-from .engines.reference import ReferenceEngine
+from .engines.reference import ReferenceEngine, own_precision
 from .field import Layer, LinearShift, SigmoidGate, TimeFunction, VectorField
 from .simplify import simplify
 
@@ -218,9 +218,10 @@ class CompiledField(nn.Module):
         return self._plans[kind]
 
     def runner(self, kind: Literal["exact", "hutchinson"] | None = None) -> Engine:
-        """The engine for a call made now: `packed(kind)`, or inside torch.func's transforms and forward-mode automatic
-        differentiation, in which only torch operations take part, the reference engine."""
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        """The engine for a call made now: `packed(kind)`, or the reference engine where only torch operations take
+        part: inside torch.func's transforms, forward-mode differentiation, torch.jit.trace and torch.export."""
+        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if transformed or torch.jit.is_tracing() or torch.compiler.is_exporting():
             return ReferenceEngine(self.vector_field, None if kind is None else self.divergence_plan(kind))
         return self.packed(kind)
 
@@ -412,7 +413,7 @@ class _Evaluate(torch.autograd.Function):
                 return None
             return tensor.view_as(tensor) if graph and want else tensor.detach().requires_grad_(want)
 
-        with torch.enable_grad():
+        with torch.enable_grad(), own_precision(ctx.saved_tensors[1]):
             # saved_tensors raises where a parameter was changed in place since
             aliases = [alias(tensor, want) for tensor, want in zip(ctx.saved_tensors, wanted)]
             names = [f"compiled.{name}" for name, _ in ctx.compiled.named_parameters()]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .compiled_field import CompiledField, DivergenceField
 from .engines.base import Engine, SolveRequest, SolveResult
-from .engines.reference import ReferenceEngine
+from .engines.reference import ReferenceEngine, own_precision
 from .field import VectorField
 from .numerics.adaptive import offending_rows, rms_norm, solve_adaptive
 from .numerics.step_control import StepOptions, StopPoints
@@ -371,8 +371,10 @@ class _EngineCall(_Call):
         options: dict, step_control: str,
     ) -> "_EngineCall | str":  # fmt: skip
         parts = (y0,) if isinstance(y0, Tensor) else y0
-        if not parts or not all(isinstance(part, Tensor) for part in parts):
-            raise TypeError("y0 must be a tensor or a tuple with at least one tensor, and nothing else")
+        if not parts:
+            raise ValueError("y0 must be a tensor or a tuple with at least one tensor")
+        if not all(isinstance(part, Tensor) for part in parts):
+            raise TypeError(f"y0 must hold tensors only, not {', '.join(type(part).__name__ for part in parts)}")
         adaptive = method in ADAPTIVE
         if any(getattr(func, name, None) is not None for name in _CALLBACKS):
             return "func has callbacks, which need Python at every step"
@@ -394,7 +396,7 @@ class _EngineCall(_Call):
         if len(parts) == 2 and parts[1].shape not in (x.shape[:-1], x.shape[:-1] + (1,)):
             return f"l must be of shape {list(x.shape[:-1])} or with a last axis of 1, not {list(parts[1].shape)}"
         if len({part.dtype for part in parts}) > 1:
-            raise TypeError(f"y0: x is {x.dtype} and l is {parts[1].dtype}; give both in the field's dtype, {field.dtype}")
+            raise TypeError(f"y0: x is {x.dtype} and l is {parts[1].dtype}; the field wants {field.dtype} for both")
         for part in parts:
             if part.dtype != field.dtype or part.device != field.device:
                 return (
@@ -514,7 +516,7 @@ class _EngineSolve(torch.autograd.Function):
         parameters = saved
         wanted = ctx.needs_input_grad[5:]
         again_differentiable = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with torch.enable_grad(), own_precision(inputs[0]):
             leaves = inputs if again_differentiable else [
                 None if value is None else value.detach().requires_grad_(want)
                 for value, want in zip(inputs, wanted)

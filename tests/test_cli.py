@@ -72,6 +72,30 @@ def test_bench_writes_every_figure(tiny_fields, tmp_path):
         assert (row["floor"] is None) == (document["rates"]["fma"] is None)
 
 
+def test_results_become_a_table_in_a_document(tiny_fields, tmp_path):
+    result, readme = tmp_path / "deeper" / "bench.json", tmp_path / "README.md"
+    run("bench", "--quick", "--fields", "tiny,tiny-noisy", "--keeps", "1,0.3", "--json", str(result))
+    readme.write_text("before\n<!-- bench:begin (generated) -->\nold\n<!-- bench:end -->\nafter\n")
+    for _ in range(2):
+        run("bench", "--load", str(result), "--markdown", str(readme))
+    lines = readme.read_text().splitlines()
+    assert lines[:2] == ["before", "<!-- bench:begin (generated) -->"] and lines[-2:] == ["<!-- bench:end -->", "after"]
+    assert "old" not in lines and sum(line.startswith("|") for line in lines) == 2 + 2
+    ours = [row for row in json.loads(result.read_text())["rows"] if row["contender"] == "sparseflow"]
+    for line, field in zip((line for line in lines if line.startswith("| tiny")), ("tiny", "tiny-noisy")):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        ratios = [row["ratio"] for row in ours if row["field"] == field]
+        assert [float(cell.split("x")[0]) for cell in cells[3:]] == pytest.approx(ratios, rel=0.06)
+    readme.write_text("no place for it\n")
+    assert "needs one line" in run("bench", "--load", str(result), "--markdown", str(readme), code=1)
+    assert "is not a result" in run("bench", "--load", str(_written(tmp_path / "x.json", "{}")), code=1)
+
+
+def _written(path, text):
+    path.write_text(text)
+    return path
+
+
 def test_a_peer_that_fails_is_listed_and_the_rest_goes_on():
     def fall(problem):
         raise RuntimeError("no such luck")
@@ -116,10 +140,19 @@ def test_demo_runs_and_resumes(tmp_path):
     first = run("demo", "--quick", "--out", str(tmp_path))
     assert "trained before" not in first
     document = json.loads((tmp_path / "demo.json").read_text())
-    dense, pruned, ours = document["figures"]
-    assert pruned["parameters"] == ours["parameters"] < dense["parameters"]
-    assert all(record["nfe"] >= 14 and record["ratio"] > 0 for record in document["figures"])
+    dense, pruned, control = document["figures"]["flows"]
+    assert pruned["parameters"] < dense["parameters"] == control["parameters"]
+    assert dense["steps"] < pruned["steps"] == control["steps"]
+    solves = document["figures"]["solves"]
+    assert [(s["solver"], s["name"]) for s in solves] == [
+        (solver, flow["name"]) for flow in (control, pruned) for solver in ("torchdiffeq", "sparseflow")
+    ]
+    assert all(s["nfe"] >= 14 and s["ratio"] > 0 for s in solves) and solves[0]["ratio"] == 1
     assert (tmp_path / "densities.png").read_bytes().startswith(b"\x89PNG")
-    assert "trained before" in run("demo", "--quick", "--out", str(tmp_path))
-    again = json.loads((tmp_path / "demo.json").read_text())
-    assert [r["nll"] for r in again["figures"]] == pytest.approx([r["nll"] for r in document["figures"]])
+    again = run("demo", "--quick", "--out", str(tmp_path))
+    assert again.count("trained before") >= 4  # progress lines: of both data sets, flows and control
+    resumed = json.loads((tmp_path / "demo.json").read_text())
+    for before, after in zip(document["figures"]["flows"], resumed["figures"]["flows"]):
+        assert after["nll"] == pytest.approx(before["nll"])
+    next((tmp_path / "checkpoints").rglob("control.safetensors")).write_bytes(b"")
+    assert "not a readable checkpoint" in run("demo", "--quick", "--out", str(tmp_path), code=1)

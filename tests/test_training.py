@@ -136,12 +136,27 @@ def test_clipping_bounds_the_step():
     assert moved == pytest.approx(1e-3, rel=0.01)
 
 
+def test_learning_rate_falls_geometrically(monkeypatch):
+    rates = []
+    step = torch.optim.SGD.step
+
+    def watched(self, *arguments):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    train(make_flow(), rows(), steps=3, lr=0.04, lr_end=0.01, optimizer="sgd")
+    assert rates == pytest.approx([0.04, 0.02, 0.01])
+
+
 def test_bad_arguments():
     flow = make_flow()
     with pytest.raises(ValueError, match="exactly one of epochs and steps"):
         train(flow, rows())
     with pytest.raises(ValueError, match="batch must be a whole number"):
         train(flow, rows(), steps=1, batch=0)
+    with pytest.raises(ValueError, match="lr_end must be None, or above 0"):
+        train(flow, rows(), steps=1, lr=0.1, lr_end=0.2)
     with pytest.raises(ValueError, match="optimizer must be one of"):
         train(flow, rows(), steps=1, optimizer="lion")
     with pytest.raises(ValueError, match="keeps must be numbers in"):

@@ -136,18 +136,34 @@ def bench(
             yield from bench_problem(make_problem(spec, keep), contenders, seconds, most)
 
 
-def save_json(path: str | Path, rows: list[Row], specs: Iterable[FieldSpec]) -> None:
-    """Rows, fields, the installation and the measured rates, as one JSON object."""
+def document(rows: list[Row], specs: Iterable[FieldSpec]) -> dict:
+    """Rows, fields, the installation and the measured rates, as JSON has them."""
     specs = list(specs)
     names = sorted({spec.activation for spec in specs})
-    document = {
+    return {
         "machine": {"processor": processor(), "system": platform.platform()},
         "build": build_info(),
         "rates": {"fma": fma_rate(), "activations": {name: activation_rate(name) for name in names}},
         "fields": [dataclasses.asdict(spec) for spec in specs],
         "rows": [dataclasses.asdict(row) for row in rows],
     }
-    Path(path).write_text(json.dumps(document, indent=2) + "\n")
+
+
+def save_json(path: str | Path, rows: list[Row], specs: Iterable[FieldSpec]) -> None:
+    """Write `document` to `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document(rows, specs), indent=2) + "\n")
+
+
+def load_json(path: str | Path) -> tuple[list[Row], list[FieldSpec], dict]:
+    """(rows, fields, the whole document) of a file by `save_json`. Raises OSError, or ValueError for other files."""
+    try:
+        found = json.loads(Path(path).read_text())
+        fields = [FieldSpec(**{**spec, "hidden": tuple(spec["hidden"])}) for spec in found["fields"]]
+        return [Row(**row) for row in found["rows"]], fields, found
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a result of `sparseflow bench --json`: {error!r}") from error
 
 
 def processor() -> str:

@@ -26,43 +26,60 @@ def _figure(columns: int, rows: int, width: float, height: float):
 def plot_bench(rows: "Sequence[Row]", path: str | Path) -> Path:
     """Time of a whole solve against the keep ratio, one panel per field, one line per contender, the floor dashed."""
     fields = list(dict.fromkeys(row.field for row in rows))
-    figure, axes = _figure(len(fields), 1, 4.2, 3.6)
-    for axis, field in zip(axes[0], fields):
+    columns = min(3, len(fields))
+    figure, axes = _figure(columns, -(-len(fields) // columns), 3.4, 3.0)
+    lines = {}
+    for axis, field in zip(axes.flat, fields):
         here = [row for row in rows if row.field == field and row.median is not None]
         for name in dict.fromkeys(row.contender for row in here):
             line = sorted((row.keep, row.median * 1e3) for row in here if row.contender == name)
-            axis.plot(*zip(*line), marker="o", markersize=3, label=name, linewidth=2 if name == "sparseflow" else 1)
+            style = {"linewidth": 2.5, "zorder": 3} if name == "sparseflow" else {"linewidth": 1.2}
+            (lines[name],) = axis.plot(*zip(*line), marker="o", markersize=3, **style)
         floor = sorted((row.keep, row.floor * 1e3) for row in here if row.contender == "sparseflow" and row.floor)
         if floor:
-            axis.plot(*zip(*floor), "k--", linewidth=1, label="floor")
-        axis.set(xscale="log", yscale="log", title=field, xlabel="keep ratio", ylabel="ms per solve")
-        axis.grid(alpha=0.3, which="both")
-    axes[0][0].legend(fontsize=7)
+            (lines["floor of sparseflow's arithmetic"],) = axis.plot(*zip(*floor), "k--", linewidth=1)
+        axis.set(xscale="log", yscale="log", title=field)
+        keeps = sorted({row.keep for row in here})
+        axis.set_xticks(keeps, [f"{keep:g}" for keep in keeps], fontsize=8)
+        axis.minorticks_off()
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(fields):]:
+        axis.axis("off")
+    figure.supxlabel("keep ratio", fontsize=10)
+    figure.supylabel("ms per solve, one core", fontsize=10)
+    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=min(4, columns + 1), fontsize=8)
     return _save(figure, path)
 
 
 def plot_densities(
     densities: "dict[str, Callable[[Tensor], Tensor]]", samples: dict[str, Tensor], data: Tensor, path: str | Path,
-    extent: float = 4.0, resolution: int = 160,
+    title: str = "data", extent: float = 4.0, resolution: int = 160,
 ) -> Path:
     """Data, then the density of every 2-D model over its samples.
 
-    densities: name -> log_prob([n, 2]) -> [n].  samples: name -> [n, 2], same names.  data: [n, 2].  Axes span
-    [-extent, extent]; the density is evaluated on resolution x resolution points.
+    densities: title -> log_prob([n, 2]) -> [n].  samples: title -> [n, 2], same titles.  data: [n, 2], with its title;
+    below it as many of its points as the models have samples. Axes span [-extent, extent], colours the data's range of
+    densities; the models' are evaluated on resolution x resolution points.
     """
     line = torch.linspace(-extent, extent, resolution)
     grid = torch.cartesian_prod(line, line)
-    window = {"range": [[-extent, extent]] * 2, "bins": 100}
-    figure, axes = _figure(1 + len(densities), 2, 3.2, 3.2)
-    axes[0][0].hist2d(*data.T.numpy(), **window)
-    axes[0][0].set_title("data")
-    axes[1][0].axis("off")
+    window = {"range": [[-extent, extent]] * 2, "bins": 80, "cmap": "magma"}
+    figure, axes = _figure(1 + len(densities), 2, 2.5, 2.6)
+    *_, image = axes[0][0].hist2d(*data.T.numpy(), density=True, **window)
+    top = image.get_clim()[1]
+    count = min(len(data), *map(len, samples.values()))
+    axes[0][0].set_title(title, fontsize=9)
+    axes[1][0].hist2d(*data[:count].T.numpy(), **window)
+    axes[1][0].set_title(f"{count} points of it", fontsize=9)
     for column, (name, log_prob) in enumerate(densities.items(), 1):
         density = log_prob(grid).exp().reshape(resolution, resolution).T
-        axes[0][column].imshow(density.numpy(), origin="lower", extent=[-extent, extent] * 2)
-        axes[0][column].set_title(f"{name}: density")
-        axes[1][column].hist2d(*samples[name].T.numpy(), **window)
-        axes[1][column].set_title(f"{name}: samples")
+        axes[0][column].imshow(
+            density.numpy(), origin="lower", extent=[-extent, extent] * 2, cmap="magma", vmin=0, vmax=top,
+        )
+        axes[0][column].set_title(name, fontsize=9)
+        axes[1][column].hist2d(*samples[name][:count].T.numpy(), **window)
+        axes[1][column].set_title(f"{count} samples", fontsize=9)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[], aspect="equal")
     return _save(figure, path)
@@ -71,5 +88,5 @@ def plot_densities(
 def _save(figure, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
     return path

@@ -30,8 +30,8 @@ __all__ = ["Provenance", "Sources", "capture", "capture_with_sources", "write_ba
 
 
 def capture(module: nn.Module, dim: int | None = None) -> VectorField:
-    """The program of `module.forward(t, y)`, y [batch, dim] (or [dim] if only that works, row by row then), t 0-d (or [1],
-    [1, 1] if only those work).
+    """The program of `module.forward(t, y)`, y [batch, dim] (or [dim], row by row, if only that works), t 0-d (or
+    [1], [1, 1] if only those work).
 
     dim: size of the state; inferred from the module's weights if None.
     The module is left as it was: parameters, buffers, attributes, hooks and random state. All tensors of the field are

@@ -58,7 +58,7 @@ def check_arguments(module: nn.Module, dim: int | None) -> None:
         raise TypeError(f"module_or_field must be an nn.Module with forward(t, y) or a VectorField, not {what}{remedy}")
     for name, parameter in module.named_parameters():
         if nn.parameter.is_lazy(parameter):
-            raise ValueError(f"parameter {name!r} has no size yet; call the module once, so that its lazy layers get one")
+            raise ValueError(f"parameter {name!r} has no size yet; call the module once, for its lazy layers")
         if parameter.is_meta:
             raise ValueError(f"parameter {name!r} is on the meta device; materialise the module first")
     try:
@@ -83,11 +83,10 @@ def find_probe(module: nn.Module, dim: int | None) -> Probe:
         m.in_features - 1 for m in module.modules() if isinstance(m, nn.Linear)
     }
     attempts = _Attempts(module, dtype, device, {s for x in tensors for s in x.shape})
-    if dim is not None:
-        works = attempts.at([dim])
-    else:
-        # Where the weights do not show it (a state cut in parts, weights made by another network), sizes one by one.
-        works = attempts.at(sorted(likely - {0})) or attempts.at(sorted(set(range(1, SMALL + 1)) - likely))
+    # Where the weights do not show it (a state cut in parts, weights made by another network), sizes one by one.
+    unlikely = [] if dim is not None else sorted(set(range(1, SMALL + 1)) - likely)
+    rounds = itertools.product((True, False), (sorted(likely - {0}) if dim is None else [dim], unlikely))
+    works = next(filter(None, (attempts.at(dims, batched) for batched, dims in rounds)), [])
     if len(works) == 1:
         return works[0]
     name = f"module {type(module).__name__}"
@@ -125,20 +124,19 @@ class _Attempts:
         self.returned: str | None = None  # what else than a tensor shaped like y
         self.takes_tuple = False
 
-    def at(self, dims: list[int]) -> list[Probe]:
+    def at(self, dims: list[int], batched: bool) -> list[Probe]:
         """The probes that work, one per size at most."""
         # A batch size that nothing else has, so that no broadcast or transpose of the module's works by accident.
         taken = self.sizes | {d + k for d in dims for k in (-1, 0, 1, 2)}
         self.batch = next(n for n in itertools.count(7, 2) if n not in taken)
-        found = (next((p for p in self._ways(dim) if self._works(p)), None) for dim in dims)
-        works = [probe for probe in found if probe is not None]
-        if not works:
+        ways = [
+            [Probe(d, t_shape, self.batch, self.dtype, self.device, batched) for t_shape in ((), (1, 1), (1,))]
+            for d in dims
+        ]
+        works = [probe for one in ways if (probe := next(filter(self._works, one), None)) is not None]
+        if not works and batched:
             self._try_tuples(dims)
         return works
-
-    def _ways(self, dim: int) -> list[Probe]:
-        ways = itertools.product((True, False), ((), (1, 1), (1,)))
-        return [Probe(dim, t_shape, self.batch, self.dtype, self.device, batched) for batched, t_shape in ways]
 
     def _works(self, probe: Probe) -> bool:
         t, y = probe.point()

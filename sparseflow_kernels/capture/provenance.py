@@ -153,7 +153,7 @@ class ParameterNumbers:
         return self.names[bisect.bisect_right(self._starts, int(plain[0])) - 1] if plain.numel() else None
 
     def provenance(self, value: Constant) -> Provenance | None:
-        source, scale = value.sources.reshape(-1), value.factors.reshape(-1)
+        source, scale = value.sources.reshape(-1).contiguous(), value.factors.reshape(-1)
         plain = (source >= 0) & (scale != 0)
         if not bool(plain.any()):
             return None

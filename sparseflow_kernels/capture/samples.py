@@ -41,7 +41,7 @@ class Samples:
         refuse("an operation that mixes the samples of the batch, or empties the state,")
 
     def one(self, value: Constant | TimeValue, axis: int) -> Constant | TimeValue:
-        """value without its sample axis; it must be the same for every sample, up to the rounding of a matrix product."""
+        """value without its sample axis; it must be the same for every sample, up to a matrix product's rounding."""
         first = value.value.select(axis, 0)
         every = first.unsqueeze(axis).expand_as(value.value)
         if not torch.equal(every, value.value):

@@ -181,7 +181,7 @@ class Tracer(TorchDispatchMode):
         return evaluate(func, args, kwargs, out)
 
     def _with_numbers(self, constant: Constant) -> Constant | TimeValue:
-        """What torch.tensor([..., t, ...]) makes: torch copies the number unseen, but it equals no other by accident."""
+        """What torch.tensor([..., t, ...]) makes: the number is copied unseen, but equals no other by accident."""
         result, dtype = constant, constant.value.dtype
         for number, time in self.numbers.items():
             here = constant.value == torch.tensor(number, dtype=dtype, device=constant.value.device)

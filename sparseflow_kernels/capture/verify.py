@@ -40,7 +40,7 @@ def verify(module: nn.Module, field: VectorField, probe: Probe) -> None:
 def _suspicion(module: nn.Module, field: VectorField, error: float) -> str:
     if field.dtype == torch.float64 and 0.0 < error < 1e-5:
         return (
-            "is something computed in float32 on the way (torch.full or torch.tensor without dtype=, .float())? Make it "
+            "is something computed in float32 on the way (torch.full or torch.tensor without dtype=)? Make it "
             "follow y.dtype, or compile the module in float32."
         )
     updates = ""

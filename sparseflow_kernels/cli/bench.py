@@ -8,9 +8,10 @@ from typing import Annotated, Optional
 import typer
 
 from ..analysis import bench as benchmark
+from ..analysis.markdown import bench_table, replace_block
 from ..analysis.peers import BASELINE, OURS, PEERS, one_thread
 from ..analysis.plots import plot_bench
-from ..analysis.problems import DEFAULT_FIELDS, DEFAULT_KEEPS, FIELDS
+from ..analysis.problems import DEFAULT_FIELDS, DEFAULT_KEEPS, FIELDS, FieldSpec
 from .console import fail, progress, say, show_table
 
 COLUMNS = ("keep", "contender", "nnz", "NFE", "ms/solve", "best ms", "us/NFE", "ratio", "ratio/NFE", "floor share", "max error")
@@ -58,12 +59,47 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="toy field, two keep ratios, a few rounds")] = False,
     json_path: Annotated[Optional[Path], typer.Option("--json", help="write every figure to this file")] = None,
     plot_path: Annotated[Optional[Path], typer.Option("--plot", help="draw time against keep ratio into this file")] = None,
+    load_path: Annotated[Optional[Path], typer.Option("--load", help="measure nothing: read this --json file")] = None,
+    markdown_path: Annotated[
+        Optional[Path], typer.Option("--markdown", help="put the ratios between this file's bench:begin and bench:end")
+    ] = None,
 ) -> None:
     """Time whole solves with divergence (dopri5, rtol = atol = 1e-5, float32, one core) and print ratios.
 
     ratio: torchdiffeq's time over the contender's, median over interleaved rounds. floor share: the arithmetic at this
     core's measured rates over the best time. max error: against a float64 solve at tolerance 1e-10.
     """
+    if load_path is not None:
+        try:
+            rows, chosen, document = benchmark.load_json(load_path)
+        except (OSError, ValueError) as error:
+            raise fail(f"--load: {error}") from error
+        for spec in chosen:
+            show_table(spec.title, COLUMNS, [_cells(row) for row in rows if row.field == spec.name])
+            say("")
+    else:
+        rows, chosen = _measure(fields, keeps, peers, seconds, quick, json_path)
+        document = benchmark.document(rows, chosen)
+    base = {(row.field, row.keep): row for row in rows if row.contender == BASELINE.name}
+    for row in rows:
+        theirs = base[row.field, row.keep].error
+        if row.contender == OURS.name and row.error > 1.5 * theirs:  # like steps, but never bitwise like step sizes
+            say(f"note: {row.field} at keep {row.keep:g}: error {row.error:.1e}, torchdiffeq's is {theirs:.1e}")
+    if plot_path is not None:
+        say(f"wrote {plot_bench(rows, plot_path)}")
+    if json_path is not None and load_path is None:
+        say(f"wrote {json_path}")
+    if markdown_path is not None:
+        try:
+            replace_block(markdown_path, "bench", bench_table(rows, chosen, document))
+        except (OSError, ValueError) as error:
+            raise fail(f"--markdown: {error}") from error
+        say(f"wrote the table into {markdown_path}")
+
+
+def _measure(
+    fields: str | None, keeps: str | None, peers: str | None, seconds: float, quick: bool, json_path: Path | None
+) -> tuple[list[benchmark.Row], list[FieldSpec]]:
     chosen = [FIELDS[name] for name in _names("--fields", fields, ("toy",) if quick else DEFAULT_FIELDS, FIELDS)]
     ratios = _numbers(keeps, (1.0, 0.1) if quick else DEFAULT_KEEPS)
     rivals = [PEERS[name] for name in _names("--peers", peers, (), PEERS)]
@@ -82,12 +118,4 @@ def bench(
             say("")
             if json_path is not None:  # after every field: a long run that is stopped keeps what it has measured
                 benchmark.save_json(json_path, rows, chosen)
-    base = {(row.field, row.keep): row for row in rows if row.contender == BASELINE.name}
-    for row in rows:
-        theirs = base[row.field, row.keep].error
-        if row.contender == OURS.name and row.error > 1.5 * theirs:  # like steps, but never bitwise like step sizes
-            say(f"note: {row.field} at keep {row.keep:g}: error {row.error:.1e}, torchdiffeq's is {theirs:.1e}")
-    if plot_path is not None:
-        say(f"wrote {plot_bench(rows, plot_path)}")
-    if json_path is not None:
-        say(f"wrote {json_path}")
+    return rows, chosen

@@ -53,7 +53,7 @@ class ReferenceEngine(Engine):
         return self._packed
 
     def evaluate(self, t: Tensor | float, y: Tensor) -> Tensor:
-        with _own_precision(y):
+        with own_precision(y):
             return self._forward(self._weights(), t, y)[0]
 
     def evaluate_with_divergence(
@@ -61,7 +61,7 @@ class ReferenceEngine(Engine):
     ) -> tuple[Tensor, Tensor]:
         if self.plan is None:
             raise ValueError("evaluate_with_divergence: this engine was packed without a divergence plan")
-        with _own_precision(x):
+        with own_precision(x):
             return self._with_divergence(self._weights(), t, x, noise)
 
     def solve(self, request: SolveRequest) -> SolveResult:
@@ -73,7 +73,7 @@ class ReferenceEngine(Engine):
             dx, trace = self._with_divergence(weights, t, x, request.noise)
             return dx, -trace
 
-        with _own_precision(request.x):
+        with own_precision(request.x):
             return solve_request(request, f)
 
     def _forward(self, weights: Sequence[Tensor], t: Tensor | float, y: Tensor) -> tuple[Tensor, list[tuple]]:
@@ -118,7 +118,7 @@ class ReferenceEngine(Engine):
         return dx, trace
 
 
-def _own_precision(like: Tensor) -> contextlib.AbstractContextManager:
+def own_precision(like: Tensor) -> contextlib.AbstractContextManager:
     """Autocast off: a field computes in its own dtype, as native engines do."""
     kind = like.device.type
     active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -7,6 +7,7 @@ log p(x) = log base(z) - l, z and l at the end. Sampling solves the same field b
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Iterator, Sequence
 
@@ -108,6 +109,8 @@ class ContinuousFlow(nn.Module):
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) in nats: x [n, dim] -> [n]. Differentiable in x and the parameters."""
         z, logdet = self.transform(x)
+        if x.shape[0] == 0:  # which torch's distributions do not take
+            return logdet
         return self._base(z).log_prob(z) + logdet
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,10 +135,10 @@ class ContinuousFlow(nn.Module):
     @torch.no_grad()
     def sample(self, shape: int | Sequence[int] = ()) -> Tensor:
         """Samples [*shape, dim] (an int n means (n,)), from torch's global generator; no gradient."""
-        sizes = (shape,) if isinstance(shape, (int, float)) else tuple(shape)
-        if not all(isinstance(size, int) and size >= 0 for size in sizes):
+        sizes = (shape,) if isinstance(shape, numbers.Number) else tuple(shape)
+        if not all(isinstance(size, numbers.Integral) and size >= 0 for size in sizes):
             raise ValueError(f"shape must be an int or a sequence of ints, none below 0; got {shape!r}")
-        shape = sizes
+        shape = tuple(map(int, sizes))
         like = next(self._tensors())
         n = math.prod(shape)
         z = self._base(like).sample((n,)).to(like)
@@ -182,6 +185,8 @@ class ContinuousFlow(nn.Module):
         return with_divergence(self.vector_fields[index], kind, noise=self.noise if kind == "hutchinson" else None)
 
     def _solve(self, field: nn.Module, state, times: Tensor, solves: list[Stats]):
+        if (state[0] if isinstance(state, tuple) else state).shape[0] == 0:
+            return state
         settings = {"rtol": self.rtol, "atol": self.atol, "method": self.method, "options": self.options}
         if self.gradient == "adjoint" and torch.is_grad_enabled():
             ys = odeint_adjoint(field, state, times, **settings)

@@ -114,8 +114,8 @@ def prunable_layers(module: nn.Module, layers: Iterable[nn.Module | str] | None 
         found = {path: part for path, part in named.items() if path in wanted}
     if not found:
         raise ValueError(
-            f"{type(module).__name__} has no prunable layer (nn.Linear with more than one input, nn.Conv2d); name other "
-            "modules with a weight matrix by layers=..."
+            f"{type(module).__name__} has no prunable layer (nn.Linear with more than one input, nn.Conv2d); name "
+            "other modules with a weight matrix by layers=..."
         )
     return found
 

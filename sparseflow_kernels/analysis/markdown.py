@@ -1,0 +1,54 @@
+"""Benchmark results as a Markdown table, and putting it into a document, so that no figure is typed by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Sequence
+
+from .bench import Row
+from .peers import BASELINE, OURS
+from .problems import FieldSpec
+
+
+def bench_table(rows: Sequence[Row], fields: Sequence[FieldSpec], document: dict[str, Any]) -> str:
+    """One line per field and contender, one column per keep ratio: the ratio to the dense baseline, and for this
+    library the share of the floor in brackets; then a line on the machine."""
+    keeps = sorted({row.keep for row in rows}, reverse=True)
+    known = {(row.field, row.contender, row.keep): row for row in rows}
+    contenders = [name for name in dict.fromkeys(row.contender for row in rows) if name != BASELINE.name]
+    head = ["field", f"{BASELINE.name}, dense", "solver", *(f"keep {keep:g}" for keep in keeps)]
+    lines = [head, ["---", "---:", "---", *["---:"] * len(keeps)]]
+    for spec in fields:
+        base = known[spec.name, BASELINE.name, keeps[0]]
+        for name in contenders:
+            cells = [_cell(known.get((spec.name, name, keep))) for keep in keeps]
+            first = name == contenders[0]
+            lines.append([
+                spec.title if first else "", f"{base.median * 1e3:.3g} ms, {base.nfe} evaluations" if first else "",
+                f"**{name}**" if name == OURS.name else name, *cells,
+            ])
+    cpu = document["build"]["cpu"]
+    used = f"the {cpu['isa']} kernels" if cpu.get("built") else "no native kernels"
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    torch_version = document["build"]["torch"]["version"]
+    return f"{table}\n\nOne core ({document['machine']['processor']}), {used}, PyTorch {torch_version}."
+
+
+def _cell(row: Row | None) -> str:
+    if row is None or row.ratio is None:
+        return "-"
+    share = f" ({row.share:.0%})" if row.contender == OURS.name and row.share is not None else ""
+    return f"{row.ratio:.{0 if row.ratio >= 10 else 1}f}x{share}"
+
+
+def replace_block(path: str | Path, name: str, text: str) -> None:
+    """Put `text` between the lines `<!-- name:begin ... -->` and `<!-- name:end -->` of the document at `path`.
+
+    Raises ValueError if the document does not have exactly one such pair.
+    """
+    lines = Path(path).read_text().splitlines()
+    begins = [i for i, line in enumerate(lines) if line.startswith(f"<!-- {name}:begin")]
+    ends = [i for i, line in enumerate(lines) if line.startswith(f"<!-- {name}:end")]
+    if len(begins) != 1 or len(ends) != 1 or begins[0] > ends[0]:
+        raise ValueError(f"{path} needs one line '<!-- {name}:begin -->' and after it one line '<!-- {name}:end -->'")
+    Path(path).write_text("\n".join([*lines[: begins[0] + 1], *text.splitlines(), *lines[ends[0] :]]) + "\n")
