@@ -7,7 +7,7 @@ native, gradients come from the reference engine, which repeats the evaluation d
 from __future__ import annotations
 
 import copy
-from typing import Any, Callable, Literal
+from typing import Any, Callable, Iterator, Literal
 
 import torch
 from torch import Tensor, nn
@@ -191,11 +191,11 @@ class CompiledField(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.layers[0].values.dtype
+        return next(self._tensors()).dtype
 
     @property
     def device(self) -> torch.device:
-        return self.layers[0].values.device
+        return next(self._tensors()).device
 
     @property
     def engine(self) -> type[Engine]:
@@ -225,11 +225,15 @@ class CompiledField(nn.Module):
             return ReferenceEngine(self.vector_field, None if kind is None else self.divergence_plan(kind))
         return self.packed(kind)
 
+    def _tensors(self) -> Iterator[Tensor]:
+        """The parameters as they are now, without walking the module tree: that would cost as much as a small solve."""
+        if self._slots is None:
+            self._slots = [(m, name) for m in self.modules() for name in m._parameters]
+        return (tensor for m, name in self._slots if (tensor := m._parameters[name]) is not None)
+
     def packed(self, kind: Literal["exact", "hutchinson"] | None = None) -> Engine:
         """An engine that holds the current values, with the divergence of this kind; kept until a parameter changes."""
-        if self._slots is None:  # walking the module tree at every evaluation would cost as much as a small evaluation
-            self._slots = [(m, name) for m in self.modules() for name in m._parameters]
-        tensors = [tensor for m, name in self._slots if (tensor := m._parameters[name]) is not None]
+        tensors = list(self._tensors())
         # An inference tensor counts no versions; an object equal to nothing says "always changed".
         key = [(p.data_ptr(), object() if p.is_inference() else p._version) for p in tensors]
         known = self._packed.get(kind)

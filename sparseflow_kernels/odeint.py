@@ -15,6 +15,7 @@ does); failed solves say where.
 
 from __future__ import annotations
 
+import math
 import numbers
 import warnings
 from dataclasses import dataclass, fields, replace
@@ -259,12 +260,13 @@ def _upward(t: Tensor, device: torch.device) -> tuple[Tensor, int]:
         raise IndexError("t is empty; it must hold the initial time, and the times to solve for")
     if t.device != device:
         warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=5)
-    sign = -1 if len(t) > 1 and bool(t[0] > t[1]) else 1
-    times = (t if sign > 0 else -t).to("cpu", torch.float64)
-    if not bool((times[1:] > times[:-1]).all()):
+    values = t.detach().tolist()  # plain floats: a dozen tensor operations would cost as much as a small solve
+    sign = -1 if len(values) > 1 and values[0] > values[1] else 1
+    if not all(sign * before < sign * after for before, after in zip(values, values[1:])):
         raise AssertionError("t must be strictly increasing or decreasing")
-    if bool(times.isinf().any()):
+    if not all(map(math.isfinite, values)):
         raise AssertionError("t must be finite")
+    times = (t if sign > 0 else -t).to("cpu", torch.float64)
     return times, sign
 
 
@@ -376,7 +378,9 @@ class _EngineCall(_Call):
         if not all(isinstance(part, Tensor) for part in parts):
             raise TypeError(f"y0 must hold tensors only, not {', '.join(type(part).__name__ for part in parts)}")
         adaptive = method in ADAPTIVE
-        if any(getattr(func, name, None) is not None for name in _CALLBACKS):
+        # nn.Module answers for a missing attribute slowly, so look where a callback would be
+        places = (func.__dict__, func._modules, type(func).__dict__)
+        if any(place.get(name) is not None for name in _CALLBACKS for place in places):
             return "func has callbacks, which need Python at every step"
         if func._forward_hooks or func._forward_pre_hooks:
             return "func has forward hooks, which need Python at every evaluation"
@@ -395,12 +399,13 @@ class _EngineCall(_Call):
             return f"the state's last axis must be {field.dim}, its shape is {list(x.shape)}"
         if len(parts) == 2 and parts[1].shape not in (x.shape[:-1], x.shape[:-1] + (1,)):
             return f"l must be of shape {list(x.shape[:-1])} or with a last axis of 1, not {list(parts[1].shape)}"
+        dtype, device = field.dtype, field.device
         if len({part.dtype for part in parts}) > 1:
-            raise TypeError(f"y0: x is {x.dtype} and l is {parts[1].dtype}; the field wants {field.dtype} for both")
+            raise TypeError(f"y0: x is {x.dtype} and l is {parts[1].dtype}; the field wants {dtype} for both")
         for part in parts:
-            if part.dtype != field.dtype or part.device != field.device:
+            if part.dtype != dtype or part.device != device:
                 return (
-                    f"y0 is {part.dtype} on {part.device}, the compiled field {field.dtype} on {field.device}; "
+                    f"y0 is {part.dtype} on {part.device}, the compiled field {dtype} on {device}; "
                     "convert one to the other to run it natively"
                 )
         _check_tolerance("rtol", rtol, len(parts) if len(parts) > 1 else None)
@@ -439,7 +444,8 @@ class _EngineCall(_Call):
         tableau = METHODS[self.method]
         adaptive = isinstance(tableau, Tableau)
         options = _step_options(self.options, self.sign) if adaptive else StepOptions()
-        StopPoints(self.times[0].item(), options)  # refuses repeated points, whatever the engine does
+        if options.step_t or options.jump_t:
+            StopPoints(self.times[0].item(), options)  # refuses repeated points, whatever the engine does
         request = SolveRequest(
             x=x0.reshape(-1, field.dim).contiguous(),
             l=None if l0 is None else l0.reshape(-1).contiguous(),
@@ -471,17 +477,19 @@ class _EngineCall(_Call):
         if engine is None:
             field = self.func.field if isinstance(self.func, DivergenceField) else self.func
             engine = field.engine_name
-        steps = steps * torch.tensor([float(self.sign), 1.0], dtype=torch.float64)
+        if self.sign < 0:
+            steps = steps * torch.tensor([-1.0, 1.0], dtype=torch.float64)
         stats = Stats(nfe, accepted, rejected, steps, engine, self.method, self.step_control)
         return Solution(ys if isinstance(self.y0, tuple) else ys[0], stats)
 
 
 def _run_engine(engine: Engine, request: SolveRequest, field: CompiledField, kind: str | None) -> SolveResult:
     """engine.solve, with a gradient if anything wants one."""
+    if engine.differentiable or not torch.is_grad_enabled():
+        return engine.solve(request)
     parameters = tuple(p for p in field.parameters() if p.requires_grad)
     inputs = (request.x, request.l, request.times, request.grid, *parameters)
-    wanted = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
-    if not wanted or engine.differentiable:
+    if not any(value is not None and value.requires_grad for value in inputs):
         return engine.solve(request)
     if request.step_control != "shared":
         raise ValueError(
