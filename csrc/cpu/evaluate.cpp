@@ -88,11 +88,9 @@ void CompiledProgram<T>::evaluate(double t, const T* x, const T* noise, int batc
   stages.emplace_back(program_, p, kernels_);
   refresh({static_cast<T>(t)}, stages);
   const int workers = std::max(1, std::min(threads, tiles));
-  std::vector<Aligned<char>> workspaces(workers);
+  provide_workspaces(workers);
   parallel_for(tiles, workers, [&](int tile, int worker) {
-    Aligned<char>& memory = workspaces[worker];
-    if (memory.get() == nullptr) memory = Aligned<char>(p.workspace_bytes);
-    char* ws = memory.get();
+    char* ws = workspace(worker, p.workspace_bytes);
     auto buffer = [&](int id) { return reinterpret_cast<T*>(ws + p.buffer_offset[id]); };
     const int first = tile * width, count = std::min(width, batch - first);
     load_tile(x, dim, first, count, width, buffer(program_.input));

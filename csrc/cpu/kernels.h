@@ -31,7 +31,7 @@ template <class T>
 struct PackedBlock {
   const char* steps;
   const int32_t* counts;  // [groups] steps of the group
-  const int32_t* rows;    // [groups * rows_in_flight]; the row number, or the number of rows for a padded one
+  const int32_t* rows;    // [groups * rows_in_flight]; the row number, or n_rows for a padded one
   int32_t groups;
 };
 
@@ -39,6 +39,7 @@ template <class T>
 struct PackedMatrix {
   const PackedBlock<T>* blocks;
   int32_t n_blocks;
+  int32_t n_rows;  // a padded row bears this number; nobody looks at what it sums up to
 };
 
 enum class Store : int {

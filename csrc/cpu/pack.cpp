@@ -146,14 +146,8 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, const Packed<T>& pa
   args.a = static_cast<T>(op.params.a);
   args.b = static_cast<T>(op.params.b);
   args.inverse_a = T(1) / args.a;
-  auto padded = [](const std::vector<int32_t>& index, std::vector<int32_t>& copy) -> const int32_t* {
-    if (index.empty()) return nullptr;
-    copy = index;
-    copy.push_back(0);
-    return copy.data();
-  };
-  args.factor_row = padded(op.factor_row, out.factor_row);
-  args.factor2_row = padded(op.factor2_row, out.factor2_row);
+  args.factor_row = op.factor_row.empty() ? nullptr : op.factor_row.data();
+  args.factor2_row = op.factor2_row.empty() ? nullptr : op.factor2_row.data();
   const int activation = static_cast<int>(op.activation);
   switch (op.kind) {
     case OpKind::kAffine: out.kernel = tangent ? kernels.affine_tangent[activation][w] : kernels.affine[activation][w]; break;
@@ -272,7 +266,7 @@ std::unique_ptr<Packed<T>> pack(const Program<T>& program, const Kernels<T>& ker
   ptrdiff_t offset = 0;
   for (const Buffer& b : program.buffers) {
     packed->buffer_offset.push_back(offset);
-    // one row to spare for padded rows, and an odd number of lines so that equal rows of two buffers do not collide
+    // one row to spare, where padded rows leave their sums, and an odd number of lines so that equal rows of two buffers do not collide
     offset += (b.rows + 1) * packed->row_bytes(b) + 64;
     offset = (offset + 63) / 64 * 64;
   }
@@ -286,15 +280,15 @@ std::unique_ptr<Packed<T>> pack(const Program<T>& program, const Kernels<T>& ker
 template <class T>
 Stage<T>::Stage(const Program<T>& program, const Packed<T>& packed, const Kernels<T>& kernels)
     : program_(&program), packed_(&packed), kernels_(&kernels) {
-  for (const Modulation<T>& m : program.modulations) {  // one entry to spare, zero, for padded rows
-    scale_.emplace_back(m.n + 1, T(0));
-    shift_.emplace_back(m.n + 1, T(0));
+  for (const Modulation<T>& m : program.modulations) {
+    scale_.emplace_back(m.n, T(0));
+    shift_.emplace_back(m.n, T(0));
   }
   for (const Matrix<T>& m : program.matrices) {
     coefficients_.emplace_back();
     if (m.rows == 1) {
-      coefficients_.back().assign(m.nnz() + 1, T(0));
-      if (!m.dynamic()) std::copy(m.values.begin(), m.values.end(), coefficients_.back().begin());
+      if (m.dynamic()) coefficients_.back().assign(m.nnz(), T(0));
+      else coefficients_.back() = m.values;
     }
   }
   streams_.resize(packed.dynamic_ops);
@@ -384,7 +378,7 @@ void Stage<T>::run(const std::vector<PackedOp<T>>& ops, char* workspace) const {
   for (const PackedOp<T>& op : ops) {
     RowArgs<T> args = op.args;
     const std::vector<PackedBlock<T>>& blocks = op.dynamic < 0 ? op.blocks : blocks_[op.dynamic];
-    args.matrix = {blocks.data(), static_cast<int32_t>(blocks.size())};
+    args.matrix = {blocks.data(), static_cast<int32_t>(blocks.size()), program_->matrices[op.op->matrix].rows};
     auto at = [workspace](ptrdiff_t offset) { return offset < 0 ? nullptr : workspace + offset; };
     args.source = at(op.source);
     args.target = at(op.target);

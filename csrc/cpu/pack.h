@@ -48,7 +48,6 @@ struct PackedOp {
     uint32_t block, byte;
   };
   std::vector<Place> places;  // dynamic matrices: where the weight of every entry lies
-  std::vector<int32_t> factor_row, factor2_row; // the op's, with one entry to spare for padded rows
   int dynamic = -1;                             // index among the dynamic ops
 };
 

@@ -56,7 +56,7 @@ template <class T, int NV, class Finish>
 SF_INLINE void for_each_row(const RowArgs<T>& args, Finish& finish) {
   constexpr int R = rows_in_flight(NV);
   const char* const source = args.source;
-  const int n_blocks = args.matrix.n_blocks;
+  const int n_blocks = args.matrix.n_blocks, n_rows = args.matrix.n_rows;
   for (int b = 0; b < n_blocks; ++b) {
     const PackedBlock<T> block = args.matrix.blocks[b];
     const bool first = b == 0, last = b + 1 == n_blocks;
@@ -77,7 +77,8 @@ SF_INLINE void for_each_row(const RowArgs<T>& args, Finish& finish) {
       }
       if (last) {
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) finish.row(rows[r], acc[r].v);
+        for (int r = 0; r < R; ++r)
+          if (rows[r] != n_rows) finish.row(rows[r], acc[r].v);
         if ((g + 1) * R % kRowsPerSum == 0) finish.pause();
       } else {
         for (int r = 0; r < R; ++r) *reinterpret_cast<Row<T, NV>*>(args.target + rows[r] * args.target_stride) = acc[r];

@@ -15,9 +15,9 @@ template <class T>
 class Integration {
  public:
   Integration(CompiledProgram<T>& owner, Packed<T>& packed, const SolveInput<T>& input, int first_tile, int tiles, int threads,
-              std::vector<Aligned<char>>& workspaces, T* xs, T* ls)
+              int first_worker, T* xs, T* ls)
       : owner_(owner), program_(owner.program_), kernels_(owner.kernels_), packed_(packed), in_(input), first_tile_(first_tile),
-        tiles_(tiles), threads_(threads), workspaces_(workspaces), xs_(xs), ls_(ls), width_(packed.width), dim_(program_.dim),
+        tiles_(tiles), threads_(threads), first_worker_(first_worker), xs_(xs), ls_(ls), width_(packed.width), dim_(program_.dim),
         rows_(program_.dim + (program_.divergence ? 1 : 0)), stages_(input.tableau.stages()) {
     const int width = width_;
     first_sample_ = first_tile * width;
@@ -66,11 +66,9 @@ class Integration {
   Scratch& scratch(int worker) {
     Scratch& s = scratch_[worker];
     if (s.workspace != nullptr) return s;
-    Aligned<char>& memory = workspaces_[worker];
-    if (memory.get() == nullptr) memory = Aligned<char>(scratch_bytes(packed_, rows_, stages_));
-    s.workspace = memory.get();
+    s.workspace = owner_.workspace(first_worker_ + worker, scratch_bytes(packed_, rows_, stages_));
     s.input = buffer(s, program_.input);
-    char* at = memory.get() + (packed_.workspace_bytes + 63) / 64 * 64;
+    char* at = s.workspace + (packed_.workspace_bytes + 63) / 64 * 64;
     for (int i = 0; i < stages_; ++i, at += tile_size() * sizeof(T)) s.k.push_back(reinterpret_cast<T*>(at));
     s.k_rows.assign(s.k.begin(), s.k.end());
     s.row = reinterpret_cast<T*>(at);
@@ -417,7 +415,7 @@ class Integration {
   Packed<T>& packed_;
   const SolveInput<T>& in_;
   const int first_tile_, tiles_, threads_;
-  std::vector<Aligned<char>>& workspaces_;
+  const int first_worker_;  // of the owner's workspaces, ours begin here
   T *xs_, *ls_;
   const int width_, dim_, rows_, stages_;
   int first_sample_ = 0, samples_ = 0;
@@ -442,16 +440,13 @@ SolveOutput CompiledProgram<T>::solve(const SolveInput<T>& input, T* xs, T* ls, 
   Packed<T>& p = packed(choose_width(input.batch, input.threads));
   const int tiles = (input.batch + p.width - 1) / p.width;
   const int threads = std::max(1, std::min(input.threads, tiles));
-  std::vector<Aligned<char>> workspaces(threads);
-  if (!input.per_tile) return Integration<T>(*this, p, input, 0, tiles, threads, workspaces, xs, ls).run(interrupted);
+  provide_workspaces(threads);
+  if (!input.per_tile) return Integration<T>(*this, p, input, 0, tiles, threads, 0, xs, ls).run(interrupted);
 
   std::vector<SolveOutput> outs(tiles);
   const std::function<void()> nothing = [] {};
   parallel_for(tiles, threads, [&](int tile, int worker) {
-    std::vector<Aligned<char>> own(1);
-    std::swap(own[0], workspaces[worker]);
-    outs[tile] = Integration<T>(*this, p, input, tile, 1, 1, own, xs, ls).run(nothing);
-    std::swap(own[0], workspaces[worker]);
+    outs[tile] = Integration<T>(*this, p, input, tile, 1, 1, worker, xs, ls).run(nothing);
   });
   for (const SolveOutput& out : outs) {
     total.nfe += out.nfe;

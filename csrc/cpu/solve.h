@@ -73,10 +73,21 @@ class CompiledProgram {
 
   void refresh(const std::vector<T>& times, std::vector<Stage<T>>& stages);
 
+  // Workspaces outlive a call, one per worker: new memory costs page faults, and in a small solve they show.
+  void provide_workspaces(int workers) {
+    if (static_cast<int>(workspaces_.size()) < workers) workspaces_.resize(workers);
+  }
+  char* workspace(int worker, size_t bytes) {
+    Aligned<char>& memory = workspaces_[worker];
+    if (memory.size() < bytes) memory = Aligned<char>(bytes);
+    return memory.get();
+  }
+
   Program<T> program_;
   const Kernels<T>& kernels_;
   RefreshCallback<T> refresh_;
   std::map<int, std::unique_ptr<Packed<T>>> packed_;
+  std::vector<Aligned<char>> workspaces_;
   std::vector<double> seconds_;
   int forced_ = -1;
   std::recursive_mutex mutex_;
