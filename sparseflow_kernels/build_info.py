@@ -43,7 +43,7 @@ def _cuda() -> dict[str, Any]:
     try:
         importlib.import_module("sparseflow_kernels._cuda")
     except ModuleNotFoundError:
-        return {"built": False, "reason": "this version has no CUDA extension; on a GPU use the triton or reference engine"}
+        return {"built": False, "reason": "this version has no CUDA extension; on a GPU a compiled field runs on the reference engine"}
     except Exception as error:
         return {"built": False, "reason": f"{type(error).__name__}: {error}"}
     return {"built": True}
