@@ -344,13 +344,11 @@ class Integration {
         } else {
           ++out_.rejected;
         }
-        dt = next_step_size(dt, ratio, o, order);
+        dt = sparseflow::next_step(dt, ratio, o, order);
       }
       if (index >= written_) interpolate_output(int(index), t0, t1, last_dt_);
     }
   }
-
-  static double next_step_size(double dt, double ratio, const StepOptions& o, int order) { return sparseflow::next_step(dt, ratio, o, order); }
 
   void write_outputs_inside(size_t index, double t0, double t1) {
     for (; index < in_.times.size() && in_.times[index] <= t1; ++index) {
