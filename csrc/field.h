@@ -1,5 +1,5 @@
 // A vector field as a native engine receives it: matrices, time modulations, buffers, and a short list of operations
-// over them. sparseflow_kernels/engines/program.py writes such programs; this header says what they mean.
+// over them. sparseflow_kernels/engines/program.py and adjoint.py write such programs; this header says what they mean.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +22,7 @@ struct Matrix {
   std::vector<int32_t> path_entry, path_gate;
   std::vector<T> path_constant;
   int external = -1;
+  int sum = -1;  // adjoint programs: where the gradient of the values is summed up
 
   bool dynamic() const { return gated || external >= 0; }
   int nnz() const { return static_cast<int>(col.size()); }
@@ -35,6 +36,8 @@ struct Modulation {
   std::vector<T> gate_slope, gate_offset;    // s = sigmoid(slope t + offset), or empty: 1
   std::vector<T> shift_slope, shift_offset;  // c = slope t + offset, or empty: 0
   int external_gate = -1, external_shift = -1;  // index into the refresh callback's answers
+  // adjoint programs, with r = W h, u the cotangent of r and d the scaled slope: sum of u, and of u r + (cotangent of d) d
+  int shift_sum = -1, gate_sum = -1;
 
   bool dynamic() const { return !gate_slope.empty() || !shift_slope.empty() || external_gate >= 0 || external_shift >= 0; }
 };
@@ -49,13 +52,22 @@ struct Operand {
   int slot = 0;
 };
 
-enum class OpKind : int { kAffine = 0, kProduct = 1, kReduction = 2 };
+// affine     target = act(scale * (W source) + shift), and what `store` says of its slope
+// product    target = factor * (W source) + addend; if `second`, slot 1 = factor2 * (W source)
+// reduction  the trace += coefficient * factor * factor2 * (W source), summed over rows
+// keep       an affine that keeps for its adjoint d = scale act', then c = scale^2 act'' (carrying a tangent q: e = c q),
+//            then r = W source, each if wanted, in the slots of `kept`
+// pull       the adjoint of a keep: from the cotangents W source (+ addend) of its value h (and its tangent), the cotangent
+//            u = d hbar + c dbar of r (with a tangent: u = d hbar + e pbar and d pbar); then, with r, the term of gate_sum
+// gradient   sums[sum] += over samples of factor[row] * source[column], at the entries of W
+enum class OpKind : int { kAffine = 0, kProduct = 1, kReduction = 2, kKeep = 3, kPull = 4, kGradient = 5 };
 
 struct Op {
   OpKind kind = OpKind::kAffine;
   int matrix = -1;
+  bool transposed = false;  // the matrix is W'
   Operand source, target;
-  // affine
+  // affine, keep
   int modulation = -1;
   Activation activation = Activation::kIdentity;
   ActivationParams params;
@@ -65,7 +77,13 @@ struct Op {
   Operand factor, factor2;
   std::vector<int32_t> factor_row, factor2_row;
   int coefficient_matrix = -1;      // the values of this matrix, one per row
-  bool tangent() const { return kind == OpKind::kAffine && store >= 4; }
+  bool second = false;              // product
+  Operand addend;                   // product, pull
+  // keep, pull, gradient: `carries` a tangent in slot 1 of source and target (gradient: of both factors)
+  bool carries = false, curvature = false, raw = false;
+  Operand kept, slope_cotangent, value;  // pull: what keep kept; the cotangent of d; where keep put its value and tangent
+  int sum = -1;                          // gradient
+  bool tangent() const { return (kind == OpKind::kAffine && store >= 4) || carries; }
   bool reduces() const { return kind == OpKind::kReduction || (kind == OpKind::kAffine && (store == 3 || store == 5)); }
 };
 
@@ -80,6 +98,18 @@ struct Program {
   std::vector<Op> prologue;  // once per tile and step: what depends on the noise alone
   std::vector<Op> body;      // every evaluation
   int externals = 0;         // answers expected from the refresh callback
+
+  // An adjoint program: `body` evaluates f, `keep` does so again and keeps what `reverse` needs, which turns the
+  // cotangents of f (and of the trace) into that of the state, and sums up those of everything trained. Noise, where there
+  // is any, lies in slot 1 of the input; `ones` is one row of ones.
+  std::vector<Op> keep, reverse;
+  int cotangent = -1, trace_cotangent = -1, state_cotangent = -1;  // buffers
+  struct Sum {
+    int size = 0;
+    bool each_stage = false;  // its meaning depends on time: it is taken away after every evaluation
+  };
+  std::vector<Sum> sums;
+  bool adjoint() const { return cotangent >= 0; }
 };
 
 }  // namespace sparseflow

@@ -346,6 +346,11 @@ def _plan_paths(patterns: Sequence[Pattern], closed: _ClosedPaths) -> PathsForm:
     return PathsForm(closed.i, closed.k, products, ((2, third_index), (1, second_index)), coefficient)
 
 
+def columns_form(field: VectorField) -> ColumnsForm:
+    """The columns form of a field with three hidden layers or more, whatever `plan` would choose."""
+    return _plan_columns([layer.pattern for layer in field.layers])[0]
+
+
 def _plan_columns(patterns: Sequence[Pattern]) -> tuple[ColumnsForm, int]:
     """The form, and its cost over all columns: live weights of W_2 .. W_{L+1}, and one product per live neuron."""
     first, *hidden, last = patterns

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <random>
 
+#include "../cpu/adjoint.h"
 #include "../cpu/solve.h"
 
 namespace py = pybind11;
@@ -79,6 +80,62 @@ class Builder {
     program_.ones = ones;
     program_.externals = externals;
   }
+  void adjoint_roles(int cotangent, int trace_cotangent, int state_cotangent) {
+    program_.cotangent = cotangent;
+    program_.trace_cotangent = trace_cotangent;
+    program_.state_cotangent = state_cotangent;
+  }
+  int sum(int size, bool each_stage) {
+    program_.sums.push_back({size, each_stage});
+    return static_cast<int>(program_.sums.size()) - 1;
+  }
+  void sum_of_matrix(int matrix, int sum) { program_.matrices.at(matrix).sum = sum; }
+  void sums_of_modulation(int modulation, int shift, int gate) {
+    program_.modulations.at(modulation).shift_sum = shift;
+    program_.modulations.at(modulation).gate_sum = gate;
+  }
+  void keep(int matrix, Ref source, Ref target, int kept, int modulation, int activation, double a, double b, bool carries, bool curvature, bool raw) {
+    Op op;
+    op.kind = OpKind::kKeep;
+    op.matrix = matrix;
+    op.source = operand(source);
+    op.target = operand(target);
+    op.kept = {kept, 0};
+    op.modulation = modulation;
+    op.activation = static_cast<Activation>(activation);
+    op.params = {a, b};
+    op.carries = carries;
+    op.curvature = curvature;
+    op.raw = raw;
+    program_.keep.push_back(op);
+  }
+  void pull(int matrix, Ref source, Ref target, int kept, Ref value, Ref addend, Ref slope_cotangent, bool transposed, bool carries, bool curvature,
+            bool raw) {
+    Op op;
+    op.kind = OpKind::kPull;
+    op.matrix = matrix;
+    op.transposed = transposed;
+    op.source = operand(source);
+    op.target = operand(target);
+    op.kept = {kept, 0};
+    op.value = operand(value);
+    op.addend = operand(addend);
+    op.slope_cotangent = operand(slope_cotangent);
+    op.carries = carries;
+    op.curvature = curvature;
+    op.raw = raw;
+    program_.reverse.push_back(op);
+  }
+  void gradient(int matrix, Ref left, Ref right, int sum, bool carries) {
+    Op op;
+    op.kind = OpKind::kGradient;
+    op.matrix = matrix;
+    op.factor = operand(left);
+    op.source = operand(right);
+    op.sum = sum;
+    op.carries = carries;
+    program_.reverse.push_back(op);
+  }
   void affine(int matrix, Ref source, Ref target, int modulation, int activation, double a, double b, int store, Ref seed, Ref weight) {
     Op op;
     op.kind = OpKind::kAffine;
@@ -93,15 +150,21 @@ class Builder {
     op.weight = operand(weight);
     program_.body.push_back(op);
   }
-  void product(int matrix, Ref source, Ref target, Ref factor, const std::optional<Array<int32_t>>& factor_row, bool prologue) {
+  void product(int matrix, Ref source, Ref target, Ref factor, const std::optional<Array<int32_t>>& factor_row, bool prologue,
+               bool transposed, Ref addend, bool second, Ref factor2, const std::optional<Array<int32_t>>& factor2_row, const std::string& list) {
     Op op;
+    op.transposed = transposed;
+    op.addend = operand(addend);
+    op.second = second;
+    op.factor2 = operand(factor2);
+    op.factor2_row = copy(factor2_row);
     op.kind = OpKind::kProduct;
     op.matrix = matrix;
     op.source = operand(source);
     op.target = operand(target);
     op.factor = operand(factor);
     op.factor_row = copy(factor_row);
-    (prologue ? program_.prologue : program_.body).push_back(op);
+    (prologue ? program_.prologue : ops(list)).push_back(op);
   }
   void reduction(int matrix, Ref source, Ref factor, Ref factor2, const std::optional<Array<int32_t>>& factor_row,
                  const std::optional<Array<int32_t>>& factor2_row, int coefficient_matrix, Ref target) {
@@ -121,6 +184,10 @@ class Builder {
     return std::make_unique<CompiledProgram<T>>(program_, kernel_table());
   }
 
+  std::unique_ptr<CompiledAdjoint<T>> compile_adjoint() const {
+    return std::make_unique<CompiledAdjoint<T>>(program_, kernel_table());
+  }
+
   static const Kernels<T>& kernel_table() {
     if constexpr (sizeof(T) == 4) return *kernels().f32;
     else return *kernels().f64;
@@ -137,6 +204,12 @@ class Builder {
     return program_.matrices.back();
   }
   int last() const { return static_cast<int>(program_.matrices.size()) - 1; }
+  std::vector<Op>& ops(const std::string& list) {
+    if (list == "body") return program_.body;
+    if (list == "keep") return program_.keep;
+    if (list == "reverse") return program_.reverse;
+    throw std::invalid_argument("no list of operations is called '" + list + "'");
+  }
 
   Program<T> program_;
 };
@@ -164,10 +237,93 @@ void set_refresh(CompiledProgram<T>& self, py::function function) {
   });
 }
 
+Tableau tableau_of(const py::dict& tableau) {
+  Tableau out;
+  out.adaptive = tableau["adaptive"].cast<bool>();
+  out.order = tableau["order"].cast<int>();
+  out.c = tableau["c"].cast<std::vector<double>>();
+  out.a = tableau["a"].cast<std::vector<std::vector<double>>>();
+  out.b = tableau["b"].cast<std::vector<double>>();
+  out.b_error = tableau["b_error"].cast<std::vector<double>>();
+  out.b_mid = tableau["b_mid"].cast<std::vector<double>>();
+  const size_t stages = out.c.size() + 1;
+  bool fits = out.a.size() + 1 == stages && out.b.size() == stages;
+  if (out.adaptive) fits = fits && out.b_error.size() == stages && out.b_mid.size() == stages && stages > 1;
+  for (size_t i = 0; i < out.a.size(); ++i) fits = fits && out.a[i].size() == i + 1;
+  if (!fits) throw std::invalid_argument("solve: the tableau's arrays do not fit each other");
+  return out;
+}
+
+// An array that takes over the memory of a vector.
+template <class V>
+py::array_t<V> array_of(std::vector<V>&& values) {
+  auto* held = new std::vector<V>(std::move(values));
+  return py::array_t<V>(py::ssize_t(held->size()), held->data(), py::capsule(held, [](void* p) { delete static_cast<std::vector<V>*>(p); }));
+}
+
+template <class T>
+py::dict gradient_dict(ProgramGradient<T>&& gradient) {
+  py::dict out;
+  py::list matrices, modulations;
+  for (auto& values : gradient.matrices) matrices.append(array_of(std::move(values)));
+  for (auto& m : gradient.modulations) {
+    py::dict one;
+    one["bias"] = array_of(std::move(m.bias));
+    one["gate.slope"] = array_of(std::move(m.gate_slope));
+    one["gate.offset"] = array_of(std::move(m.gate_offset));
+    one["shift.slope"] = array_of(std::move(m.shift_slope));
+    one["shift.offset"] = array_of(std::move(m.shift_offset));
+    modulations.append(one);
+  }
+  out["matrices"] = matrices;
+  out["modulations"] = modulations;
+  out["t"] = gradient.t;
+  return out;
+}
+
+template <class T>
+py::dict adjoint_evaluate(CompiledAdjoint<T>& self, double t, uintptr_t x, uintptr_t noise, int batch, int threads, uintptr_t grad_f,
+                          uintptr_t grad_trace, uintptr_t grad_x) {
+  if (self.program().noise >= 0 && noise == 0) throw std::invalid_argument("evaluate: this program needs noise");
+  ProgramGradient<T> gradient;
+  {
+    py::gil_scoped_release release;
+    gradient = self.evaluate(t, address<T>(x), address<T>(noise), batch, threads, address<T>(grad_f), address<T>(grad_trace), address<T>(grad_x));
+  }
+  return gradient_dict(std::move(gradient));
+}
+
+template <class T>
+py::dict adjoint_solve(CompiledAdjoint<T>& self, uintptr_t noise, int batch, std::vector<double> times, int sign, const py::dict& tableau, bool perturb,
+                       const Array<double>& steps, const Array<T>& states, const Array<T>& derivatives, int threads, uintptr_t grad_xs, uintptr_t grad_ls, uintptr_t grad_x,
+                       uintptr_t grad_l) {
+  SolveRecord<T> record;
+  record.batch = batch;
+  record.sign = sign;
+  record.tableau = tableau_of(tableau);
+  record.perturb = perturb;
+  record.noise = address<T>(noise);
+  record.times = std::move(times);
+  record.states = states.data();
+  record.derivatives = derivatives.data();
+  const py::ssize_t count = steps.size() / 2;
+  for (py::ssize_t i = 0; i < count; ++i) record.steps.emplace_back(steps.data()[2 * i], steps.data()[2 * i + 1]);
+  const py::ssize_t wanted = (count + 1) * batch * self.program().dim;
+  if (states.size() != wanted || (record.tableau.adaptive && derivatives.size() != wanted)) throw std::invalid_argument("solve: one state per step, and the last, is needed");
+  if (self.program().noise >= 0 && noise == 0) throw std::invalid_argument("solve: this program needs noise");
+  if (record.times.empty()) throw std::invalid_argument("solve: no output times");
+  ProgramGradient<T> gradient;
+  {
+    py::gil_scoped_release release;
+    gradient = self.solve(record, threads, address<T>(grad_xs), address<T>(grad_ls), address<T>(grad_x), address<T>(grad_l));
+  }
+  return gradient_dict(std::move(gradient));
+}
+
 template <class T>
 py::dict solve(CompiledProgram<T>& self, uintptr_t x, uintptr_t l, uintptr_t noise, int batch, std::vector<double> times, int sign,
                const py::dict& tableau, std::pair<double, double> rtol, std::pair<double, double> atol, const py::dict& options,
-               std::vector<double> grid, bool perturb, bool per_tile, int threads, uintptr_t xs, uintptr_t ls) {
+               std::vector<double> grid, bool perturb, bool per_tile, bool record, int threads, uintptr_t xs, uintptr_t ls) {
   SolveInput<T> in;
   in.batch = batch;
   in.x = address<T>(x);
@@ -175,18 +331,8 @@ py::dict solve(CompiledProgram<T>& self, uintptr_t x, uintptr_t l, uintptr_t noi
   in.noise = address<T>(noise);
   in.times = std::move(times);
   in.sign = sign;
-  in.tableau.adaptive = tableau["adaptive"].cast<bool>();
-  in.tableau.order = tableau["order"].cast<int>();
-  in.tableau.c = tableau["c"].cast<std::vector<double>>();
-  in.tableau.a = tableau["a"].cast<std::vector<std::vector<double>>>();
-  in.tableau.b = tableau["b"].cast<std::vector<double>>();
-  in.tableau.b_error = tableau["b_error"].cast<std::vector<double>>();
-  in.tableau.b_mid = tableau["b_mid"].cast<std::vector<double>>();
-  const size_t stages = in.tableau.c.size() + 1;
-  bool fits = in.tableau.a.size() + 1 == stages && in.tableau.b.size() == stages && in.times.size() >= 1;
-  if (in.tableau.adaptive) fits = fits && in.tableau.b_error.size() == stages && in.tableau.b_mid.size() == stages && stages > 1;
-  for (size_t i = 0; i < in.tableau.a.size(); ++i) fits = fits && in.tableau.a[i].size() == i + 1;
-  if (!fits) throw std::invalid_argument("solve: the tableau's arrays do not fit each other");
+  in.tableau = tableau_of(tableau);
+  if (in.times.empty()) throw std::invalid_argument("solve: no output times");
   in.rtol[0] = rtol.first, in.rtol[1] = rtol.second;
   in.atol[0] = atol.first, in.atol[1] = atol.second;
   in.options.min_step = options["min_step"].cast<double>();
@@ -203,8 +349,9 @@ py::dict solve(CompiledProgram<T>& self, uintptr_t x, uintptr_t l, uintptr_t noi
   in.grid = std::move(grid);
   in.perturb = perturb;
   in.per_tile = per_tile;
+  in.record = record;
   in.threads = threads;
-  SolveOutput out;
+  SolveOutput<T> out;
   {
     py::gil_scoped_release release;
     out = self.solve(in, address<T>(xs), address<T>(ls), [] {
@@ -226,11 +373,17 @@ py::dict solve(CompiledProgram<T>& self, uintptr_t x, uintptr_t l, uintptr_t noi
   result["t"] = out.t;
   result["dt"] = out.dt;
   result["rows"] = out.rows;
+  if (record) {
+    result["states"] = array_of(std::move(out.states));
+    result["derivatives"] = array_of(std::move(out.derivatives));
+    result["x_slopes"] = array_of(std::move(out.x_slopes));
+    result["l_slopes"] = array_of(std::move(out.l_slopes));
+  }
   return result;
 }
 
 template <class T>
-void bind(py::module_& m, const char* builder, const char* compiled) {
+void bind(py::module_& m, const char* builder, const char* compiled, const char* adjoint) {
   py::class_<Builder<T>>(m, builder, "Collects the parts of a program (csrc/field.h); compile() checks them.")
       .def(py::init<>())
       .def("matrix", &Builder<T>::matrix, py::arg("rows"), py::arg("cols"), py::arg("row_ptr"), py::arg("col"), py::arg("values"))
@@ -248,11 +401,31 @@ void bind(py::module_& m, const char* builder, const char* compiled) {
            py::arg("activation"), py::arg("a") = 1.0, py::arg("b") = 20.0, py::arg("store") = 0, py::arg("seed") = Ref(-1, 0),
            py::arg("weight") = Ref(-1, 0))
       .def("product", &Builder<T>::product, py::arg("matrix"), py::arg("source"), py::arg("target"), py::arg("factor") = Ref(-1, 0),
-           py::arg("factor_row") = py::none(), py::arg("prologue") = false)
+           py::arg("factor_row") = py::none(), py::arg("prologue") = false, py::arg("transposed") = false, py::arg("addend") = Ref(-1, 0),
+           py::arg("second") = false, py::arg("factor2") = Ref(-1, 0), py::arg("factor2_row") = py::none(), py::arg("list") = "body")
       .def("reduction", &Builder<T>::reduction, py::arg("matrix"), py::arg("source"), py::arg("factor") = Ref(-1, 0),
            py::arg("factor2") = Ref(-1, 0), py::arg("factor_row") = py::none(), py::arg("factor2_row") = py::none(),
            py::arg("coefficient_matrix") = -1, py::arg("target") = Ref(-1, 0))
-      .def("compile", &Builder<T>::compile);
+      .def("adjoint_roles", &Builder<T>::adjoint_roles, py::arg("cotangent"), py::arg("trace_cotangent"), py::arg("state_cotangent"))
+      .def("sum", &Builder<T>::sum, py::arg("size"), py::arg("each_stage"))
+      .def("sum_of_matrix", &Builder<T>::sum_of_matrix, py::arg("matrix"), py::arg("sum"))
+      .def("sums_of_modulation", &Builder<T>::sums_of_modulation, py::arg("modulation"), py::arg("shift"), py::arg("gate"))
+      .def("keep", &Builder<T>::keep, py::arg("matrix"), py::arg("source"), py::arg("target"), py::arg("kept"), py::arg("modulation"),
+           py::arg("activation"), py::arg("a"), py::arg("b"), py::arg("carries"), py::arg("curvature"), py::arg("raw"))
+      .def("pull", &Builder<T>::pull, py::arg("matrix"), py::arg("source"), py::arg("target"), py::arg("kept"), py::arg("value"),
+           py::arg("addend") = Ref(-1, 0), py::arg("slope_cotangent") = Ref(-1, 0), py::arg("transposed") = true, py::arg("carries") = false,
+           py::arg("curvature") = false, py::arg("raw") = false)
+      .def("gradient", &Builder<T>::gradient, py::arg("matrix"), py::arg("left"), py::arg("right"), py::arg("sum"), py::arg("carries") = false)
+      .def("compile", &Builder<T>::compile)
+      .def("compile_adjoint", &Builder<T>::compile_adjoint);
+
+  py::class_<CompiledAdjoint<T>>(m, adjoint, "A checked adjoint program: gradients of evaluations and solves.")
+      .def("evaluate", &adjoint_evaluate<T>, py::arg("t"), py::arg("x"), py::arg("noise"), py::arg("batch"), py::arg("threads"), py::arg("grad_f"),
+           py::arg("grad_trace"), py::arg("grad_x"))
+      .def("solve", &adjoint_solve<T>, py::arg("noise"), py::arg("batch"), py::arg("times"), py::arg("sign"), py::arg("tableau"), py::arg("perturb"),
+           py::arg("steps"), py::arg("states"), py::arg("derivatives"), py::arg("threads"), py::arg("grad_xs"), py::arg("grad_ls"), py::arg("grad_x"), py::arg("grad_l"))
+      .def("width", &CompiledAdjoint<T>::width, py::arg("batch"), "samples per tile")
+      .def("force_width", &CompiledAdjoint<T>::force_width, py::arg("index"));
 
   py::class_<CompiledProgram<T>>(m, compiled, "A checked program; evaluates and solves over batches in memory.")
       .def("set_refresh", &set_refresh<T>, py::arg("function"),
@@ -267,7 +440,7 @@ void bind(py::module_& m, const char* builder, const char* compiled) {
           py::arg("t"), py::arg("x"), py::arg("noise"), py::arg("batch"), py::arg("threads"), py::arg("f"), py::arg("trace"))
       .def("solve", &solve<T>, py::arg("x"), py::arg("l"), py::arg("noise"), py::arg("batch"), py::arg("times"), py::arg("sign"),
            py::arg("tableau"), py::arg("rtol"), py::arg("atol"), py::arg("options"), py::arg("grid"), py::arg("perturb"),
-           py::arg("per_tile"), py::arg("threads"), py::arg("xs"), py::arg("ls"))
+           py::arg("per_tile"), py::arg("record"), py::arg("threads"), py::arg("xs"), py::arg("ls"))
       .def("widths", [](CompiledProgram<T>& self) {
              std::vector<int> out;
              for (int i = 0; i < Kernels<T>::kWidths; ++i) out.push_back(self.width(i));
@@ -290,7 +463,7 @@ template <class T>
 std::pair<Array<T>, Array<T>> activation_with(const Kernels<T>& table, int id, double a, double b, const Array<T>& z) {
   if (id < 0 || id >= kActivations) throw std::invalid_argument("activation: unknown id");
   Array<T> h(z.size()), slope(z.size());
-  table.activation(id, T(a), T(b), z.data(), static_cast<int>(z.size()), h.mutable_data(), slope.mutable_data());
+  table.activation(id, T(a), T(b), z.data(), static_cast<int>(z.size()), h.mutable_data(), slope.mutable_data(), nullptr);
   return {h, slope};
 }
 
@@ -362,7 +535,7 @@ double activation_rate(int id, int repeats) {
   const int n = 1536;
   std::vector<float> z(n), h(n), slope(n);
   for (int i = 0; i < n; ++i) z[i] = -6.0f + 12.0f * float(i) / float(n);
-  const double seconds = seconds_of([&] { for (int i = 0; i < 200; ++i) kernels().f32->activation(id, 1.0f, 20.0f, z.data(), n, h.data(), slope.data()); }, repeats);
+  const double seconds = seconds_of([&] { for (int i = 0; i < 200; ++i) kernels().f32->activation(id, 1.0f, 20.0f, z.data(), n, h.data(), slope.data(), nullptr); }, repeats);
   return 200.0 * n / seconds;
 }
 
@@ -378,8 +551,8 @@ PYBIND11_MODULE(_cpu, m) {
     for (int i = 0; i < n; ++i) names.push_back(sets[i].name);
     return names;
   }, "every compiled instruction set this machine can run");
-  bind<float>(m, "BuilderF32", "ProgramF32");
-  bind<double>(m, "BuilderF64", "ProgramF64");
+  bind<float>(m, "BuilderF32", "ProgramF32", "AdjointF32");
+  bind<double>(m, "BuilderF64", "ProgramF64", "AdjointF64");
   m.def("activation_f32", [](int id, double a, double b, const Array<float>& z, const std::string& isa) {
     return activation_with<float>(*find_set(isa).f32, id, a, b, z); },
     py::arg("id"), py::arg("a"), py::arg("b"), py::arg("z"), py::arg("isa") = "", "(value, slope) of an activation");

@@ -2,6 +2,7 @@
 // library, whose inline functions the linker could merge across instruction sets.
 #include "kernels.h"
 
+#include "adjoint_kernels.h"
 #include "row_kernels.h"
 
 namespace sparseflow::SPARSEFLOW_ISA {
@@ -79,12 +80,13 @@ void scale(const T* x, T factor, int n, T* out) {
 }
 
 template <class T, Activation A>
-void activation_of(T a, T b, const T* z, int n, T* h, T* slope) {
+void activation_of(T a, T b, const T* z, int n, T* h, T* slope, T* curvature) {
   elementwise<T>(n, [&](int i, int lanes) {
-    Vec<T> value, derivative;
-    activate<T, A>(load<T>(z + i, lanes), a, b, T(1) / a, value, derivative);
+    Vec<T> value, first, second;
+    activate<T, A>(load<T>(z + i, lanes), a, b, T(1) / a, value, first, second);
     store<T>(value, h + i, lanes);
-    store<T>(derivative, slope + i, lanes);
+    store<T>(first, slope + i, lanes);
+    if (curvature) store<T>(second, curvature + i, lanes);
   });
 }
 
@@ -92,11 +94,11 @@ void activation_of(T a, T b, const T* z, int n, T* h, T* slope) {
   X(kIdentity) X(kTanh) X(kSigmoid) X(kSoftplus) X(kRelu) X(kElu) X(kSilu) X(kSin) X(kSquare) X(kCube)
 
 template <class T>
-void activation(int which, T a, T b, const T* z, int n, T* h, T* slope) {
+void activation(int which, T a, T b, const T* z, int n, T* h, T* slope, T* curvature) {
   switch (static_cast<Activation>(which)) {
 #define X(NAME)                \
   case Activation::NAME:       \
-    return activation_of<T, Activation::NAME>(a, b, z, n, h, slope);
+    return activation_of<T, Activation::NAME>(a, b, z, n, h, slope, curvature);
     SF_FOR_EACH_ACTIVATION(X)
 #undef X
   }
@@ -116,6 +118,21 @@ constexpr void offer_width(Kernels<T>& table, int index) {
   table.reduction[index] = reduction<T, NV>;
 }
 
+// Adjoints are offered three widths: which one is taken follows from the program alone, because the order of their sums
+// over samples depends on it.
+template <class T, int NV>
+constexpr void offer_adjoint(Kernels<T>& table, int index) {
+#define X(NAME)                                                                                              \
+  table.keep[0][static_cast<int>(Activation::NAME)][index] = keep<T, NV, Activation::NAME, false>; \
+  table.keep[1][static_cast<int>(Activation::NAME)][index] = keep<T, NV, Activation::NAME, true>;
+  SF_FOR_EACH_ACTIVATION(X)
+#undef X
+  table.pull[0][index] = pull<T, NV, false>;
+  table.pull[1][index] = pull<T, NV, true>;
+  table.gradient[0][index] = gradient<T, NV>;
+  table.gradient[1][index] = gradient<T, 2 * NV>;
+}
+
 template <class T>
 constexpr Kernels<T> make_table() {
   Kernels<T> table{};
@@ -125,6 +142,9 @@ constexpr Kernels<T> make_table() {
   offer_width<T, 3>(table, 2);
   offer_width<T, 4>(table, 3);
   offer_width<T, 6>(table, 4);
+  offer_adjoint<T, 1>(table, 0);
+  offer_adjoint<T, 2>(table, 1);
+  offer_adjoint<T, 4>(table, 3);
   table.combine = combine<T>;
   table.error_row = error_row<T>;
   table.interpolate = interpolate<T>;

@@ -74,6 +74,32 @@ struct RowArgs {
   const int32_t* factor_row;   // null: the row itself
   const int32_t* factor2_row;  // null: the row itself
   const T* coefficient;        // null: 1
+  const char* addend;          // product, pull; null: nothing
+  ptrdiff_t addend_stride;
+  bool second;                 // product: slot 1 of the target = factor2 * (W source)
+  // keep, pull (csrc/field.h)
+  char* kept;
+  const char* slope_cotangent;  // pull: the cotangent of d; null: nothing
+  const char* value;            // pull: the rows keep wrote its value and tangent to
+  ptrdiff_t kept_stride, slope_cotangent_stride, value_stride;
+  bool curvature, raw;
+};
+
+// sums[e] += over samples of left[row] * right[column] for every entry e. Entries are taken `kGradientBatch` at a time; a
+// row's entries are one run, or two where a batch ends inside the row.
+inline constexpr int kGradientBatch = 64;
+struct GradientRun {
+  uint32_t left;   // byte offset in the workspace
+  int32_t count;
+};
+template <class T>
+struct GradientArgs {
+  const char* workspace;
+  const GradientRun* runs;
+  const uint32_t* right;  // byte offsets in the workspace, one per entry
+  int32_t batches;
+  const int32_t* runs_of_batch;  // [batches]
+  T* sums;                       // [batches * kGradientBatch]
 };
 
 template <class T>
@@ -94,6 +120,10 @@ struct Kernels {
   RowKernel<T> affine_tangent[10][kWidths];  // the source rows carry a tangent in slot 1
   RowKernel<T> product[kWidths];
   RowKernel<T> reduction[kWidths];
+  // the adjoint's; index [1] carries a tangent. Null for the widths they are not offered for.
+  RowKernel<T> keep[2][10][kWidths];
+  RowKernel<T> pull[2][kWidths];
+  void (*gradient[2][kWidths])(const GradientArgs<T>&);
 
   // out = y + sum_j c[j] k[j] over n values
   void (*combine)(const T* y, const T* const* k, const T* c, int terms, int n, T* out);
@@ -103,8 +133,8 @@ struct Kernels {
   void (*interpolate)(const T* y0, const T* y1, const T* mid, const T* f0, const T* f1, T dt, T x, int n, T* out);
   void (*sigmoid)(const T* slope, const T* offset, T t, int n, T* out);
   void (*scale)(const T* x, T factor, int n, T* out);
-  // for tests and measurements
-  void (*activation)(int activation, T a, T b, const T* z, int n, T* h, T* slope);
+  // for tests and measurements; curvature may be null
+  void (*activation)(int activation, T a, T b, const T* z, int n, T* h, T* slope, T* curvature);
 };
 
 // dispatch.cpp

@@ -57,57 +57,125 @@ void validate_op(const Op& op, const Program<T>& p, const std::string& name) {
     if (o.buffer >= 0) rows_of(o, role);
   };
   optional(op.target, "target"), optional(op.seed, "seed"), optional(op.weight, "weight");
-  optional(op.factor, "factor"), optional(op.factor2, "factor2");
-  if (op.kind != OpKind::kAffine && op.modulation >= 0) fail(name + ": only an affine operation has a modulation");
+  optional(op.factor, "factor"), optional(op.factor2, "factor2"), optional(op.addend, "addend");
+  optional(op.kept, "kept"), optional(op.slope_cotangent, "slope cotangent"), optional(op.value, "value");
+  if (op.kind != OpKind::kAffine && op.kind != OpKind::kKeep && op.modulation >= 0) fail(name + ": only a layer has a modulation");
   if (op.kind != OpKind::kReduction && op.coefficient_matrix >= 0) fail(name + ": only a reduction has coefficients");
-  const Matrix<T>& m = p.matrices[op.matrix];
-  if (rows_of(op.source, "source") < m.cols) fail(name + ": the source has fewer rows than the matrix has columns");
+  const int rows = op.transposed ? p.matrices[op.matrix].cols : p.matrices[op.matrix].rows;
+  const int cols = op.transposed ? p.matrices[op.matrix].rows : p.matrices[op.matrix].cols;
+  if (rows_of(op.source, "source") < cols) fail(name + ": the source has fewer rows than the matrix has columns");
+  auto slots = [&](const Operand& o, int count, const char* role) {
+    if (rows_of(o, role), p.buffers[o.buffer].slots < o.slot + count) fail(name + ": the " + role + " buffer has too few slots");
+  };
+  if (op.kind == OpKind::kGradient) {
+    need(op.factor, rows, "factor");
+    if (op.transposed) fail(name + ": a gradient has the matrix as it is");
+    if (op.carries) slots(op.source, 2, "source"), slots(op.factor, 2, "factor");
+    if (op.sum < 0 || op.sum >= static_cast<int>(p.sums.size()) || p.sums[op.sum].size != p.matrices[op.matrix].nnz())
+      fail(name + ": one sum per entry is needed");
+    return;
+  }
   if (op.kind != OpKind::kReduction || op.target.buffer >= 0) {
-    need(op.target, m.rows, "target");
-    if (op.target.buffer == op.source.buffer && (op.kind == OpKind::kAffine || op.target.slot == op.source.slot))
+    need(op.target, rows, "target");
+    if (op.target.buffer == op.source.buffer && (op.kind != OpKind::kProduct || op.target.slot == op.source.slot || op.second))
       fail(name + ": source and target must differ");
   }
-  if (op.kind == OpKind::kAffine) {
-    if (op.modulation < 0 || op.modulation >= static_cast<int>(p.modulations.size()) || p.modulations[op.modulation].n != m.rows)
+  if (op.second) slots(op.target, 2, "target");
+  if (op.addend.buffer >= 0) need(op.addend, rows, "addend");
+  if (op.kind == OpKind::kKeep || op.kind == OpKind::kPull) {
+    need(op.kept, rows, "kept");
+    slots(op.kept, 1 + (op.curvature || op.carries) + op.raw, "kept");
+    if (op.target.slot != 0 || op.source.slot != 0 || op.kept.slot != 0) fail(name + ": operands start at slot 0");
+    if (op.carries) slots(op.source, 2, "source");
+    if (op.carries && !op.curvature) fail(name + ": the adjoint of a tangent needs the curvature");
+    slots(op.target, (op.carries ? 2 : 1) + (op.kind == OpKind::kPull && op.raw), "target");
+    for (const Operand* other : {&op.target, &op.source})
+      if (other->buffer == op.kept.buffer) fail(name + ": what is kept lies in a buffer of its own");
+    if (op.kind == OpKind::kPull) {
+      if (op.addend.buffer >= 0) slots(op.addend, op.carries ? 2 : 1, "addend");
+      if (op.slope_cotangent.buffer >= 0) {
+        need(op.slope_cotangent, rows, "slope cotangent");
+        if (op.carries || !op.curvature) fail(name + ": the cotangent of a slope needs the curvature, and no tangent");
+      }
+      if (op.carries && op.raw) need(op.value, rows, "value"), slots(op.value, 2, "value");
+      return;
+    }
+  }
+  if (op.kind == OpKind::kAffine || op.kind == OpKind::kKeep) {
+    if (op.transposed) fail(name + ": a layer has the matrix as it is");
+    if (op.modulation < 0 || op.modulation >= static_cast<int>(p.modulations.size()) || p.modulations[op.modulation].n != rows)
       fail(name + ": the modulation does not fit the matrix");
     if (op.store < 0 || op.store > 5) fail(name + ": unknown store");
     const int activation = static_cast<int>(op.activation);
     if (activation < 0 || activation >= kActivations) fail(name + ": unknown activation");
+    if (op.kind == OpKind::kKeep) return;
     if (op.tangent() && (p.buffers[op.source.buffer].slots < 2 || op.source.slot != 0)) fail(name + ": the source carries no tangent");
     if (op.target.slot != 0) fail(name + ": an affine target starts at slot 0");
     const bool second_slot = op.store == 1 || op.store == 2 || op.store == 4;
     // a tangent whose matrix is cut into column blocks keeps its partial sums in the second slot
     if ((second_slot || op.tangent()) && p.buffers[op.target.buffer].slots < 2) fail(name + ": the target needs two slots");
-    if (op.store == 2 || op.store == 3) need(op.seed, m.rows, "seed");
-    if (op.store == 3 || op.store == 5) need(op.weight, m.rows, "weight");
+    if (op.store == 2 || op.store == 3) need(op.seed, rows, "seed");
+    if (op.store == 3 || op.store == 5) need(op.weight, rows, "weight");
   } else {
     auto check_factor = [&](const Operand& o, const std::vector<int32_t>& index, const char* role) {
       if (o.buffer < 0) return;
-      const int rows = rows_of(o, role);
+      const int have = rows_of(o, role);
       if (index.empty()) {
-        if (rows < m.rows) fail(name + ": the " + role + " buffer has too few rows");
+        if (have < rows) fail(name + ": the " + role + " buffer has too few rows");
       } else {
-        if (static_cast<int>(index.size()) != m.rows) fail(name + ": one " + role + " row per matrix row is needed");
-        check_range(index, 0, rows, name + ": " + role + " row");
+        if (static_cast<int>(index.size()) != rows) fail(name + ": one " + role + " row per matrix row is needed");
+        check_range(index, 0, have, name + ": " + role + " row");
       }
     };
     check_factor(op.factor, op.factor_row, "factor");
     check_factor(op.factor2, op.factor2_row, "factor2");
     if (op.coefficient_matrix >= 0) {
       if (op.coefficient_matrix >= static_cast<int>(p.matrices.size()) || p.matrices[op.coefficient_matrix].rows != 1 ||
-          p.matrices[op.coefficient_matrix].nnz() != m.rows)
+          p.matrices[op.coefficient_matrix].nnz() != rows)
         fail(name + ": one coefficient per matrix row is needed");
     }
   }
   if (op.reduces() && !p.divergence) fail(name + ": a reduction needs a program with divergence");
 }
 
+// A matrix, or its transpose, as it is walked: entry[k] is where the value of the k-th lies in the matrix.
+struct Entries {
+  int rows, cols;
+  std::vector<int32_t> row_ptr, col, entry;
+  int nnz() const { return static_cast<int>(col.size()); }
+};
+
+template <class T>
+Entries entries_of(const Matrix<T>& m, bool transposed) {
+  Entries out;
+  out.entry.resize(m.nnz());
+  if (!transposed) {
+    out.rows = m.rows, out.cols = m.cols, out.row_ptr = m.row_ptr, out.col = m.col;
+    std::iota(out.entry.begin(), out.entry.end(), 0);
+    return out;
+  }
+  out.rows = m.cols, out.cols = m.rows;
+  out.row_ptr.assign(size_t(m.cols) + 1, 0);
+  out.col.resize(m.nnz());
+  for (int32_t c : m.col) ++out.row_ptr[c + 1];
+  for (int c = 0; c < m.cols; ++c) out.row_ptr[c + 1] += out.row_ptr[c];
+  std::vector<int32_t> next(out.row_ptr.begin(), out.row_ptr.end() - 1);
+  for (int i = 0; i < m.rows; ++i)
+    for (int e = m.row_ptr[i]; e < m.row_ptr[i + 1]; ++e) {
+      const int32_t k = next[m.col[e]]++;
+      out.col[k] = i;
+      out.entry[k] = e;
+    }
+  return out;
+}
+
 // Columns per block: as many as let the activations a block reads live in a first-level cache, but no fewer than leave a
 // dozen entries per row and block, below which reloading the sums costs more than it saves. A block's sums start from
 // zero, which also bounds the rounding of long rows. The tile width plays no part: it must not change a bit.
 template <class T>
-int columns_per_block(const Matrix<T>& m, const Op& op) {
-  const bool nowhere_to_wait = op.kind == OpKind::kReduction && op.target.buffer < 0;
+int columns_per_block(const Entries& m, const Op& op) {
+  const bool nowhere_to_wait = (op.kind == OpKind::kReduction && op.target.buffer < 0) ||
+                               (op.kind == OpKind::kProduct && op.addend.buffer >= 0 && op.addend.buffer == op.target.buffer);
   if (nowhere_to_wait || m.rows == 0 || m.nnz() == 0) return std::max(1, m.cols);
   constexpr double kFit = 36.0 * 1024 / (64 * sizeof(T));  // 36 KB of 64 values each
   const double entries_per_column = double(m.nnz()) / m.rows / m.cols;
@@ -117,11 +185,46 @@ int columns_per_block(const Matrix<T>& m, const Op& op) {
   return (m.cols + blocks - 1) / blocks;
 }
 
+// Runs of entries of one row each, block of columns by block of columns, cut where a batch is full.
 template <class T>
-PackedOp<T> pack_op(const Op& op, const Program<T>& program, const Packed<T>& packed, const Kernels<T>& kernels, int& dynamic_ops) {
+void pack_gradient(PackedOp<T>& out, const Op& op, const Program<T>& program, Packed<T>& packed, const Kernels<T>& kernels) {
+  const Entries m = entries_of(program.matrices[op.matrix], false);
+  out.gradient = kernels.gradient[op.carries][packed.width_index];
+  if (out.gradient == nullptr) fail("this tile width has no gradient kernels");
+  const ptrdiff_t slot_bytes = ptrdiff_t(packed.width) * ptrdiff_t(sizeof(T));
+  auto address = [&](const Operand& o, int row) {
+    return uint32_t(packed.buffer_offset[o.buffer] + o.slot * slot_bytes + row * packed.row_bytes(program.buffers[o.buffer]));
+  };
+  const int per_block = columns_per_block<T>(m, op);
+  std::vector<int32_t> at(m.row_ptr.begin(), m.row_ptr.end() - 1);
+  int filled = kGradientBatch;
+  for (int limit = per_block; out.entry.size() < size_t(m.nnz()); limit += per_block) {
+    for (int i = 0; i < m.rows; ++i) {
+      bool open = false;
+      for (; at[i] < m.row_ptr[i + 1] && m.col[at[i]] < limit; ++at[i], ++filled) {
+        if (filled == kGradientBatch) out.runs_of_batch.push_back(0), filled = 0, open = false;
+        if (!open) out.runs.push_back({address(op.factor, i), 0}), ++out.runs_of_batch.back(), open = true;
+        ++out.runs.back().count;
+        out.right.push_back(address(op.source, m.col[at[i]]));
+        out.entry.push_back(at[i]);
+      }
+    }
+  }
+  size_t& sums = program.sums[op.sum].each_stage ? packed.stage_sums : packed.lasting_sums;
+  out.sums = sums;
+  sums += out.runs_of_batch.size() * kGradientBatch;
+}
+
+template <class T>
+PackedOp<T> pack_op(const Op& op, const Program<T>& program, Packed<T>& packed, const Kernels<T>& kernels, int& dynamic_ops) {
   PackedOp<T> out;
   out.op = &op;
-  const Matrix<T>& m = program.matrices[op.matrix];
+  if (op.kind == OpKind::kGradient) {
+    pack_gradient(out, op, program, packed, kernels);
+    return out;
+  }
+  const Matrix<T>& matrix = program.matrices[op.matrix];
+  const Entries m = entries_of(matrix, op.transposed);
   const int w = packed.width_index;
   const bool tangent = op.tangent();
   const int R = tangent ? kernels.rows_in_flight_tangent[w] : kernels.rows_in_flight[w];
@@ -136,12 +239,23 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, const Packed<T>& pa
   out.weight = address(op.weight);
   out.factor = address(op.factor);
   out.factor2 = address(op.factor2);
+  out.addend = address(op.addend);
+  out.kept = address(op.kept);
+  out.slope_cotangent = address(op.slope_cotangent);
+  out.value = address(op.value);
   RowArgs<T>& args = out.args;
   args.target_stride = stride(op.target);
   args.seed_stride = stride(op.seed);
   args.weight_stride = stride(op.weight);
   args.factor_stride = stride(op.factor);
   args.factor2_stride = stride(op.factor2);
+  args.addend_stride = stride(op.addend);
+  args.kept_stride = stride(op.kept);
+  args.slope_cotangent_stride = stride(op.slope_cotangent);
+  args.value_stride = stride(op.value);
+  args.second = op.second;
+  args.curvature = op.curvature;
+  args.raw = op.raw;
   args.store = static_cast<Store>(op.store);
   args.a = static_cast<T>(op.params.a);
   args.b = static_cast<T>(op.params.b);
@@ -153,12 +267,16 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, const Packed<T>& pa
     case OpKind::kAffine: out.kernel = tangent ? kernels.affine_tangent[activation][w] : kernels.affine[activation][w]; break;
     case OpKind::kProduct: out.kernel = kernels.product[w]; break;
     case OpKind::kReduction: out.kernel = kernels.reduction[w]; break;
+    case OpKind::kKeep: out.kernel = kernels.keep[op.carries][activation][w]; break;
+    case OpKind::kPull: out.kernel = kernels.pull[op.carries][w]; break;
+    case OpKind::kGradient: break;
   }
+  if (out.kernel == nullptr) fail("this tile width has no adjoint kernels");
 
   const ptrdiff_t source_stride = stride(op.source);
-  const int per_block = columns_per_block(m, op);
+  const int per_block = columns_per_block<T>(m, op);
   const int n_blocks = std::max(1, (m.cols + per_block - 1) / per_block);
-  if (m.dynamic()) out.places.resize(m.nnz());
+  if (matrix.dynamic()) out.places.resize(m.nnz());
   std::vector<int32_t> begin(m.row_ptr.begin(), m.row_ptr.end() - 1), end(m.rows);
   for (int b = 0; b < n_blocks; ++b) {
     const bool last = b + 1 == n_blocks;
@@ -202,10 +320,10 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, const Packed<T>& pa
           const int entry = n > 0 ? begin[i] + std::min(k, n - 1) : -1;
           offsets[r] = static_cast<uint32_t>((entry >= 0 ? m.col[entry] : fallback) * source_stride);
           if (k >= n) continue;  // padding: weight zero
-          if (!m.dynamic()) {
-            weights[r] = m.values[entry];
+          if (!matrix.dynamic()) {
+            weights[r] = matrix.values[m.entry[entry]];
           } else {
-            out.places[entry] = {static_cast<uint32_t>(b), static_cast<uint32_t>(reinterpret_cast<char*>(weights + r) - stream.get())};
+            out.places[m.entry[entry]] = {static_cast<uint32_t>(b), static_cast<uint32_t>(reinterpret_cast<char*>(weights + r) - stream.get())};
           }
         }
       }
@@ -217,7 +335,7 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, const Packed<T>& pa
   }
   for (int b = 0; b < n_blocks; ++b)
     out.blocks.push_back({out.streams[b].get(), out.counts[b].data(), out.rows[b].data(), static_cast<int32_t>(out.counts[b].size())});
-  if (m.dynamic()) out.dynamic = dynamic_ops++;
+  if (matrix.dynamic()) out.dynamic = dynamic_ops++;
   return out;
 }
 
@@ -228,7 +346,7 @@ void validate(const Program<T>& p) {
   const int n_buffers = static_cast<int>(p.buffers.size());
   int64_t rows = 0;
   for (const Buffer& b : p.buffers) {
-    if (b.rows < 0 || b.slots < 1 || b.slots > 2) fail("a buffer needs rows >= 0 and one or two slots");
+    if (b.rows < 0 || b.slots < 1 || b.slots > 3) fail("a buffer needs rows >= 0 and one to three slots");
     rows += (int64_t(b.rows) + 1) * b.slots;
   }
   if (rows > (int64_t(1) << 31) / 512) fail("the layers are too wide for 32-bit offsets");
@@ -256,6 +374,27 @@ void validate(const Program<T>& p) {
       fail("the prologue holds products of constant matrices only");
   }
   for (size_t i = 0; i < p.body.size(); ++i) validate_op(p.body[i], p, "operation " + std::to_string(i));
+  if (!p.adjoint()) return;
+  check_buffer(p.cotangent, "cotangent", false);
+  check_buffer(p.state_cotangent, "state cotangent", false);
+  if (p.divergence && (p.trace_cotangent < 0 || p.trace_cotangent >= n_buffers || p.buffers[p.trace_cotangent].rows != 1))
+    fail("the trace's cotangent needs a buffer of one row");
+  if (!p.prologue.empty() || p.externals > 0) fail("an adjoint has neither a prologue nor functions of time that live outside");
+  for (size_t i = 0; i < p.keep.size(); ++i) validate_op(p.keep[i], p, "keep operation " + std::to_string(i));
+  for (size_t i = 0; i < p.reverse.size(); ++i) validate_op(p.reverse[i], p, "reverse operation " + std::to_string(i));
+  std::vector<int> taken(p.sums.size(), 0);
+  for (const Op& op : p.reverse)
+    if (op.kind == OpKind::kGradient && taken[op.sum]++) fail("two gradients add to one sum");
+  auto check_sum = [&](int sum, int size, bool each_stage, const std::string& name) {
+    if (sum < 0) return;
+    if (sum >= static_cast<int>(p.sums.size()) || p.sums[sum].size != size || p.sums[sum].each_stage != each_stage) fail(name + ": its sum does not fit");
+  };
+  for (size_t i = 0; i < p.matrices.size(); ++i) check_sum(p.matrices[i].sum, p.matrices[i].nnz(), p.matrices[i].dynamic(), "matrix " + std::to_string(i));
+  for (size_t i = 0; i < p.modulations.size(); ++i) {
+    const Modulation<T>& m = p.modulations[i];
+    check_sum(m.shift_sum, m.n, m.dynamic(), "modulation " + std::to_string(i));
+    check_sum(m.gate_sum, m.n, true, "modulation " + std::to_string(i));
+  }
 }
 
 template <class T>
@@ -272,8 +411,11 @@ std::unique_ptr<Packed<T>> pack(const Program<T>& program, const Kernels<T>& ker
   }
   packed->reduce_offset = offset;
   packed->workspace_bytes = static_cast<size_t>(offset) + static_cast<size_t>(packed->width) * sizeof(T);
+  if (offset > (ptrdiff_t(1) << 32) - 1) fail("the layers are too wide for 32-bit offsets");
   for (const Op& op : program.prologue) packed->prologue.push_back(pack_op(op, program, *packed, kernels, packed->dynamic_ops));
   for (const Op& op : program.body) packed->body.push_back(pack_op(op, program, *packed, kernels, packed->dynamic_ops));
+  for (const Op& op : program.keep) packed->keep.push_back(pack_op(op, program, *packed, kernels, packed->dynamic_ops));
+  for (const Op& op : program.reverse) packed->reverse.push_back(pack_op(op, program, *packed, kernels, packed->dynamic_ops));
   return packed;
 }
 
@@ -293,8 +435,8 @@ Stage<T>::Stage(const Program<T>& program, const Packed<T>& packed, const Kernel
   }
   streams_.resize(packed.dynamic_ops);
   blocks_.resize(packed.dynamic_ops);
-  for (const PackedOp<T>& op : packed.body) {
-    if (op.dynamic < 0) continue;
+  packed.for_each_op([&](const PackedOp<T>& op) {
+    if (op.dynamic < 0) return;
     for (size_t b = 0; b < op.streams.size(); ++b) {
       streams_[op.dynamic].emplace_back(op.streams[b].size());
       std::copy_n(op.streams[b].get(), op.streams[b].size(), streams_[op.dynamic].back().get());
@@ -302,7 +444,7 @@ Stage<T>::Stage(const Program<T>& program, const Packed<T>& packed, const Kernel
       block.steps = streams_[op.dynamic].back().get();
       blocks_[op.dynamic].push_back(block);
     }
-  }
+  });
 }
 
 template <class T>
@@ -329,11 +471,11 @@ template <class T>
 void Stage<T>::weave(int matrix, const T* values) {
   const int nnz = program_->matrices[matrix].nnz();
   if (!coefficients_[matrix].empty()) std::copy_n(values, nnz, coefficients_[matrix].begin());
-  for (const PackedOp<T>& op : packed_->body) {
-    if (op.dynamic < 0 || op.op->matrix != matrix) continue;
+  packed_->for_each_op([&](const PackedOp<T>& op) {
+    if (op.dynamic < 0 || op.op->matrix != matrix) return;
     const std::vector<Aligned<char>>& streams = streams_[op.dynamic];
     for (int e = 0; e < nnz; ++e) *reinterpret_cast<T*>(streams[op.places[e].block].get() + op.places[e].byte) = values[e];
-  }
+  });
 }
 
 template <class T>
@@ -374,11 +516,17 @@ void Stage<T>::refresh(std::vector<Stage<T>>& stages, const std::vector<T>& time
 }
 
 template <class T>
-void Stage<T>::run(const std::vector<PackedOp<T>>& ops, char* workspace) const {
+void Stage<T>::run(const std::vector<PackedOp<T>>& ops, char* workspace, T* lasting, T* each_stage) const {
   for (const PackedOp<T>& op : ops) {
+    if (op.gradient) {
+      T* const sums = (program_->sums[op.op->sum].each_stage ? each_stage : lasting) + op.sums;
+      op.gradient({workspace, op.runs.data(), op.right.data(), static_cast<int32_t>(op.runs_of_batch.size()), op.runs_of_batch.data(), sums});
+      continue;
+    }
     RowArgs<T> args = op.args;
     const std::vector<PackedBlock<T>>& blocks = op.dynamic < 0 ? op.blocks : blocks_[op.dynamic];
-    args.matrix = {blocks.data(), static_cast<int32_t>(blocks.size()), program_->matrices[op.op->matrix].rows};
+    const Matrix<T>& matrix = program_->matrices[op.op->matrix];
+    args.matrix = {blocks.data(), static_cast<int32_t>(blocks.size()), op.op->transposed ? matrix.cols : matrix.rows};
     auto at = [workspace](ptrdiff_t offset) { return offset < 0 ? nullptr : workspace + offset; };
     args.source = at(op.source);
     args.target = at(op.target);
@@ -386,6 +534,10 @@ void Stage<T>::run(const std::vector<PackedOp<T>>& ops, char* workspace) const {
     args.weight = at(op.weight);
     args.factor = at(op.factor);
     args.factor2 = at(op.factor2);
+    args.addend = at(op.addend);
+    args.kept = at(op.kept);
+    args.slope_cotangent = at(op.slope_cotangent);
+    args.value = at(op.value);
     args.reduce = reinterpret_cast<T*>(workspace + packed_->reduce_offset);
     if (op.op->modulation >= 0) {
       args.scale = scale_[op.op->modulation].data();

@@ -40,7 +40,7 @@ struct PackedOp {
   const Op* op = nullptr;
   RowKernel<T> kernel = nullptr;
   RowArgs<T> args{};  // everything but what depends on the workspace or the stage
-  ptrdiff_t source = 0, target = 0, seed = 0, weight = 0, factor = 0, factor2 = 0;  // workspace offsets, bytes; -1 absent
+  ptrdiff_t source = 0, target = 0, seed = 0, weight = 0, factor = 0, factor2 = 0, addend = 0, kept = 0, slope_cotangent = 0, value = 0;  // workspace offsets, bytes; -1 absent
   std::vector<Aligned<char>> streams;  // one per block
   std::vector<std::vector<int32_t>> counts, rows;
   std::vector<PackedBlock<T>> blocks;
@@ -48,7 +48,14 @@ struct PackedOp {
     uint32_t block, byte;
   };
   std::vector<Place> places;  // dynamic matrices: where the weight of every entry lies
-  int dynamic = -1;                             // index among the dynamic ops
+  int dynamic = -1;           // index among the dynamic ops
+
+  // gradients: runs of entries, and which entry of the matrix each one is
+  void (*gradient)(const GradientArgs<T>&) = nullptr;
+  std::vector<GradientRun> runs;
+  std::vector<uint32_t> right;
+  std::vector<int32_t> runs_of_batch, entry;
+  size_t sums = 0;  // where they are added, among the sums of a stage or of all time
 };
 
 template <class T>
@@ -57,10 +64,16 @@ struct Packed {
   std::vector<ptrdiff_t> buffer_offset;  // bytes
   size_t workspace_bytes = 0;
   ptrdiff_t reduce_offset = 0;
-  std::vector<PackedOp<T>> prologue, body;
+  std::vector<PackedOp<T>> prologue, body, keep, reverse;
   int dynamic_ops = 0;
+  size_t lasting_sums = 0, stage_sums = 0;  // numbers that the gradients of `reverse` add up, per place to add them
 
   ptrdiff_t row_bytes(const Buffer& b) const { return ptrdiff_t(b.slots) * width * ptrdiff_t(sizeof(T)); }
+  template <class F>
+  void for_each_op(F visit) const {
+    for (const auto* ops : {&prologue, &body, &keep, &reverse})
+      for (const PackedOp<T>& op : *ops) visit(op);
+  }
 };
 
 // Checks that every index of the program is in range; throws std::invalid_argument naming what is not. Nothing that
@@ -77,7 +90,10 @@ template <class T>
 class Stage {
  public:
   Stage(const Program<T>& program, const Packed<T>& packed, const Kernels<T>& kernels);
-  void run(const std::vector<PackedOp<T>>& ops, char* workspace) const;
+  // Gradients add to `lasting`, those of a sum that is taken away after every evaluation to `each_stage`.
+  void run(const std::vector<PackedOp<T>>& ops, char* workspace, T* lasting = nullptr, T* each_stage = nullptr) const;
+
+  const std::vector<T>& scale(int modulation) const { return scale_[modulation]; }
 
   // Makes several stages ready for their times at once. answers[i]: what the refresh callback said for time i, one array
   // per external of the program; empty if it has none.

@@ -190,12 +190,12 @@ void affine_tangent(const RowArgs<T>& args) {
   for_each_row<T, 2 * NV>(args, rows);
 }
 
-// target[row] = factor[row, or factor_row[row]] * (W source)
+// target[row] = factor[row, or factor_row[row]] * (W source) + addend[row]; if second, slot 1 = factor2[...] * (W source)
 template <class T, int NV>
 void product(const RowArgs<T>& args) {
   char* const target = args.target;
   const ptrdiff_t stride = args.target_stride;
-  if (args.factor == nullptr) {
+  if (args.factor == nullptr && args.addend == nullptr && !args.second) {
     Rows rows{[=](int row, const Vec<T>* sum) {
       Vec<T>* const out = reinterpret_cast<Vec<T>*>(target + row * stride);
       for (int v = 0; v < NV; ++v) out[v] = sum[v];
@@ -204,8 +204,25 @@ void product(const RowArgs<T>& args) {
   }
   Rows rows{[=, &args](int row, const Vec<T>* sum) {
     Vec<T>* const out = reinterpret_cast<Vec<T>*>(target + row * stride);
-    const Vec<T>* factor = at_row<T>(args.factor, args.factor_row ? args.factor_row[row] : row, args.factor_stride);
-    for (int v = 0; v < NV; ++v) out[v] = factor[v] * sum[v];
+    Vec<T> first[NV];
+    for (int v = 0; v < NV; ++v) first[v] = sum[v];
+    if (args.factor) {
+      const Vec<T>* f = at_row<T>(args.factor, args.factor_row ? args.factor_row[row] : row, args.factor_stride);
+      for (int v = 0; v < NV; ++v) first[v] *= f[v];
+    }
+    if (args.addend) {
+      const Vec<T>* more = at_row<T>(args.addend, row, args.addend_stride);
+      for (int v = 0; v < NV; ++v) first[v] += more[v];
+    }
+    if (args.second) {
+      if (args.factor2) {
+        const Vec<T>* f = at_row<T>(args.factor2, args.factor2_row ? args.factor2_row[row] : row, args.factor2_stride);
+        for (int v = 0; v < NV; ++v) out[NV + v] = f[v] * sum[v];
+      } else {
+        for (int v = 0; v < NV; ++v) out[NV + v] = sum[v];
+      }
+    }
+    for (int v = 0; v < NV; ++v) out[v] = first[v];
   }};
   for_each_row<T, NV>(args, rows);
 }

@@ -35,7 +35,7 @@ class Integration {
     b_mid_.assign(tableau.b_mid.begin(), tableau.b_mid.end());
   }
 
-  SolveOutput run(const std::function<void()>& interrupted) {
+  SolveOutput<T> run(const std::function<void()>& interrupted) {
     interrupted_ = &interrupted;
     load();
     if (in_.tableau.adaptive) run_adaptive();
@@ -155,6 +155,38 @@ class Integration {
     });
   }
 
+  // ---- what a gradient needs
+
+  void record_state() { record(y0_, out_.states); }
+  void record_derivative() { record(f0_, out_.derivatives); }
+  void record(const Aligned<T>& rows, std::vector<T>& kept) {
+    if (!in_.record) return;
+    const size_t at = kept.size();
+    kept.resize(at + size_t(in_.batch) * dim_);
+    for (int tile = 0; tile < tiles_; ++tile)
+      store_tile(rows.get() + tile * tile_size(), dim_, tile * width_, count(tile), width_, kept.data() + at);
+  }
+
+  // The derivative of the quartic `Kernels::interpolate` evaluates; y0_, f0_ are the new ends of the step.
+  void record_slopes(int index, T dt, T x) {
+    if (!in_.record) return;
+    const T in_a = -T(22) * x + T(54) * x * x - T(32) * x * x * x, in_b = -T(10) * x + T(42) * x * x - T(32) * x * x * x;
+    const T in_mid = T(32) * x - T(96) * x * x + T(64) * x * x * x;
+    const T in_fa = T(1) - T(8) * x + T(15) * x * x - T(8) * x * x * x, in_fb = T(2) * x - T(9) * x * x + T(8) * x * x * x;
+    out_.x_slopes.resize(in_.times.size() * in_.batch * dim_, T(0));
+    out_.l_slopes.resize(program_.divergence ? in_.times.size() * in_.batch : 0, T(0));
+    std::vector<T> slope(tile_size());
+    for (int tile = 0; tile < tiles_; ++tile) {
+      const size_t at = tile * tile_size();
+      const T *a = y1_.get() + at, *b = y0_.get() + at, *mid = mid_.get() + at, *fa = f1_.get() + at, *fb = f0_.get() + at;
+      for (size_t j = 0; j < tile_size(); ++j) slope[j] = (in_a * a[j] + in_b * b[j] + in_mid * mid[j]) / dt + in_fa * fa[j] + in_fb * fb[j];
+      const int first = tile * width_;
+      store_tile(slope.data(), dim_, first, count(tile), width_, out_.x_slopes.data() + size_t(index) * in_.batch * dim_);
+      if (program_.divergence)
+        store_tile(slope.data() + state_size(), 1, first, count(tile), width_, out_.l_slopes.data() + size_t(index) * in_.batch);
+    }
+  }
+
   // Names the samples that are to blame: those that are not finite; if there are none, those whose own error is too large.
   void stop(const char* status, double t, double dt) {
     out_.status = status;
@@ -257,6 +289,7 @@ class Integration {
       kernels_.interpolate(y1_.get() + at, y0_.get() + at, mid_.get() + at, f1_.get() + at, f0_.get() + at, T(dt), x, int(tile_size()), s.row);
       return s.row;
     });
+    record_slopes(index, T(dt), x);
   }
 
   // Leaves zero or NaN per sample where `stop` looks for the ones to blame.
@@ -284,7 +317,9 @@ class Integration {
     const int order = in_.tableau.order;
     double t0 = in_.times[0], t1 = t0;
     write_output(0, [&](int tile, const Scratch&) { return y0_.get() + tile * tile_size(); });
+    record_state();
     first_derivative(T(t0));
+    record_derivative();
     double dt = std::isnan(o.first_step) ? choose_first_step(t0) : o.first_step;
     if (!std::isfinite(dt)) state_is_finite();  // finds the rows to name
 
@@ -331,6 +366,8 @@ class Integration {
           if (!std::isfinite(ratio)) state_checked = false;
           std::swap(y0_, y1_);
           std::swap(f0_, f1_);
+          record_state();
+          record_derivative();
           t0 = t1;
           t1 = end;
           last_dt_ = dt;
@@ -362,6 +399,7 @@ class Integration {
   void run_fixed() {
     const Tableau& tableau = in_.tableau;
     write_output(0, [&](int tile, const Scratch&) { return y0_.get() + tile * tile_size(); });
+    record_state();
     size_t index = 1;
     for (size_t i = 0; i + 1 < in_.grid.size(); ++i) {
       if ((i & 15) == 15) (*interrupted_)();
@@ -404,6 +442,7 @@ class Integration {
         });
       }
       std::swap(y0_, y1_);
+      record_state();
     }
   }
 
@@ -425,28 +464,29 @@ class Integration {
   std::vector<T> b_, b_error_, b_mid_;
   double last_dt_ = 0;
   size_t written_ = 0;
-  SolveOutput out_;
+  SolveOutput<T> out_;
   const std::function<void()>* interrupted_ = nullptr;
 };
 
 template <class T>
-SolveOutput CompiledProgram<T>::solve(const SolveInput<T>& input, T* xs, T* ls, const std::function<void()>& interrupted) {
-  SolveOutput total;
+SolveOutput<T> CompiledProgram<T>::solve(const SolveInput<T>& input, T* xs, T* ls, const std::function<void()>& interrupted) {
+  SolveOutput<T> total;
   if (input.batch == 0) return total;
   std::lock_guard<std::recursive_mutex> lock(mutex_);
   if (input.tableau.stages() > 16) throw std::invalid_argument("solve: at most 16 stages");
+  if (input.per_tile && input.record) throw std::invalid_argument("solve: tiles that step on their own record no common steps");
   Packed<T>& p = packed(choose_width(input.batch, input.threads));
   const int tiles = (input.batch + p.width - 1) / p.width;
   const int threads = std::max(1, std::min(input.threads, tiles));
   provide_workspaces(threads);
   if (!input.per_tile) return Integration<T>(*this, p, input, 0, tiles, threads, 0, xs, ls).run(interrupted);
 
-  std::vector<SolveOutput> outs(tiles);
+  std::vector<SolveOutput<T>> outs(tiles);
   const std::function<void()> nothing = [] {};
   parallel_for(tiles, threads, [&](int tile, int worker) {
     outs[tile] = Integration<T>(*this, p, input, tile, 1, 1, worker, xs, ls).run(nothing);
   });
-  for (const SolveOutput& out : outs) {
+  for (const SolveOutput<T>& out : outs) {
     total.nfe += out.nfe;
     total.accepted += out.accepted;
     total.rejected += out.rejected;
@@ -457,7 +497,7 @@ SolveOutput CompiledProgram<T>::solve(const SolveInput<T>& input, T* xs, T* ls, 
   return total;
 }
 
-template SolveOutput CompiledProgram<float>::solve(const SolveInput<float>&, float*, float*, const std::function<void()>&);
-template SolveOutput CompiledProgram<double>::solve(const SolveInput<double>&, double*, double*, const std::function<void()>&);
+template SolveOutput<float> CompiledProgram<float>::solve(const SolveInput<float>&, float*, float*, const std::function<void()>&);
+template SolveOutput<double> CompiledProgram<double>::solve(const SolveInput<double>&, double*, double*, const std::function<void()>&);
 
 }  // namespace sparseflow

@@ -33,15 +33,21 @@ struct SolveInput {
   std::vector<double> grid;  // fixed methods
   bool perturb = false;
   bool per_tile = false;
+  bool record = false;  // keep what a gradient needs
   int threads = 1;
 };
 
+template <class T>
 struct SolveOutput {
   long long nfe = 0, accepted = 0, rejected = 0;
   std::vector<std::pair<double, double>> steps;
   std::string status = "ok";
   double t = 0, dt = 0;
   std::vector<int> rows;
+  // With `record`: x at the ends of the steps, [accepted + 1][batch][dim]; and, of an adaptive method, the derivatives that
+  // the steps began with, likewise, and dx/dt and dl/dt of what was read off at the outputs, [times][batch][dim] and
+  // [times][batch], zero at the first one.
+  std::vector<T> states, derivatives, x_slopes, l_slopes;
 };
 
 template <class T>
@@ -56,7 +62,7 @@ class CompiledProgram {
   void evaluate(double t, const T* x, const T* noise, int batch, int threads, T* f, T* trace);
 
   // xs [times, batch, dim], ls [times, batch]; `interrupted` is asked now and then and may throw
-  SolveOutput solve(const SolveInput<T>& input, T* xs, T* ls, const std::function<void()>& interrupted);
+  SolveOutput<T> solve(const SolveInput<T>& input, T* xs, T* ls, const std::function<void()>& interrupted);
 
   // Seconds per evaluation of one tile, for every width; and the width this batch would use. Results do not depend on
   // the width, so the choice is free to be made by the clock.

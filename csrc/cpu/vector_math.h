@@ -146,19 +146,23 @@ SF_INLINE void sincos(Vec<T> x, Vec<T>& sine, Vec<T>& cosine) {
   }
 }
 
-// h = act(z) and slope = act'(z); an unused slope costs nothing once inlined.
+// h = act(z), slope = act'(z), curvature = act''(z); what is not used costs nothing once inlined. Where a derivative jumps
+// it is what sparseflow_kernels/activations.py says.
 template <class T, Activation A>
-SF_INLINE void activate(Vec<T> z, T a, T b, T inverse_a, Vec<T>& h, Vec<T>& slope) {
+SF_INLINE void activate(Vec<T> z, T a, T b, T inverse_a, Vec<T>& h, Vec<T>& slope, Vec<T>& curvature) {
+  curvature = Vec<T>{};
   if constexpr (A == Activation::kIdentity) {
     h = z;
     slope = splat<T>(1);
   } else if constexpr (A == Activation::kTanh) {
     h = tanh(z);
     slope = T(1) - h * h;
+    curvature = T(-2) * h * slope;
   } else if constexpr (A == Activation::kSigmoid) {
     Vec<T> complement, e;
     h = sigmoid<T>(z, complement, e);
     slope = h * complement;
+    curvature = slope * (complement - h);
   } else if constexpr (A == Activation::kSoftplus) {
     const Vec<T> x = z * a;
     Vec<T> complement, e;
@@ -167,6 +171,7 @@ SF_INLINE void activate(Vec<T> z, T a, T b, T inverse_a, Vec<T>& h, Vec<T>& slop
     const Vec<T> positive = at_least<T>(x, T(0));
     h = linear != T(0) ? z : (positive + log1p_unit(e)) * inverse_a;
     slope = linear != T(0) ? linear : s;
+    curvature = linear != T(0) ? splat<T>(0) : a * (s * complement);
   } else if constexpr (A == Activation::kRelu) {
     h = at_least<T>(z, T(0));
     slope = z > T(0) ? splat<T>(1) : splat<T>(0);
@@ -174,20 +179,31 @@ SF_INLINE void activate(Vec<T> z, T a, T b, T inverse_a, Vec<T>& h, Vec<T>& slop
     const Vec<T> below = expm1_of_negative<T>(at_most<T>(z, T(0)));
     h = z > T(0) ? z : a * below;
     slope = z > T(0) ? splat<T>(1) : a * (below + T(1));
+    curvature = z > T(0) ? splat<T>(0) : slope;
   } else if constexpr (A == Activation::kSilu) {
     Vec<T> complement, e;
     const Vec<T> s = sigmoid<T>(z, complement, e);
     h = z * s;
     slope = s + h * complement;
+    curvature = s * complement * (T(2) + z * (complement - s));
   } else if constexpr (A == Activation::kSin) {
     sincos<T>(z, h, slope);
+    curvature = -h;
   } else if constexpr (A == Activation::kSquare) {
     h = z * z;
     slope = z + z;
+    curvature = splat<T>(2);
   } else if constexpr (A == Activation::kCube) {
     h = z * z * z;
     slope = T(3) * z * z;
+    curvature = T(6) * z;
   }
+}
+
+template <class T, Activation A>
+SF_INLINE void activate(Vec<T> z, T a, T b, T inverse_a, Vec<T>& h, Vec<T>& slope) {
+  Vec<T> curvature;
+  activate<T, A>(z, a, b, inverse_a, h, slope, curvature);
 }
 
 }  // namespace sparseflow::SPARSEFLOW_ISA

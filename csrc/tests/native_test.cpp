@@ -457,14 +457,14 @@ void test_program(Random& random, const Program<double>& meaning, const KernelSe
   const std::function<void()> nothing = kNothing;
   for (const Tableau& tableau : {bosh3(), euler()}) {
     std::vector<T> xs, ls;
-    SolveOutput wanted;
+    SolveOutput<T> wanted;
     for (int w = 0; w < widths; ++w) {
       for (int threads : {1, 3}) {
         SolveInput<T> in = all.input(tableau, threads);
         in.sign = -1;
         std::vector<T> xs2(in.times.size() * batch * dim), ls2(in.times.size() * batch);
         compiled.force_width(w);
-        const SolveOutput out = compiled.solve(in, xs2.data(), ls2.data(), nothing);
+        const SolveOutput<T> out = compiled.solve(in, xs2.data(), ls2.data(), nothing);
         if (xs.empty()) {
           xs = xs2, ls = ls2, wanted = out;
           if (!tableau.adaptive) {
@@ -495,7 +495,7 @@ void test_program(Random& random, const Program<double>& meaning, const KernelSe
     }
     SolveInput<T> in = all.input(tableau, 2);
     in.per_tile = true;
-    const SolveOutput out = compiled.solve(in, xs.data(), ls.data(), nothing);
+    const SolveOutput<T> out = compiled.solve(in, xs.data(), ls.data(), nothing);
     check(out.nfe > 0, name + ": per tile");
     in.batch = 0;
     in.x = in.l = in.noise = nullptr;
@@ -638,7 +638,7 @@ void test_errors_of_a_solve(Random& random, const KernelSet& set) {
   for (bool per_tile : {false, true}) {
     SolveInput<double> in = all.input(bosh3(), 2);
     in.per_tile = per_tile;
-    const SolveOutput out = compiled.solve(in, xs.data(), ls.data(), kNothing);
+    const SolveOutput<double> out = compiled.solve(in, xs.data(), ls.data(), kNothing);
     check(out.status != "ok" && out.rows == std::vector<int>{42}, "a row that is not a number is named");
   }
   SolveInput<double> in = all.input(bosh3(), 2);

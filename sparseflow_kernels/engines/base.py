@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Collection
 
 from torch import Tensor
 
@@ -34,6 +34,7 @@ class SolveRequest:
     step_control: "shared" (torchdiffeq's: one step size for the batch) or "per_tile" (each tile of samples on its own).
     replay: float64 CPU [steps, 2], (t, dt) of an earlier solve's accepted steps, to be taken again without control, for
         the gradient of that solve. Only ever given to differentiable engines.
+    record: keep in the result what `solve_backward` needs beside the request.
     """
 
     x: Tensor
@@ -49,6 +50,7 @@ class SolveRequest:
     noise: Tensor | None = None
     step_control: str = "shared"
     replay: Tensor | None = None
+    record: bool = False
 
 
 @dataclass
@@ -59,6 +61,10 @@ class SolveResult:
     xs: [outputs, batch, dim].  ls: [outputs, batch] or None.
     nfe, accepted, rejected: counts (per_tile: nfe is the mean over tiles, rounded up; accepted and rejected the sums).
     steps: float64 CPU [accepted, 2], (t, dt) of every accepted step in the request's upward time; empty for per_tile.
+    states, derivatives: with `record`, x at the ends of the accepted steps, [accepted + 1, batch, dim], and, of an adaptive
+        method, the derivatives that the steps began with.
+    slopes: with `record`, of an adaptive method, (dx/dt [outputs, batch, dim], dl/dt [outputs, batch] or None) of the
+        interpolants at the outputs, in upward time; zero at the first. Engines that have no use for them leave None.
     """
 
     xs: Tensor
@@ -71,6 +77,27 @@ class SolveResult:
     t: float = 0.0
     dt: float = 0.0
     rows: tuple[int, ...] = ()
+    states: Tensor | None = None
+    derivatives: Tensor | None = None
+    slopes: tuple[Tensor, Tensor | None] | None = None
+
+
+@dataclass
+class Gradient:
+    """What a backward pass found; None for what was not asked for or does not exist.
+
+    x: [batch, dim].  l: [batch].  t: 0-d, of an evaluation.  times, grid: float64 CPU, shaped like the request's.
+    noise: [batch, dim].  tensors: one per tensor of the field, in the order of `VectorField.tensors()` (the reference
+        engine adds the parameters of functions of time).
+    """
+
+    tensors: tuple[Tensor | None, ...] = ()
+    x: Tensor | None = None
+    l: Tensor | None = None
+    t: Tensor | None = None
+    times: Tensor | None = None
+    grid: Tensor | None = None
+    noise: Tensor | None = None
 
 
 class Engine(ABC):
@@ -99,3 +126,23 @@ class Engine(ABC):
 
     @abstractmethod
     def solve(self, request: SolveRequest) -> SolveResult: ...
+
+    def no_gradient(self, wanted: Collection[str], request: SolveRequest | None = None) -> str | None:
+        """Why the two methods below cannot give the gradients `wanted` (names of Gradient's fields) of an evaluation, or
+        of this solve; None if they can. The reference engine can always."""
+        return f"the {self.name} engine has no gradient of its own"
+
+    def evaluate_backward(
+        self, t: Tensor | float, x: Tensor, noise: Tensor | None, grad_f: Tensor, grad_trace: Tensor | None,
+        wanted: Collection[str],
+    ) -> Gradient:  # fmt: skip
+        """The gradient of sum(grad_f * f) + sum(grad_trace * trace) at (t, x); grad_f [batch, dim], grad_trace [batch]."""
+        raise NotImplementedError(self.no_gradient(wanted))
+
+    def solve_backward(
+        self, request: SolveRequest, result: SolveResult, grad_xs: Tensor, grad_ls: Tensor | None, wanted: Collection[str]
+    ) -> Gradient:
+        """The gradient of sum(grad_xs * xs) + sum(grad_ls * ls): the exact one of the accepted steps, step sizes held
+        fixed (on a fixed grid they follow `grid`). `result` is what `solve` returned for `request` with `record`, but
+        for its outputs: xs and ls may be gone."""
+        raise NotImplementedError(self.no_gradient(wanted, request))

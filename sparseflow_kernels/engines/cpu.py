@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Collection
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,8 @@ from ..field import VectorField
 from ..numerics.step_control import StepOptions
 from ..numerics.tableaus import FixedTableau, Tableau
 from ..threads import get_num_threads
-from .base import Engine, SolveRequest, SolveResult
+from .adjoint import no_adjoint, write_adjoint
+from .base import Engine, Gradient, SolveRequest, SolveResult
 from .program import write_program
 
 _BUILDERS = {torch.float32: "BuilderF32", torch.float64: "BuilderF64"}
@@ -45,6 +48,8 @@ class CpuEngine(Engine):
             raise ValueError(f"engine 'cpu': {reason}")
         self.plan = plan
         self.dim, self.dtype = field.dim, field.dtype
+        self._field = field
+        self._adjoint: tuple | None = None  # made when a gradient is first asked for
         builder = getattr(_native(), _BUILDERS[field.dtype])()
         externals = write_program(builder, field, plan)
         self.program = builder.compile()
@@ -103,13 +108,108 @@ class CpuEngine(Engine):
             x=x.data_ptr(), l=_address(l), noise=_address(noise), batch=batch,
             times=request.times.tolist(), sign=request.sign, tableau=_tableau(request.tableau), rtol=rtol, atol=atol,
             options=_options(request.options), grid=[] if request.grid is None else request.grid.tolist(),
-            perturb=request.perturb, per_tile=request.step_control == "per_tile", threads=get_num_threads(),
-            xs=xs.data_ptr(), ls=_address(ls),
+            perturb=request.perturb, per_tile=request.step_control == "per_tile", record=request.record,
+            threads=get_num_threads(), xs=xs.data_ptr(), ls=_address(ls),
         )
-        return SolveResult(
+        result = SolveResult(
             xs=xs, ls=ls, nfe=raw["nfe"], accepted=raw["accepted"], rejected=raw["rejected"],
             steps=torch.from_numpy(raw["steps"]), status=raw["status"], t=raw["t"], dt=raw["dt"], rows=tuple(raw["rows"]),
         )
+        if request.record:
+            result.states, result.derivatives = (
+                torch.from_numpy(raw[name]).view(-1, batch, self.dim) for name in ("states", "derivatives")
+            )
+            if raw["x_slopes"].size:
+                x_slopes = torch.from_numpy(raw["x_slopes"]).view(outputs, batch, self.dim)
+                result.slopes = x_slopes, None if l is None else torch.from_numpy(raw["l_slopes"]).view(outputs, batch)
+        return result
+
+    # ---- gradients
+
+    def no_gradient(self, wanted: Collection[str], request: SolveRequest | None = None) -> str | None:
+        if "noise" in wanted:
+            return "the noise wants a gradient"
+        if request is not None:
+            if "grid" in wanted or ("times" in wanted and not isinstance(request.tableau, Tableau)):
+                return "the points of a fixed grid want a gradient"
+            if request.options.jump_t or (request.options.step_t and "times" in wanted):
+                return "the solve has prescribed jumps or steps"
+        return no_adjoint(self._field, self.plan)
+
+    def _adjoint_program(self):
+        if self._adjoint is None:
+            builder = getattr(_native(), _BUILDERS[self.dtype])()
+            places = write_adjoint(builder, self._field, self.plan)
+            self._adjoint = builder.compile_adjoint(), places
+        return self._adjoint
+
+    def evaluate_backward(
+        self, t: Tensor | float, x: Tensor, noise: Tensor | None, grad_f: Tensor, grad_trace: Tensor | None,
+        wanted: Collection[str],
+    ) -> Gradient:  # fmt: skip
+        program, _ = self._adjoint_program()
+        x, grad_f, noise = self._ready(x, "x"), self._ready(grad_f, "grad_f"), self._ready_noise(noise, x)
+        grad_trace = None if grad_trace is None else grad_trace.detach().contiguous()
+        grad_x = torch.empty_like(x)
+        raw = program.evaluate(
+            t=float(t), x=x.data_ptr(), noise=_address(noise), batch=x.shape[0], threads=get_num_threads(),
+            grad_f=grad_f.data_ptr(), grad_trace=_address(grad_trace), grad_x=grad_x.data_ptr(),
+        )
+        grad_t = torch.tensor(raw["t"], dtype=self.dtype) if "t" in wanted else None
+        return Gradient(tensors=self._tensors(raw) if "tensors" in wanted else (), x=grad_x, t=grad_t)
+
+    def solve_backward(
+        self, request: SolveRequest, result: SolveResult, grad_xs: Tensor, grad_ls: Tensor | None, wanted: Collection[str]
+    ) -> Gradient:
+        program, _ = self._adjoint_program()
+        x, noise = self._ready(request.x, "y0"), self._ready_noise(request.noise, request.x)
+        outputs, batch = len(request.times), x.shape[0]
+        grad_xs = self._ready(grad_xs.reshape(-1, self.dim), "grad_xs")
+        grad_ls = None if grad_ls is None or self.plan is None else grad_ls.detach().contiguous()
+        if grad_xs.shape[0] != outputs * batch or (grad_ls is not None and grad_ls.shape != (outputs, batch)):
+            raise ValueError(f"the cotangents must be shaped like the outputs, [{outputs}, {batch}, ...]")
+        grad_x = torch.empty_like(x)
+        grad_l = None if self.plan is None else x.new_empty(batch)
+        raw = program.solve(
+            noise=_address(noise), batch=batch, times=request.times.tolist(), sign=request.sign,
+            tableau=_tableau(request.tableau), perturb=request.perturb, steps=result.steps.numpy(),
+            states=result.states.numpy(), derivatives=result.derivatives.numpy(), threads=get_num_threads(), grad_xs=grad_xs.data_ptr(),
+            grad_ls=_address(grad_ls), grad_x=grad_x.data_ptr(), grad_l=_address(grad_l),
+        )
+        times = None
+        if "times" in wanted:
+            # An output moves along the solution with its own time; steps, with everything in them, move with the first.
+            times = torch.zeros(outputs, dtype=torch.float64)
+            if result.slopes is not None:
+                x_slopes, l_slopes = result.slopes
+                times += (x_slopes * grad_xs.view_as(x_slopes)).sum((1, 2), dtype=torch.float64)
+                if grad_ls is not None:
+                    times += (l_slopes * grad_ls).sum(1, dtype=torch.float64)
+                times[0] = request.sign * raw["t"] - times[1:].sum()
+        return Gradient(tensors=self._tensors(raw) if "tensors" in wanted else (), x=grad_x, l=grad_l, times=times)
+
+    def _tensors(self, raw: dict) -> tuple[Tensor, ...]:
+        """A native gradient, tensor by tensor of the field."""
+        _, places = self._adjoint_program()
+        gradients = [torch.from_numpy(array) for array in raw["matrices"]]
+        values = [gradients[matrix] for matrix in places.weights]
+        if places.derived:
+            with torch.enable_grad():
+                field = self._field.map_tensors(lambda tensor: tensor.detach().requires_grad_())
+                leaves = [layer.values for layer in field.layers]
+                made = [(function(field), gradients[matrix]) for matrix, function in places.derived]
+                made = [(out, grad.to(self.dtype)) for out, grad in made if out.requires_grad]
+                if made:
+                    carried = torch.autograd.grad(
+                        [out for out, _ in made], leaves, [grad for _, grad in made], allow_unused=True
+                    )
+                    values = [own if more is None else own + more for own, more in zip(values, carried)]
+        found: list[Tensor] = []
+        for value, layer, modulation in zip(values, self._field.layers, raw["modulations"]):
+            for name, tensor in layer.tensors():
+                gradient = value if name == "values" else torch.from_numpy(modulation[name])
+                found.append(gradient.to(self.dtype))
+        return tuple(found)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -7,6 +7,7 @@ second slot of a row); Hutchinson carries one tangent there instead.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field as dataclass_field
 from enum import IntEnum
 from typing import Callable, Iterator
@@ -70,7 +71,9 @@ def _index(tensor: Tensor) -> np.ndarray:
     return _array(tensor).astype(np.int32)
 
 
-class _Writer:
+class Writer:
+    """The parts of a program, as a native builder takes them."""
+
     def __init__(self, builder, field: VectorField) -> None:
         self.builder = builder
         self.field = field
@@ -107,6 +110,10 @@ class _Writer:
             parts["external_shift"] = self.externals.add(layer.shift.at)
         return self.builder.modulation(_array(layer.bias), **parts)
 
+    def add_layers(self) -> None:
+        self.weights = [self.matrix(layer.pattern, layer.values) for layer in self.field.layers]
+        self.modulations = [self.modulation(layer) for layer in self.field.layers]
+
     def affine(self, number: int, source, target, store=Store.VALUE, seed=ABSENT, weight=ABSENT) -> None:
         rule, params = rule_and_params(self.field.layers[number].activation)
         a, b = (*params, 1.0, 1.0)[:2]
@@ -115,14 +122,80 @@ class _Writer:
             seed, weight,
         )
 
-    # ---- the program
 
+@dataclass(eq=False)
+class StackedStep:
+    """One hidden layer of several columns at once (`divergence.Column`), the live neurons of all of them stacked: a matrix
+    from the stack before it. neuron: int64, which neuron every row is; None where a row is a neuron of the whole layer."""
+
+    pattern: Pattern
+    values: Callable[[VectorField], Tensor]
+    neuron: Tensor | None
+
+
+def stack_columns(field: VectorField, columns: list[Column]) -> tuple[list[StackedStep], tuple[Tensor, ...] | None]:
+    """The steps from the slopes d_1 through W_2 .. W_L, and with an output gate the columns' ends.
+
+    A column's start W_1[:, m] is a constant, so it joins the weights of the second layer, which then reads the slopes d_1
+    themselves. Its end W_{L+1}[m, :] joins the last product; but with an output gate g the end depends on time, and what
+    is returned is, per row of the last stack, the entry of W_{L+1} and m.
+    """
+    layers = field.layers
+    depth, gated = len(layers) - 1, layers[-1].gate is not None
+    steps, place, ends = [], None, None  # place: [columns, neurons] -> row of the stack
+    for number in range(1, depth):
+        rows, cols, neurons = [], [], []
+        count, folded = 0, number == depth - 1 and not gated
+        following = torch.full((len(columns), layers[number].out_features), -1)
+        for c, column in enumerate(columns):
+            pattern, _ = column.steps[number - 1]
+            cols.append(pattern.col if number == 1 else place[c, pattern.col])
+            if folded:
+                rows.append(pattern.row)
+            else:
+                live = column.live[number].nonzero().squeeze(1)
+                following[c, live] = count + torch.arange(live.numel())
+                count += live.numel()
+                neurons.append(live)
+                rows.append(following[c, pattern.row])
+        width = layers[0].out_features if number == 1 else int(place.max()) + 1
+        height = layers[number].out_features if folded else count
+        pattern, order = Pattern.from_coo((height, width), torch.cat(rows), torch.cat(cols))
+        values = functools.partial(_stacked_values, columns, number, folded, order)
+        steps.append(StackedStep(pattern, values, torch.cat(neurons) if neurons else None))
+        place = following
+    if gated:
+        row, index, m = [], [], []
+        for c, column in enumerate(columns):
+            row.append(place[c, column.end_col])
+            index.append(column.end_index)
+            m.append(torch.full_like(column.end_index, column.m))
+        order = torch.argsort(torch.cat(row))
+        ends = torch.cat(index)[order], torch.cat(m)[order]
+    return steps, ends
+
+
+def _stacked_values(columns: list[Column], number: int, folded: bool, order: Tensor, field: VectorField) -> Tensor:
+    layers, pieces = field.layers, []
+    for column in columns:
+        pattern, index = column.steps[number - 1]
+        value = layers[number].values[index]
+        if number == 1:
+            start = value.new_zeros(layers[0].out_features)
+            value = value * start.index_put((column.start_row,), layers[0].values[column.start_index])[pattern.col]
+        if folded:
+            end = value.new_zeros(layers[-1].in_features)
+            value = value * end.index_put((column.end_col,), layers[-1].values[column.end_index])[pattern.row]
+        pieces.append(value)
+    return torch.cat(pieces)[order]
+
+
+class _Forward(Writer):
     def write(self, plan: DivergencePlan | None) -> None:
         field, builder = self.field, self.builder
         layers = field.layers
         hidden = len(layers) - 1
-        self.weights = [self.matrix(layer.pattern, layer.values) for layer in layers]
-        self.modulations = [self.modulation(layer) for layer in layers]
+        self.add_layers()
         form = None if plan is None else plan.form
         hutchinson = isinstance(form, HutchinsonForm)
         slots = 1 if form is None or isinstance(form, NoHiddenForm) else 2
@@ -197,78 +270,35 @@ class _Writer:
                 coefficient_matrix=self.gated(form.coefficient, gate),
             )
         elif isinstance(form, ColumnsForm):
-            for group in _groups(form.columns):
+            for group in column_groups(form.columns):
                 self._columns(group, h, gate)
         else:
             raise TypeError(f"no native program for {type(form).__name__}")
 
     def _columns(self, columns: list[Column], h: list[int], gate: int | None) -> None:
-        """Several columns at once, their live neurons stacked into one buffer a layer.
-
-        A column's start W_1[:, m] is a constant, so it joins the weights of the second layer, which then reads the slopes
-        d_1 themselves; and its end W_{L+1}[m, :] joins the last product, which is summed up without being stored.
-        """
-        builder, layers = self.builder, self.field.layers
-        depth = len(layers) - 1
-        source, place = (h[0], 1), None  # place: [columns, neurons] -> row of the stacked buffer
-        for number in range(1, depth):
-            rows, cols, values, neurons = [], [], [], []
-            count, final = 0, number == depth - 1
-            following = torch.full((len(columns), layers[number].out_features), -1)
-            for c, column in enumerate(columns):
-                pattern, index = column.steps[number - 1]
-                value = layers[number].values[index]
-                if number == 1:
-                    start = value.new_zeros(layers[0].out_features)
-                    start[column.start_row] = layers[0].values[column.start_index]
-                    value = value * start[pattern.col]
-                    cols.append(pattern.col)
-                else:
-                    cols.append(place[c, pattern.col])
-                if final and gate is None:
-                    end = value.new_zeros(layers[-1].in_features)
-                    end[column.end_col] = layers[-1].values[column.end_index]
-                    rows.append(pattern.row)
-                    value = value * end[pattern.row]
-                else:
-                    live = column.live[number].nonzero().squeeze(1)
-                    following[c, live] = count + torch.arange(live.numel())
-                    count += live.numel()
-                    neurons.append(live)
-                    rows.append(following[c, pattern.row])
-                values.append(value)
-            width = layers[0].out_features if number == 1 else int(place.max()) + 1
-            height = layers[number].out_features if final and gate is None else count
-            pattern, order = Pattern.from_coo((height, width), torch.cat(rows), torch.cat(cols))
-            matrix = self.matrix(pattern, torch.cat(values)[order])
-            slopes, slope_row = (h[number], 1), _index(torch.cat(neurons)) if neurons else None
-            if not final:
-                target = builder.buffer(count)
-                builder.product(matrix, source, (target, 0), factor=slopes, factor_row=slope_row)
-                source, place = (target, 0), following
-            elif gate is None:
+        """Columns together; what the last product gives is summed up without being stored."""
+        builder, field = self.builder, self.field
+        steps, ends = stack_columns(field, columns)
+        source = (h[0], 1)
+        for number, step in enumerate(steps, start=1):
+            matrix = self.matrix(step.pattern, step.values(field))
+            slopes, neuron = (h[number], 1), None if step.neuron is None else _index(step.neuron)
+            if number < len(steps):
+                target = builder.buffer(step.pattern.shape[0])
+                builder.product(matrix, source, (target, 0), factor=slopes, factor_row=neuron)
+                source = (target, 0)
+            elif ends is None:
                 builder.reduction(matrix, source, factor=slopes)
             else:
+                index, m = ends
+                full = Pattern.from_mask(torch.ones(1, index.numel(), dtype=torch.bool))
+                end = GatedMatrix(full, torch.arange(index.numel()), m, ((len(field.layers) - 1, index),))
                 builder.reduction(
-                    matrix, source, factor=slopes, factor_row=slope_row,
-                    coefficient_matrix=self.gated(self._ends(columns, following, count), gate),
+                    matrix, source, factor=slopes, factor_row=neuron, coefficient_matrix=self.gated(end, gate)
                 )
 
-    def _ends(self, columns: list[Column], place: Tensor, count: int) -> GatedMatrix:
-        """[1, count] of W_{L+1}[m, i] g_m for the stacked live neurons (m, i) of the last hidden layer."""
-        index, gate, row = [], [], []
-        for c, column in enumerate(columns):
-            reached = place[c, column.end_col] >= 0
-            row.append(place[c, column.end_col][reached])
-            index.append(column.end_index[reached])
-            gate.append(torch.full_like(index[-1], column.m))
-        entry, order = torch.sort(torch.cat(row))
-        full = Pattern.from_mask(torch.ones(1, count, dtype=torch.bool))
-        factor = (len(self.field.layers) - 1, torch.cat(index)[order])
-        return GatedMatrix(full, entry, torch.cat(gate)[order], (factor,))
 
-
-def _groups(columns: tuple[Column, ...]) -> Iterator[list[Column]]:
+def column_groups(columns: tuple[Column, ...]) -> Iterator[list[Column]]:
     """Columns that run together: as many as keep the stacked buffers of live neurons within the size of a cache."""
     group: list[Column] = []
     rows = 0
@@ -285,7 +315,7 @@ def _groups(columns: tuple[Column, ...]) -> Iterator[list[Column]]:
 
 def write_program(builder, field: VectorField, plan: DivergencePlan | None) -> Externals:
     """Fill a native builder (`_cpu.BuilderF32` or `F64`); returns the functions of time the engine must ask for."""
-    writer = _Writer(builder, field)
+    writer = _Forward(builder, field)
     with torch.no_grad():
         writer.write(plan)
     return writer.externals

@@ -1,0 +1,74 @@
+// The gradient of an evaluation, or of a whole solve: the accepted steps are walked backwards, their stages computed again
+// tile by tile, so that nothing of a hidden layer's size outlives a stage. Exact for what was computed, step sizes fixed.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "../tableau.h"
+#include "pack.h"
+
+namespace sparseflow {
+
+// A solve that is over: what it was given, and what it recorded.
+template <class T>
+struct SolveRecord {
+  int batch = 0;
+  int sign = 1;
+  Tableau tableau;
+  bool perturb = false;
+  const T* noise = nullptr;                      // [batch][dim], if the program carries a tangent
+  std::vector<double> times;                     // of the outputs, ascending
+  std::vector<std::pair<double, double>> steps;  // (t, dt) of the accepted ones
+  const T* states = nullptr;                     // [steps + 1][batch][dim]
+  const T* derivatives = nullptr;                // likewise, of an adaptive method
+};
+
+// Cotangents of everything a program is made of, summed over samples, stages and steps.
+template <class T>
+struct ProgramGradient {
+  std::vector<std::vector<double>> matrices;  // of the values, or where gated of the path constants; empty without a sum
+  struct Modulation {
+    std::vector<double> bias, gate_slope, gate_offset, shift_slope, shift_offset;
+  };
+  std::vector<Modulation> modulations;
+  double t = 0;  // of the field's time, all evaluations moved together
+};
+
+template <class T>
+class CompiledAdjoint {
+ public:
+  CompiledAdjoint(Program<T> program, const Kernels<T>& kernels);
+
+  // grad_f [batch][dim], grad_trace [batch] or null -> grad_x [batch][dim]
+  ProgramGradient<T> evaluate(double t, const T* x, const T* noise, int batch, int threads, const T* grad_f, const T* grad_trace, T* grad_x);
+
+  // grad_xs [times][batch][dim], grad_ls [times][batch] or null -> grad_x [batch][dim], grad_l [batch]
+  ProgramGradient<T> solve(const SolveRecord<T>& record, int threads, const T* grad_xs, const T* grad_ls, T* grad_x, T* grad_l);
+
+  const Program<T>& program() const { return program_; }
+  int width(int batch) const;  // of the tiles, in samples: it follows from the program and the batch, never from the clock
+  void force_width(int index) { forced_ = index; }
+
+ private:
+  template <class U>
+  friend class Reversal;
+
+  int width_index(int batch) const;
+  Packed<T>& packed(int width_index);
+  char* workspace(int worker, size_t bytes) {
+    Aligned<char>& memory = workspaces_[worker];
+    if (memory.size() < bytes) memory = Aligned<char>(bytes);
+    return memory.get();
+  }
+
+  Program<T> program_;
+  const Kernels<T>& kernels_;
+  std::unique_ptr<Packed<T>> packed_[Kernels<T>::kWidths];
+  std::vector<Aligned<char>> workspaces_;
+  int forced_ = -1;
+  std::mutex mutex_;
+};
+
+}  // namespace sparseflow
