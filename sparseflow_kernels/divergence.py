@@ -91,6 +91,12 @@ class PathsForm:
     factors: tuple[tuple[int, Tensor], ...]
     coefficient: GatedMatrix
 
+    def path_products(self, field: VectorField) -> Tensor:
+        """Q's values, [products.nnz]."""
+        (upper, upper_index), (lower, lower_index) = self.factors
+        up, down = field.layers[upper].values, field.layers[lower].values
+        return up[upper_index.to(up.device)] * down[lower_index.to(down.device)]
+
 
 @dataclass(eq=False)
 class Column:
@@ -408,9 +414,7 @@ def evaluate(
     if isinstance(form, PairsForm):
         return (slopes[1] * product(form.matrix.pattern, form.matrix.values(field, gate), slopes[0])).sum(1)
     if isinstance(form, PathsForm):
-        (upper, upper_index), (lower, lower_index) = form.factors
-        through = field.layers[upper].values[upper_index] * field.layers[lower].values[lower_index]
-        q = product(form.products, through, slopes[1])
+        q = product(form.products, form.path_products(field), slopes[1])
         return (form.coefficient.values(field, gate) * slopes[2][:, form.i] * slopes[0][:, form.k] * q).sum(1)
     if isinstance(form, ColumnsForm):
         total = slopes[0].new_zeros(len(slopes[0]))

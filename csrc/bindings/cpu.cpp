@@ -382,6 +382,19 @@ py::dict solve(CompiledProgram<T>& self, uintptr_t x, uintptr_t l, uintptr_t noi
   return result;
 }
 
+// What CompiledProgram and CompiledAdjoint have in common.
+template <class T, class C>
+void bind_numbers(py::class_<C>& c) {
+  using Optional = std::optional<Array<T>>;
+  c.def("set_values", [](C& self, int matrix, const Array<T>& values) { self.set_values(matrix, copy(values)); }, py::arg("matrix"), py::arg("values"),
+        "new values of a matrix, or path constants of a gated one");
+  c.def("set_modulation", [](C& self, int modulation, const Array<T>& bias, const Optional& gate_slope, const Optional& gate_offset,
+                             const Optional& shift_slope, const Optional& shift_offset, int, int) {
+      self.set_modulation(modulation, copy(bias), copy(gate_slope), copy(gate_offset), copy(shift_slope), copy(shift_offset)); },
+    py::arg("modulation"), py::arg("bias"), py::arg("gate_slope") = py::none(), py::arg("gate_offset") = py::none(), py::arg("shift_slope") = py::none(),
+    py::arg("shift_offset") = py::none(), py::arg("external_gate") = -1, py::arg("external_shift") = -1, "as Builder.modulation; externals stay");
+}
+
 template <class T>
 void bind(py::module_& m, const char* builder, const char* compiled, const char* adjoint) {
   py::class_<Builder<T>>(m, builder, "Collects the parts of a program (csrc/field.h); compile() checks them.")
@@ -419,7 +432,9 @@ void bind(py::module_& m, const char* builder, const char* compiled, const char*
       .def("compile", &Builder<T>::compile)
       .def("compile_adjoint", &Builder<T>::compile_adjoint);
 
-  py::class_<CompiledAdjoint<T>>(m, adjoint, "A checked adjoint program: gradients of evaluations and solves.")
+  py::class_<CompiledAdjoint<T>> adjoint_class(m, adjoint, "A checked adjoint program: gradients of evaluations and solves.");
+  bind_numbers<T>(adjoint_class);
+  adjoint_class
       .def("evaluate", &adjoint_evaluate<T>, py::arg("t"), py::arg("x"), py::arg("noise"), py::arg("batch"), py::arg("threads"), py::arg("grad_f"),
            py::arg("grad_trace"), py::arg("grad_x"))
       .def("solve", &adjoint_solve<T>, py::arg("noise"), py::arg("batch"), py::arg("times"), py::arg("sign"), py::arg("tableau"), py::arg("perturb"),
@@ -427,7 +442,9 @@ void bind(py::module_& m, const char* builder, const char* compiled, const char*
       .def("width", &CompiledAdjoint<T>::width, py::arg("batch"), "samples per tile")
       .def("force_width", &CompiledAdjoint<T>::force_width, py::arg("index"));
 
-  py::class_<CompiledProgram<T>>(m, compiled, "A checked program; evaluates and solves over batches in memory.")
+  py::class_<CompiledProgram<T>> program_class(m, compiled, "A checked program; evaluates and solves over batches in memory.");
+  bind_numbers<T>(program_class);
+  program_class
       .def("set_refresh", &set_refresh<T>, py::arg("function"),
            "function(times) -> for every time a sequence of arrays, one per external of the program")
       .def(

@@ -48,6 +48,19 @@ class CompiledAdjoint {
   ProgramGradient<T> solve(const SolveRecord<T>& record, int threads, const T* grad_xs, const T* grad_ls, T* grad_x, T* grad_l);
 
   const Program<T>& program() const { return program_; }
+  void set_values(int matrix, std::vector<T> values) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    sparseflow::set_values(program_, matrix, std::move(values));
+    if (program_.matrices[matrix].dynamic()) return;
+    for (auto& one : packed_)
+      if (one) reweave(program_, *one, matrix);
+  }
+  void set_modulation(int modulation, std::vector<T> bias, std::vector<T> gate_slope, std::vector<T> gate_offset, std::vector<T> shift_slope,
+                      std::vector<T> shift_offset) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    sparseflow::set_modulation(program_, modulation, std::move(bias), std::move(gate_slope), std::move(gate_offset), std::move(shift_slope),
+                               std::move(shift_offset));
+  }
   int width(int batch) const;  // of the tiles, in samples: it follows from the program and the batch, never from the clock
   void force_width(int index) { forced_ = index; }
 

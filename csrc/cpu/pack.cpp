@@ -276,7 +276,7 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, Packed<T>& packed, 
   const ptrdiff_t source_stride = stride(op.source);
   const int per_block = columns_per_block<T>(m, op);
   const int n_blocks = std::max(1, (m.cols + per_block - 1) / per_block);
-  if (matrix.dynamic()) out.places.resize(m.nnz());
+  out.places.resize(m.nnz());
   std::vector<int32_t> begin(m.row_ptr.begin(), m.row_ptr.end() - 1), end(m.rows);
   for (int b = 0; b < n_blocks; ++b) {
     const bool last = b + 1 == n_blocks;
@@ -320,11 +320,8 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, Packed<T>& packed, 
           const int entry = n > 0 ? begin[i] + std::min(k, n - 1) : -1;
           offsets[r] = static_cast<uint32_t>((entry >= 0 ? m.col[entry] : fallback) * source_stride);
           if (k >= n) continue;  // padding: weight zero
-          if (!matrix.dynamic()) {
-            weights[r] = matrix.values[m.entry[entry]];
-          } else {
-            out.places[m.entry[entry]] = {static_cast<uint32_t>(b), static_cast<uint32_t>(reinterpret_cast<char*>(weights + r) - stream.get())};
-          }
+          out.places[m.entry[entry]] = {static_cast<uint32_t>(b), static_cast<uint32_t>(reinterpret_cast<char*>(weights + r) - stream.get())};
+          if (!matrix.dynamic()) weights[r] = matrix.values[m.entry[entry]];
         }
       }
     }
@@ -417,6 +414,38 @@ std::unique_ptr<Packed<T>> pack(const Program<T>& program, const Kernels<T>& ker
   for (const Op& op : program.keep) packed->keep.push_back(pack_op(op, program, *packed, kernels, packed->dynamic_ops));
   for (const Op& op : program.reverse) packed->reverse.push_back(pack_op(op, program, *packed, kernels, packed->dynamic_ops));
   return packed;
+}
+
+template <class T>
+void reweave(const Program<T>& program, const Packed<T>& packed, int matrix) {
+  const std::vector<T>& values = program.matrices[matrix].values;
+  packed.for_each_op([&](const PackedOp<T>& op) {
+    if (op.gradient || op.dynamic >= 0 || op.op->matrix != matrix) return;
+    for (size_t e = 0; e < values.size(); ++e)
+      *reinterpret_cast<T*>(op.streams[op.places[e].block].get() + op.places[e].byte) = values[e];
+  });
+}
+
+template <class T>
+void set_values(Program<T>& program, int matrix, std::vector<T> values) {
+  if (matrix < 0 || matrix >= static_cast<int>(program.matrices.size())) fail("no such matrix");
+  Matrix<T>& m = program.matrices[matrix];
+  std::vector<T>& own = m.gated ? m.path_constant : m.values;
+  if (m.external >= 0 || values.size() != own.size()) fail("matrix " + std::to_string(matrix) + ": not as many values as it has");
+  own = std::move(values);
+}
+
+template <class T>
+void set_modulation(Program<T>& program, int modulation, std::vector<T> bias, std::vector<T> gate_slope, std::vector<T> gate_offset,
+                    std::vector<T> shift_slope, std::vector<T> shift_offset) {
+  if (modulation < 0 || modulation >= static_cast<int>(program.modulations.size())) fail("no such modulation");
+  Modulation<T>& m = program.modulations[modulation];
+  auto set = [&](std::vector<T>& own, std::vector<T>& values) {
+    if (values.size() != own.size()) fail("modulation " + std::to_string(modulation) + ": not as many numbers as it has");
+    own = std::move(values);
+  };
+  set(m.bias, bias), set(m.gate_slope, gate_slope), set(m.gate_offset, gate_offset);
+  set(m.shift_slope, shift_slope), set(m.shift_offset, shift_offset);
 }
 
 template <class T>
@@ -552,6 +581,13 @@ template void validate(const Program<float>&);
 template void validate(const Program<double>&);
 template std::unique_ptr<Packed<float>> pack(const Program<float>&, const Kernels<float>&, int);
 template std::unique_ptr<Packed<double>> pack(const Program<double>&, const Kernels<double>&, int);
+template void reweave(const Program<float>&, const Packed<float>&, int);
+template void reweave(const Program<double>&, const Packed<double>&, int);
+#define X(T)                                                   \
+  template void set_values(Program<T>&, int, std::vector<T>); \
+  template void set_modulation(Program<T>&, int, std::vector<T>, std::vector<T>, std::vector<T>, std::vector<T>, std::vector<T>);
+X(float) X(double)
+#undef X
 template class Stage<float>;
 template class Stage<double>;
 

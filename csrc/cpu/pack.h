@@ -47,7 +47,7 @@ struct PackedOp {
   struct Place {
     uint32_t block, byte;
   };
-  std::vector<Place> places;  // dynamic matrices: where the weight of every entry lies
+  std::vector<Place> places;  // where the weight of every entry lies
   int dynamic = -1;           // index among the dynamic ops
 
   // gradients: runs of entries, and which entry of the matrix each one is
@@ -83,6 +83,18 @@ void validate(const Program<T>& program);
 
 template <class T>
 std::unique_ptr<Packed<T>> pack(const Program<T>& program, const Kernels<T>& kernels, int width_index);
+
+// Weaves the values of a constant matrix anew, where it was packed before.
+template <class T>
+void reweave(const Program<T>& program, const Packed<T>& packed, int matrix);
+
+// New numbers for a program: a matrix's values (of a gated one the path constants) and a modulation's arrays. As many as
+// there were; throws std::invalid_argument otherwise.
+template <class T>
+void set_values(Program<T>& program, int matrix, std::vector<T> values);
+template <class T>
+void set_modulation(Program<T>& program, int modulation, std::vector<T> bias, std::vector<T> gate_slope, std::vector<T> gate_offset,
+                    std::vector<T> shift_slope, std::vector<T> shift_offset);
 
 // What depends on time, for one evaluation: scale and shift of every modulation, values of every dynamic matrix and
 // coefficient, and the streams they are woven into.

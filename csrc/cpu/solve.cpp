@@ -170,7 +170,7 @@ class Integration {
   // The derivative of the quartic `Kernels::interpolate` evaluates; y0_, f0_ are the new ends of the step.
   void record_slopes(int index, T dt, T x) {
     if (!in_.record) return;
-    const T in_a = -T(22) * x + T(54) * x * x - T(32) * x * x * x, in_b = -T(10) * x + T(42) * x * x - T(32) * x * x * x;
+    const T in_b = -T(10) * x + T(42) * x * x - T(32) * x * x * x;
     const T in_mid = T(32) * x - T(96) * x * x + T(64) * x * x * x;
     const T in_fa = T(1) - T(8) * x + T(15) * x * x - T(8) * x * x * x, in_fb = T(2) * x - T(9) * x * x + T(8) * x * x * x;
     out_.x_slopes.resize(in_.times.size() * in_.batch * dim_, T(0));
@@ -179,7 +179,7 @@ class Integration {
     for (int tile = 0; tile < tiles_; ++tile) {
       const size_t at = tile * tile_size();
       const T *a = y1_.get() + at, *b = y0_.get() + at, *mid = mid_.get() + at, *fa = f1_.get() + at, *fb = f0_.get() + at;
-      for (size_t j = 0; j < tile_size(); ++j) slope[j] = (in_a * a[j] + in_b * b[j] + in_mid * mid[j]) / dt + in_fa * fa[j] + in_fb * fb[j];
+      for (size_t j = 0; j < tile_size(); ++j) slope[j] = (in_b * (b[j] - a[j]) + in_mid * (mid[j] - a[j])) / dt + in_fa * fa[j] + in_fb * fb[j];
       const int first = tile * width_;
       store_tile(slope.data(), dim_, first, count(tile), width_, out_.x_slopes.data() + size_t(index) * in_.batch * dim_);
       if (program_.divergence)

@@ -56,6 +56,19 @@ class CompiledProgram {
   CompiledProgram(Program<T> program, const Kernels<T>& kernels);
 
   const Program<T>& program() const { return program_; }
+  // New numbers for the same program (pack.h), no solve running.
+  void set_values(int matrix, std::vector<T> values) {
+    std::lock_guard<std::recursive_mutex> lock(mutex_);
+    sparseflow::set_values(program_, matrix, std::move(values));
+    if (program_.matrices[matrix].dynamic()) return;
+    for (auto& entry : packed_) reweave(program_, *entry.second, matrix);
+  }
+  void set_modulation(int modulation, std::vector<T> bias, std::vector<T> gate_slope, std::vector<T> gate_offset, std::vector<T> shift_slope,
+                      std::vector<T> shift_offset) {
+    std::lock_guard<std::recursive_mutex> lock(mutex_);
+    sparseflow::set_modulation(program_, modulation, std::move(bias), std::move(gate_slope), std::move(gate_offset), std::move(shift_slope),
+                               std::move(shift_offset));
+  }
   void set_refresh(RefreshCallback<T> refresh) { refresh_ = std::move(refresh); }
 
   // f [batch, dim] and, if asked for, the trace [batch] at one time; noise may be null where the trace is not asked for

@@ -9,8 +9,7 @@ the weights, once for a whole solve.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field as dataclass_field
-from typing import Callable
+import functools
 
 import torch
 from torch import Tensor
@@ -29,17 +28,7 @@ from ..divergence import (
     columns_form,
 )
 from ..field import Pattern, SigmoidGate, TimeFunction, VectorField
-from .program import ABSENT, Store, Writer, column_groups, stack_columns
-
-
-@dataclass
-class AdjointMap:
-    """Where an adjoint program's gradients belong: `weights[l]`, the matrix of layer l, whose modulation has the number
-    l; and `derived`, matrices computed from the weights: (matrix, function of the field that gives what its gradient is
-    of)."""
-
-    weights: list[int] = dataclass_field(default_factory=list)
-    derived: list[tuple[int, Callable[[VectorField], Tensor]]] = dataclass_field(default_factory=list)
+from .program import ABSENT, Store, Values, Writer, column_groups, stack_columns
 
 
 def no_adjoint(field: VectorField, plan: DivergencePlan | None) -> str | None:
@@ -53,14 +42,19 @@ def no_adjoint(field: VectorField, plan: DivergencePlan | None) -> str | None:
     return None
 
 
-class _Adjoint(Writer):
-    def write(self, plan: DivergencePlan | None) -> AdjointMap:
+class AdjointWriter(Writer):
+    """An adjoint program, and where its gradients belong: matrix `weights[l]` and modulation `modulations[l]` are layer
+    l's; `derived_from` lists matrices computed from the weights, (matrix, function of the field whose value its gradient is of)."""
+
+    def __init__(self, builder, field: VectorField) -> None:
+        super().__init__(builder, field)
+        self.derived_from: list[tuple[int, Values]] = []
+
+    def write(self, plan: DivergencePlan | None) -> None:
         field, builder = self.field, self.builder
         layers, self.form = field.layers, None if plan is None else plan.form
         hidden = len(layers) - 1
-        self.map = AdjointMap()
         self.add_layers()
-        self.map.weights = self.weights
         self.columns_of_ones: dict[int, int] = {}
         tangent = isinstance(self.form, HutchinsonForm)
         curvature = self.form is not None and not isinstance(self.form, NoHiddenForm)
@@ -125,7 +119,6 @@ class _Adjoint(Writer):
 
         builder.roles(field.dim, self.form is not None, x, f, x if tangent else -1, self.ones, 0)
         builder.adjoint_roles(v, self.lam, state)
-        return self.map
 
     # ---- small parts
 
@@ -138,7 +131,9 @@ class _Adjoint(Writer):
         self.builder.product(matrix, source, target, factor=factor, **rows, **more, list="reverse")
 
     def constant(self, pattern: Pattern, value: float) -> int:
-        return self.matrix(pattern, torch.full((pattern.nnz,), value, dtype=self.field.dtype))
+        number = self.matrix(pattern, lambda field: torch.full((pattern.nnz,), value, dtype=field.dtype))
+        self.sources.pop()  # nothing of it will change
+        return number
 
     def identity(self, n: int) -> int:
         return self.constant(Pattern((n, n), torch.arange(n + 1), torch.arange(n)), 1.0)
@@ -170,14 +165,14 @@ class _Adjoint(Writer):
         total = self.builder.sum(size, each_stage)
         self.builder.sum_of_matrix(matrix, total)
         self.builder.gradient(matrix, left, right, total)
-        self.map.derived.append((matrix, values))
+        self.derived_from.append((matrix, values))
 
     def path_sums(self, matrix: GatedMatrix, left, right) -> int:
         """A matrix of path sums, with its gradient: that of the path constants where an output gate weighs them."""
         last = self.field.layers[-1]
         gate = self.modulations[-1] if last.gate is not None else None
         number = self.gated(matrix, gate)
-        values = (lambda field: matrix.values(field, None)) if gate is None else matrix.path_constants
+        values = functools.partial(matrix.values, gate=None) if gate is None else matrix.path_constants
         self.derived(number, matrix.pattern.nnz, gate is not None, left, right, values)
         return number
 
@@ -224,7 +219,7 @@ class _Adjoint(Writer):
 
         matrices, stacks = [], [slopes[0]]  # stacks: p_k in slot 0, q_k in slot 1
         for k, step in enumerate(steps, start=1):
-            matrices.append(self.matrix(step.pattern, step.values(field)))
+            matrices.append(self.matrix(step.pattern, step.values))
             if k < len(steps):
                 stack = builder.buffer(step.pattern.shape[0], 2)
                 self.product(matrices[-1], stacks[-1], (stack, 0), factor=slopes[k], factor_row=step.neuron, second=True)
@@ -259,7 +254,9 @@ class _Adjoint(Writer):
             turned = (pulled, 0)
 
 
-def write_adjoint(builder, field: VectorField, plan: DivergencePlan | None) -> AdjointMap:
+def write_adjoint(builder, field: VectorField, plan: DivergencePlan | None) -> AdjointWriter:
     """Fill a native builder with the adjoint program of a field for which `no_adjoint` gives no reason."""
+    writer = AdjointWriter(builder, field)
     with torch.no_grad():
-        return _Adjoint(builder, field).write(plan)
+        writer.write(plan)
+    return writer

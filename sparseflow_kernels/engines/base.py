@@ -102,11 +102,12 @@ class Gradient:
 
 class Engine(ABC):
     """A vector field (with a divergence, if `plan` is given) packed for one machine. Packing reads the field's tensors
-    once; a changed parameter needs a new instance (CompiledField sees to it)."""
+    once; a changed parameter needs `update` or a new instance (`Packing` sees to it)."""
 
     name: ClassVar[str]
     differentiable: ClassVar[bool] = False  # True: autograd flows through evaluate and solve by itself
     plan: "DivergencePlan | None"  # what it was packed with
+    stamp: int = 0  # how often `update` took over new values
 
     @staticmethod
     @abstractmethod
@@ -115,6 +116,11 @@ class Engine(ABC):
 
     @abstractmethod
     def __init__(self, field: VectorField, plan: "DivergencePlan | None" = None) -> None: ...
+
+    def update(self, field: VectorField) -> bool:
+        """Take over the values of a field that has the same patterns (the same objects), activations and functions of
+        time. False, and nothing changed, where a new instance is needed instead."""
+        return False
 
     @abstractmethod
     def evaluate(self, t: Tensor | float, y: Tensor) -> Tensor:

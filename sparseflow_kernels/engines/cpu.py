@@ -50,12 +50,28 @@ class CpuEngine(Engine):
         self.dim, self.dtype = field.dim, field.dtype
         self._field = field
         self._adjoint: tuple | None = None  # made when a gradient is first asked for
+        self.stamp = 0
         builder = getattr(_native(), _BUILDERS[field.dtype])()
-        externals = write_program(builder, field, plan)
+        self._writer = write_program(builder, field, plan)
         self.program = builder.compile()
+        externals, dtype = self._writer.externals, field.dtype
         if externals.functions:
-            dtype = field.dtype
             self.program.set_refresh(lambda times: externals.answer(times, dtype))
+
+    @torch.no_grad()
+    def update(self, field: VectorField) -> bool:
+        same = field.dtype == self.dtype and field.device == self._field.device and all(
+            new.pattern is old.pattern for new, old in zip(field.layers, self._field.layers, strict=True)
+        )
+        if not same or self._writer.externals.functions:
+            return False
+        self._field = field
+        self.stamp += 1
+        self._writer.renew(self.program, field)
+        if self._adjoint is not None:
+            program, writer = self._adjoint
+            writer.renew(program, field)
+        return True
 
     def evaluate(self, t: Tensor | float, y: Tensor) -> Tensor:
         y = self._ready(y, "y")
@@ -139,8 +155,8 @@ class CpuEngine(Engine):
     def _adjoint_program(self):
         if self._adjoint is None:
             builder = getattr(_native(), _BUILDERS[self.dtype])()
-            places = write_adjoint(builder, self._field, self.plan)
-            self._adjoint = builder.compile_adjoint(), places
+            writer = write_adjoint(builder, self._field, self.plan)
+            self._adjoint = builder.compile_adjoint(), writer
         return self._adjoint
 
     def evaluate_backward(
@@ -190,14 +206,14 @@ class CpuEngine(Engine):
 
     def _tensors(self, raw: dict) -> tuple[Tensor, ...]:
         """A native gradient, tensor by tensor of the field."""
-        _, places = self._adjoint_program()
+        _, writer = self._adjoint_program()
         gradients = [torch.from_numpy(array) for array in raw["matrices"]]
-        values = [gradients[matrix] for matrix in places.weights]
-        if places.derived:
+        values = [gradients[matrix] for matrix in writer.weights]
+        if writer.derived_from:
             with torch.enable_grad():
                 field = self._field.map_tensors(lambda tensor: tensor.detach().requires_grad_())
                 leaves = [layer.values for layer in field.layers]
-                made = [(function(field), gradients[matrix]) for matrix, function in places.derived]
+                made = [(function(field), gradients[matrix]) for matrix, function in writer.derived_from]
                 made = [(out, grad.to(self.dtype)) for out, grad in made if out.requires_grad]
                 if made:
                     carried = torch.autograd.grad(

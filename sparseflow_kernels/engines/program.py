@@ -71,48 +71,64 @@ def _index(tensor: Tensor) -> np.ndarray:
     return _array(tensor).astype(np.int32)
 
 
+Values = Callable[[VectorField], Tensor]  # the values of a matrix, from the field it belongs to
+
+
 class Writer:
-    """The parts of a program, as a native builder takes them."""
+    """The parts of a program, as a native builder takes them; what is computed from the field's tensors is remembered, so
+    that a program can be given new numbers (`renew`)."""
 
     def __init__(self, builder, field: VectorField) -> None:
         self.builder = builder
         self.field = field
         self.externals = Externals()
-        self.modulations: list[int] = []
+        self.modulations: list[int] = []  # by layer, like the next
         self.weights: list[int] = []
+        self.sources: list[tuple[int, Values]] = []
 
     # ---- parts
 
-    def matrix(self, pattern: Pattern, values: Tensor) -> int:
-        return self.builder.matrix(*pattern.shape, _index(pattern.row_ptr), _index(pattern.col), _array(values))
+    def matrix(self, pattern: Pattern, values: Values) -> int:
+        numbers = _array(values(self.field))
+        number = self.builder.matrix(*pattern.shape, _index(pattern.row_ptr), _index(pattern.col), numbers)
+        self.sources.append((number, values))
+        return number
 
     def gated(self, matrix: GatedMatrix, gate: int | None) -> int:
         """A matrix of path sums; static without an output gate."""
         field, pattern = self.field, matrix.pattern
         if gate is None:
-            return self.matrix(pattern, matrix.values(field, None))
+            return self.matrix(pattern, functools.partial(matrix.values, gate=None))
         parts = (*pattern.shape, _index(pattern.row_ptr), _index(pattern.col))
         if matrix.entry is None:  # too many paths to list: its values are recomputed in torch
             last = field.layers[-1]
             return self.builder.external_matrix(*parts, self.externals.add(lambda t: matrix.values(field, last.gate.at(t))))
-        constants = matrix.path_constants(field)
-        return self.builder.gated_matrix(*parts, _index(matrix.entry), _index(matrix.gate), _array(constants), gate)
+        constants = _array(matrix.path_constants(field))
+        number = self.builder.gated_matrix(*parts, _index(matrix.entry), _index(matrix.gate), constants, gate)
+        self.sources.append((number, matrix.path_constants))
+        return number
 
     def modulation(self, layer: Layer) -> int:
-        parts: dict = {}
-        if isinstance(layer.gate, SigmoidGate):
-            parts |= {"gate_slope": _array(layer.gate.slope), "gate_offset": _array(layer.gate.offset)}
-        elif isinstance(layer.gate, TimeFunction):
+        parts = _modulation(layer)
+        if isinstance(layer.gate, TimeFunction):
             parts["external_gate"] = self.externals.add(layer.gate.at)
-        if isinstance(layer.shift, LinearShift):
-            parts |= {"shift_slope": _array(layer.shift.slope), "shift_offset": _array(layer.shift.offset)}
-        elif isinstance(layer.shift, TimeFunction):
+        if isinstance(layer.shift, TimeFunction):
             parts["external_shift"] = self.externals.add(layer.shift.at)
-        return self.builder.modulation(_array(layer.bias), **parts)
+        return self.builder.modulation(**parts)
 
     def add_layers(self) -> None:
-        self.weights = [self.matrix(layer.pattern, layer.values) for layer in self.field.layers]
-        self.modulations = [self.modulation(layer) for layer in self.field.layers]
+        layers = self.field.layers
+        self.weights = [
+            self.matrix(layer.pattern, functools.partial(_layer_values, number)) for number, layer in enumerate(layers)
+        ]
+        self.modulations = [self.modulation(layer) for layer in layers]
+
+    def renew(self, program, field: VectorField) -> None:
+        """Give a compiled program the numbers of another field of the same patterns."""
+        for number, values in self.sources:
+            program.set_values(number, _array(values(field)))
+        for number, layer in zip(self.modulations, field.layers):
+            program.set_modulation(number, **_modulation(layer))
 
     def affine(self, number: int, source, target, store=Store.VALUE, seed=ABSENT, weight=ABSENT) -> None:
         rule, params = rule_and_params(self.field.layers[number].activation)
@@ -123,13 +139,26 @@ class Writer:
         )
 
 
+def _layer_values(number: int, field: VectorField) -> Tensor:
+    return field.layers[number].values
+
+
+def _modulation(layer: Layer) -> dict:
+    parts = {"bias": _array(layer.bias)}
+    if isinstance(layer.gate, SigmoidGate):
+        parts |= {"gate_slope": _array(layer.gate.slope), "gate_offset": _array(layer.gate.offset)}
+    if isinstance(layer.shift, LinearShift):
+        parts |= {"shift_slope": _array(layer.shift.slope), "shift_offset": _array(layer.shift.offset)}
+    return parts
+
+
 @dataclass(eq=False)
 class StackedStep:
     """One hidden layer of several columns at once (`divergence.Column`), the live neurons of all of them stacked: a matrix
     from the stack before it. neuron: int64, which neuron every row is; None where a row is a neuron of the whole layer."""
 
     pattern: Pattern
-    values: Callable[[VectorField], Tensor]
+    values: Values
     neuron: Tensor | None
 
 
@@ -232,9 +261,8 @@ class _Forward(Writer):
             return
         weight = ABSENT
         if not form.output_gate:
-            transpose, order = last.pattern.transpose
             r = builder.buffer(last.in_features)
-            builder.product(self.matrix(transpose, last.values[order.to(last.values.device)]), (noise, 0), (r, 0), prologue=True)
+            builder.product(self.weights[-1], (noise, 0), (r, 0), prologue=True, transposed=True)
             weight = (r, 0)
         for number in range(hidden):
             reduce = weight != ABSENT and number == hidden - 1
@@ -260,12 +288,8 @@ class _Forward(Writer):
             sums = builder.buffer(layers[1].out_features)
             builder.reduction(self.gated(form.matrix, gate), (h[0], 1), factor=(h[1], 1), target=(sums, 0))
         elif isinstance(form, PathsForm):
-            constants = None
-            for layer, index in form.factors:
-                values = layers[layer].values[index.to(layers[layer].values.device)]
-                constants = values if constants is None else constants * values
             builder.reduction(
-                self.matrix(form.products, constants), (h[1], 1), factor=(h[2], 1), factor2=(h[0], 1),
+                self.matrix(form.products, form.path_products), (h[1], 1), factor=(h[2], 1), factor2=(h[0], 1),
                 factor_row=_index(form.i), factor2_row=_index(form.k),
                 coefficient_matrix=self.gated(form.coefficient, gate),
             )
@@ -281,7 +305,7 @@ class _Forward(Writer):
         steps, ends = stack_columns(field, columns)
         source = (h[0], 1)
         for number, step in enumerate(steps, start=1):
-            matrix = self.matrix(step.pattern, step.values(field))
+            matrix = self.matrix(step.pattern, step.values)
             slopes, neuron = (h[number], 1), None if step.neuron is None else _index(step.neuron)
             if number < len(steps):
                 target = builder.buffer(step.pattern.shape[0])
@@ -313,9 +337,10 @@ def column_groups(columns: tuple[Column, ...]) -> Iterator[list[Column]]:
         yield group
 
 
-def write_program(builder, field: VectorField, plan: DivergencePlan | None) -> Externals:
-    """Fill a native builder (`_cpu.BuilderF32` or `F64`); returns the functions of time the engine must ask for."""
+def write_program(builder, field: VectorField, plan: DivergencePlan | None) -> Writer:
+    """Fill a native builder (`_cpu.BuilderF32` or `F64`). The writer's `externals` are the functions of time that the
+    engine must ask for; its `renew` gives the compiled program new numbers."""
     writer = _Forward(builder, field)
     with torch.no_grad():
         writer.write(plan)
-    return writer.externals
+    return writer

@@ -5,17 +5,18 @@ other engine is tested against it. The divergence is the Jacobian's diagonal by 
 from __future__ import annotations
 
 import contextlib
-from typing import ClassVar, Sequence
+from dataclasses import replace
+from typing import Callable, ClassVar, Collection, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import activations
 from ..divergence import DivergencePlan
-from ..field import UnsupportedFieldError, VectorField
+from ..field import TimeFunction, UnsupportedFieldError, VectorField
 from ..numerics.adaptive import solve_request
-from .base import Engine, SolveRequest, SolveResult
+from .base import Engine, Gradient, SolveRequest, SolveResult
 
 TANGENT_ELEMENTS = 1 << 22  # largest tangent block [batch, columns, width]; wider Jacobians go in several column blocks
 
@@ -76,6 +77,88 @@ class ReferenceEngine(Engine):
         with own_precision(request.x):
             return solve_request(request, f)
 
+    # ------------------------------------------------------------------------------------------------- gradients
+
+    def no_gradient(self, wanted: Collection[str], request: SolveRequest | None = None) -> None:
+        return None
+
+    def tensors(self) -> list[Tensor]:
+        """What the tensors of this engine's Gradients belong to: the field's, in the order of `VectorField.tensors()`,
+        then the parameters of its functions of time (each once), which no other engine can reach."""
+        functions = {
+            id(parameter): parameter for _, _, module in _time_modules(self.field) for parameter in module.parameters()
+        }
+        return [tensor for _, tensor in self.field.tensors()] + list(functions.values())
+
+    def evaluate_backward(
+        self, t: Tensor | float, x: Tensor, noise: Tensor | None, grad_f: Tensor, grad_trace: Tensor | None,
+        wanted: Collection[str], graph: bool = False,
+    ) -> Gradient:  # fmt: skip
+        """Engine.evaluate_backward by autograd. graph: the gradient can be differentiated in its turn."""
+
+        def run(engine: ReferenceEngine, t: Tensor, x: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
+            return (engine.evaluate(t, x),) if self.plan is None else engine.evaluate_with_divergence(t, x, noise)
+
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        return self._pull_back(run, {"t": t, "x": x, "noise": noise}, (grad_f, grad_trace), wanted, graph)
+
+    def solve_backward(
+        self, request: SolveRequest, result: SolveResult, grad_xs: Tensor, grad_ls: Tensor | None,
+        wanted: Collection[str], graph: bool = False,
+    ) -> Gradient:  # fmt: skip
+        """Engine.solve_backward by autograd through the recorded steps, taken again. graph: as in evaluate_backward.
+        Only `steps` is read of the result."""
+
+        def run(engine: ReferenceEngine, **inputs: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            again = engine.solve(replace(request, replay=result.steps, record=False, **inputs))
+            return again.xs, again.ls
+
+        inputs = {name: getattr(request, name) for name in ("x", "l", "times", "grid", "noise")}
+        return self._pull_back(run, inputs, (grad_xs, grad_ls), wanted, graph)
+
+    def _pull_back(
+        self, run: Callable[..., tuple[Tensor | None, ...]], inputs: dict[str, Tensor | None],
+        grads: Sequence[Tensor | None], wanted: Collection[str], graph: bool,
+    ) -> Gradient:  # fmt: skip
+        """The gradient of sum(grads * run(engine, **inputs)). It is taken on stand-ins, which gradients stop at: an
+        input's own dependence on another one is not counted here."""
+
+        def stand_in(tensor: Tensor | None, want: bool) -> Tensor | None:
+            if tensor is None:
+                return None
+            return tensor.view_as(tensor) if graph and tensor.requires_grad else tensor.detach().requires_grad_(want)
+
+        with torch.enable_grad(), own_precision(inputs["x"]):
+            lent = {name: stand_in(tensor, name in wanted) for name, tensor in inputs.items()}
+            tensors = [stand_in(tensor, "tensors" in wanted) for tensor in self.tensors()]
+            outputs = run(self.over(tensors), **lent)
+            pairs = [
+                (out, grad) for out, grad in zip(outputs, grads)
+                if out is not None and grad is not None and out.requires_grad
+            ]  # fmt: skip
+            named = [name for name in lent if name in wanted and lent[name] is not None]
+            targets = [lent[name] for name in named] + (tensors if "tensors" in wanted else [])
+            if pairs:
+                found = torch.autograd.grad(
+                    [out for out, _ in pairs], targets, [grad for _, grad in pairs], create_graph=graph, allow_unused=True
+                )
+            else:
+                found = (None,) * len(targets)
+        return Gradient(tensors=tuple(found[len(named) :]), **dict(zip(named, found)))
+
+    def over(self, tensors: Sequence[Tensor]) -> "ReferenceEngine":
+        """This engine over other tensors, in the order of `tensors()`."""
+        lent = {id(own): other for own, other in zip(self.tensors(), tensors)}
+        given = iter(tensors)
+        field = self.field.map_tensors(lambda _: next(given))  # which visits them in that order
+        for number, kind, module in _time_modules(self.field):
+            borrowed = {name: lent[id(parameter)] for name, parameter in module.named_parameters()}
+            part = getattr(field.layers[number], kind)
+            setattr(field.layers[number], kind, TimeFunction(_Lent(module, borrowed), part.rows))
+        return ReferenceEngine(field, self.plan)
+
+    # ------------------------------------------------------------------------------------------------- the formulas
+
     def _forward(self, weights: Sequence[Tensor], t: Tensor | float, y: Tensor) -> tuple[Tensor, list[tuple]]:
         """(f(t, y), [(s_l or None, z_l) of every layer])."""
         t = torch.as_tensor(t, dtype=y.dtype, device=y.device)
@@ -116,6 +199,26 @@ class ReferenceEngine(Engine):
             # one [1, columns, dim] for the whole batch: the first product is shared until a slope tells samples apart
             trace = trace + (push(block[None]) * block).sum((1, 2))
         return dx, trace
+
+
+def _time_modules(field: VectorField) -> list[tuple[int, str, nn.Module]]:
+    """(layer number, "gate" or "shift", module) of every function of time that is a module."""
+    return [
+        (number, kind, part.function)
+        for number, layer in enumerate(field.layers)
+        for kind, part in (("gate", layer.gate), ("shift", layer.shift))
+        if isinstance(part, TimeFunction) and isinstance(part.function, nn.Module)
+    ]
+
+
+class _Lent:
+    """A module called with other tensors in place of its parameters."""
+
+    def __init__(self, module: nn.Module, parameters: dict[str, Tensor]) -> None:
+        self._module, self._parameters = module, parameters
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return torch.func.functional_call(self._module, self._parameters, (t,))
 
 
 def own_precision(like: Tensor) -> contextlib.AbstractContextManager:
