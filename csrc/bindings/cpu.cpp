@@ -439,6 +439,7 @@ void bind(py::module_& m, const char* builder, const char* compiled, const char*
            py::arg("grad_trace"), py::arg("grad_x"))
       .def("solve", &adjoint_solve<T>, py::arg("noise"), py::arg("batch"), py::arg("times"), py::arg("sign"), py::arg("tableau"), py::arg("perturb"),
            py::arg("steps"), py::arg("states"), py::arg("derivatives"), py::arg("threads"), py::arg("grad_xs"), py::arg("grad_ls"), py::arg("grad_x"), py::arg("grad_l"))
+      .def("op_seconds", &CompiledAdjoint<T>::op_seconds, py::arg("batch"), "measured seconds per tile of every operation: body, keep, reverse")
       .def("width", &CompiledAdjoint<T>::width, py::arg("batch"), "samples per tile")
       .def("force_width", &CompiledAdjoint<T>::force_width, py::arg("index"));
 
@@ -504,11 +505,8 @@ double seconds_of(const std::function<void()>& work, int repeats) {
   return best;
 }
 
-// Best of `repeats`: a random sparse matrix times tiles of float32 activations, over the tile widths on offer.
-std::pair<double, double> bench_spmm(int rows, int cols, double density, unsigned seed, int repeats) {
-  std::mt19937 random(seed);
+Matrix<float> random_matrix(int rows, int cols, double density, std::mt19937& random) {
   std::uniform_real_distribution<float> uniform(0.0f, 1.0f);
-  Program<float> p;
   Matrix<float> m;
   m.rows = rows;
   m.cols = cols;
@@ -518,33 +516,64 @@ std::pair<double, double> bench_spmm(int rows, int cols, double density, unsigne
       if (uniform(random) < density) m.col.push_back(j), m.values.push_back(uniform(random) - 0.5f);
     m.row_ptr.push_back(static_cast<int32_t>(m.col.size()));
   }
-  const double nnz = m.nnz();
-  p.dim = cols;
-  p.matrices.push_back(std::move(m));
-  p.buffers = {{cols, 1}, {rows, 1}, {cols, 1}};
-  p.input = 0;
-  p.output = 2;
+  return m;
+}
+
+// (seconds, multiply-adds) of one operation on one tile of random float32 rows, best of `repeats` and over the tile widths.
+std::pair<double, double> bench_op(Program<float> program, const Op& op, bool reverse, unsigned seed, int repeats) {
+  std::mt19937 random(seed);
+  std::uniform_real_distribution<float> uniform(0.0f, 1.0f);
+  (reverse ? program.reverse : program.body).push_back(op);
+  const Kernels<float>& table = *kernels().f32;
+  const double nnz = program.matrices[op.matrix].nnz() * (op.carries ? 2.0 : 1.0);
+  double best_rate = 0, best_seconds = 0, best_work = 0;
+  for (int w = 0; w < Kernels<float>::kWidths; ++w) {
+    if (reverse && table.gradient[0][w] == nullptr) continue;
+    const std::unique_ptr<Packed<float>> packed = pack(program, table, w);
+    const Stage<float> stage(program, *packed, table);
+    Aligned<char> workspace(packed->workspace_bytes);
+    Aligned<float> sums(packed->lasting_sums);
+    float* x = reinterpret_cast<float*>(workspace.get());
+    for (size_t i = 0; i < packed->workspace_bytes / sizeof(float); ++i) x[i] = uniform(random);
+    const double work = nnz * packed->width;
+    const int inner = std::max(1, int(2e7 / std::max(1.0, work)));
+    const auto& ops = reverse ? packed->reverse : packed->body;
+    const double seconds = seconds_of([&] { for (int i = 0; i < inner; ++i) stage.run(ops, workspace.get(), sums.get()); }, repeats) / inner;
+    if (work / seconds > best_rate) best_rate = work / seconds, best_seconds = seconds, best_work = work;
+  }
+  return {best_seconds, best_work};
+}
+
+// A sparse matrix times activations.
+std::pair<double, double> bench_spmm(int rows, int cols, double density, unsigned seed, int repeats) {
+  std::mt19937 random(seed);
+  Program<float> p;
+  p.matrices.push_back(random_matrix(rows, cols, density, random));
+  p.buffers = {{cols, 1}, {rows, 1}};
   Op op;
   op.kind = OpKind::kProduct;
   op.matrix = 0;
   op.source = {0, 0};
   op.target = {1, 0};
-  p.body.push_back(op);
-  const Kernels<float>& table = *kernels().f32;
-  CompiledProgram<float> program(p, table);
-  double best_rate = 0, best_seconds = 0, best_work = 0;
-  for (int w = 0; w < Kernels<float>::kWidths; ++w) {
-    Packed<float>& packed = program.packed(w);
-    const Stage<float> stage(program.program(), packed, table);
-    Aligned<char> workspace(packed.workspace_bytes);
-    float* x = reinterpret_cast<float*>(workspace.get());
-    for (int i = 0; i < cols * packed.width; ++i) x[i] = uniform(random);
-    const double work = nnz * packed.width;
-    const int inner = std::max(1, int(2e7 / std::max(1.0, work)));
-    const double seconds = seconds_of([&] { for (int i = 0; i < inner; ++i) stage.run(packed.body, workspace.get()); }, repeats) / inner;
-    if (work / seconds > best_rate) best_rate = work / seconds, best_seconds = seconds, best_work = work;
-  }
-  return {best_seconds, best_work};
+  return bench_op(std::move(p), op, false, seed, repeats);
+}
+
+// The gradient of a sparse matrix: an inner product over the samples at each of its entries; `carries`: of values and
+// tangents together.
+std::pair<double, double> bench_sddmm(int rows, int cols, double density, bool carries, unsigned seed, int repeats) {
+  std::mt19937 random(seed);
+  Program<float> p;
+  p.matrices.push_back(random_matrix(rows, cols, density, random));
+  p.buffers = {{cols, 2}, {rows, 2}};
+  p.sums.push_back({p.matrices[0].nnz(), false});
+  Op op;
+  op.kind = OpKind::kGradient;
+  op.matrix = 0;
+  op.source = {0, 0};
+  op.factor = {1, 0};
+  op.sum = 0;
+  op.carries = carries;
+  return bench_op(std::move(p), op, true, seed, repeats);
 }
 
 // Activations with slope per second of one core, on arrays in the first-level cache.
@@ -579,5 +608,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("fma_peak", &measure_fma_rate, py::arg("seconds") = 0.2, "measured float32 multiply-adds per second of one core");
   m.def("bench_spmm", &bench_spmm, py::arg("rows"), py::arg("cols"), py::arg("density"), py::arg("seed") = 0, py::arg("repeats") = 15,
         "(seconds, multiply-adds) of one sparse product, at the best tile width");
+  m.def("bench_sddmm", &bench_sddmm, py::arg("rows"), py::arg("cols"), py::arg("density"), py::arg("carries") = true, py::arg("seed") = 0,
+        py::arg("repeats") = 15, "(seconds, multiply-adds) of the gradient of one sparse matrix, at the best tile width");
   m.def("activation_rate", &activation_rate, py::arg("id"), py::arg("repeats") = 15, "measured float32 activations with slope per second");
 }

@@ -1,6 +1,7 @@
 #include "adjoint.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -12,7 +13,7 @@
 namespace sparseflow {
 namespace {
 
-constexpr size_t kTileBytes = size_t(768) << 10;  // a tile's rows should stay in the second-level cache
+constexpr size_t kTileBytes = size_t(2) << 20;  // a tile's rows should not leave the second-level cache too often
 constexpr int kChunks = 64;                       // places to add gradients up in, at most; threads beyond find no work
 constexpr size_t kChunkBytes = size_t(64) << 20;  // and their memory
 
@@ -443,6 +444,29 @@ class Reversal {
   std::vector<const PackedOp<T>*> op_of_sum_;
   ProgramGradient<T> gradient_;
 };
+
+template <class T>
+std::vector<std::vector<double>> CompiledAdjoint<T>::op_seconds(int batch) {
+  using Clock = std::chrono::steady_clock;
+  std::lock_guard<std::mutex> lock(mutex_);
+  Packed<T>& p = packed(width_index(batch));
+  std::vector<Stage<T>> stages;
+  stages.emplace_back(program_, p, kernels_);
+  Stage<T>::refresh(stages, {T(0)}, {});
+  Aligned<char> workspace(p.workspace_bytes);
+  Aligned<T> lasting(p.lasting_sums), each_stage(p.stage_sums);
+  std::vector<std::vector<double>> out;
+  for (const auto* list : {&p.body, &p.keep, &p.reverse}) {
+    out.emplace_back(list->size(), std::numeric_limits<double>::infinity());
+    for (int repeat = 0; repeat < 20; ++repeat)
+      for (size_t i = 0; i < list->size(); ++i) {
+        const auto begin = Clock::now();
+        stages[0].run(*list, workspace.get(), lasting.get(), each_stage.get(), i, 1);
+        out.back()[i] = std::min(out.back()[i], std::chrono::duration<double>(Clock::now() - begin).count());
+      }
+  }
+  return out;
+}
 
 template <class T>
 ProgramGradient<T> CompiledAdjoint<T>::evaluate(double t, const T* x, const T* noise, int batch, int threads, const T* grad_f, const T* grad_trace, T* grad_x) {

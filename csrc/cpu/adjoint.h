@@ -61,6 +61,8 @@ class CompiledAdjoint {
     sparseflow::set_modulation(program_, modulation, std::move(bias), std::move(gate_slope), std::move(gate_offset), std::move(shift_slope),
                                std::move(shift_offset));
   }
+  // Measured seconds per tile of every operation of body, keep and reverse, at the width for this batch.
+  std::vector<std::vector<double>> op_seconds(int batch);
   int width(int batch) const;  // of the tiles, in samples: it follows from the program and the batch, never from the clock
   void force_width(int index) { forced_ = index; }
 

@@ -545,8 +545,9 @@ void Stage<T>::refresh(std::vector<Stage<T>>& stages, const std::vector<T>& time
 }
 
 template <class T>
-void Stage<T>::run(const std::vector<PackedOp<T>>& ops, char* workspace, T* lasting, T* each_stage) const {
-  for (const PackedOp<T>& op : ops) {
+void Stage<T>::run(const std::vector<PackedOp<T>>& ops, char* workspace, T* lasting, T* each_stage, size_t first, size_t count) const {
+  for (size_t i = first; i < ops.size() && i - first < count; ++i) {
+    const PackedOp<T>& op = ops[i];
     if (op.gradient) {
       T* const sums = (program_->sums[op.op->sum].each_stage ? each_stage : lasting) + op.sums;
       op.gradient({workspace, op.runs.data(), op.right.data(), static_cast<int32_t>(op.runs_of_batch.size()), op.runs_of_batch.data(), sums});

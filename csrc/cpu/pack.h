@@ -103,7 +103,8 @@ class Stage {
  public:
   Stage(const Program<T>& program, const Packed<T>& packed, const Kernels<T>& kernels);
   // Gradients add to `lasting`, those of a sum that is taken away after every evaluation to `each_stage`.
-  void run(const std::vector<PackedOp<T>>& ops, char* workspace, T* lasting = nullptr, T* each_stage = nullptr) const;
+  void run(const std::vector<PackedOp<T>>& ops, char* workspace, T* lasting = nullptr, T* each_stage = nullptr, size_t first = 0,
+           size_t count = SIZE_MAX) const;
 
   const std::vector<T>& scale(int modulation) const { return scale_[modulation]; }
 
