@@ -92,9 +92,9 @@ void pull(const RowArgs<T>& args) {
 template <class T, int Group, int... I>
 SF_INLINE Vec<T> fold(Vec<T> x, Vec<T> y, std::integer_sequence<int, I...>) {
   constexpr int L = Simd<T>::kLanes, H = Group / 2;
-  const Vec<T> low = __builtin_shufflevector(x, y, (I % Group < H ? I : L + I - H)...);
-  const Vec<T> high = __builtin_shufflevector(x, y, (I % Group < H ? I + H : L + I)...);
-  return low + high;
+  const Vec<T> stay = __builtin_shufflevector(x, y, (I % Group < H ? I : L + I)...);  // a blend
+  const Vec<T> cross = __builtin_shufflevector(x, y, (I % Group < H ? I + H : L + I - H)...);
+  return stay + cross;
 }
 template <class T, int Group>
 SF_INLINE void fold_all(Vec<T>* x) {  // Group vectors

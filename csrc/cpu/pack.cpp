@@ -177,7 +177,7 @@ int columns_per_block(const Entries& m, const Op& op) {
   const bool nowhere_to_wait = (op.kind == OpKind::kReduction && op.target.buffer < 0) ||
                                (op.kind == OpKind::kProduct && op.addend.buffer >= 0 && op.addend.buffer == op.target.buffer);
   if (nowhere_to_wait || m.rows == 0 || m.nnz() == 0) return std::max(1, m.cols);
-  constexpr double kFit = 36.0 * 1024 / (64 * sizeof(T));  // 36 KB of 64 values each
+  const double kFit = 36.0 * 1024 / (64 * sizeof(T) * (op.tangent() ? 2 : 1));  // 36 KB of 64 values each
   const double entries_per_column = double(m.nnz()) / m.rows / m.cols;
   const double wanted = std::max(kFit, 12.0 / entries_per_column);
   if (wanted >= m.cols) return m.cols;
