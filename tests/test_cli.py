@@ -150,9 +150,9 @@ def test_demo_runs_and_resumes(tmp_path):
     assert all(s["nfe"] >= 14 and s["ratio"] > 0 for s in solves) and solves[0]["ratio"] == 1
     assert (tmp_path / "densities.png").read_bytes().startswith(b"\x89PNG")
     again = run("demo", "--quick", "--out", str(tmp_path))
-    assert again.count("trained before") >= 4  # progress lines: of both data sets, flows and control
+    assert again.count("trained before") >= 4  # progress lines: of both data sets, dense and pruned
     resumed = json.loads((tmp_path / "demo.json").read_text())
     for before, after in zip(document["figures"]["flows"], resumed["figures"]["flows"]):
         assert after["nll"] == pytest.approx(before["nll"])
-    next((tmp_path / "checkpoints").rglob("control.safetensors")).write_bytes(b"")
+    next((tmp_path / "checkpoints").rglob("*_control.safetensors")).write_bytes(b"")
     assert "not a readable checkpoint" in run("demo", "--quick", "--out", str(tmp_path), code=1)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from sparseflow_kernels import data
 from sparseflow_kernels.flows import ContinuousFlow, mlp_field, toy_field
-from sparseflow_kernels.pruning import copy_module, dense_size, prune_neurons_, prune_weights_, size
+from sparseflow_kernels.pruning import copy_module, dense_size, prune_weights_, size
+from sparseflow_kernels.solution import GradientError
 from sparseflow_kernels.training import (
     CheckpointError,
     NonFiniteLossError,
@@ -16,7 +16,6 @@ from sparseflow_kernels.training import (
     load_checkpoint,
     save_checkpoint,
     train,
-    train_prune_retrain,
 )
 
 torch.set_num_threads(1)
@@ -128,6 +127,41 @@ def test_bad_steps_are_skipped_and_too_many_raise():
         train(flow, rows(), steps=20, max_failures=1, **FAST)
 
 
+def test_a_gradient_that_raises_is_a_bad_step():
+    flow, calls = make_flow(), []
+
+    def hook(grad):
+        calls.append(grad)
+        if len(calls) == 2:
+            raise GradientError("the gradient is not finite", "Mend it.", 3, 0.5, 0.1, [7], 9)
+
+    flow.vector_fields[0].layers[0].linear.bias.register_hook(hook)
+    assert train(flow, rows(), steps=2, **FAST)[0]["skipped"] == 1
+    calls.clear()
+    with pytest.raises(NonFiniteLossError, match=r"in step 3 of 9 \(t = 0.5, dt = 0.1\), 1 row\(s\) of the batch: 7"):
+        calls.append(None)
+        train(flow, rows(), steps=2, max_failures=1, **FAST)
+
+
+def test_train_goes_on_from_its_checkpoint(tmp_path):
+    path, whole, stopped = tmp_path / "run.safetensors", make_flow(), make_flow()
+    train(whole, rows(), epochs=3, engine="auto", **FAST)
+
+    def stop(facts):
+        if facts["epoch"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, rows(), epochs=3, engine="auto", checkpoint=path, progress=stop, **FAST)
+    resumed = make_flow(seed=5)
+    history = train(resumed, rows(), epochs=3, engine="auto", checkpoint=path, **FAST)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters())) and len(history) == 3
+    before = resumed.state_dict()
+    with pytest.raises(CheckpointError, match=r"another run \(differing: flow\)"):
+        train(ContinuousFlow(toy_field("l2_h16"), rtol=1e-4), rows(), epochs=3, engine="auto", checkpoint=path, **FAST)
+    assert all(torch.equal(before[name], tensor) for name, tensor in resumed.state_dict().items())
+
+
 def test_clipping_bounds_the_step():
     flow = make_flow()
     before = [p.detach().clone() for p in flow.parameters()]
@@ -159,10 +193,12 @@ def test_bad_arguments():
         train(flow, rows(), steps=1, lr=0.1, lr_end=0.2)
     with pytest.raises(ValueError, match="optimizer must be one of"):
         train(flow, rows(), steps=1, optimizer="lion")
-    with pytest.raises(ValueError, match="keeps must be numbers in"):
-        train_prune_retrain(flow, data.load("moons"), (0.5, 0.8))
-    with pytest.raises(ValueError, match="keeps must be one of toy"):
-        train_prune_retrain(flow, data.load("moons"), "cifar")
+    with pytest.raises(ValueError, match="milestones must be whole numbers of epochs that rise"):
+        train(flow, rows(), epochs=9, milestones=(5, 3))
+    with pytest.raises(ValueError, match="milestones or lr_end, not both"):
+        train(flow, rows(), epochs=9, milestones=(5,), lr_end=1e-4)
+    with pytest.raises(ValueError, match="select='best' needs data with validation rows"):
+        train(flow, rows(), epochs=1, select="best")
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
@@ -197,35 +233,3 @@ def test_foreign_and_broken_checkpoints_are_refused_and_change_nothing(tmp_path)
     with pytest.raises(CheckpointError, match="not of this module"):
         load_checkpoint(path, pruned)
     assert all(torch.equal(p, b) for p, b in zip(flow.parameters(), before))
-
-
-@pytest.mark.parametrize("method", ["weights", "neurons"])
-def test_cycles_resume_where_they_stopped(tmp_path, method):
-    sets = data.load("gaussians", n=40)
-    keeps = (0.7, 0.4)
-    run = {"method": method, "seed": 2, "epochs": 1, "batch": 64, "lr": 0.02}
-    straight = list(train_prune_retrain(make_flow(), sets, keeps, **run))
-    assert [cycle.keep for cycle in straight] == [1.0, 0.7, 0.4]
-    sizes = [cycle.size for cycle in straight]
-    assert sizes == [size(cycle.flow) for cycle in straight] and sizes[0] > sizes[1] > sizes[2]
-    assert all(s <= k * sizes[0] for s, k in zip(sizes, (1.0, *keeps)))
-
-    by_hand = make_flow()
-    for index, keep in enumerate((1.0, *keeps)):
-        if index:
-            (prune_weights_ if method == "weights" else prune_neurons_)(by_hand, keep)
-        history = train(by_hand, sets, epochs=1, batch=64, lr=0.02, seed=2 + index)
-        assert [h["nll"] for h in history] == [h["nll"] for h in straight[index].history]
-
-    first = train_prune_retrain(make_flow(), sets, keeps, folder=tmp_path, **run)
-    next(first), next(first)
-    first.close()  # interrupted after two cycles
-    resumed = list(train_prune_retrain(make_flow(seed=8), sets, keeps, folder=tmp_path, **run))
-    assert [cycle.resumed for cycle in resumed] == [True, True, False]
-    for a, b in zip(straight, resumed):
-        assert (a.size, a.nll, [h["nll"] for h in a.history]) == (b.size, b.nll, [h["nll"] for h in b.history])
-        assert torch.equal(a.flow.log_prob(sets.test[:9]), b.flow.log_prob(sets.test[:9]))
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"cycle_0{i}.safetensors" for i in range(3)]
-
-    with pytest.raises(CheckpointError, match=r"another run \(differing: training\)"):
-        next(train_prune_retrain(make_flow(), sets, keeps, folder=tmp_path, **{**run, "lr": 0.5}))

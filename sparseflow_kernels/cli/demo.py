@@ -1,14 +1,14 @@
 """`sparseflow demo`: train, prune, retrain and compile two small flows; pictures of one, figures of the other.
 
 Retraining is training: a pruned flow has had more steps than the dense one it came from. So a copy of the dense flow is
-trained on, unpruned, for as many steps more, and the pruned flow is compared with that control.
+trained on, unpruned, beside it for as many steps more, and the pruned flow is compared with that control.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -26,9 +26,7 @@ from ..data.cache import atomic_write
 from ..data.dataset import Dataset
 from ..flows import ContinuousFlow, mlp_field
 from ..pruning import copy_module, remove_masks_, size
-from ..training import (
-    CheckpointError, Cycle, evaluate_nll, load_checkpoint, save_checkpoint, train, train_prune_retrain,
-)
+from ..training import CheckpointError, Cycle, evaluate_nll, sparse_flow
 from .console import fail, progress, say, show_table
 
 
@@ -104,37 +102,23 @@ def demo(
 def _trained(flow: ContinuousFlow, rows: Dataset, plan: Plan, folder: Path) -> list[Trained]:
     """The dense flow, the pruned ones, and the control; one progress display over all the training."""
     rows = replace(rows, val=rows.val[: plan.test_rows // 4])
-    options = {"steps": plan.steps, "batch": plan.batch, "lr": plan.lr, "lr_end": plan.lr / 10, "clip": 10.0}
     cycles: list[Cycle] = []
-    done = 0
     with progress(f"training on {rows.name}", plan.steps * (1 + 2 * len(plan.keeps))) as update:
 
         def on_step(facts: dict) -> None:
-            update(done + facts["step"], f"{what}, nll {facts['nll']:.3f}")
+            before = max(0, 2 * facts["cycle"] - 1 + facts["control"])
+            what = CONTROL if facts["control"] else _name(facts["keep"])
+            update(plan.steps * before + facts["step"], f"{what}, nll {facts['nll']:.3f}")
 
-        what = "dense"
-        runs = train_prune_retrain(
-            flow, rows, plan.keeps, folder=folder, prune_options={"of": "weights"}, progress=on_step, **options
-        )
-        for cycle in runs:
-            done += plan.steps
+        for cycle in sparse_flow(
+            flow, rows, plan.keeps, folder=folder, prune_options={"of": "weights"}, control=True, progress=on_step,
+            steps=plan.steps, batch=plan.batch, lr=plan.lr, lr_end=plan.lr / 10, clip=10.0,
+        ):  # fmt: skip
             cycles.append(cycle)
             if cycle.resumed:
-                update(done, f"{_name(cycle.keep)} was trained before")
-            what = _name((1.0, *plan.keeps, 1.0)[len(cycles)])
-        control, path, what = copy_module(cycles[0].flow), folder / "control.safetensors", CONTROL
-        facts = json.loads(json.dumps(asdict(plan)))
-        if path.exists():
-            if load_checkpoint(path, control) != facts:
-                raise CheckpointError(f"{path} is of another run; delete it to start anew")
-            update(done + plan.steps * len(plan.keeps), f"{what} was trained before")
-        else:
-            for cycle in cycles[1:]:
-                train(control, rows, seed=cycle.index, progress=on_step, **options)
-                done += plan.steps
-            save_checkpoint(path, control, facts)
+                update(plan.steps * (1 + 2 * cycle.index), f"{_name(cycle.keep)} was trained before")
     trained = [Trained(_name(cycle.keep), cycle.keep, plan.steps * (1 + cycle.index), cycle.flow) for cycle in cycles]
-    return [*trained, Trained(CONTROL, 1.0, plan.steps * len(cycles), control)]
+    return [*trained, Trained(CONTROL, 1.0, plan.steps * len(cycles), cycles[-1].control_flow)]
 
 
 def _name(keep: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import bench, data, demo, info
+from . import bench, data, demo, info, train
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False,
@@ -13,6 +13,9 @@ app = typer.Typer(
 app.command("info")(info.info)
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
+app.command("train")(train.train)
+app.command("prune")(train.prune)
+app.command("sweep")(train.sweep)
 app.add_typer(data.app, name="data")
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from ..compiled_field import CompiledField
 from ..compiled_field import compile as compile_field
 from ..compiled_field import with_divergence
 from ..odeint import odeint_adjoint, solve
@@ -113,6 +114,10 @@ class ContinuousFlow(nn.Module):
             return logdet
         return self._base(z).log_prob(z) + logdet
 
+    def forward(self, x: Tensor) -> Tensor:
+        """`log_prob`, so that a flow can be called and wrapped (DistributedDataParallel) as any module."""
+        return self.log_prob(x)
+
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Data to base: x [n, dim] -> (z [n, dim], log|det dz/dx| [n])."""
         self._check(x, "x")
@@ -167,6 +172,25 @@ class ContinuousFlow(nn.Module):
         if self.sqrt_end_time is not None:
             flow.sqrt_end_time = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in self.sqrt_end_time)
         return flow.train(self.training)
+
+    @torch.no_grad()
+    def copy_to(self, flow: "ContinuousFlow") -> None:
+        """Write a compiled flow's current values into the flow it was compiled from (`CompiledField.copy_to`).
+
+        Raises ValueError where that flow is of another make, has other masks, or lacks a parameter that changed.
+        """
+        if len(flow.vector_fields) != len(self.vector_fields) or (flow.sqrt_end_time is None) != (
+            self.sqrt_end_time is None
+        ):
+            raise ValueError("copy_to: the other flow has another number of fields, or of end times")
+        uncompiled = [i for i, field in enumerate(self.vector_fields) if not isinstance(field, CompiledField)]
+        if uncompiled:
+            raise ValueError(f"copy_to: vector_fields[{uncompiled[0]}] is not compiled; use load_state_dict")
+        for mine, theirs in zip(self.vector_fields, flow.vector_fields):
+            mine.copy_to(theirs)
+        if self.sqrt_end_time is not None:
+            for mine, theirs in zip(self.sqrt_end_time, flow.sqrt_end_time):
+                theirs.copy_(mine)
 
     def extra_repr(self) -> str:
         solver = f"method={self.method!r}, rtol={self.rtol}, atol={self.atol}"

@@ -3,6 +3,7 @@
 from .chain import NotAChain
 from .masks import copy_module, prunable_layers, remove_masks_
 from .neurons import prune_neurons_
+from .propagation import prune_with_propagation_
 from .size import KEEP_RATIOS, SparsityReport, dense_size, keep_ratio, size, sparsity_report
 from .weights import prune_weights_
 
@@ -16,6 +17,7 @@ __all__ = [
     "prunable_layers",
     "prune_neurons_",
     "prune_weights_",
+    "prune_with_propagation_",
     "remove_masks_",
     "size",
     "sparsity_report",

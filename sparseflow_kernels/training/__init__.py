@@ -1,15 +1,26 @@
 """Training of flows, and the paper's loop of train, prune, retrain."""
 
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from .loop import Cycle, NonFiniteLossError, evaluate_nll, train, train_prune_retrain
+from .cycles import Cycle, live_size, prune_cycle_, sparse_flow
+from .evaluation import Evaluation, evaluate, evaluate_nll
+from .loop import NonFiniteLossError, train
+from .presets import PRESETS, Preset
+from .settings import TrainingSettings
 
 __all__ = [
     "CheckpointError",
     "Cycle",
+    "Evaluation",
+    "PRESETS",
     "NonFiniteLossError",
+    "Preset",
+    "TrainingSettings",
+    "evaluate",
     "evaluate_nll",
+    "live_size",
     "load_checkpoint",
+    "prune_cycle_",
     "save_checkpoint",
+    "sparse_flow",
     "train",
-    "train_prune_retrain",
 ]

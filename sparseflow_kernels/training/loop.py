@@ -1,277 +1,372 @@
-"""Maximum likelihood training of a flow, and the cycle of train, prune, retrain (Sparse Flows, arXiv 2106.12718).
+"""Maximum likelihood training of a flow.
 
-Masks need no care here: a masked parameter is parametrised as original * mask, so its pruned entries have no gradient.
+Training runs on the compiled flow: its parameters are the weights that remain, so forward, backward and optimizer cost
+what they cost. Without an engine the flow itself is trained, through torch; masks need no care there either, as a
+masked parameter is parametrised as original * mask and its pruned entries have no gradient.
+
+All randomness of an epoch (order of rows, Hutchinson noise) follows from the seed and the number of the epoch, so a
+checkpoint needs no generator states.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import math
+import statistics
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
+from ..compiled_field import CompiledField
 from ..data.dataset import Dataset
 from ..flows import ContinuousFlow
-from ..pruning import KEEP_RATIOS, copy_module, prune_neurons_, prune_weights_, size
-from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from ..pruning import copy_module
+from ..solution import GradientError
+from .checkpoint import CheckpointError, load_module_state, read_state, write_state
+from .distributed import agree, broadcast_, rank, sum_gradients_, world_size
+from .evaluation import evaluate_or_nan
+from .settings import OPTIMIZERS, TrainingSettings
 
 Progress = Callable[[dict[str, Any]], None]
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "sgd": torch.optim.SGD,
-}
-
 
 class NonFiniteLossError(RuntimeError):
-    """Training met too many steps in a row whose loss or gradient was not finite, or whose solve failed."""
+    """Too many training steps in a row failed, or no epoch had a finite validation NLL."""
 
 
 def train(
     flow: ContinuousFlow,
     data: Dataset | Tensor,
     *,
-    epochs: int | None = None,
-    steps: int | None = None,
-    batch: int = 1024,
-    lr: float = 5e-3,
-    lr_end: float | None = None,
-    optimizer: str = "adamw",
-    weight_decay: float = 1e-5,
-    clip: float | None = None,
-    seed: int = 0,
-    max_failures: int = 10,
+    engine: str | None = None,
+    seed: int | Sequence[int] = 0,
+    checkpoint: str | Path | None = None,
     progress: Progress | None = None,
+    **settings: Any,
 ) -> list[dict[str, Any]]:
     """Minimise the flow's mean negative log-likelihood in place; returns the history, one dict per epoch.
 
-    data: a Dataset (its `train` rows), or rows [n, dim]. They are converted to the flow's dtype and device.
-    epochs or steps: how long, exactly one of the two. An epoch goes through the rows in random order in batches of
-        `batch`; a last batch of less than half of that is left out (unless it is the only one).
-    optimizer: "adamw", "adam" or "sgd" with `lr` and `weight_decay`; a new one each call, as the paper's retraining.
-    lr_end: the learning rate falls geometrically from lr at the first step to this at the last; None: it stays.
-    clip: largest norm of the gradient, None for no clipping.
+    data: a Dataset (its `train` rows, and for select="best" its `val` rows), or rows [n, dim]. They are converted to
+        the flow's dtype and device.
+    engine: None trains the flow as it is, compiled or not; a name ("auto", "cpu", "reference") trains
+        `flow.compile(engine)`, whose optimizer state is of the remaining weights only, and copies the result back.
+        Weight decay then acts on the compiled field's parameters: a constant that simplify folded into a bias decays
+        with it, dead parameters do not.
     seed: of the order of rows and of the Hutchinson noise; torch's global generator is left as it was.
-    max_failures: a step with a non-finite loss or gradient, or a failed solve, is skipped and counted; that many in a
-        row raise NonFiniteLossError. The flow's parameters are then those of the last good step.
-    progress: called with each step's {"epoch", "step", "steps", "nll", "nfe"}.
+    checkpoint: a file written after every epoch. If it is there already, training goes on from it, and comes to the
+        same parameters, bit for bit, as if it had never stopped (same number of threads).
+    progress: called with each step's {"epoch", "epochs", "step", "steps", "nll", "nfe", "step_seconds", "lr"}.
+    settings: those of `TrainingSettings`: epochs or steps, batch, lr, ...
+
+    With torch.distributed initialised each rank takes its share of every batch and gradients are summed, so that a step
+    is that of one process with the whole batch, up to each rank's own step sizes and noise. Rank 0 writes checkpoints.
 
     History entries: epoch, nll (mean over the epoch's good steps), nfe (mean per step, None if not known), skipped,
-    seconds. Raises ValueError for bad arguments.
+    step_seconds (median), seconds; with select="best" also val_nll. Raises ValueError for bad arguments,
+    NonFiniteLossError as `max_failures` and `select` say (the flow is then left as it was, or without engine as after
+    the last good step), CheckpointError for a checkpoint that is damaged or of another run, OSError if one cannot be
+    written.
     """
-    rows = data.train if isinstance(data, Dataset) else data
-    if (epochs is None) == (steps is None):
-        raise ValueError("give exactly one of epochs and steps")
-    for name, value in (("epochs", epochs), ("steps", steps), ("batch", batch), ("max_failures", max_failures)):
-        if value is not None and (int(value) != value or value < 1):
-            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-    if lr_end is not None and not 0 < lr_end <= lr:
-        raise ValueError(f"lr_end must be None, or above 0 and at most lr ({lr!r}); got {lr_end!r}")
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {optimizer!r}")
+    return fit(flow, data, TrainingSettings(**settings), engine, seed, checkpoint, progress)
+
+
+def fit(
+    flow: ContinuousFlow,
+    data: Dataset | Tensor,
+    settings: TrainingSettings,
+    engine: str | None,
+    seed: int | Sequence[int],
+    checkpoint: str | Path | None = None,
+    progress: Progress | None = None,
+    run: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """`train` with settings made; `run` says more about what a checkpoint must be of."""
+    rows, validation = (data.train, data.val) if isinstance(data, Dataset) else (data, None)
     if len(rows) == 0:
         raise ValueError("data has no rows to train on")
-    parameters = [p for p in flow.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError("the flow has no parameter that requires a gradient")
-    rows = rows.to(parameters[0])
-    batch = min(batch, len(rows))
-    per_epoch = max(1, len(rows) // batch + (len(rows) % batch >= (batch + 1) // 2 and len(rows) % batch > 0))
-    total = steps if steps is not None else epochs * per_epoch
-    update = OPTIMIZERS[optimizer](parameters, lr=lr, weight_decay=weight_decay)
-
-    history: list[dict[str, Any]] = []
-    was_training, failures, step = flow.training, 0, 0
-    order_generator = torch.Generator().manual_seed(seed)
-    devices = [rows.device] if rows.device.type == "cuda" else []
-    flow.train()
+    if settings.select == "best" and (validation is None or len(validation) == 0):
+        raise ValueError("select='best' needs data with validation rows: give a Dataset that has them")
+    path = None if checkpoint is None else Path(checkpoint)
+    identity = {
+        "settings": plain(dataclasses.asdict(settings)),
+        "engine": engine,
+        "seed": plain(seed),
+        "data": fingerprint(data),
+        "flow": solver_settings(flow),
+        **plain(run or {}),
+    }
+    training = None
+    if path is not None and agree(path.exists()):
+        training = _Training.resumed(path, identity, flow, rows, validation, settings, engine, seed)
+    if training is None:
+        training = _Training(flow, rows, validation, settings, engine, seed)
+    was_training = flow.training
     try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            while step < total:
-                started, nlls, nfes, skipped = time.perf_counter(), [], [], 0
-                order = torch.randperm(len(rows), generator=order_generator)
-                for index in range(min(per_epoch, total - step)):
-                    x = rows[order[index * batch : (index + 1) * batch].to(rows.device)]
-                    step += 1
-                    if lr_end is not None:
-                        for group in update.param_groups:
-                            group["lr"] = lr * (lr_end / lr) ** ((step - 1) / max(1, total - 1))
-                    nll, problem = _gradient(flow, x, update, parameters, clip)
-                    if problem:
-                        failures, skipped = failures + 1, skipped + 1
-                        update.zero_grad(set_to_none=True)
-                        if failures >= max_failures:
-                            raise NonFiniteLossError(
-                                f"{failures} training steps in a row failed, the last, step {step}, because {problem}; "
-                                "lower lr, set clip, or loosen the flow's rtol and atol"
-                            )
-                    else:
-                        failures = 0
-                        update.step()
-                        nlls.append(nll)
-                        if flow.stats is not None:
-                            nfes.append(flow.stats.nfe)
-                    if progress is not None:
-                        nfe = flow.stats.nfe if flow.stats is not None else None
-                        progress({"epoch": len(history) + 1, "step": step, "steps": total, "nll": nll, "nfe": nfe})
-                history.append(
-                    {
-                        "epoch": len(history) + 1,
-                        "nll": sum(nlls) / len(nlls) if nlls else math.nan,
-                        "nfe": sum(nfes) / len(nfes) if nfes else None,
-                        "skipped": skipped,
-                        "seconds": time.perf_counter() - started,
-                    }
+        with torch.random.fork_rng(devices=[training.device] if training.device.type == "cuda" else []):
+            while training.step < training.total:
+                training.run_epoch(progress)
+                if path is not None and rank() == 0:
+                    write_state(path, *training.state(identity))
+        training.finish()
+    finally:
+        flow.train(was_training)
+    return training.history
+
+
+class _Training:
+    """A training that can stop after any epoch. `flow` keeps the values it started from until the end, unless it is
+    the model itself."""
+
+    def __init__(
+        self,
+        flow: ContinuousFlow,
+        rows: Tensor,
+        validation: Tensor | None,
+        settings: TrainingSettings,
+        engine: str | None,
+        seed: int | Sequence[int],
+    ) -> None:
+        self.settings, self.flow, self.validation = settings, flow, validation
+        self.seeds = tuple(seed) if isinstance(seed, Sequence) else (seed,)
+        broadcast_(flow.state_dict().values())
+        self.model = flow if engine is None else flow.compile(engine)
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if not named:
+            raise ValueError("the flow has no parameter that requires a gradient")
+        # In the order of names: that of registration depends on when masks came, and the norm's rounding on the order.
+        self.names = sorted(named)
+        self.parameters = [named[name] for name in self.names]
+        self.held = _held_entries(self.model)
+        self.device = self.parameters[0].device
+        self.rows = rows.to(self.parameters[0])
+        self.batch = n = min(settings.batch, len(rows))
+        rest = len(rows) % n
+        self.per_epoch = max(1, len(rows) // n + (0 < rest and rest >= (n + 1) // 2))
+        self.total = settings.steps if settings.steps is not None else settings.epochs * self.per_epoch
+        self.optimizer = OPTIMIZERS[settings.optimizer](
+            self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+        )  # a sparse flow has many small parameters: fused, a step is one call and not one per parameter
+        self.step = self.failures = 0
+        self.history: list[dict[str, Any]] = []
+        self.best: tuple[float, dict[str, Tensor]] | None = None
+
+    # ------------------------------------------------------------------------------------------------------- an epoch
+
+    def run_epoch(self, progress: Progress | None) -> None:
+        epoch = len(self.history)
+        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(_mix(*self.seeds, epoch, 0)))
+        torch.manual_seed(_mix(*self.seeds, epoch, 1 + rank()))  # Hutchinson noise: each rank's own
+        started, nlls, nfes, times, skipped = time.perf_counter(), [], [], [], 0
+        self.model.train()
+        for index in range(min(self.per_epoch, self.total - self.step)):
+            began = time.perf_counter()
+            lr = self.settings.learning_rate(epoch, self.step, self.total)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            x = self.rows[order[index * self.batch : (index + 1) * self.batch].to(self.device)]
+            nll, nfe, problem = self._gradient(x)
+            self.step += 1
+            if problem:
+                self.failures, skipped = self.failures + 1, skipped + 1
+                self.optimizer.zero_grad(set_to_none=True)
+                if self.failures >= self.settings.max_failures:
+                    raise NonFiniteLossError(
+                        f"{self.failures} training steps in a row failed, the last, step {self.step}, because "
+                        f"{problem}; lower lr, set clip, or loosen the flow's rtol and atol"
+                    )
+            else:
+                self.failures = 0
+                self.optimizer.step()
+                increment_version(self.parameters)  # as every other change in place; torch's fused optimizers do not
+                with torch.no_grad():
+                    for parameter, mask, values in self.held:
+                        parameter[mask] = values
+                nlls.append(nll)
+                times.append(time.perf_counter() - began)
+                if nfe is not None:
+                    nfes.append(nfe)
+            if progress is not None:
+                progress({
+                    "epoch": epoch + 1, "epochs": math.ceil(self.total / self.per_epoch), "step": self.step,
+                    "steps": self.total, "nll": nll, "nfe": nfe, "step_seconds": time.perf_counter() - began, "lr": lr,
+                })  # fmt: skip
+        entry = {
+            "epoch": epoch + 1,
+            "nll": sum(nlls) / len(nlls) if nlls else math.nan,
+            "nfe": sum(nfes) / len(nfes) if nfes else None,
+            "skipped": skipped,
+            "step_seconds": statistics.median(times) if times else None,
+        }
+        if self.settings.select == "best":
+            entry["val_nll"] = nll = evaluate_or_nan(self.model, self.validation).nll
+            if math.isfinite(nll) and (self.best is None or nll < self.best[0]):
+                self.best = (nll, {name: p.detach().clone() for name, p in zip(self.names, self.parameters)})
+        self.history.append({**entry, "seconds": time.perf_counter() - started})
+
+    def _gradient(self, x: Tensor) -> tuple[float, float | None, str]:
+        """(loss, nfe, ""), gradients in place; or (NaN or loss, nfe, what was wrong). Alike on every rank."""
+        self.optimizer.zero_grad(set_to_none=True)
+        share, problem, value, nfe = x.tensor_split(world_size())[rank()], "", 0.0, None
+        try:
+            if len(share):
+                loss = -self.model.log_prob(share).sum() / len(x)
+                value = float(loss.detach())
+                if math.isfinite(value):
+                    loss.backward()
+                    nfe = self.model.stats.nfe if self.model.stats is not None else None
+                else:
+                    problem = f"the loss is {value}"
+        except AssertionError as error:  # SolverError, and torchdiffeq's own word for a solve that cannot go on
+            value, problem = math.nan, f"the solve failed: {error}"
+        except GradientError as error:
+            problem = str(error)
+        if problem and world_size() > 1:
+            self.optimizer.zero_grad(set_to_none=True)
+        value, failed = sum_gradients_(self.parameters, [value if math.isfinite(value) else 0.0, float(bool(problem))])
+        if failed:
+            return math.nan, nfe, problem or f"{failed:.0f} of {world_size()} ranks could not compute theirs"
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        if not math.isfinite(norm):
+            return value, nfe, f"the gradient's norm is {norm}"
+        if self.settings.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, torch.tensor(norm))
+        return value, nfe, ""
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Write the result into the flow."""
+        if self.settings.select == "best":
+            if self.best is None:
+                raise NonFiniteLossError(
+                    f"none of the {len(self.history)} epochs had a finite validation NLL; lower lr, or set clip"
                 )
-    finally:
-        flow.train(was_training)
-    return history
+            for name, parameter in zip(self.names, self.parameters):
+                parameter.copy_(self.best[1][name])
+        if self.model is not self.flow:
+            self.model.copy_to(self.flow)
+
+    # ----------------------------------------------------------------------------------------------------- checkpoints
+
+    def state(self, identity: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, facts) from which `resumed` goes on."""
+        tensors = {f"flow/{name}": tensor for name, tensor in self.flow.state_dict().items()}
+        if self.model is not self.flow:
+            tensors |= {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, parameter in zip(self.names, self.parameters):
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{key}/{name}"] = value
+        if self.best is not None:
+            tensors |= {f"best/{name}": tensor for name, tensor in self.best[1].items()}
+        facts = {
+            "training": identity, "step": self.step, "failures": self.failures, "history": self.history,
+            "best": None if self.best is None else self.best[0],
+        }  # fmt: skip
+        return tensors, facts
+
+    @classmethod
+    def resumed(
+        cls,
+        path: Path,
+        identity: dict[str, Any],
+        flow: ContinuousFlow,
+        rows: Tensor,
+        validation: Tensor | None,
+        settings: TrainingSettings,
+        engine: str | None,
+        seed: int | Sequence[int],
+    ) -> "_Training":
+        """The training whose state is in `path`; `flow` becomes what it was at that training's start. Raises
+        CheckpointError, and leaves the flow alone, where it is of another one."""
+        tensors, facts = read_state(path)
+        check_identity(path, facts.get("training"), identity)
+
+        def part(name: str) -> dict[str, Tensor]:
+            return {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
+
+        trial = copy_module(flow)  # what does not fit must not touch the flow
+        load_module_state(trial, part("flow"), str(path))
+        if engine is not None:
+            expected = {name: t.shape for name, t in trial.compile(engine).state_dict().items()}
+            if expected != {name: t.shape for name, t in part("model").items()}:
+                raise CheckpointError(
+                    f"{path} holds another compiled flow than this version of the package makes of its module; delete "
+                    "it to train this cycle anew"
+                )
+        load_module_state(flow, part("flow"), str(path))
+        training = cls(flow, rows, validation, settings, engine, seed)
+        if engine is not None:
+            training.model.load_state_dict(part("model"))
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in part("optimizer").items():
+            kind, name = key.split("/", 1)
+            state.setdefault(training.names.index(name), {})[kind] = tensor
+        groups = training.optimizer.state_dict()["param_groups"]
+        training.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        training.step, training.failures, training.history = facts["step"], facts["failures"], facts["history"]
+        if facts["best"] is not None:
+            training.best = (facts["best"], {name: t.to(training.device) for name, t in part("best").items()})
+        return training
 
 
-def _gradient(
-    flow: ContinuousFlow, x: Tensor, update: torch.optim.Optimizer, parameters: list[Tensor], clip: float | None
-) -> tuple[float, str]:
-    """(loss, ""), gradients in place; or (NaN or loss, what was wrong)."""
-    update.zero_grad(set_to_none=True)
-    try:
-        loss = -flow.log_prob(x).mean()
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            return value, f"the loss is {value}"
-        loss.backward()
-    except AssertionError as error:  # torchdiffeq's and our solver's word for a solve that cannot go on
-        return math.nan, f"the solve failed: {error}"
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
-    if not math.isfinite(norm):
-        return value, f"the gradient's norm is {norm}"
-    if clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, torch.tensor(norm))
-    return value, ""
+def _held_entries(model: ContinuousFlow) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(parameter, mask, values) of entries that are not trained in a parameter that is: weight decay is not to move
+    what has no gradient either."""
+    held = []
+    for field in model.vector_fields:
+        if isinstance(field, CompiledField):
+            for (number, name), mask in field.frozen_entries().items():
+                parameter = field.layers[number].get_parameter(name)
+                mask = mask.to(parameter.device)
+                values = parameter.detach()[mask].clone()
+                if parameter.requires_grad and bool(values.any()):
+                    held.append((parameter, mask, values))
+    return held
 
 
-@torch.no_grad()
-def evaluate_nll(flow: ContinuousFlow, x: Tensor, *, exact: bool = True, batch: int = 4096) -> float:
-    """Mean negative log-likelihood in nats of rows x [n, dim], solved in batches.
-
-    exact: with the exact divergence whatever the flow trains with; False: as the flow does it in eval mode (one
-    Hutchinson draw per batch, from torch's global generator, is a noisy estimate).
-    The result is NaN or infinite if the model's density is; nothing is hidden. Raises ValueError for no rows.
-    """
-    if len(x) == 0:
-        raise ValueError("x has no rows to evaluate")
-    like = next(flow.parameters())
-    was_training, was_divergence = flow.training, flow.eval_divergence
-    flow.eval()
-    if exact:
-        flow.eval_divergence = "exact"
-    try:
-        total = sum(float(flow.log_prob(part.to(like)).double().sum()) for part in x.split(batch))
-    finally:
-        flow.train(was_training)
-        flow.eval_divergence = was_divergence
-    return -total / len(x)
+# --------------------------------------------------------------------------------------------- what a run is known by
 
 
-# ------------------------------------------------------------------------------------------- train, prune, retrain
+def _mix(*numbers: int) -> int:
+    """One 64-bit seed of several whole numbers >= 0."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
-@dataclass
-class Cycle:
-    """One finished cycle. keep: the target, 1.0 for the dense one.  flow: a copy of the trained flow, independent of
-    what follows.  size, nll (val rows), history: of that flow.  resumed: read from a checkpoint, not trained now."""
-
-    index: int
-    keep: float
-    flow: ContinuousFlow
-    size: int
-    nll: float
-    history: list[dict[str, Any]]
-    resumed: bool = False
+def plain(value: Any) -> Any:
+    """A value as it comes back from JSON, so that it compares equal; what JSON has no word for by its repr."""
+    return json.loads(json.dumps(value, default=repr))
 
 
-def train_prune_retrain(
-    flow: ContinuousFlow,
-    data: Dataset,
-    keeps: str | Sequence[float] = "toy",
-    *,
-    method: str = "weights",
-    prune_options: dict[str, Any] | None = None,
-    folder: str | Path | None = None,
-    seed: int = 0,
-    **training: Any,
-) -> Iterator[Cycle]:
-    """Train `flow` dense, then prune to each keep ratio and retrain with the same settings and a new optimizer; yields
-    a Cycle after each. Weights are never rewound and pruned entries never return. `flow` is trained in place.
-
-    keeps: a name of `KEEP_RATIOS`, or ratios in (0, 1) that fall.  method: "weights" (WT) or "neurons" (FT).
-    prune_options: for `prune_weights_` or `prune_neurons_`.  training: for `train`; cycle i uses seed + i.
-    folder: where each cycle's checkpoint goes, atomically; a later call with the same arguments continues after the
-        last finished cycle. A folder of another run raises CheckpointError.
-
-    Raises ValueError for bad arguments when called (nothing has run then).
-    """
-    ratios = tuple(KEEP_RATIOS[keeps]) if isinstance(keeps, str) and keeps in KEEP_RATIOS else keeps
-    if isinstance(ratios, str):
-        raise ValueError(f"keeps must be one of {', '.join(KEEP_RATIOS)}, or numbers; got {keeps!r}")
-    ratios = tuple(float(keep) for keep in ratios)
-    if any(not 0 < keep < 1 for keep in ratios) or any(a <= b for a, b in zip(ratios, ratios[1:])):
-        raise ValueError(f"keeps must be numbers in (0, 1) that fall; got {ratios}")
-    if method not in ("weights", "neurons"):
-        raise ValueError(f"method must be 'weights' or 'neurons', got {method!r}")
-    prune = prune_weights_ if method == "weights" else prune_neurons_
-    run = {
-        "method": method,
-        "keeps": list(ratios),
-        "prune_options": _plain(prune_options or {}),
-        "seed": seed,
-        "training": _plain({name: value for name, value in training.items() if name != "progress"}),
-        "data": data.name,
-    }
-    return _cycles(flow, data, ratios, prune, dict(prune_options or {}), folder, seed, training, run)
+def fingerprint(data: Dataset | Tensor) -> dict[str, Any]:
+    """Name, number and sha256 of the training and validation rows."""
+    rows = [data.train, data.val] if isinstance(data, Dataset) else [data]
+    digest = hashlib.sha256()
+    for part in rows:
+        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    name = data.name if isinstance(data, Dataset) else None
+    return {"name": name, "rows": [len(part) for part in rows], "sha256": digest.hexdigest()}
 
 
-def _cycles(flow, data, ratios, prune, prune_options, folder, seed, training, run) -> Iterator[Cycle]:
-    for index, keep in enumerate((1.0, *ratios)):
-        path = None if folder is None else Path(folder) / f"cycle_{index:02d}.safetensors"
-        if path is not None and path.exists():
-            facts = _resume(path, flow, run, index)
-            yield Cycle(index, keep, copy_module(flow), facts["size"], facts["nll"], facts["history"], resumed=True)
-            continue
-        if index > 0:
-            prune(flow, keep, **prune_options)
-        history = train(flow, data, seed=seed + index, **training)
-        nll = evaluate_nll(flow, data.val)
-        cycle = Cycle(index, keep, copy_module(flow), size(flow), nll, history)
-        if path is not None:
-            facts = {"run": run, "index": index, "size": cycle.size, "nll": nll, "history": history}
-            save_checkpoint(path, flow, facts)
-        yield cycle
+def solver_settings(flow: ContinuousFlow) -> dict[str, Any]:
+    """What of a flow is not in its state dict and decides how it trains."""
+    names = ("divergence", "noise", "t0", "t1", "rtol", "atol", "method", "options", "gradient")
+    return plain({name: getattr(flow, name) for name in names})
 
 
-def _resume(path: Path, flow: ContinuousFlow, run: dict[str, Any], index: int) -> dict[str, Any]:
-    before = copy_module(flow)
-    facts = load_checkpoint(path, before)  # on a copy: a foreign checkpoint must not touch the flow
-    found = facts.get("run", {})
-    if found != run or facts.get("index") != index:
-        differing = sorted(name for name in run.keys() | found.keys() if run.get(name) != found.get(name))
+def check_identity(path: Path, found: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
+    """Raises CheckpointError, naming what differs, unless a checkpoint is of the run wanted."""
+    if found != wanted:
+        found = found or {}
+        differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise CheckpointError(
-            f"{path} is of another run (differing: {', '.join(differing) or 'index'}); choose another folder, or "
-            "delete it to start anew"
+            f"{path} is of another run (differing: {', '.join(differing)}); choose another folder, or delete it to "
+            "start anew"
         )
-    load_checkpoint(path, flow)
-    return facts
-
-
-def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as they come back from JSON, so that they compare equal."""
-    return {
-        name: value if isinstance(value, (int, float, str, bool, type(None))) else repr(value)
-        for name, value in sorted(options.items())
-    }

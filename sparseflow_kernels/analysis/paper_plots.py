@@ -1,0 +1,211 @@
+"""Pictures of the paper's experiments, from what `analysis.paper` wrote: nothing is trained or solved here."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+import numpy
+
+from .paper import picture_path
+from .paper_report import CLAIMED_KEEP, at_threshold
+from .plots import _figure, _save
+
+Documents = Sequence[dict[str, Any]]
+Get = Callable[[dict[str, Any]], float | None]
+
+PRUNED, CONTROL, TORCH = "tab:blue", "tab:orange", "tab:red"
+MOST_COLUMNS = 8
+
+
+def draw(documents: Documents, folder: str | Path) -> list[Path]:
+    """Every picture of the documents, into `folder`/plots; their paths."""
+    folder = Path(folder)
+    documents = [document for document in documents if document["cycles"]]
+    if not documents:
+        return []
+    plots = folder / "plots"
+    drawn = [plot_nll(documents, plots / "nll.png"), plot_cost(documents, plots / "cost.png")]
+    if any(record["modes"] for document in documents for record in document["cycles"]):
+        drawn.append(plot_modes(documents, plots / "modes.png"))
+    if any(record["hessian"] for document in documents for record in document["cycles"]):
+        drawn.append(plot_hessian(documents, plots / "hessian.png"))
+    for document in documents:
+        picture = plot_flows(document, folder, plots / f"{document['name']}.png")
+        drawn += [picture] if picture is not None else []
+    return drawn
+
+
+def _groups(documents: Documents) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for document in documents:
+        groups.setdefault(document["title"], []).append(document)
+    return groups
+
+
+def _series(documents: Documents, get: Get) -> list[tuple[float, float, float, float]]:
+    """(prune ratio, mean, least, most) over the seeds; records that lack the figure are left out."""
+    by_ratio: dict[float, list[float]] = {}
+    for document in documents:
+        for record in document["cycles"]:
+            try:
+                value = get(record)
+            except (KeyError, TypeError):  # the control has no size of its own, some data no modes
+                continue
+            if value is not None:
+                by_ratio.setdefault(record["prune_ratio"], []).append(value)
+    return [(ratio, statistics.mean(v), min(v), max(v)) for ratio, v in sorted(by_ratio.items())]
+
+
+def _line(axis, documents: Documents, get: Get, label: str, color: str, style: str = "-") -> dict:
+    series = _series(documents, get)
+    if not series:
+        return {}
+    ratios, means, least, most = zip(*series)
+    (line,) = axis.plot(ratios, means, style, color=color, marker="o", markersize=3, linewidth=1.4)
+    axis.fill_between(ratios, least, most, color=color, alpha=0.2, linewidth=0)
+    return {label: line}
+
+
+def _control(get: Get) -> Get:
+    """Of the control; of the dense flow itself in cycle 0."""
+    return lambda record: get(record["control"] if record["index"] else record)
+
+
+def _legend(figure, lines: dict, columns: int) -> None:
+    across = min(len(lines), 2 * columns - 1)
+    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=across, fontsize=8)
+
+
+def plot_nll(documents: Documents, path: str | Path) -> Path:
+    """Test NLL against prune ratio, one panel per experiment, mean and range over seeds, the entropy drawn in. What
+    collapses beyond a prune ratio of 0.8 is cut off."""
+    groups, lines = _groups(documents), {}
+    rows = -(-len(groups) // 3)
+    columns = -(-len(groups) // rows)
+    figure, axes = _figure(columns, rows, 3.8, 3.1)
+    for axis, (title, here) in zip(axes.flat, groups.items()):
+        lines |= _line(axis, here, lambda r: r["nll"], "pruned", PRUNED)
+        lines |= _line(axis, here, _control(lambda r: r["nll"]), "unpruned control, as many epochs", CONTROL)
+        seen = [one for get in (lambda r: r["nll"], _control(lambda r: r["nll"])) for one in _series(here, get)]
+        dense = [one[1] for one in seen if one[0] == 0]
+        bottom = min((one[2] for one in seen), default=0.0)
+        top = max([one[3] for one in seen if one[0] <= 1 - CLAIMED_KEEP + 1e-9], default=bottom + 1.0)
+        if dense:
+            lines["dense, where both started"] = axis.axhline(dense[0], color="gray", linestyle=":", linewidth=1)
+        if here[0]["entropy"] is not None:
+            bottom = min(bottom, here[0]["entropy"])
+            lines["entropy of the data"] = axis.axhline(here[0]["entropy"], color="black", linestyle="--", linewidth=1)
+        margin = 0.08 * (top - bottom) + 1e-3
+        axis.set_ylim(bottom - margin, top + 3 * margin)
+        axis.set_title(title, fontsize=9)
+        axis.grid(alpha=0.3)
+    _blank(axes, len(groups))
+    figure.supxlabel("prune ratio", fontsize=10)
+    figure.supylabel("test NLL, nats", fontsize=10)
+    _legend(figure, lines, columns)
+    return _save(figure, path)
+
+
+def _blank(axes, used: int) -> None:
+    for axis in list(axes.flat)[used:]:
+        axis.axis("off")
+
+
+def _grid(documents: Documents, rows: Sequence[tuple[str, Get, bool]], path: str | Path, torch_steps: bool) -> Path:
+    """One column per experiment, one row per (label, figure, logarithmic): pruned against control."""
+    groups, lines = _groups(documents), {}
+    figure, axes = _figure(len(groups), len(rows), 3.0, 2.2)
+    for column, (title, here) in enumerate(groups.items()):
+        axes[0][column].set_title(title, fontsize=8)
+        for row, (label, get, logarithmic) in enumerate(rows):
+            axis = axes[row][column]
+            lines |= _line(axis, here, get, "pruned", PRUNED)
+            lines |= _line(axis, here, _control(get), "unpruned control", CONTROL)
+            if torch_steps and label == "ms per training step":
+                times = [one["torch"]["step_seconds"] * 1e3 for one in here if one["torch"] is not None]
+                if times:
+                    line = axis.axhline(statistics.mean(times), color=TORCH, linestyle="--", linewidth=1)
+                    lines["dense in torch"] = line
+            positive = all(one[2] > 0 for one in _series(here, get))
+            if logarithmic and positive:
+                axis.set_yscale("log")
+            else:
+                axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+            if column == 0:
+                axis.set_ylabel(label, fontsize=9)
+    figure.supxlabel("prune ratio", fontsize=10)
+    _legend(figure, lines, len(groups))
+    return _save(figure, path)
+
+
+def plot_cost(documents: Documents, path: str | Path) -> Path:
+    """Live size, evaluations per solve and time per training step against prune ratio."""
+    rows = (
+        ("live size", lambda r: r["live_size"], False),
+        ("NFE of a test solve", lambda r: r["nfe"], False),
+        ("ms per training step", lambda r: r["step_seconds"] * 1e3, False),
+    )
+    return _grid(documents, rows, path, torch_steps=True)
+
+
+def plot_modes(documents: Documents, path: str | Path, threshold: float = 3.0) -> Path:
+    """Share of samples within `threshold` standard deviations of a mode, and the modes captured at 1 deviation."""
+    having = [document for document in documents if any(record["modes"] for record in document["cycles"])]
+    rows = (
+        (f"share within {threshold:g} sd", lambda r: at_threshold(r["modes"], "high_quality", threshold), False),
+        ("modes captured at 1 sd", lambda r: at_threshold(r["modes"], "captured", 1.0), False),
+    )
+    return _grid(having, rows, path, torch_steps=False)
+
+
+def plot_hessian(documents: Documents, path: str | Path) -> Path:
+    """Largest eigenvalue, trace and condition number of the loss's Hessian over live parameters."""
+    having = [document for document in documents if any(record["hessian"] for record in document["cycles"])]
+    names = (
+        ("largest eigenvalue", "largest"), ("trace", "trace"), ("paper's trace", "paper_trace"),
+        ("condition number", "condition"),
+    )  # fmt: skip
+    rows = [(label, lambda r, key=key: r["hessian"][key], True) for label, key in names]
+    return _grid(having, rows, path, torch_steps=False)
+
+
+def plot_flows(document: dict[str, Any], folder: str | Path, path: str | Path) -> Path | None:
+    """Density, samples and trajectories from the base to the data at up to eight prune ratios of one run; None if it
+    has no pictures."""
+    shown = [
+        (record, picture)
+        for record in document["cycles"]
+        if (picture := picture_path(folder, document["name"], record["index"])).exists()
+    ]
+    if not shown:
+        return None
+    if len(shown) > MOST_COLUMNS:
+        picked = numpy.linspace(0, len(shown) - 1, MOST_COLUMNS).round().astype(int)
+        shown = [shown[index] for index in picked]
+    figure, axes = _figure(len(shown), 3, 2.0, 2.1)
+    brightest = None
+    for column, (record, picture) in enumerate(shown):
+        with numpy.load(picture, allow_pickle=False) as arrays:
+            side = float(arrays["extent"])
+            density, samples, trajectories = arrays["density"], arrays["samples"], arrays["trajectories"]
+        square = [-side, side, -side, side]
+        nll = "n/a" if record["nll"] is None else f"{record['nll']:.3f}"
+        axes[0][column].set_title(f"PR {record['prune_ratio']:.2f}, {record['size']} parameters\nNLL {nll}", fontsize=8)
+        if density.size:
+            brightest = brightest or float(numpy.quantile(density, 0.995))
+            axes[0][column].imshow(density, origin="lower", extent=square, cmap="magma", vmin=0, vmax=brightest)
+        if samples.size:
+            axes[1][column].hist2d(*samples.T, range=[[-side, side]] * 2, bins=80, cmap="magma")
+        if trajectories.size:
+            axes[2][column].plot(trajectories[..., 0], trajectories[..., 1], color="tab:gray", linewidth=0.3, alpha=0.5)
+            axes[2][column].scatter(*trajectories[0].T, s=1.0, color=CONTROL, zorder=3)
+            axes[2][column].scatter(*trajectories[-1].T, s=1.0, color=PRUNED, zorder=3)
+        for axis in axes[:, column]:
+            axis.set(xlim=(-side, side), ylim=(-side, side), xticks=[], yticks=[], aspect="equal")
+    for row, label in enumerate(("density", "samples", "from base (orange)\nto data (blue)")):
+        axes[row][0].set_ylabel(label, fontsize=8)
+    figure.suptitle(document["name"], fontsize=9)
+    return _save(figure, path)

@@ -1,0 +1,84 @@
+"""The experiments of Sparse Flows (arXiv 2106.12718) as data: nets, training, retraining, keep ratios, repetitions."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..flows import TABULAR, ContinuousFlow, tabular_flow, toy_field
+from ..pruning import KEEP_RATIOS
+from .settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One experiment.
+
+    data: name of its data set, as `data.load` has it, or would have.  nets: name -> settings of the ContinuousFlow that
+    are not the default; the first is the main one.  training: of the dense net.  retrain: settings that differ
+    afterwards.  keeps: name in KEEP_RATIOS.  repetitions: independently trained nets.  fold: `prune_neurons_`'s; with
+    gates, "auto" leaves a pruned neuron its time parameters and outgoing weights, and the smaller sizes cannot be met.
+    """
+
+    data: str
+    nets: dict[str, dict[str, Any]]
+    training: TrainingSettings
+    retrain: dict[str, Any] = field(default_factory=dict)
+    keeps: str = "toy"
+    repetitions: int = 1
+    fold: str = "auto"
+
+    def prune_options(self, method: str) -> dict[str, Any]:
+        """For `sparse_flow` with that method."""
+        return {"fold": self.fold} if method == "neurons" else {}
+
+    @property
+    def keep_ratios(self) -> tuple[float, ...]:
+        return KEEP_RATIOS[self.keeps]
+
+    def flow(self, net: str | None = None, **settings: Any) -> ContinuousFlow:
+        """A new flow, drawn from torch's global generator.
+
+        net: one of `nets`, None for the first. For toys also any other "[ffjord_|cnf_]lL_hH[_activation]": "ffjord"
+            trains with Hutchinson's trace and Gaussian noise, "cnf" with the exact one.
+        settings: ContinuousFlow's, over the experiment's. Raises ValueError for an unknown net.
+        """
+        net = next(iter(self.nets)) if net is None else net
+        settings = {**self.nets.get(net, {}), **settings}
+        if self.data in TABULAR:
+            if net not in self.nets:
+                raise ValueError(f"net must be one of {', '.join(self.nets)}; got {net!r}")
+            return tabular_flow(self.data, **settings)
+        match = re.fullmatch(r"(?:(ffjord|cnf)_)?(l\d+_h\d+)(?:_([a-z]+))?", net)
+        if match is None:
+            raise ValueError(f"net must look like 'l4_h64', 'cnf_l2_h128' or 'ffjord_l4_h64_tanh'; got {net!r}")
+        trace = {"divergence": "exact"} if match[1] == "cnf" else {"divergence": "hutchinson", "noise": "gaussian"}
+        return ContinuousFlow(toy_field(match[2], match[3] or "sigmoid"), 2, **(trace | settings))
+
+
+def _toy(name: str, nets: dict[str, dict[str, Any]], lr: float, weight_decay: float) -> Preset:
+    training = TrainingSettings(epochs=100, batch=1024, lr=lr, optimizer="adamw", weight_decay=weight_decay)
+    return Preset(name, nets, training, keeps="toy", repetitions=3)
+
+
+def _tabular(
+    name: str, epochs: int, batch: int, milestones: tuple[int, ...], repetitions: int = 1, retrain: dict | None = None
+) -> Preset:
+    training = TrainingSettings(
+        epochs=epochs, batch=batch, lr=1e-3, milestones=milestones, optimizer="adam", weight_decay=1e-6, select="best"
+    )
+    return Preset(name, {"ffjord": {}}, training, retrain or {}, keeps=name, repetitions=repetitions, fold="drop")
+
+
+PRESETS: dict[str, Preset] = {
+    "gaussians": _toy("gaussians", {"ffjord_l4_h64": {}, "ffjord_l2_h128": {}, "cnf_l2_h128": {}}, 5e-3, 1e-5),
+    "gaussians_spiral": _toy("gaussians_spiral", {"ffjord_l4_h64": {}, "cnf_l4_h64": {}}, 0.05, 0.01),
+    "spirals2": _toy("spirals2", {"ffjord_l4_h64": {}, "cnf_l4_h64": {"rtol": 1e-4, "atol": 1e-4}}, 0.05, 1e-6),
+    "power": _tabular("power", 100, 10_000, (90, 97)),
+    "gas": _tabular("gas", 30, 1000, (25, 28)),
+    "hepmass": _tabular("hepmass", 400, 10_000, (325, 375), retrain={"epochs": 300, "milestones": (250, 295)}),
+    "miniboone": _tabular("miniboone", 400, 1000, (300, 350), repetitions=3),
+    "bsds300": _tabular("bsds300", 100, 10_000, (96, 99)),
+}
+"""By name. lr falls to a tenth at each milestone; toys keep the last epoch, tabular nets the best by validation."""
