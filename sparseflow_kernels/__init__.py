@@ -13,14 +13,14 @@ from .field import UnsupportedFieldError, VectorField
 from .flows import ContinuousFlow
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 from .pruning import prune_neurons_, prune_weights_
-from .solution import Solution, SolverError
+from .solution import GradientError, Solution, SolverError
 from .threads import get_num_threads, set_num_threads
 from .training import sparse_flow
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "CompiledField", "ContinuousFlow", "DivergenceField", "Solution", "SolverError", "UnsupportedFieldError",
+    "CompiledField", "ContinuousFlow", "DivergenceField", "GradientError", "Solution", "SolverError", "UnsupportedFieldError",
     "VectorField", "build_info", "compile", "get_num_threads", "odeint", "odeint_adjoint", "odeint_dense",
     "odeint_event", "prune_neurons_", "prune_weights_", "set_num_threads", "solve", "sparse_flow",
     "with_divergence",

@@ -1,25 +1,26 @@
 """The door users come through: a module compiled to a field (`compile`), and a field with its divergence.
 
-Both are nn.Modules that go wherever the original `f(t, y)` went. Values come from the chosen engine; if that engine is
-native, gradients come from the reference engine, which repeats the evaluation differentiably.
+Both are nn.Modules that go wherever the original `f(t, y)` went. Values come from the chosen engine, gradients as
+`gradients` says.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any, Callable, Iterator, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from . import divergence
+from . import gradients, operators
 from .capture import Sources, capture_with_sources, write_back
 from .divergence import DivergencePlan
 from .engines import choose
 from .engines.base import Engine
-from .engines.reference import ReferenceEngine, own_precision
+from .engines.reference import ReferenceEngine
 from .field import Layer, LinearShift, SigmoidGate, TimeFunction, VectorField
+from .packing import Packing
 from .simplify import simplify
 
 KINDS = ("exact", "hutchinson")
@@ -108,6 +109,10 @@ class CompiledField(nn.Module):
     parameters, so an optimizer holds state for nothing else. The state dict holds values only: load it into a field
     compiled from the same masks.
 
+    torch.compile and torch.export see one opaque operator per evaluation or solve, with its gradient (`operators`); an
+    exported program runs wherever this package was imported. Fields with functions of time that are Python break a
+    graph; exported, their evaluations are torch operations, and their solves are refused.
+
     dim: size of the state.  nnz: weights, that is multiply-adds per sample and evaluation.
     """
 
@@ -118,7 +123,7 @@ class CompiledField(nn.Module):
         super().__init__()
         choose(field, engine)  # says now what would go wrong later
         self._program = field  # patterns, activations and functions of time; its tensors are replaced by parameters
-        self._requested = engine
+        self.requested = engine
         self._simplification = simplification
         self.layers = nn.ModuleList()
         for layer in field.layers:
@@ -130,9 +135,10 @@ class CompiledField(nn.Module):
             self.layers.append(_LayerParameters(dict(layer.tensors()), functions))
         # The parameters hold the numbers from here on; keep no second copy of them.
         self._program = field.map_tensors(lambda tensor: tensor.detach().to("meta"))
-        self._plans: dict[str, DivergencePlan] = {}
-        self._packed: dict[str | None, tuple[Any, Engine, list[Tensor]]] = {}
+        self._packing = Packing(engine)
+        self.described = operators.describe(field, engine)
         self._slots: list[tuple[nn.Module, str]] | None = None
+        self._live: tuple[list[Tensor], VectorField] | None = None
         self._frozen = frozen or {}  # (layer, tensor's name) -> bool mask of entries that are not trained
         for (number, name), mask in self._frozen.items():
             if bool(mask.all()):
@@ -146,7 +152,7 @@ class CompiledField(nn.Module):
                 parameter.register_hook(lambda grad, mask=mask: grad.masked_fill(mask.to(grad.device), 0))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": {}, "_packed": {}, "_slots": None}
+        return {**self.__dict__, "_packing": Packing(self.requested), "_slots": None, "_live": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -200,30 +206,37 @@ class CompiledField(nn.Module):
     @property
     def engine(self) -> type[Engine]:
         """The engine class that runs this field on its present device."""
-        return choose(self.vector_field, self._requested)[0]
+        return choose(self.vector_field, self.requested)[0]
 
     @property
     def engine_name(self) -> str:
         return self.engine.name
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, nnz={self.nnz}, engine={self._requested!r}"
+        return f"dim={self.dim}, nnz={self.nnz}, engine={self.requested!r}"
 
     # ------------------------------------------------------------------------------------------------- running it
 
     def divergence_plan(self, kind: Literal["exact", "hutchinson"] = "exact") -> DivergencePlan:
         """How the divergence is computed (`divergence.plan`), counted once."""
-        if kind not in self._plans:
-            self._plans[kind] = divergence.plan(self.vector_field, kind)
-        return self._plans[kind]
+        return self._packing.plan(kind, self._live_field)
 
     def runner(self, kind: Literal["exact", "hutchinson"] | None = None) -> Engine:
-        """The engine for a call made now: `packed(kind)`, or the reference engine where only torch operations take
-        part: inside torch.func's transforms, forward-mode differentiation, torch.jit.trace and torch.export."""
-        transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-        if transformed or torch.jit.is_tracing() or torch.compiler.is_exporting():
-            return ReferenceEngine(self.vector_field, None if kind is None else self.divergence_plan(kind))
-        return self.packed(kind)
+        """The engine for a call made now: `packed(kind)`, or the reference engine where only torch operations may take
+        part."""
+        return self.reference(kind) if gradients.only_torch() else self.packed(kind)
+
+    def reference(self, kind: Literal["exact", "hutchinson"] | None = None) -> ReferenceEngine:
+        """The reference engine over the live parameters: autograd flows through it to them."""
+        field = self.vector_field if torch.compiler.is_compiling() else self._live_field()
+        return ReferenceEngine(field, None if kind is None else self.divergence_plan(kind))
+
+    def _live_field(self) -> VectorField:
+        """`vector_field`, made once for the same parameters: it takes as long as a small solve. To be left as it is."""
+        tensors = list(self._tensors())
+        if self._live is None or not all(map(operator.is_, self._live[0], tensors)):
+            self._live = tensors, self.vector_field
+        return self._live[1]
 
     def _tensors(self) -> Iterator[Tensor]:
         """The parameters as they are now, without walking the module tree: that would cost as much as a small solve."""
@@ -231,20 +244,20 @@ class CompiledField(nn.Module):
             self._slots = [(m, name) for m in self.modules() for name in m._parameters]
         return (tensor for m, name in self._slots if (tensor := m._parameters[name]) is not None)
 
+    def ordered(self) -> list[Tensor]:
+        """The parameters in the order of `VectorField.tensors()`; plainly enough for torch.compile to read."""
+        found = []
+        for own in self.layers:
+            found += [own.values, own.bias]
+            for kind in ("gate", "shift"):
+                if kind in own._modules:
+                    part = getattr(own, kind)
+                    found += [part.slope, part.offset]
+        return found
+
     def packed(self, kind: Literal["exact", "hutchinson"] | None = None) -> Engine:
         """An engine that holds the current values, with the divergence of this kind; kept until a parameter changes."""
-        tensors = list(self._tensors())
-        # An inference tensor counts no versions; an object equal to nothing says "always changed".
-        key = [(p.data_ptr(), object() if p.is_inference() else p._version) for p in tensors]
-        known = self._packed.get(kind)
-        if known is None or known[0] != key:
-            field = self.vector_field
-            engine_class, _ = choose(field, self._requested)
-            engine = engine_class(field, None if kind is None else self.divergence_plan(kind))
-            # The aliases keep the old memory from being given to a new parameter, which the key could not tell. Another
-            # dtype or device is other memory.
-            known = self._packed[kind] = (key, engine, [p.detach() for p in tensors])
-        return known[1]
+        return self._packing.engine(kind, list(self._tensors()), self._live_field)
 
     def forward(self, t: Tensor | float, y: Tensor) -> Tensor:
         """dy/dt, shaped like y.
@@ -261,12 +274,12 @@ class CompiledField(nn.Module):
 
     def _run(self, kind: str | None, t: Tensor, x: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
         """(dx,) or (dx, trace) by the engine, for checked x [batch, dim]; with a graph where one is wanted."""
-        engine = self.runner(kind)
-        if not engine.differentiable and torch.is_grad_enabled():
-            parameters = tuple(self.parameters())
-            if any(tensor is not None and tensor.requires_grad for tensor in (t, x, noise, *parameters)):
-                return _Evaluate.apply(self, kind, t, x, noise, *parameters)
-        return _call(engine, kind, t, x, noise)
+        if torch.compiler.is_compiling():
+            if self.described is not None:
+                return operators.evaluate(self, kind, t, x, noise)
+            if not torch.compiler.is_exporting():
+                return _run_eagerly(self, kind, t, x, noise)
+        return gradients.evaluate(self.runner(kind), lambda: self.reference(kind), t, x, noise)
 
     def _check_time(self, t: Tensor | float) -> Tensor:
         like = self.layers[0].values
@@ -346,8 +359,9 @@ class CompiledField(nn.Module):
             ))
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        engine, reason = choose(field, self._requested)
+        engine, reason = choose(field, self.requested)
         lines += ["", f"multiply-adds per sample and evaluation: {self.nnz}", f"engine: {engine.name} ({reason})"]
+        lines += self._gradient_lines()
         for kind in KINDS:
             plan = self.divergence_plan(kind)
             costs = ", ".join(f"{name} {cost}" for name, cost in plan.costs.items())
@@ -357,6 +371,18 @@ class CompiledField(nn.Module):
             lines += ["", self._simplification]
         lines += [note for note in field.notes if note not in self._simplification]
         return "\n".join(lines)
+
+    def _gradient_lines(self) -> list[str]:
+        """Who makes the gradient in x and the parameters: one line, or one for the field and each divergence."""
+        told: dict[str, list[str]] = {}
+        for kind in (None, *KINDS):
+            engine = self.packed(kind)
+            obstacle = engine.no_gradient(("x", "tensors"))
+            who = f"{engine.name}" if obstacle is None else f"reference, in plain PyTorch, because {obstacle}"
+            told.setdefault(who, []).append("field" if kind is None else kind)
+        if len(told) == 1:
+            return [f"gradient: {who}" for who in told]
+        return [f"gradient ({', '.join(kinds)}): {who}" for who, kinds in told.items()]
 
 
 def _layout(layer: Layer) -> str:
@@ -381,52 +407,9 @@ def _part_name(part: Any) -> str:
     return "-" if part is None else names[type(part)]
 
 
-def _call(engine: Engine, kind: str | None, t: Tensor, x: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
-    return (engine.evaluate(t, x),) if kind is None else engine.evaluate_with_divergence(t, x, noise)
-
-
-class _Recompute(nn.Module):
-    """A compiled field's evaluation on the reference engine, as a module to which functional_call can lend tensors."""
-
-    def __init__(self, compiled: CompiledField) -> None:
-        super().__init__()
-        self.compiled = compiled
-
-    def forward(self, kind: str | None, t: Tensor, x: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
-        plan = None if kind is None else self.compiled.divergence_plan(kind)
-        return _call(ReferenceEngine(self.compiled.vector_field, plan), kind, t, x, noise)
-
-
-class _Evaluate(torch.autograd.Function):
-    """One evaluation: the engine forwards, the reference engine backwards (and from there on: plain autograd)."""
-
-    @staticmethod
-    def forward(ctx, compiled: CompiledField, kind: str | None, t, x, noise, *parameters):
-        ctx.compiled, ctx.kind = compiled, kind
-        ctx.save_for_backward(t, x, noise, *parameters)
-        return tuple(_call(compiled.packed(kind), kind, t, x, noise))
-
-    @staticmethod
-    def backward(ctx, *grads):
-        wanted = ctx.needs_input_grad[2:]
-        graph = torch.is_grad_enabled()  # create_graph: the gradient will be differentiated in its turn
-
-        def alias(tensor: Tensor | None, want: bool) -> Tensor | None:
-            """A stand-in that gradients stop at, so that x's own dependence on a parameter is not counted here."""
-            if tensor is None:
-                return None
-            return tensor.view_as(tensor) if graph and want else tensor.detach().requires_grad_(want)
-
-        with torch.enable_grad(), own_precision(ctx.saved_tensors[1]):
-            # saved_tensors raises where a parameter was changed in place since
-            aliases = [alias(tensor, want) for tensor, want in zip(ctx.saved_tensors, wanted)]
-            names = [f"compiled.{name}" for name, _ in ctx.compiled.named_parameters()]
-            outputs = torch.func.functional_call(
-                _Recompute(ctx.compiled), dict(zip(names, aliases[3:])), (ctx.kind, *aliases[:3])
-            )
-            targets = [tensor for tensor, want in zip(aliases, wanted) if want]
-            found = iter(torch.autograd.grad(outputs, targets, grads, allow_unused=True, create_graph=graph))
-        return (None, None, *(next(found) if want else None for want in wanted))
+@torch._disable_dynamo  # torch.compiler.disable, which would import the compiler with this package
+def _run_eagerly(field: CompiledField, *arguments: Any) -> tuple[Tensor, ...]:
+    return field._run(*arguments)
 
 
 # ------------------------------------------------------------------------------------------------------- divergence
@@ -496,10 +479,12 @@ class DivergenceField(nn.Module):
                 raise ValueError(f"noise: is {list(self.noise.shape)}, the state {list(x.shape)}; they must be alike")
             return self.noise.to(x.device, x.dtype)
         if self.distribution == "gaussian":
-            self._drawn = torch.randn_like(x, requires_grad=False)
+            drawn = torch.randn_like(x.detach())
         else:
-            self._drawn = torch.randint_like(x, 2, requires_grad=False) * 2 - 1
-        return self._drawn
+            drawn = torch.randint_like(x.detach(), 2) * 2 - 1
+        if not torch.compiler.is_exporting():  # what is drawn there has no values
+            self._drawn = drawn
+        return drawn
 
     def resample(self) -> None:
         """Forget the drawn probe; the next evaluation or solve draws another. A probe that was given stays."""

@@ -1,11 +1,14 @@
-"""What `solve` returns, and the error of a solve that could not go on."""
+"""What `solve` returns, and the errors of a solve that could not go on and of a gradient that is not finite."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Sequence
+from typing import TYPE_CHECKING, Sequence
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .engines.base import SolveRequest, SolveResult
 
 
 @dataclass
@@ -18,6 +21,7 @@ class Stats:
         it is not known.
     engine: who ran it: an engine's name ("cpu", "reference", ...), "numerics" for the package's own torch solver on a
         plain callable, or "torchdiffeq" for a solve that was handed over; `reason` then says why.
+    Under torch.compile the counts are 0-d int64 tensors, `steps` is None, and `engine` is the one asked for.
     """
 
     nfe: int
@@ -66,10 +70,6 @@ class SolverError(AssertionError):
     ) -> None:
         self.status, self.t, self.dt, self.rows, self.ys = status, t, dt, tuple(rows), ys
         first = ys if isinstance(ys, Tensor) else ys[0]
-        rows_text = ""
-        if self.rows:
-            shown = ", ".join(map(str, self.rows[:8])) + (", ..." if len(self.rows) > 8 else "")
-            rows_text = f", {len(self.rows)} row(s) of the batch: {shown}"
         if status == "underflow":
             lead = f"underflow in dt {dt}"
             advice = (
@@ -86,5 +86,39 @@ class SolverError(AssertionError):
                 "Raise options['max_num_steps'] (it counts the steps of one output interval), or loosen rtol and atol. "
                 "The outputs reached are in the error's `ys`."
             )
-        super().__init__(f"{lead}: stopped at t = {t:.9g}{rows_text}. {advice}")
+        super().__init__(f"{lead}: stopped at t = {t:.9g}{_rows_text(self.rows)}. {advice}")
 
+    @staticmethod
+    def of(
+        result: "SolveResult", request: "SolveRequest", ys: Sequence[Tensor], is_tuple: bool = True
+    ) -> "SolverError":  # fmt: skip
+        """The error of an engine's solve with these outputs, in the caller's shapes."""
+        ys = tuple(part.detach() for part in ys)
+        return SolverError(
+            result.status, request.sign * result.t, result.dt, result.rows, ys if is_tuple else ys[0],
+            request.options.max_num_steps,
+        )  # fmt: skip
+
+
+class GradientError(RuntimeError):
+    """The gradient of a solve is not finite. Raised by the backward pass, in place of handing NaN to an optimizer.
+
+    step: number of the accepted step where it happened, counted from 0, or None where no single step is to blame (the
+    gradient that arrived was not finite).  t, dt: that step, in the caller's time, or None.  rows: offending rows of
+    the flattened batch (may be empty).
+    """
+
+    def __init__(
+        self, what: str, advice: str, step: int | None, t: float | None, dt: float | None, rows: Sequence[int],
+        steps: int,
+    ) -> None:  # fmt: skip
+        self.step, self.t, self.dt, self.rows = step, t, dt, tuple(rows)
+        where = "" if step is None else f", in step {step} of {steps} (t = {t:.9g}, dt = {dt:.9g})"
+        super().__init__(f"{what}{where}{_rows_text(self.rows)}. {advice}")
+
+
+def _rows_text(rows: tuple[int, ...]) -> str:
+    if not rows:
+        return ""
+    shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+    return f", {len(rows)} row(s) of the batch: {shown}"

@@ -12,6 +12,7 @@ namespace sparseflow {
 
 template <class T>
 CompiledProgram<T>::CompiledProgram(Program<T> program, const Kernels<T>& kernels) : program_(std::move(program)), kernels_(kernels) {
+  if (program_.adjoint()) throw std::invalid_argument("program: an adjoint is not solved forwards");
   validate(program_);
 }
 

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/adjoint.h"
 #include "cpu/solve.h"
 #include "cpu/thread_pool.h"
 
@@ -211,17 +212,20 @@ Program<T> convert(const Program<double>& p) {
   Program<T> q;
   q.dim = p.dim, q.divergence = p.divergence, q.buffers = p.buffers, q.input = p.input, q.output = p.output;
   q.noise = p.noise, q.ones = p.ones, q.prologue = p.prologue, q.body = p.body, q.externals = p.externals;
+  q.keep = p.keep, q.reverse = p.reverse, q.cotangent = p.cotangent, q.trace_cotangent = p.trace_cotangent;
+  q.state_cotangent = p.state_cotangent;
+  for (const auto& sum : p.sums) q.sums.push_back({sum.size, sum.each_stage});
   for (const auto& m : p.matrices) {
     Matrix<T> n;
     n.rows = m.rows, n.cols = m.cols, n.row_ptr = m.row_ptr, n.col = m.col, n.values = cast(m.values);
     n.gated = m.gated;
     n.gate_modulation = m.gate_modulation, n.path_entry = m.path_entry, n.path_gate = m.path_gate;
-    n.path_constant = cast(m.path_constant), n.external = m.external;
+    n.path_constant = cast(m.path_constant), n.external = m.external, n.sum = m.sum;
     q.matrices.push_back(n);
   }
   for (const auto& m : p.modulations)
     q.modulations.push_back({m.n, cast(m.bias), cast(m.gate_slope), cast(m.gate_offset), cast(m.shift_slope),
-                             cast(m.shift_offset), m.external_gate, m.external_shift});
+                             cast(m.shift_offset), m.external_gate, m.external_shift, m.shift_sum, m.gate_sum});
   return q;
 }
 
@@ -539,6 +543,168 @@ Program<double> wide_program(Random& random, int kind) {
 }
 
 // One number of a good program spoiled. What validate lets through must still run.
+// ---------------------------------------------------------------------------------------------------------- adjoints
+
+// A chain of layers with gates and shifts as engines/adjoint.py writes it: the plain field, or a tangent beside it.
+Program<double> adjoint_program(Random& random, bool tangent) {
+  Program<double> p;
+  const int values = tangent ? 2 : 1, hidden = pick(random, 0, 3);
+  p.dim = pick(random, 1, 6);
+  p.divergence = tangent;
+  std::vector<int> sizes{p.dim};
+  for (int l = 0; l < hidden; ++l) sizes.push_back(pick(random, 1, 40));
+  sizes.push_back(p.dim);
+  auto buffer = [&](int rows, int slots) {
+    p.buffers.push_back({rows, slots});
+    return static_cast<int>(p.buffers.size()) - 1;
+  };
+  auto sum = [&](int size, bool each_stage) {
+    p.sums.push_back({size, each_stage});
+    return static_cast<int>(p.sums.size()) - 1;
+  };
+  const bool curvature = tangent;
+  std::vector<int> chain{buffer(p.dim, values)}, kept;
+  std::vector<bool> gated;
+  int widest = p.dim;
+  for (int l = 0; l <= hidden; ++l) {
+    const int n = sizes[l + 1];
+    widest = std::max(widest, n);
+    p.matrices.push_back(random_matrix(random, n, sizes[l], chance(random, 0.2) ? 0.0 : 0.6));
+    p.matrices.back().sum = sum(p.matrices.back().nnz(), false);
+    Modulation<double> m;
+    m.n = n;
+    m.bias = numbers(random, n);
+    gated.push_back(chance(random, 0.5));
+    if (gated.back()) m.gate_slope = numbers(random, n), m.gate_offset = numbers(random, n);
+    if (chance(random, 0.5)) m.shift_slope = numbers(random, n), m.shift_offset = numbers(random, n);
+    m.shift_sum = sum(n, m.dynamic());
+    if (gated.back()) m.gate_sum = sum(n, true);
+    p.modulations.push_back(m);
+    chain.push_back(buffer(n, values));
+    kept.push_back(l < hidden || gated.back() ? buffer(n, 1 + curvature + gated.back()) : -1);
+  }
+  const int layers = hidden + 1;
+  auto helper = [&](int rows, int cols, bool identity) {  // a column of ones, an identity, or nothing at all
+    Matrix<double> m;
+    m.rows = rows, m.cols = cols;
+    for (int i = 0; i <= rows; ++i) m.row_ptr.push_back(cols == 1 || identity ? i : 0);
+    for (int i = 0; i < m.row_ptr.back(); ++i) m.col.push_back(cols == 1 ? 0 : i), m.values.push_back(1.0);
+    p.matrices.push_back(m);
+    return static_cast<int>(p.matrices.size()) - 1;
+  };
+  p.input = chain[0], p.output = chain.back(), p.noise = tangent ? p.input : -1;
+  p.ones = buffer(1, 1);
+  p.trace_cotangent = tangent ? buffer(1, 1) : -1;
+  p.cotangent = buffer(p.dim, values), p.state_cotangent = buffer(p.dim, 1);
+  const int turns[2] = {buffer(widest, values + 1), buffer(widest, values + 1)};
+  const Activation activations[] = {Activation::kTanh, Activation::kSoftplus, Activation::kSin, Activation::kSilu};
+  for (int l = 0; l < layers; ++l) {
+    Op op;
+    op.matrix = l, op.modulation = l, op.source = {chain[l], 0}, op.target = {chain[l + 1], 0};
+    op.activation = l < hidden ? activations[pick(random, 0, 3)] : Activation::kIdentity;
+    p.body.push_back(op);
+    if (kept[l] < 0) continue;
+    op.kind = OpKind::kKeep;
+    op.kept = {kept[l], 0}, op.carries = tangent, op.curvature = curvature, op.raw = gated[l];
+    p.keep.push_back(op);
+  }
+  if (tangent) {
+    Op op;
+    op.kind = OpKind::kProduct;
+    op.matrix = helper(p.dim, p.dim, true), op.source = {p.input, 1}, op.target = {p.cotangent, 1};
+    op.factor = {p.trace_cotangent, 0}, op.factor_row.assign(p.dim, 0);
+    p.reverse.push_back(op);
+  }
+  Operand here{p.cotangent, 0};
+  auto pull = [&](int matrix, bool transposed, int l) {
+    Op op;
+    op.kind = OpKind::kPull;
+    op.matrix = matrix, op.transposed = transposed, op.source = transposed ? here : Operand{chain[0], 0};
+    op.target = {turns[l % 2], 0}, op.kept = {kept[l], 0}, op.value = {chain[l + 1], 0};
+    if (!transposed) op.addend = here;
+    op.carries = tangent, op.curvature = curvature, op.raw = gated[l];
+    p.reverse.push_back(op);
+    here = op.target;
+  };
+  auto gradient = [&](int matrix, Operand left, Operand right, int to, bool carries) {
+    Op op;
+    op.kind = OpKind::kGradient;
+    op.matrix = matrix, op.factor = left, op.source = right, op.sum = to, op.carries = carries;
+    p.reverse.push_back(op);
+  };
+  for (int l = hidden; l >= 0; --l) {
+    if (l == hidden && gated[l]) pull(helper(p.dim, p.dim, false), false, l);
+    gradient(l, here, {chain[l], 0}, p.matrices[l].sum, tangent);
+    const int ones = helper(sizes[l + 1], 1, false);
+    gradient(ones, here, {p.ones, 0}, p.modulations[l].shift_sum, false);
+    if (gated[l]) gradient(ones, {here.buffer, values}, {p.ones, 0}, p.modulations[l].gate_sum, false);
+    if (l > 0) {
+      pull(l, true, l - 1);
+    } else {
+      Op op;
+      op.kind = OpKind::kProduct;
+      op.matrix = 0, op.transposed = true, op.source = here, op.target = {p.state_cotangent, 0};
+      p.reverse.push_back(op);
+    }
+  }
+  return p;
+}
+
+template <class T>
+void test_adjoint(Random& random, const Program<double>& meaning, const KernelSet& set, const std::string& name) {
+  const Program<T> program = convert<T>(meaning);
+  Program<T> plain = program;  // the same field, to be solved
+  plain.keep.clear(), plain.reverse.clear(), plain.sums.clear();
+  plain.cotangent = plain.noise = -1, plain.divergence = false;
+  const int batch = pick(random, 1, 150), dim = program.dim;
+  const Case<T> all(random, batch, dim);
+  const std::vector<T> grad = random_states<T>(random, 3 * batch * dim), grad_trace(batch, T(0)), grad_l = random_states<T>(random, 3 * batch);
+  CompiledAdjoint<T> adjoint(program, table_of<T>(set));
+  std::vector<T> grad_x(batch * dim);
+  const auto gradient = adjoint.evaluate(0.25, all.x.data(), all.noise.data(), batch, 1, grad.data(), grad_trace.data(), grad_x.data());
+  if (sizeof(T) == 8) {  // against central differences of a sum over the batch
+    CompiledProgram<T> field(plain, table_of<T>(set));
+    const double h = 1e-5;
+    double worst = 0;
+    for (int c = 0; c < dim; ++c) {
+      std::vector<T> f[2];
+      for (int side : {0, 1}) {
+        std::vector<T> x(all.x);
+        for (int s = 0; s < batch; ++s) x[s * dim + c] += T(side ? h : -h);
+        f[side].resize(x.size());
+        field.evaluate(0.25, x.data(), x.data(), batch, 1, f[side].data(), nullptr);
+      }
+      for (int s = 0; s < batch; ++s) {
+        double difference = 0;
+        for (int i = 0; i < dim; ++i) difference += double(grad[s * dim + i]) * double(f[1][s * dim + i] - f[0][s * dim + i]) / (2 * h);
+        worst = std::max(worst, std::fabs(difference - double(grad_x[s * dim + c])));
+      }
+    }
+    check(worst < 1e-7, name + ": the cotangent of the state");
+  }
+
+  for (const Tableau& tableau : {bosh3(), euler()}) {
+    CompiledProgram<T> field(plain, table_of<T>(set));
+    SolveInput<T> in = all.input(tableau, 1);
+    in.record = true;
+    std::vector<T> xs(in.times.size() * batch * dim), ls;
+    const SolveOutput<T> out = field.solve(in, xs.data(), nullptr, kNothing);
+    if (out.status != "ok") continue;
+    SolveRecord<T> record;
+    record.batch = batch, record.tableau = tableau, record.noise = all.noise.data(), record.times = in.times;
+    record.steps = out.steps, record.states = out.states.data(), record.derivatives = out.derivatives.data();
+    std::vector<T> wanted;
+    std::vector<double> wanted_values;
+    for (int threads : {1, 3}) {
+      std::vector<T> x(batch * dim), l(batch);
+      const auto found = adjoint.solve(record, threads, grad.data(), grad_l.data(), x.data(), l.data());
+      check(found.matrices.size() == program.matrices.size() && found.modulations.size() == program.modulations.size(), name + ": sizes");
+      if (threads == 1) wanted = x, wanted_values = found.matrices[0];
+      check(same(x, wanted) && same(found.matrices[0], wanted_values), name + ": bits by threads");
+    }
+  }
+}
+
 template <class T>
 void test_spoiled(Random& random, const Program<double>& good, const KernelSet& set, int& refused, int& ran) {
   Program<T> p = convert<T>(good);
@@ -548,22 +714,39 @@ void test_spoiled(Random& random, const Program<double>& good, const KernelSet& 
     if (!v.empty()) fields.push_back(&v[pick(random, 0, static_cast<int>(v.size()) - 1)]);
   };
   for (auto& b : p.buffers) fields.insert(fields.end(), {&b.rows, &b.slots});
-  for (auto& m : p.modulations) fields.insert(fields.end(), {&m.n, &m.external_gate, &m.external_shift});
+  for (auto& m : p.modulations) fields.insert(fields.end(), {&m.n, &m.external_gate, &m.external_shift, &m.shift_sum, &m.gate_sum});
+  for (auto& sum : p.sums) fields.push_back(&sum.size);
+  fields.insert(fields.end(), {&p.cotangent, &p.trace_cotangent, &p.state_cotangent});
   for (auto& m : p.matrices) {
-    fields.insert(fields.end(), {&m.rows, &m.cols, &m.gate_modulation, &m.external});
+    fields.insert(fields.end(), {&m.rows, &m.cols, &m.gate_modulation, &m.external, &m.sum});
     list(m.row_ptr), list(m.col), list(m.path_entry), list(m.path_gate);
   }
   std::vector<int> activations;
-  for (auto* ops : {&p.prologue, &p.body})
+  for (auto* ops : {&p.prologue, &p.body, &p.keep, &p.reverse})
     for (Op& op : *ops) {
-      fields.insert(fields.end(), {&op.matrix, &op.modulation, &op.store, &op.coefficient_matrix});
-      for (Operand* o : {&op.source, &op.target, &op.seed, &op.weight, &op.factor, &op.factor2}) operand(*o);
+      fields.insert(fields.end(), {&op.matrix, &op.modulation, &op.store, &op.coefficient_matrix, &op.sum});
+      for (Operand* o : {&op.source, &op.target, &op.seed, &op.weight, &op.factor, &op.factor2, &op.addend, &op.kept, &op.slope_cotangent, &op.value})
+        operand(*o);
       list(op.factor_row), list(op.factor2_row);
     }
   int* field = fields[pick(random, 0, static_cast<int>(fields.size()) - 1)];
   const int values[] = {-2, -1, 0, 1, 2, 3, 5, 7, 30, 31, 1 << 20, 1 << 30, INT_MAX, INT_MIN, *field + 1, *field - 1};
   *field = values[pick(random, 0, 13 + (*field < INT_MAX ? 1 : 0) + (*field > INT_MIN ? 1 : 0))];
   const int dim = p.dim;
+  if (good.adjoint()) {
+    std::unique_ptr<CompiledAdjoint<T>> compiled;
+    const std::string message = thrown([&] { compiled = std::make_unique<CompiledAdjoint<T>>(p, table_of<T>(set)); });
+    if (!compiled) {
+      ++refused;
+      check(message.rfind("program: ", 0) == 0, "a refusal that names the program, not: " + message);
+      return;
+    }
+    ++ran;
+    const Case<T> all(random, 5, dim);
+    std::vector<T> x(5 * dim);
+    compiled->evaluate(0.5, all.x.data(), all.noise.data(), 5, 1, all.x.data(), all.l.data(), x.data());
+    return;
+  }
   std::unique_ptr<CompiledProgram<T>> compiled;
   const std::string message = thrown([&] { compiled = std::make_unique<CompiledProgram<T>>(p, table_of<T>(set)); });
   if (!compiled) {
@@ -667,9 +850,15 @@ int main() {
       test_program<float>(random, p, sets[i], std::string(sets[i].name) + " wide float32");
       test_program<double>(random, p, sets[i], std::string(sets[i].name) + " wide float64");
     }
+    for (int trial = 0; trial < 40; ++trial) {
+      const Program<double> p = adjoint_program(random, trial % 2);
+      const std::string name = std::string(sets[i].name) + " adjoint " + std::to_string(trial);
+      test_adjoint<float>(random, p, sets[i], name + " float32");
+      test_adjoint<double>(random, p, sets[i], name + " float64");
+    }
     int refused = 0, ran = 0;
     for (int trial = 0; trial < 3000; ++trial) {
-      const Program<double> p = random_program(random, trial % 3);
+      const Program<double> p = trial % 4 == 3 ? adjoint_program(random, trial % 8 == 3) : random_program(random, trial % 3);
       test_spoiled<float>(random, p, sets[i], refused, ran);
       test_spoiled<double>(random, p, sets[i], refused, ran);
     }

@@ -1,4 +1,5 @@
-"""Whole solves against whole solves, in one process, in turn; times are quoted as ratios to the dense baseline.
+"""Whole solves against whole solves, and training steps against training steps, in one process, in turn; times are
+quoted as ratios to the dense baseline.
 
 Times are processor seconds of the whole process, every contender held to one thread: on an idle core that is wall time,
 on a shared one it leaves out the neighbours' turns. The clock may still wander, so the contenders take turns (A B C A B C
@@ -14,24 +15,27 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 from ..build_info import build_info
+from ..compiled_field import CompiledField
 from ..compiled_field import compile as compile_field
-from .floor import Work, activation_rate, fma_rate
-from .peers import BASELINE, OURS, Contender, Outcome, Run, float64_reference
-from .problems import FieldSpec, Problem, make_problem
+from . import peers, training_peers
+from .floor import Work, activation_rate, fma_rate, training_step_floor
+from .peers import Contender, Outcome
+from .problems import DEFAULT_FIELDS, TRAIN_FIELDS, FieldSpec, Problem, make_problem
+from .training_peers import StepOutcome
 
 
 @dataclass
 class Row:
     """One contender on one problem. Seconds; ratios are baseline time over this contender's (above 1: quicker).
 
+    nfe: evaluations of the field in the (forward) solve.  nfe_backward: in a solve of the backward pass (adjoints only).
     ratio_per_evaluation: ratio of times per evaluation of the field. Rounding can tip one step between accepted and
-    rejected, so that two solvers with the same rules differ by some evaluations; this ratio leaves that out.
-    nnz: weights of the simplified field.  floor: seconds of arithmetic in the whole solve (None: unknown);
-    share: floor / best.  error: the largest absolute difference to the float64 reference over the compared samples,
-    states and log-densities.  skipped: why there are no figures.
+    rejected, so that two solvers with the same rules differ by some evaluations; this ratio leaves that out. Solves only.
+    nnz: weights of the simplified field.  floor: seconds of arithmetic in the whole solve or step (None: unknown);
+    share: floor / best.  error: to the float64 reference, see `Task.error`.  skipped: why there are no figures.
     """
 
     field: str
@@ -39,6 +43,7 @@ class Row:
     contender: str
     nnz: int = 0
     nfe: int = 0
+    nfe_backward: int | None = None
     rounds: int = 0
     median: float | None = None
     best: float | None = None
@@ -52,7 +57,7 @@ class Row:
     skipped: str | None = None
 
 
-def interleaved(runs: dict[str, Run], seconds: float, most: int) -> dict[str, list[float]]:
+def interleaved(runs: dict[Any, Callable[[], Any]], seconds: float, most: int) -> dict[str, list[float]]:
     """Processor seconds of each run, taken in turns: at least two rounds, at most `most`, until `seconds` are spent.
 
     The first, untimed turn of every run is the caller's (it also warms up).
@@ -76,21 +81,68 @@ def largest_error(outcome: Outcome, reference: Outcome) -> float:
     return float(max(state, density))
 
 
-def bench_problem(
-    problem: Problem, contenders: Iterable[Contender], seconds: float = 20.0, most: int = 30
-) -> list[Row]:
-    """Rows for the baseline, this library and the given peers on one problem; `seconds` bounds the timed rounds.
-
-    Errors are taken over the first 64 samples, 16 where the exact reference trace costs more than eight gradients each.
-    """
-    field = compile_field(problem.module)
-    work = Work.of(field.vector_field, field.divergence_plan(problem.spec.divergence))
-    per_evaluation_floor = work.floor(problem.x.shape[0])
+def _solve_reference(problem: Problem) -> Outcome:
+    """Of the first 64 samples, 16 where the exact reference trace costs more than eight gradients each."""
     costly = problem.spec.divergence == "exact" and problem.spec.dim > 8
-    reference = float64_reference(problem, 16 if costly else 64)
+    return peers.float64_reference(problem, 16 if costly else 64)
+
+
+def _solve_floor(problem: Problem, field: CompiledField, outcome: Outcome) -> float | None:
+    plan = field.divergence_plan(problem.spec.divergence)
+    each = Work.of(field.vector_field, plan).floor(problem.x.shape[0])
+    return None if each is None else each * outcome.nfe
+
+
+def _step_floor(problem: Problem, field: CompiledField, outcome: StepOutcome) -> float | None:
+    plan = field.divergence_plan(problem.spec.divergence)
+    if outcome.steps is None:
+        return None
+    return training_step_floor(field.vector_field, plan, problem.x.shape[0], outcome.nfe, outcome.steps)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is timed.
+
+    name: as a document says it.  unit: in words.  peers: beside the baseline and this library.  reference: the float64
+    solution of a problem.  error: of an outcome against it; error_name: in words.  floor: seconds of this library's
+    arithmetic.  block: name of its table's place in a document.
+    """
+
+    name: str
+    unit: str
+    fields: tuple[str, ...]
+    baseline: Contender
+    ours: Contender
+    peers: dict[str, Contender]
+    reference: Callable[[Problem], Any]
+    error: Callable[[Any, Any], float]
+    error_name: str
+    floor: Callable[[Problem, CompiledField, Any], float | None]
+    block: str
+
+
+SOLVE = Task(
+    "solve", "solve", DEFAULT_FIELDS, peers.BASELINE, peers.OURS, peers.PEERS, _solve_reference, largest_error, "max error",
+    _solve_floor, "bench",
+)  # fmt: skip
+TRAIN = Task(
+    "train", "training step", TRAIN_FIELDS, training_peers.BASELINE, training_peers.OURS, training_peers.PEERS,
+    training_peers.reference_gradient, lambda outcome, reference: training_peers.relative_error(outcome.gradient(), reference),
+    "gradient error", _step_floor, "train-bench",
+)  # fmt: skip
+TASKS = {task.name: task for task in (SOLVE, TRAIN)}
+
+
+def bench_problem(
+    problem: Problem, contenders: Iterable[Contender], seconds: float = 20.0, most: int = 30, task: Task = SOLVE
+) -> list[Row]:
+    """Rows for the task's baseline, this library and the given peers on one problem; `seconds` bounds the timed rounds."""
+    field = compile_field(problem.module)
+    reference = task.reference(problem)
 
     rows: dict[str, Row] = {}
-    runs: dict[str, Run] = {}
+    runs: dict[str, Callable[[], Any]] = {}
     for contender in contenders:
         row = rows[contender.name] = Row(problem.spec.name, problem.keep, contender.name, nnz=field.nnz)
         row.skipped = contender.missing()
@@ -100,25 +152,28 @@ def bench_problem(
             run = contender.prepare(problem)
             outcome = run()
         except Exception as error:
-            if contender in (BASELINE, OURS):
+            if contender in (task.baseline, task.ours):
                 raise
             row.skipped = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
             continue
-        row.nfe, row.error = outcome.nfe, largest_error(outcome, reference)
+        row.nfe, row.nfe_backward = outcome.nfe, getattr(outcome, "nfe_backward", None)
+        row.error = task.error(outcome, reference)
+        if contender is task.ours or task is SOLVE:
+            row.floor = task.floor(problem, field, outcome)
         runs[contender.name] = run
+        del outcome  # a graph's worth of memory, with some
 
     times = interleaved(runs, seconds, most)
-    base = times[BASELINE.name]
+    base = times[task.baseline.name]
     for name, taken in times.items():
         row = rows[name]
         row.rounds, row.median, row.best = len(taken), statistics.median(taken), min(taken)
         row.ratio = statistics.median(b / a for a, b in zip(taken, base))
         row.ratio_best = min(base) / row.best
-        row.per_evaluation = row.median / row.nfe
-        row.ratio_per_evaluation = row.ratio * row.nfe / rows[BASELINE.name].nfe
-        if per_evaluation_floor is not None:
-            row.floor = per_evaluation_floor * row.nfe
-            row.share = row.floor / row.best
+        if task is SOLVE:
+            row.per_evaluation = row.median / row.nfe
+            row.ratio_per_evaluation = row.ratio * row.nfe / rows[task.baseline.name].nfe
+        row.share = None if row.floor is None else row.floor / row.best
     return list(rows.values())
 
 
@@ -128,19 +183,21 @@ def bench(
     peers: Iterable[Contender] = (),
     seconds: float = 20.0,
     most: int = 30,
+    task: Task = SOLVE,
 ) -> Iterator[Row]:
     """Yield rows field by field, keep ratio by keep ratio. Run it within `peers.one_thread()`."""
-    contenders = [BASELINE, OURS, *peers]
+    contenders = [task.baseline, task.ours, *peers]
     for spec in specs:
         for keep in keeps:
-            yield from bench_problem(make_problem(spec, keep), contenders, seconds, most)
+            yield from bench_problem(make_problem(spec, keep), contenders, seconds, most, task)
 
 
-def document(rows: list[Row], specs: Iterable[FieldSpec]) -> dict:
+def document(rows: list[Row], specs: Iterable[FieldSpec], task: Task = SOLVE) -> dict:
     """Rows, fields, the installation and the measured rates, as JSON has them."""
     specs = list(specs)
     names = sorted({spec.activation for spec in specs})
     return {
+        "task": task.name,
         "machine": {"processor": processor(), "system": platform.platform()},
         "build": build_info(),
         "rates": {"fma": fma_rate(), "activations": {name: activation_rate(name) for name in names}},
@@ -149,11 +206,11 @@ def document(rows: list[Row], specs: Iterable[FieldSpec]) -> dict:
     }
 
 
-def save_json(path: str | Path, rows: list[Row], specs: Iterable[FieldSpec]) -> None:
+def save_json(path: str | Path, rows: list[Row], specs: Iterable[FieldSpec], task: Task = SOLVE) -> None:
     """Write `document` to `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document(rows, specs), indent=2) + "\n")
+    path.write_text(json.dumps(document(rows, specs, task), indent=2) + "\n")
 
 
 def load_json(path: str | Path) -> tuple[list[Row], list[FieldSpec], dict]:
@@ -161,6 +218,9 @@ def load_json(path: str | Path) -> tuple[list[Row], list[FieldSpec], dict]:
     try:
         found = json.loads(Path(path).read_text())
         fields = [FieldSpec(**{**spec, "hidden": tuple(spec["hidden"])}) for spec in found["fields"]]
+        found.setdefault("task", SOLVE.name)  # results older than training steps
+        if found["task"] not in TASKS:
+            raise KeyError(found["task"])
         return [Row(**row) for row in found["rows"]], fields, found
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a result of `sparseflow bench --json`: {error!r}") from error

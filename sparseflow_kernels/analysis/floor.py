@@ -1,4 +1,4 @@
-"""The floor under a solve's time: its arithmetic at the best rates this core can reach.
+"""The floor under the time of a solve, or of a training step: its arithmetic at the best rates this core can reach.
 
     floor = multiply-adds / FMA rate + activations / vector-math rate
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..activations import ACTIVATIONS
-from ..divergence import DivergencePlan
+from ..divergence import DivergencePlan, HutchinsonForm
 from ..field import VectorField
 
 
@@ -48,12 +48,19 @@ class Work:
     @staticmethod
     def of(field: VectorField, plan: DivergencePlan | None = None) -> "Work":
         """Counted on the simplified field; the divergence adds the cost its plan counted for the form it chose."""
-        activations: dict[str, int] = {}
-        for layer in field.layers:
-            if layer.activation.name != "identity":
-                name = layer.activation.name
-                activations[name] = activations.get(name, 0) + layer.out_features
-        return Work(field.nnz + (0 if plan is None else divergence_cost(plan)), activations)
+        return Work(field.nnz + (0 if plan is None else divergence_cost(plan)), _activations(field))
+
+    @staticmethod
+    def of_gradient(field: VectorField, plan: DivergencePlan) -> "Work | None":
+        """One evaluation turned back with Hutchinson's estimate: value and tangent forwards as far as slopes are wanted,
+        their cotangents backwards, and the gradient of every weight, each again for value and tangent. The probe is fixed:
+        neither does it need a cotangent, nor is its product with the first layer counted. None for the exact forms."""
+        if not isinstance(plan.form, HutchinsonForm):
+            return None
+        first, kept = field.layers[0].pattern.nnz, field.layers if field.layers[-1].gate else field.layers[:-1]
+        forwards = 2 * sum(layer.pattern.nnz for layer in kept) - (first if kept else 0)
+        backwards, weights = 2 * field.nnz - first, 2 * field.nnz
+        return Work(forwards + backwards + weights, _activations(field))
 
     def floor(self, samples: int) -> float | None:
         """Seconds per evaluation of `samples` samples on one core, float32; None where a rate cannot be measured."""
@@ -63,6 +70,29 @@ class Work:
             return None
         per_sample = self.multiply_adds / peak + sum(count / rates[name] for name, count in self.activations.items())
         return samples * per_sample
+
+
+def training_step_floor(
+    field: VectorField, plan: DivergencePlan, samples: int, evaluations: int, steps: int
+) -> float | None:
+    """Seconds of a log-likelihood and its gradient by dopri5: the forward solve's evaluations; of every accepted step six
+    stages turned back, four of them evaluated once more for the states of the next (the first and the last are recorded);
+    and the first derivative of all turned back. None where `Work` cannot tell."""
+    works = (Work.of(field, plan), Work.of(field), Work.of_gradient(field, plan))
+    floors = [None if work is None else work.floor(samples) for work in works]
+    if None in floors:
+        return None
+    forward, again, back = floors
+    return evaluations * forward + 4 * steps * again + (6 * steps + 1) * back
+
+
+def _activations(field: VectorField) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for layer in field.layers:
+        if layer.activation.name != "identity":
+            name = layer.activation.name
+            counts[name] = counts.get(name, 0) + layer.out_features
+    return counts
 
 
 def divergence_cost(plan: DivergencePlan) -> int:

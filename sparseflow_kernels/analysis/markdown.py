@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Sequence
 
-from .bench import Row
-from .peers import BASELINE, OURS
+from .bench import TASKS, Row
 from .problems import FieldSpec
 
 
@@ -14,18 +13,19 @@ def bench_table(rows: Sequence[Row], fields: Sequence[FieldSpec], document: dict
     """One line per field and contender, one column per keep ratio: the ratio to the dense baseline, and for this
     library the share of the floor in brackets; then a line on the machine."""
     keeps = sorted({row.keep for row in rows}, reverse=True)
+    task = TASKS[document["task"]]
     known = {(row.field, row.contender, row.keep): row for row in rows}
-    contenders = [name for name in dict.fromkeys(row.contender for row in rows) if name != BASELINE.name]
-    head = ["field", f"{BASELINE.name}, dense", "solver", *(f"keep {keep:g}" for keep in keeps)]
+    contenders = [name for name in dict.fromkeys(row.contender for row in rows) if name != task.baseline.name]
+    head = ["field", f"{task.baseline.name}, dense", "solver", *(f"keep {keep:g}" for keep in keeps)]
     lines = [head, ["---", "---:", "---", *["---:"] * len(keeps)]]
     for spec in fields:
-        base = known[spec.name, BASELINE.name, keeps[0]]
+        base = known[spec.name, task.baseline.name, keeps[0]]
         for name in contenders:
-            cells = [_cell(known.get((spec.name, name, keep))) for keep in keeps]
+            cells = [_cell(known.get((spec.name, name, keep)), name == task.ours.name) for keep in keeps]
             first = name == contenders[0]
             lines.append([
-                spec.title if first else "", f"{base.median * 1e3:.3g} ms, {base.nfe} evaluations" if first else "",
-                f"**{name}**" if name == OURS.name else name, *cells,
+                spec.title if first else "", f"{base.median * 1e3:.3g} ms, {evaluations(base)} evaluations" if first else "",
+                f"**{name}**" if name == task.ours.name else name, *cells,
             ])
     cpu = document["build"]["cpu"]
     used = f"the {cpu['isa']} kernels" if cpu.get("built") else "no native kernels"
@@ -34,10 +34,15 @@ def bench_table(rows: Sequence[Row], fields: Sequence[FieldSpec], document: dict
     return f"{table}\n\nOne core ({document['machine']['processor']}), {used}, PyTorch {torch_version}."
 
 
-def _cell(row: Row | None) -> str:
+def evaluations(row: Row) -> str:
+    """Of the forward solve, and those of a solve of the backward pass: "32", "32 + 44"."""
+    return str(row.nfe) if row.nfe_backward is None else f"{row.nfe} + {row.nfe_backward}"
+
+
+def _cell(row: Row | None, with_share: bool) -> str:
     if row is None or row.ratio is None:
         return "-"
-    share = f" ({row.share:.0%})" if row.contender == OURS.name and row.share is not None else ""
+    share = f" ({row.share:.0%})" if with_share and row.share is not None else ""
     return f"{row.ratio:.{0 if row.ratio >= 10 else 1}f}x{share}"
 
 

@@ -45,7 +45,8 @@ Run = Callable[[], Outcome]
 
 
 class AutogradDivergence(nn.Module):
-    """f(t, (x, l)) = (f, -tr df/dx) as a user of torchdiffeq writes it; counts its evaluations."""
+    """f(t, (x, l)) = (f, -tr df/dx) as a user of torchdiffeq writes it; counts its evaluations. Differentiable where
+    gradients are on; elsewhere no graph is kept."""
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor], noise: Tensor | None) -> None:
         super().__init__()
@@ -53,20 +54,20 @@ class AutogradDivergence(nn.Module):
 
     def forward(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         self.nfe += 1
-        x = state[0]
+        x, graph = state[0], torch.is_grad_enabled()
         with torch.enable_grad():
-            x = x.detach().requires_grad_(True)
+            x = x if graph and x.requires_grad else x.detach().requires_grad_(True)
             f = self.function(t, x)
             if self.noise is not None:
-                (product,) = torch.autograd.grad(f, x, self.noise)
+                (product,) = torch.autograd.grad(f, x, self.noise, create_graph=graph)
                 trace = (product * self.noise).sum(1)
             else:
                 trace = torch.zeros_like(x[:, 0])
                 last = x.shape[1] - 1
                 for i in range(x.shape[1]):
-                    (row,) = torch.autograd.grad(f[:, i].sum(), x, retain_graph=i < last)
+                    (row,) = torch.autograd.grad(f[:, i].sum(), x, retain_graph=graph or i < last, create_graph=graph)
                     trace = trace + row[:, i]
-        return f.detach(), -trace.detach()
+        return (f, -trace) if graph else (f.detach(), -trace.detach())
 
 
 def _torchdiffeq_run(problem: Problem, rhs: nn.Module, method: str = "dopri5") -> Run:
@@ -120,6 +121,9 @@ def _value_and_slope(activation: Activation, z: Tensor) -> tuple[Tensor, Tensor 
     if activation.name == "tanh":
         h = torch.tanh(z)
         return h, 1 - h * h
+    if activation.name == "sigmoid":
+        h = torch.sigmoid(z)
+        return h, h * (1 - h)
     if activation.name == "softplus":
         beta = activation.params[0] if activation.params else 1.0
         return torch.nn.functional.softplus(z, beta), torch.sigmoid(beta * z)
@@ -180,32 +184,34 @@ def torch_csr(problem: Problem) -> Run:
     return _torchdiffeq_run(problem, CsrDivergence(field, problem.noise))
 
 
-def _dense_layers(problem: Problem) -> tuple[list[tuple], list[Activation]]:
-    """(W, b, gate, shift) per layer in numpy, dense, gate and shift as (slope, offset) or None; and the activations."""
+class JaxField:
+    """A problem's field for jax, dense, in the layout of the captured field. Nothing of a problem is in it but its spec
+    and tolerances, so that what is compiled for one keep ratio serves all of them; the rest is in `arguments`."""
 
-    def part(value):
-        return None if value is None else (value.slope.numpy(), value.offset.numpy())
+    def __init__(self, problem: Problem) -> None:
+        self.spec, self.rtol, self.atol = problem.spec, problem.rtol, problem.atol
+        self.activations = [layer.activation for layer in capture(problem.module).layers]
 
-    layers = capture(problem.module).map_tensors(Tensor.detach).layers
-    arrays = [(layer.weight.numpy(), layer.bias.numpy(), part(layer.gate), part(layer.shift)) for layer in layers]
-    return arrays, [layer.activation for layer in layers]
+    @staticmethod
+    def arguments(problem: Problem) -> tuple:
+        """weights: a list of (W, b, gate, shift) per layer, gate and shift (slope, offset) or None; noise [batch, dim] or
+        None; the state (x, l) at t = 0."""
+        import jax
 
+        def part(value):
+            return None if value is None else (value.slope.numpy(), value.offset.numpy())
 
-def diffrax_jit(problem: Problem) -> Run:
-    """One ODE over the whole batch (shared steps, torchdiffeq's mixed error norm), jit-compiled, ahead of the timing."""
-    import diffrax
-    import jax
-    import jax.numpy as jnp
+        layers = capture(problem.module).map_tensors(Tensor.detach).layers
+        weights = [(layer.weight.numpy(), layer.bias.numpy(), part(layer.gate), part(layer.shift)) for layer in layers]
+        noise = None if problem.noise is None else problem.noise.numpy()
+        return jax.device_put((weights, noise, tuple(p.numpy() for p in problem.state())), jax.devices("cpu")[0])
 
-    cpu = jax.devices("cpu")[0]
-    layers, activations = _dense_layers(problem)
-    layers = jax.device_put(layers, cpu)
-    noise = None if problem.noise is None else jnp.asarray(problem.noise.numpy())
-    dim = problem.spec.dim
+    def field(self, weights, t, x):
+        import jax
+        import jax.numpy as jnp
 
-    def field(weights, t, x):
         h = x
-        for (w, b, gate, shift), activation in zip(weights, activations):
+        for (w, b, gate, shift), activation in zip(weights, self.activations):
             z = h @ w.T + b
             if gate is not None:
                 z = jax.nn.sigmoid(gate[0] * t + gate[1]) * z
@@ -213,18 +219,24 @@ def diffrax_jit(problem: Problem) -> Run:
                 z = z + (shift[0] * t + shift[1])
             if activation.name == "tanh":
                 z = jnp.tanh(z)
+            elif activation.name == "sigmoid":
+                z = jax.nn.sigmoid(z)
             elif activation.name == "softplus":
                 beta = activation.params[0] if activation.params else 1.0
                 z = jax.nn.softplus(beta * z) / beta
             h = z
         return h
 
-    def rhs(t, state, weights):
-        x, _ = state
+    def with_divergence(self, t, state, arguments):
+        """(dx/dt, -trace) at (x, l); arguments: (weights, noise)."""
+        import jax
+        import jax.numpy as jnp
+
+        (x, _), (weights, noise), dim = state, arguments, self.spec.dim
         if noise is not None:
-            f, product = jax.jvp(lambda x: field(weights, t, x), (x,), (noise,))
+            f, product = jax.jvp(lambda x: self.field(weights, t, x), (x,), (noise,))
             return f, -(noise * product).sum(1)
-        f, linear = jax.linearize(lambda x: field(weights, t, x), x)
+        f, linear = jax.linearize(lambda x: self.field(weights, t, x), x)
 
         def diagonal(m):
             return linear(jnp.zeros_like(x).at[:, m].set(1.0))[:, m]
@@ -232,24 +244,38 @@ def diffrax_jit(problem: Problem) -> Run:
         each = jax.vmap(diagonal) if dim <= 8 else (lambda index: jax.lax.map(diagonal, index))
         return f, -each(jnp.arange(dim)).sum(0)
 
-    def norm(state):
-        return jnp.maximum(*(jnp.sqrt(jnp.mean(part * part)) for part in state))
+    def solve(self, weights, noise, start, **settings):
+        """((x, l) at t = 1, steps): one ODE over the whole batch, with shared steps and torchdiffeq's mixed error norm."""
+        import diffrax
+        import jax.numpy as jnp
 
-    controller = diffrax.PIDController(rtol=problem.rtol, atol=problem.atol, norm=norm)
+        def norm(state):
+            return jnp.maximum(*(jnp.sqrt(jnp.mean(part * part)) for part in state))
 
-    @jax.jit
-    def run_jit(weights, state):
+        controller = diffrax.PIDController(rtol=self.rtol, atol=self.atol, norm=norm)
         solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(rhs), diffrax.Dopri5(), 0.0, 1.0, None, state, weights, stepsize_controller=controller
-        )
-        return solution.ys, solution.stats["num_steps"]
+            diffrax.ODETerm(self.with_divergence), diffrax.Dopri5(), 0.0, 1.0, None, start, (weights, noise),
+            stepsize_controller=controller, **settings,
+        )  # fmt: skip
+        return tuple(part[-1] for part in solution.ys), solution.stats["num_steps"]
 
-    start = (jnp.asarray(problem.x.numpy()), jnp.zeros(problem.x.shape[0], jnp.float32))
+    @staticmethod
+    def evaluations(steps) -> int:
+        """6 new stages a step (the first is the last one of the step before), 2 for the choice of the first step."""
+        return 6 * int(steps) + 2
+
+
+def diffrax_jit(problem: Problem) -> Run:
+    """Compiled ahead of the timing."""
+    import jax
+
+    own, arguments = JaxField(problem), JaxField.arguments(problem)
+    run_jit = jax.jit(own.solve)
 
     def run() -> Outcome:
-        (xs, ls), steps = jax.block_until_ready(run_jit(layers, start))
-        # 6 new stages a step (the first is the last one of the step before), 2 for the choice of the first step.
-        return Outcome(torch.from_numpy(numpy.array(xs[-1])), torch.from_numpy(numpy.array(ls[-1])), 6 * int(steps) + 2)
+        ends, steps = jax.block_until_ready(run_jit(*arguments))
+        x, l = (torch.from_numpy(numpy.array(part)) for part in ends)  # noqa: E741
+        return Outcome(x, l, own.evaluations(steps))
 
     return run
 

@@ -23,8 +23,9 @@ def _figure(columns: int, rows: int, width: float, height: float):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def plot_bench(rows: "Sequence[Row]", path: str | Path) -> Path:
-    """Time of a whole solve against the keep ratio, one panel per field, one line per contender, the floor dashed."""
+def plot_bench(rows: "Sequence[Row]", path: str | Path, unit: str = "solve") -> Path:
+    """Time of a unit (a solve, a training step) against the keep ratio, one panel per field, one line per contender, the
+    floor dashed."""
     fields = list(dict.fromkeys(row.field for row in rows))
     columns = min(3, len(fields))
     figure, axes = _figure(columns, -(-len(fields) // columns), 3.4, 3.0)
@@ -47,7 +48,7 @@ def plot_bench(rows: "Sequence[Row]", path: str | Path) -> Path:
     for axis in axes.flat[len(fields):]:
         axis.axis("off")
     figure.supxlabel("keep ratio", fontsize=10)
-    figure.supylabel("ms per solve, one core", fontsize=10)
+    figure.supylabel(f"ms per {unit}, one core", fontsize=10)
     figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=min(4, columns + 1), fontsize=8)
     return _save(figure, path)
 

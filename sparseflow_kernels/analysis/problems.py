@@ -1,6 +1,6 @@
 """The benchmark problems: vector fields of the sizes the flow literature uses, pruned to a keep ratio.
 
-Shapes are FFJORD's tabular flows (Grathwohl et al. 2019, appendix) and the 2-D toy of the sparse-flow paper
+Shapes are FFJORD's tabular flows (Grathwohl et al. 2019, appendix) and the 2-D toys of the sparse-flow paper
 (Liebenwein et al. 2021). Weights are random: the time of a solve depends on the shapes, the mask and the number of
 steps, not on what the flow has learnt.
 """
@@ -46,6 +46,7 @@ FIELDS = {
     spec.name: spec
     for spec in (
         FieldSpec("toy", 2, (64, 64, 64), "ignore", "tanh", 512, "exact", 2.5),
+        FieldSpec("toy-l4_h64", 2, (64, 64, 64), "ignore", "sigmoid", 1024, "hutchinson", 4.0),
         _tabular("power", "hutchinson", 4.0),
         _tabular("hepmass", "hutchinson", 4.0),
         _tabular("miniboone", "hutchinson", 4.0),
@@ -54,6 +55,7 @@ FIELDS = {
     )
 }
 DEFAULT_FIELDS = ("toy", "power", "hepmass", "miniboone", "miniboone-exact")
+TRAIN_FIELDS = ("toy-l4_h64", "power", "hepmass", "miniboone")
 DEFAULT_KEEPS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)
 
 

@@ -8,27 +8,41 @@ from typing import Annotated, Optional
 import typer
 
 from ..analysis import bench as benchmark
-from ..analysis.markdown import bench_table, replace_block
-from ..analysis.peers import BASELINE, OURS, PEERS, one_thread
+from ..analysis.bench import SOLVE, TASKS, TRAIN, Task
+from ..analysis.markdown import bench_table, evaluations, replace_block
+from ..analysis.peers import one_thread
 from ..analysis.plots import plot_bench
-from ..analysis.problems import DEFAULT_FIELDS, DEFAULT_KEEPS, FIELDS, FieldSpec
+from ..analysis.problems import DEFAULT_KEEPS, FIELDS, FieldSpec
 from .console import fail, progress, say, show_table
 
-COLUMNS = ("keep", "contender", "nnz", "NFE", "ms/solve", "best ms", "us/NFE", "ratio", "ratio/NFE", "floor share", "max error")
+COLUMNS = {
+    SOLVE.name: ("keep", "contender", "nnz", "NFE", "ms/solve", "best ms", "us/NFE", "ratio", "ratio/NFE", "floor share"),
+    TRAIN.name: ("keep", "contender", "nnz", "NFE", "ms/step", "best ms", "ratio", "floor share"),
+}
 
 
 def _figure(value: float | None, form: str, scale: float = 1.0) -> str:
     return "n/a" if value is None else format(value * scale, form)
 
 
-def _cells(row: benchmark.Row) -> tuple[str, ...]:
+def _cells(row: benchmark.Row, task: Task) -> tuple[str, ...]:
+    columns = COLUMNS[task.name]
     if row.skipped:
-        return (f"{row.keep:g}", row.contender, "", "", "", "", "", "", "", "", f"skipped: {row.skipped}")
-    return (
-        f"{row.keep:g}", row.contender, str(row.nnz), str(row.nfe), _figure(row.median, ".2f", 1e3),
-        _figure(row.best, ".2f", 1e3), _figure(row.per_evaluation, ".1f", 1e6), _figure(row.ratio, ".1f"),
-        _figure(row.ratio_per_evaluation, ".1f"), _figure(row.share, ".0%"), _figure(row.error, ".1e"),
-    )
+        return (f"{row.keep:g}", row.contender, *[""] * (len(columns) - 2), f"skipped: {row.skipped}")
+    cells = {
+        "keep": f"{row.keep:g}", "contender": row.contender, "nnz": str(row.nnz), "NFE": evaluations(row),
+        f"ms/{'solve' if task is SOLVE else 'step'}": _figure(row.median, ".2f", 1e3),
+        "best ms": _figure(row.best, ".2f", 1e3), "us/NFE": _figure(row.per_evaluation, ".1f", 1e6),
+        "ratio": _figure(row.ratio, ".1f"), "ratio/NFE": _figure(row.ratio_per_evaluation, ".1f"),
+        "floor share": _figure(row.share, ".0%"),
+    }  # fmt: skip
+    return (*(cells[column] for column in columns), _figure(row.error, ".1e"))
+
+
+def _show(spec: FieldSpec, rows: list[benchmark.Row], task: Task) -> None:
+    here = [_cells(row, task) for row in rows if row.field == spec.name]
+    show_table(spec.title, (*COLUMNS[task.name], task.error_name), here)
+    say("")
 
 
 def _numbers(text: str | None, default: tuple[float, ...]) -> tuple[float, ...]:
@@ -52,6 +66,7 @@ def _names(option: str, text: str | None, default: tuple[str, ...], known: dict)
 
 
 def bench(
+    train: Annotated[bool, typer.Option("--train", help="time training steps, not solves")] = False,
     fields: Annotated[Optional[str], typer.Option(help="comma-separated field names, or 'all'")] = None,
     keeps: Annotated[Optional[str], typer.Option(help="comma-separated keep ratios")] = None,
     peers: Annotated[Optional[str], typer.Option(help="comma-separated peers to time as well, or 'all'")] = None,
@@ -61,48 +76,56 @@ def bench(
     plot_path: Annotated[Optional[Path], typer.Option("--plot", help="draw time against keep ratio into this file")] = None,
     load_path: Annotated[Optional[Path], typer.Option("--load", help="measure nothing: read this --json file")] = None,
     markdown_path: Annotated[
-        Optional[Path], typer.Option("--markdown", help="put the ratios between this file's bench:begin and bench:end")
+        Optional[Path],
+        typer.Option("--markdown", help="put the ratios between this file's bench:begin and bench:end (train-bench:...)"),
     ] = None,
 ) -> None:
     """Time whole solves with divergence (dopri5, rtol = atol = 1e-5, float32, one core) and print ratios.
 
+    With --train, time training steps: a log-likelihood and its gradient in all parameters, against torchdiffeq's
+    odeint_adjoint on dense weights. The optimizer's own time is left out; taking over the weights it changed is not.
+
     ratio: torchdiffeq's time over the contender's, median over interleaved rounds. floor share: the arithmetic at this
-    core's measured rates over the best time. max error: against a float64 solve at tolerance 1e-10.
+    core's measured rates over the best time. NFE: evaluations of the field, forwards + in an adjoint's backward solve.
+    max error, gradient error: against float64 at tolerance 1e-10, largest or relative in the Euclidean norm.
     """
+    task = TRAIN if train else SOLVE
     if load_path is not None:
         try:
             rows, chosen, document = benchmark.load_json(load_path)
         except (OSError, ValueError) as error:
             raise fail(f"--load: {error}") from error
+        task = TASKS[document["task"]]
         for spec in chosen:
-            show_table(spec.title, COLUMNS, [_cells(row) for row in rows if row.field == spec.name])
-            say("")
+            _show(spec, rows, task)
     else:
-        rows, chosen = _measure(fields, keeps, peers, seconds, quick, json_path)
-        document = benchmark.document(rows, chosen)
-    base = {(row.field, row.keep): row for row in rows if row.contender == BASELINE.name}
+        rows, chosen = _measure(task, fields, keeps, peers, seconds, quick, json_path)
+        document = benchmark.document(rows, chosen, task)
+    base = {(row.field, row.keep): row for row in rows if row.contender == task.baseline.name}
     for row in rows:
         theirs = base[row.field, row.keep].error
-        if row.contender == OURS.name and row.error > 1.5 * theirs:  # like steps, but never bitwise like step sizes
-            say(f"note: {row.field} at keep {row.keep:g}: error {row.error:.1e}, torchdiffeq's is {theirs:.1e}")
+        if row.contender == task.ours.name and row.error > 1.5 * theirs:  # like steps, but never bitwise like step sizes
+            say(f"note: {row.field} at keep {row.keep:g}: error {row.error:.1e}, {task.baseline.name}'s is {theirs:.1e}")
     if plot_path is not None:
-        say(f"wrote {plot_bench(rows, plot_path)}")
+        say(f"wrote {plot_bench(rows, plot_path, task.unit)}")
     if json_path is not None and load_path is None:
         say(f"wrote {json_path}")
     if markdown_path is not None:
         try:
-            replace_block(markdown_path, "bench", bench_table(rows, chosen, document))
+            replace_block(markdown_path, task.block, bench_table(rows, chosen, document))
         except (OSError, ValueError) as error:
             raise fail(f"--markdown: {error}") from error
         say(f"wrote the table into {markdown_path}")
 
 
 def _measure(
-    fields: str | None, keeps: str | None, peers: str | None, seconds: float, quick: bool, json_path: Path | None
-) -> tuple[list[benchmark.Row], list[FieldSpec]]:
-    chosen = [FIELDS[name] for name in _names("--fields", fields, ("toy",) if quick else DEFAULT_FIELDS, FIELDS)]
+    task: Task, fields: str | None, keeps: str | None, peers: str | None, seconds: float, quick: bool,
+    json_path: Path | None,
+) -> tuple[list[benchmark.Row], list[FieldSpec]]:  # fmt: skip
+    default = task.fields[:1] if quick else task.fields
+    chosen = [FIELDS[name] for name in _names("--fields", fields, default, FIELDS)]
     ratios = _numbers(keeps, (1.0, 0.1) if quick else DEFAULT_KEEPS)
-    rivals = [PEERS[name] for name in _names("--peers", peers, (), PEERS)]
+    rivals = [task.peers[name] for name in _names("--peers", peers, (), task.peers)]
     most = 3 if quick else 30
 
     rows: list[benchmark.Row] = []
@@ -111,11 +134,10 @@ def _measure(
             here = []
             with progress(f"timing {spec.name}", len(ratios)) as update:
                 for done, keep in enumerate(ratios, 1):
-                    here += benchmark.bench([spec], [keep], rivals, min(seconds, 2.0) if quick else seconds, most)
+                    here += benchmark.bench([spec], [keep], rivals, min(seconds, 2.0) if quick else seconds, most, task)
                     update(done, f"keep {keep:g}")
             rows += here
-            show_table(spec.title, COLUMNS, [_cells(row) for row in here])
-            say("")
+            _show(spec, here, task)
             if json_path is not None:  # after every field: a long run that is stopped keeps what it has measured
-                benchmark.save_json(json_path, rows, chosen)
+                benchmark.save_json(json_path, rows, chosen, task)
     return rows, chosen

@@ -75,7 +75,7 @@ class ReferenceEngine(Engine):
             return dx, -trace
 
         with own_precision(request.x):
-            return solve_request(request, f)
+            return SolveResult(**vars(solve_request(request, f)))
 
     # ------------------------------------------------------------------------------------------------- gradients
 
@@ -140,7 +140,8 @@ class ReferenceEngine(Engine):
             targets = [lent[name] for name in named] + (tensors if "tensors" in wanted else [])
             if pairs:
                 found = torch.autograd.grad(
-                    [out for out, _ in pairs], targets, [grad for _, grad in pairs], create_graph=graph, allow_unused=True
+                    [out for out, _ in pairs], targets, [grad for _, grad in pairs],
+                    create_graph=graph, allow_unused=True,
                 )
             else:
                 found = (None,) * len(targets)

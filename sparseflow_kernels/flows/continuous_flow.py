@@ -213,7 +213,7 @@ class ContinuousFlow(nn.Module):
             return state
         settings = {"rtol": self.rtol, "atol": self.atol, "method": self.method, "options": self.options}
         if self.gradient == "adjoint" and torch.is_grad_enabled():
-            ys = odeint_adjoint(field, state, times, **settings)
+            ys = odeint_adjoint(field, state, times, gradient="adjoint", **settings)
         else:
             solution = solve(field, state, times, **settings)
             solves.append(solution.stats)
@@ -241,6 +241,8 @@ class ContinuousFlow(nn.Module):
                 f"{name} is {x.dtype} on {x.device}, the flow's parameters are {like.dtype} on {like.device}; "
                 f"move one of them, for example {name}.to({like.dtype}) or flow.to({x.dtype})"
             )
+        if torch.compiler.is_compiling():  # a question about values
+            return
         finite = torch.isfinite(x).all(1)
         if not bool(finite.all()):
             rows = (~finite).nonzero().flatten().tolist()

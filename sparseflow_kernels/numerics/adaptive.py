@@ -109,12 +109,13 @@ def solve_adaptive(
     atol: float | Tensor,
     norm: Norm = rms_norm,
     options: StepOptions = StepOptions(),
+    record: bool = False,
 ) -> Trajectory:
     """Solve from y0 at times[0] through every time in `times`.
 
     f: (t, y) -> dy/dt, t a 0-d tensor in y's real dtype.  y0: any shape, real or complex floating point.
     times: [outputs], strictly increasing, read in double precision.  rtol, atol: numbers, or tensors that broadcast to
-    y0.  norm: scaled error -> 0-d; a step is accepted at 1 or less.
+    y0.  norm: scaled error -> 0-d; a step is accepted at 1 or less.  record: keep the states at the ends of the steps.
 
     Raises ValueError for a point repeated in options.step_t and jump_t. A solve that cannot go on comes back with its
     status set, and NaN for the outputs it did not reach.
@@ -138,6 +139,7 @@ def solve_adaptive(
     finite = bool(torch.isfinite(y).all())
     step: _Step | None = None
     steps: list[tuple[float, float]] = []
+    states: list[Tensor] = []
     rejected = 0
     ys = [y0]
     status, suspects = "ok", [y0, f0]
@@ -172,6 +174,8 @@ def solve_adaptive(
             if is_accepted(dt, ratio, options):
                 step = _Step(t, t1, length, shift, y, y1, k, tableau.b_mid)
                 steps.append((t, dt))
+                if record:
+                    states.append(y)
                 t, y, f0, finite, shift = t1, y1, k[-1], bool(is_finite), end
                 if kind == "jump":
                     f0 = f(clock.tell(t, shift, side=+1), y)
@@ -184,6 +188,8 @@ def solve_adaptive(
             break
         ys.append(step.output(time, times, index))
 
+    if record:
+        states.append(y)
     ys.extend([torch.full_like(y0, math.nan)] * (len(points) - len(ys)))
     return Trajectory(
         ys=torch.stack(ys),
@@ -195,6 +201,7 @@ def solve_adaptive(
         t=t,
         dt=dt,
         suspects=[] if status == "ok" else [tensor.detach() for tensor in suspects],
+        states=states,
     )
 
 
@@ -212,8 +219,9 @@ def _choose_first_step(
 
 
 def replay_adaptive(
-    f: Function, y0: Tensor, times: Tensor, tableau: Tableau, steps: Tensor, options: StepOptions = StepOptions()
-) -> Trajectory:
+    f: Function, y0: Tensor, times: Tensor, tableau: Tableau, steps: Tensor, options: StepOptions = StepOptions(),
+    record: bool = False,
+) -> Trajectory:  # fmt: skip
     """Take the accepted steps of an earlier solve again, without control.
 
     steps: [accepted, 2], (t, dt) as in Trajectory.steps. options: the earlier solve's; only its step_t and jump_t
@@ -229,6 +237,7 @@ def replay_adaptive(
     ends = [t for t, _ in recorded[1:]] + [t + dt for t, dt in recorded[-1:]]
 
     shift, y, ys = clock.origin, y0, [y0]
+    states: list[Tensor] = []
     f0 = f(clock.tell(points[0], shift), y) if recorded else None
     for (t0, dt), t1 in zip(recorded, ends):
         end = None if t1 in stops else shift
@@ -237,13 +246,17 @@ def replay_adaptive(
         step = _Step(t0, t1, length, shift, y, y1, k, tableau.b_mid)
         while len(ys) < len(points) and points[len(ys)] <= t1:
             ys.append(step.output(points[len(ys)], times, len(ys)))
+        if record:
+            states.append(y)
         y, f0, shift = y1, k[-1], end
         if t1 in jumps and len(ys) < len(points):
             f0 = f(clock.tell(t1, shift, side=+1), y)
     if len(ys) < len(points):
         raise ValueError(f"replay: the recorded steps end before the last output time, {points[-1]}")
+    if record:
+        states.append(y)
     nfe = tableau.stages_per_step * len(recorded) + 1
-    return Trajectory(torch.stack(ys), nfe, len(recorded), 0, steps)
+    return Trajectory(torch.stack(ys), nfe, len(recorded), 0, steps, states=states)
 
 
 # ---------------------------------------------------------------------------------- the request an engine is handed
@@ -286,6 +299,7 @@ class RequestResult:
     t: float
     dt: float
     rows: tuple[int, ...]
+    states: Tensor | None
 
 
 def solve_request(request: Any, f: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]) -> RequestResult:
@@ -300,18 +314,27 @@ def solve_request(request: Any, f: Callable[[Tensor, Tensor], tuple[Tensor, Tens
     y0 = _request_state(request)
     upward = _request_function(request, f)
     if isinstance(request.tableau, FixedTableau):
-        result = solve_fixed(upward, y0, request.times, request.grid, request.tableau, request.perturb)
+        result = solve_fixed(
+            upward, y0, request.times, request.grid, request.tableau, request.perturb, request.record
+        )
     elif request.replay is not None:
-        result = replay_adaptive(upward, y0, request.times, request.tableau, request.replay, request.options)
+        result = replay_adaptive(
+            upward, y0, request.times, request.tableau, request.replay, request.options, request.record
+        )
     else:
         norm = rms_norm if request.l is None else mixed_norm(request.x.shape[1])
         rtol, atol = (_request_tolerance(values, y0) for values in (request.rtol, request.atol))
-        result = solve_adaptive(upward, y0, request.times, request.tableau, rtol, atol, norm, request.options)
+        result = solve_adaptive(
+            upward, y0, request.times, request.tableau, rtol, atol, norm, request.options, request.record
+        )
     dim = request.x.shape[1]
     xs, ls = (result.ys, None) if request.l is None else (result.ys[..., :dim], result.ys[..., dim])
+    states = None
+    if request.record:
+        states = torch.stack([y.detach()[:, :dim] for y in result.states])
     return RequestResult(
         xs, ls, result.nfe, result.accepted, result.rejected, result.steps, result.status, result.t, result.dt,
-        offending_rows(result.suspects),
+        offending_rows(result.suspects), states,
     )  # fmt: skip
 
 

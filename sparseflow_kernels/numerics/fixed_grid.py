@@ -20,6 +20,7 @@ class Trajectory:
     ys: [outputs, *y0.shape].  nfe, accepted, rejected: counts.  steps: float64 CPU [accepted, 2], (t, dt) of every
     accepted step.  status: "ok", "underflow", "non_finite" or "max_num_steps"; then t, dt say where it stopped and
     `suspects` holds the state, the one tried after it and the scaled error (or the first derivative).
+    states: y at the ends of the accepted steps, [accepted + 1] of them, if the solve was asked to `record` them.
     """
 
     ys: Tensor
@@ -31,6 +32,7 @@ class Trajectory:
     t: float = 0.0
     dt: float = 0.0
     suspects: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
 
 
 def combine(k: Sequence[Tensor], weights: Sequence[float], dt: float | Tensor) -> Tensor:
@@ -53,6 +55,7 @@ def solve_fixed(
     grid: Tensor,
     tableau: FixedTableau,
     perturb: bool = False,
+    record: bool = False,
 ) -> Trajectory:
     """Step on `grid` from y0 at times[0]; outputs between grid points are interpolated linearly.
 
@@ -68,6 +71,7 @@ def solve_fixed(
     next_stages, prev_stages = (tableau.next_stages, tableau.prev_stages) if perturb else ((), ())
 
     y, ys = y0, [y0]
+    states: list[Tensor] = []
     for i, (t0, t1) in enumerate(zip(knots, knots[1:])):
         dt: float | Tensor = grid[i + 1] - grid[i] if with_grid_grad else t1 - t0
         k: list[Tensor] = []
@@ -80,6 +84,8 @@ def solve_fixed(
             t = clock.tell(t1 if node == 1.0 else t0 + node * (t1 - t0), shift, side)
             k.append(f(t, y + combine(k, row, dt) if k else y))
         y1 = y + combine(k, tableau.b, dt)
+        if record:
+            states.append(y)
         while len(ys) < len(points) and points[len(ys)] <= t1:
             time = points[len(ys)]
             if time == t1:
@@ -92,4 +98,7 @@ def solve_fixed(
                 ys.append(linear(y, y1, x))
         y = y1
     steps = torch.tensor([(a, b - a) for a, b in zip(knots, knots[1:])], dtype=torch.float64).reshape(-1, 2)
-    return Trajectory(torch.stack(ys), tableau.stages_per_step * len(steps), len(steps), 0, steps, t=knots[-1])
+    if record:
+        states.append(y)
+    nfe = tableau.stages_per_step * len(steps)
+    return Trajectory(torch.stack(ys), nfe, len(steps), 0, steps, t=knots[-1], states=states)

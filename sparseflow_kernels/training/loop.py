@@ -22,7 +22,6 @@ from typing import Any, Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from ..compiled_field import CompiledField
 from ..data.dataset import Dataset
@@ -184,7 +183,6 @@ class _Training:
             else:
                 self.failures = 0
                 self.optimizer.step()
-                increment_version(self.parameters)  # as every other change in place; torch's fused optimizers do not
                 with torch.no_grad():
                     for parameter, mask, values in self.held:
                         parameter[mask] = values

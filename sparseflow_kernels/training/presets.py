@@ -53,7 +53,9 @@ class Preset:
         match = re.fullmatch(r"(?:(ffjord|cnf)_)?(l\d+_h\d+)(?:_([a-z]+))?", net)
         if match is None:
             raise ValueError(f"net must look like 'l4_h64', 'cnf_l2_h128' or 'ffjord_l4_h64_tanh'; got {net!r}")
-        trace = {"divergence": "exact"} if match[1] == "cnf" else {"divergence": "hutchinson", "noise": "gaussian"}
+        trace = {"divergence": "exact"} if match[1] == "cnf" else {
+            "divergence": "hutchinson", "noise": "gaussian", "eval_divergence": "exact"
+        }
         return ContinuousFlow(toy_field(match[2], match[3] or "sigmoid"), 2, **(trace | settings))
 
 

@@ -1,0 +1,90 @@
+"""A solve handed over to torchdiffeq, and what can be told of it afterwards."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Callable
+
+import torch
+import torchdiffeq
+from torch import Tensor
+
+from ..compiled_field import DivergenceField
+from ..numerics.tableaus import ADAPTIVE
+from ..solution import Solution, Stats
+from .arguments import CALLBACKS, State
+
+
+def begin(func: Callable, y0: State) -> None:
+    """A compiled field with Hutchinson noise draws it once per solve, also when torchdiffeq runs the solve."""
+    if isinstance(func, DivergenceField) and isinstance(y0, tuple) and y0 and isinstance(y0[0], Tensor):
+        func.begin_solve(y0[0])
+
+
+def with_own_noise(func: Callable, y0: State) -> Callable:
+    """func, or its twin that keeps the noise of the solve that starts now: the adjoint is asked for it when other
+    solves may have drawn another."""
+    begin(func, y0)
+    if not isinstance(func, DivergenceField) or func._drawn is None:
+        return func
+    twin = copy.copy(func)
+    twin._buffers = {**func._buffers, "noise": func._drawn}
+    return twin
+
+
+class _Observed:
+    """func as torchdiffeq sees it, counting evaluations and noting accepted steps on the way."""
+
+    def __init__(self, func: Callable, with_callbacks: bool) -> None:
+        self._func = func
+        self.nfe = 0
+        self.accepted: list[tuple[float, float]] = []
+        self.rejected = 0
+        if with_callbacks:
+            self.callback_accept_step = self._accept
+            self.callback_reject_step = self._reject
+
+    def __call__(self, t: Tensor, y: Any) -> Any:
+        self.nfe += 1
+        return self._func(t, y)
+
+    def __getattr__(self, name: str) -> Any:  # callbacks of func itself
+        if name in CALLBACKS:
+            return getattr(self._func, name)
+        raise AttributeError(name)
+
+    def _accept(self, t0: Tensor, y0: Any, dt: Tensor) -> None:
+        self.accepted.append((float(t0.detach()), float(dt.detach())))
+        if (callback := getattr(self._func, "callback_accept_step", None)) is not None:
+            callback(t0, y0, dt)
+
+    def _reject(self, t0: Tensor, y0: Any, dt: Tensor) -> None:
+        self.rejected += 1
+        if (callback := getattr(self._func, "callback_reject_step", None)) is not None:
+            callback(t0, y0, dt)
+
+
+def solve_by_torchdiffeq(
+    func: Callable, y0: State, t: Tensor, rtol: Any, atol: Any, method: str | None, options: dict | None,
+    event_fn: Callable | None, reason: str,
+) -> Solution:  # fmt: skip
+    method = "dopri5" if method is None else method
+    tells_steps = method in ADAPTIVE
+    observed = _Observed(func, tells_steps)
+    ys = torchdiffeq.odeint(
+        observed, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn
+    )
+    event_t = None
+    if event_fn is not None:
+        event_t, ys = ys
+    steps = torch.tensor(observed.accepted, dtype=torch.float64).reshape(-1, 2) if tells_steps else None
+    stats = Stats(
+        observed.nfe,
+        len(observed.accepted) if tells_steps else None,
+        observed.rejected if tells_steps else None,
+        steps,
+        "torchdiffeq",
+        method,
+        reason=reason,
+    )
+    return Solution(ys, stats, event_t)

@@ -1,0 +1,163 @@
+"""A solve of a compiled field by its engine, the whole of it at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import gradients, operators
+from ..compiled_field import CompiledField, DivergenceField
+from ..field import UnsupportedFieldError
+from ..numerics.tableaus import ADAPTIVE
+from ..solution import Solution, SolverError, Stats
+from .arguments import (
+    CALLBACKS, GRID_OPTIONS, STEP_OPTIONS, State, check_tolerance, numbers_of, request_of, upward,
+)  # fmt: skip
+
+
+@dataclass
+class EngineCall:
+    """A solve of a compiled field by its engine: x [..., dim], or (x, l [...] or [..., 1])."""
+
+    func: CompiledField | DivergenceField
+    y0: State
+    t: Tensor
+    rtol: tuple[float, ...]
+    atol: tuple[float, ...]
+    method: str
+    options: dict
+    step_control: str
+
+    @staticmethod
+    def make(
+        func: CompiledField | DivergenceField, y0: State, t: Tensor, rtol: Any, atol: Any, method: str,
+        options: dict, step_control: str,
+    ) -> "EngineCall | str":  # fmt: skip
+        parts = (y0,) if isinstance(y0, Tensor) else y0
+        if not parts:
+            raise ValueError("y0 must be a tensor or a tuple with at least one tensor")
+        if not all(isinstance(part, Tensor) for part in parts):
+            raise TypeError(f"y0 must hold tensors only, not {', '.join(type(part).__name__ for part in parts)}")
+        adaptive = method in ADAPTIVE
+        # nn.Module answers for a missing attribute slowly, so look where a callback would be
+        places = (func.__dict__, func._modules, type(func).__dict__)
+        if any(place.get(name) is not None for name in CALLBACKS for place in places):
+            return "func has callbacks, which need Python at every step"
+        if func._forward_hooks or func._forward_pre_hooks:
+            return "func has forward hooks, which need Python at every evaluation"
+        if isinstance(func, DivergenceField):
+            field = func.field
+            if not isinstance(field, CompiledField):
+                return "the field under the divergence is not compiled"
+            if not isinstance(y0, tuple) or len(parts) != 2:
+                return "the state of a field with divergence must be a tuple (x, l)"
+        else:
+            field = func
+            if isinstance(y0, tuple):
+                return "the state is a tuple, and a compiled field runs on one tensor"
+        x = parts[0]
+        if x.dim() < 1 or x.shape[-1] != field.dim:
+            return f"the state's last axis must be {field.dim}, its shape is {list(x.shape)}"
+        if len(parts) == 2 and parts[1].shape not in (x.shape[:-1], x.shape[:-1] + (1,)):
+            return f"l must be of shape {list(x.shape[:-1])} or with a last axis of 1, not {list(parts[1].shape)}"
+        dtype, device = field.dtype, field.device
+        if len({part.dtype for part in parts}) > 1:
+            raise TypeError(f"y0: x is {x.dtype} and l is {parts[1].dtype}; the field wants {dtype} for both")
+        for part in parts:
+            if part.dtype != dtype or part.device != device:
+                return (
+                    f"y0 is {part.dtype} on {part.device}, the compiled field {dtype} on {device}; "
+                    "convert one to the other to run it natively"
+                )
+        check_tolerance("rtol", rtol, len(parts) if len(parts) > 1 else None)
+        check_tolerance("atol", atol, len(parts) if len(parts) > 1 else None)
+        tolerances = numbers_of(rtol, len(parts)), numbers_of(atol, len(parts))
+        if None in tolerances:
+            return "rtol and atol differ from element to element"
+        known = STEP_OPTIONS | {"dtype"} if adaptive else GRID_OPTIONS | {"norm"}
+        if "norm" in options and adaptive:
+            return "options['norm'] is Python at every step"
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            return f"unknown options {unknown}"
+        if options.get("dtype", torch.float64) != torch.float64:
+            return f"options['dtype'] is {options['dtype']}; engines keep time in float64"
+        if options.get("interp", "linear") != "linear":
+            return f"options['interp'] is {options['interp']!r}; engines interpolate linearly on a fixed grid"
+        return EngineCall(func, y0, t, *tolerances, method, options, step_control)
+
+    def run(self) -> Solution:
+        """Raises SolverError where the solve cannot go on."""
+        parts = (self.y0,) if isinstance(self.y0, Tensor) else self.y0
+        x0, l0 = parts[0], (parts[1] if len(parts) > 1 else None)
+        func = self.func
+        field, kind = (func.field, func.kind) if isinstance(func, DivergenceField) else (func, None)
+        if torch.compiler.is_compiling():
+            return self._run_compiled(field, kind, x0, l0)
+        times, sign = upward(self.t, x0.device)
+        if any(part.numel() == 0 for part in parts):
+            empty = torch.zeros(0, 2, dtype=torch.float64)
+            ys = tuple(part[None].expand(len(self.t), *part.shape).clone() for part in parts)
+            return self._solution(ys, Stats(0, 0, 0, empty, field.engine_name, self.method, self.step_control))
+        if torch._C._functorch.is_batchedtensor(x0):
+            raise ValueError("a solve cannot be vmapped: it takes whole batches, so give it y0 [batch, dim]")
+        noise = None if kind is None else func.begin_solve(x0)
+        engine, options = field.runner(kind), self.options
+        if (constructor := options.get("grid_constructor")) is not None:
+            options = {**options, "grid_constructor": lambda t: constructor(func, self.y0, t)}
+        request = request_of(
+            *_flat(field.dim, x0, l0, noise), self.t, times, sign, self.rtol, self.atol, self.method, options,
+            self.step_control,
+        )  # fmt: skip
+        result = gradients.solve(engine, lambda: field.reference(kind), request)
+        ys = tuple(
+            outputs.reshape(len(self.t), *part.shape) for outputs, part in zip((result.xs, result.ls), parts)
+        )
+        if result.status != "ok":
+            raise SolverError.of(result, request, ys, isinstance(self.y0, tuple))
+        steps = result.steps if sign > 0 else result.steps * torch.tensor([-1.0, 1.0], dtype=torch.float64)
+        return self._solution(ys, Stats(
+            result.nfe, result.accepted, result.rejected, steps, engine.name, self.method, self.step_control
+        ))
+
+    def _run_compiled(
+        self, field: CompiledField, kind: str | None, x0: Tensor, l0: Tensor | None
+    ) -> Solution:  # fmt: skip
+        """The solve as one operator in the graph; its statistics are tensors."""
+        obstacle = operators.no_solve(field, self.t, self.options, self.step_control)
+        if obstacle is not None:
+            if torch.compiler.is_exporting():
+                raise UnsupportedFieldError(f"torch.export of this solve: {obstacle}")
+            return _run_eagerly(self)
+        noise = None if kind is None else self.func.begin_solve(x0)
+        solved = operators.solve(
+            field, kind, *_flat(field.dim, x0, l0, noise), self.t, self.rtol, self.atol, self.method, self.options
+        )
+        ys = [solved.xs.reshape(self.t.shape[0], *x0.shape)]
+        if l0 is not None:
+            ys.append(solved.ls.reshape(self.t.shape[0], *l0.shape))
+        nfe, accepted, rejected = solved.counts.unbind()
+        stats = Stats(nfe, accepted, rejected, None, field.requested, self.method, self.step_control)
+        return self._solution(tuple(ys), stats)
+
+    def _solution(self, ys: tuple[Tensor, ...], stats: Stats) -> Solution:
+        return Solution(ys if isinstance(self.y0, tuple) else ys[0], stats)
+
+
+@torch._disable_dynamo  # torch.compiler.disable, which would import the compiler with this package
+def _run_eagerly(call: EngineCall) -> Solution:
+    return call.run()
+
+
+def _flat(
+    dim: int, x: Tensor, l: Tensor | None, noise: Tensor | None  # noqa: E741
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """x [batch, dim], l [batch], noise [batch, dim]."""
+    return (
+        x.reshape(-1, dim).contiguous(),
+        None if l is None else l.reshape(-1).contiguous(),
+        None if noise is None else noise.reshape(-1, dim).contiguous(),
+    )

@@ -1,0 +1,96 @@
+"""A solve by the torch solver in `numerics`: tsit5, which torchdiffeq lacks, on anything that no engine runs."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+from ..numerics.adaptive import offending_rows, rms_norm, solve_adaptive
+from ..numerics.tableaus import ADAPTIVE
+from ..solution import Solution, SolverError, Stats
+from .arguments import CALLBACKS, STEP_OPTIONS, State, check_tolerance, is_sequence, step_options, upward
+from .delegation import begin
+
+
+@dataclass
+class TorchCall:
+    """tsit5 on anything an engine does not run, in torch."""
+
+    func: Callable
+    y0: State
+    t: Tensor
+    rtol: Any
+    atol: Any
+    options: dict
+    reason: str
+
+    @staticmethod
+    def make(
+        func: Callable, y0: State, t: Tensor, rtol: Any, atol: Any, options: dict, reason: str
+    ) -> "TorchCall":  # fmt: skip
+        parts = (y0,) if isinstance(y0, Tensor) else y0
+        if not parts or not all(isinstance(part, Tensor) for part in parts):
+            raise ValueError("y0 must be a tensor or a tuple with at least one tensor")
+        if not (parts[0].is_floating_point() or parts[0].is_complex()):
+            raise TypeError(f"y0 must be floating point or complex, not {parts[0].dtype}")
+        if options.pop("dtype", torch.float64) != torch.float64:
+            raise ValueError("options['dtype']: tsit5 keeps time in float64 here; use 'dopri5' for another time dtype")
+        callbacks = {name for name in CALLBACKS if getattr(func, name, None) is not None}
+        if callbacks:
+            warnings.warn(f"Solver 'tsit5' does not support callbacks {callbacks}", stacklevel=4)
+        unused = {name: value for name, value in options.items() if name not in STEP_OPTIONS | {"norm"}}
+        if unused:
+            warnings.warn(f"tsit5: Unexpected arguments {unused}", stacklevel=4)
+        count = None if isinstance(y0, Tensor) else len(parts)
+        check_tolerance("rtol", rtol, count)
+        check_tolerance("atol", atol, count)
+        return TorchCall(func, y0, t, rtol, atol, options, reason)
+
+    def run(self) -> Solution:
+        is_tuple = isinstance(self.y0, tuple)
+        times, sign = upward(self.t, (self.y0[0] if is_tuple else self.y0).device)
+        begin(self.func, self.y0)
+        shapes = [part.shape for part in self.y0] if is_tuple else []
+
+        def split(flat: Tensor, *lead: int) -> tuple[Tensor, ...]:
+            sizes = [shape.numel() for shape in shapes]
+            return tuple(part.reshape(*lead, *shape) for part, shape in zip(flat.split(sizes, -1), shapes))
+
+        def f(t: Tensor, y: Tensor) -> Tensor:
+            dy = self.func(t if sign > 0 else -t, split(y) if is_tuple else y)
+            if is_tuple:
+                dy = torch.cat([part.reshape(-1) for part in dy])
+            return dy if sign > 0 else -dy
+
+        def tolerance(value: Any) -> Any:
+            if is_tuple and is_sequence(value):
+                rows = (torch.as_tensor(v, dtype=torch.float64).expand(s.numel()) for v, s in zip(value, shapes))
+                value = torch.cat(tuple(rows))
+            return torch.as_tensor(value, dtype=y0.real.dtype, device=y0.device)
+
+        y0 = torch.cat([part.reshape(-1) for part in self.y0]) if is_tuple else self.y0
+        user_norm = self.options.get("norm")
+
+        def norm(y: Tensor) -> Any:
+            if user_norm is not None:
+                return user_norm(split(y) if is_tuple else y)
+            return torch.stack([rms_norm(part) for part in split(y)]).amax() if is_tuple else rms_norm(y)
+
+        options = step_options(self.options, sign)
+        result = solve_adaptive(
+            f, y0, times, ADAPTIVE["tsit5"], tolerance(self.rtol), tolerance(self.atol), norm, options
+        )
+        ys = split(result.ys, len(self.t)) if is_tuple else result.ys
+        if result.status != "ok":
+            detached = tuple(part.detach() for part in ys) if is_tuple else ys.detach()
+            rows = () if is_tuple else offending_rows(result.suspects)
+            raise SolverError(result.status, sign * result.t, result.dt, rows, detached, options.max_num_steps)
+        steps = result.steps * torch.tensor([float(sign), 1.0], dtype=torch.float64)
+        stats = Stats(
+            result.nfe, result.accepted, result.rejected, steps, "numerics", "tsit5", reason=self.reason
+        )  # fmt: skip
+        return Solution(ys, stats)
