@@ -355,6 +355,8 @@ void validate(const Program<T>& p) {
   check_buffer(p.output, "output", false);
   check_buffer(p.noise, "noise", true);
   check_buffer(p.ones, "ones", true);
+  for (int id : {p.input, p.noise, p.ones})  // whole rows are copied into these
+    if (!p.adjoint() && id >= 0 && p.buffers[id].slots != 1) fail("the input, noise and ones buffers have one slot");
   for (size_t i = 0; i < p.modulations.size(); ++i) {
     const Modulation<T>& m = p.modulations[i];
     const size_t n = static_cast<size_t>(m.n);

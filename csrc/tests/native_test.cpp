@@ -584,10 +584,10 @@ Program<double> adjoint_program(Random& random, bool tangent) {
     kept.push_back(l < hidden || gated.back() ? buffer(n, 1 + curvature + gated.back()) : -1);
   }
   const int layers = hidden + 1;
-  auto helper = [&](int rows, int cols, bool identity) {  // a column of ones, an identity, or nothing at all
+  auto helper = [&](int rows, int cols, bool filled) {  // a column of ones or an identity; or nothing at all
     Matrix<double> m;
     m.rows = rows, m.cols = cols;
-    for (int i = 0; i <= rows; ++i) m.row_ptr.push_back(cols == 1 || identity ? i : 0);
+    for (int i = 0; i <= rows; ++i) m.row_ptr.push_back(filled ? i : 0);
     for (int i = 0; i < m.row_ptr.back(); ++i) m.col.push_back(cols == 1 ? 0 : i), m.values.push_back(1.0);
     p.matrices.push_back(m);
     return static_cast<int>(p.matrices.size()) - 1;
@@ -635,7 +635,7 @@ Program<double> adjoint_program(Random& random, bool tangent) {
   for (int l = hidden; l >= 0; --l) {
     if (l == hidden && gated[l]) pull(helper(p.dim, p.dim, false), false, l);
     gradient(l, here, {chain[l], 0}, p.matrices[l].sum, tangent);
-    const int ones = helper(sizes[l + 1], 1, false);
+    const int ones = helper(sizes[l + 1], 1, true);
     gradient(ones, here, {p.ones, 0}, p.modulations[l].shift_sum, false);
     if (gated[l]) gradient(ones, {here.buffer, values}, {p.ones, 0}, p.modulations[l].gate_sum, false);
     if (l > 0) {
@@ -656,6 +656,7 @@ void test_adjoint(Random& random, const Program<double>& meaning, const KernelSe
   Program<T> plain = program;  // the same field, to be solved
   plain.keep.clear(), plain.reverse.clear(), plain.sums.clear();
   plain.cotangent = plain.noise = -1, plain.divergence = false;
+  plain.buffers[plain.input].slots = 1;
   const int batch = pick(random, 1, 150), dim = program.dim;
   const Case<T> all(random, batch, dim);
   const std::vector<T> grad = random_states<T>(random, 3 * batch * dim), grad_trace(batch, T(0)), grad_l = random_states<T>(random, 3 * batch);

@@ -32,8 +32,8 @@ class Row:
     """One contender on one problem. Seconds; ratios are baseline time over this contender's (above 1: quicker).
 
     nfe: evaluations of the field in the (forward) solve.  nfe_backward: in a solve of the backward pass (adjoints only).
-    ratio_per_evaluation: ratio of times per evaluation of the field. Rounding can tip one step between accepted and
-    rejected, so that two solvers with the same rules differ by some evaluations; this ratio leaves that out. Solves only.
+    ratio_per_evaluation: ratio of times per evaluation of the (forward) solve. Rounding can tip one step between accepted
+    and rejected, so that two solvers with the same rules differ by some evaluations; this ratio leaves that out.
     nnz: weights of the simplified field.  floor: seconds of arithmetic in the whole solve or step (None: unknown);
     share: floor / best.  error: to the float64 reference, see `Task.error`.  skipped: why there are no figures.
     """
@@ -157,11 +157,8 @@ def bench_problem(
             row.skipped = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
             continue
         row.nfe, row.nfe_backward = outcome.nfe, getattr(outcome, "nfe_backward", None)
-        row.error = task.error(outcome, reference)
-        if contender is task.ours or task is SOLVE:
-            row.floor = task.floor(problem, field, outcome)
+        row.error, row.floor = task.error(outcome, reference), task.floor(problem, field, outcome)
         runs[contender.name] = run
-        del outcome  # a graph's worth of memory, with some
 
     times = interleaved(runs, seconds, most)
     base = times[task.baseline.name]
@@ -170,9 +167,8 @@ def bench_problem(
         row.rounds, row.median, row.best = len(taken), statistics.median(taken), min(taken)
         row.ratio = statistics.median(b / a for a, b in zip(taken, base))
         row.ratio_best = min(base) / row.best
-        if task is SOLVE:
-            row.per_evaluation = row.median / row.nfe
-            row.ratio_per_evaluation = row.ratio * row.nfe / rows[task.baseline.name].nfe
+        row.per_evaluation = row.median / row.nfe
+        row.ratio_per_evaluation = row.ratio * row.nfe / rows[task.baseline.name].nfe
         row.share = None if row.floor is None else row.floor / row.best
     return list(rows.values())
 

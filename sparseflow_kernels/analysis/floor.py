@@ -38,6 +38,29 @@ def activation_rate(name: str) -> float | None:
         return None
 
 
+KERNELS = {
+    "spmm": "a sparse matrix times activations",
+    "sddmm": "the gradient of a sparse matrix, of values and tangents together",
+}
+KERNEL_WIDTHS = (64, 128, 256, 860, 1260)
+KERNEL_DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+def kernel_share(kernel: str, width: int, density: float, repeats: int = 5) -> float | None:
+    """Multiply-adds per second of one of `KERNELS` on a random mask [width, width], float32, at the best tile width, over
+    `fma_rate`; None without the CPU extension."""
+    peak = fma_rate()
+    if peak is None:
+        return None
+    from .. import _cpu
+
+    if kernel == "spmm":
+        seconds, multiply_adds = _cpu.bench_spmm(width, width, density, seed=0, repeats=repeats)
+    else:
+        seconds, multiply_adds = _cpu.bench_sddmm(width, width, density, carries=True, seed=0, repeats=repeats)
+    return multiply_adds / seconds / peak
+
+
 @dataclass(frozen=True)
 class Work:
     """What one evaluation of a field costs per sample: multiply_adds, and the count of each activation by name."""

@@ -34,6 +34,19 @@ def bench_table(rows: Sequence[Row], fields: Sequence[FieldSpec], document: dict
     return f"{table}\n\nOne core ({document['machine']['processor']}), {used}, PyTorch {torch_version}."
 
 
+def kernel_table(shares: dict[tuple[str, int, float], float], machine: str) -> str:
+    """(kernel, width, density) -> share of the multiply-add rate, one line per kernel and width."""
+    densities = sorted({density for *_, density in shares})
+    lines = [
+        ["kernel", "rows = columns", *(f"density {density:g}" for density in densities)],
+        ["---", "---:", *["---:"] * len(densities)],
+    ]
+    for kernel, width in dict.fromkeys((kernel, width) for kernel, width, _ in shares):
+        lines.append([kernel, str(width), *(f"{shares[kernel, width, density]:.2f}" for density in densities)])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{table}\n\n{machine}."
+
+
 def evaluations(row: Row) -> str:
     """Of the forward solve, and those of a solve of the backward pass: "32", "32 + 44"."""
     return str(row.nfe) if row.nfe_backward is None else f"{row.nfe} + {row.nfe_backward}"

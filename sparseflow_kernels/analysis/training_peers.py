@@ -167,7 +167,6 @@ def reference_gradient(problem: Problem) -> Tensor:
         )
         (_negative_log_likelihood(xs[-1], ls[-1]) * (len(x) / batch)).backward()
     gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
-    # which entries are compared is the float32 module's to say: its zeros are the same
     return TrainedEntries(module, problem.spec.dim).of_module(gradients)
 
 
@@ -191,9 +190,7 @@ def sparseflow_step(problem: Problem, engine: str = "auto") -> StepRun:
         loss = -flow.log_prob(problem.x).mean()
         loss.backward()
         (stats,) = flow.stats.solves
-        return StepOutcome(
-            float(loss.detach()), partial(entries.of_field, field), stats.nfe, steps=stats.accepted
-        )  # fmt: skip
+        return StepOutcome(float(loss.detach()), lambda: entries.of_field(field), stats.nfe, steps=stats.accepted)
 
     return run
 
@@ -256,7 +253,7 @@ def _tensors(gradients) -> list[dict[str, Tensor]]:
 
 # -------------------------------------------------------------------------------------------------------- the register
 
-BASELINE = Contender("torchdiffeq adjoint", torchdiffeq_adjoint, remark="odeint_adjoint, eager, dense weights")
+BASELINE = Contender("torchdiffeq-adjoint", torchdiffeq_adjoint, remark="odeint_adjoint, eager, dense weights")
 OURS = Contender("sparseflow", sparseflow_step)
 PEERS = {
     contender.name: contender
@@ -264,6 +261,6 @@ PEERS = {
         Contender("torchdiffeq-direct", torchdiffeq_direct, remark="autograd through the solve, eager, dense weights"),
         Contender("torchdiffeq-seminorm", torchdiffeq_seminorm, remark="odeint_adjoint that does not control parameters"),
         Contender("diffrax", diffrax_jit, ("diffrax", "jax"), "jit(value_and_grad), dense weights, shared steps"),
-        Contender("reference", partial(sparseflow_step, engine="reference"), remark="this library's engine in plain PyTorch"),
+        Contender("reference-engine", partial(sparseflow_step, engine="reference"), remark="this library's engine in plain PyTorch"),
     )
 }

@@ -1,4 +1,5 @@
-"""`sparseflow bench`: whole solves against torchdiffeq's dense ones, field by field, keep ratio by keep ratio."""
+"""`sparseflow bench`: whole solves, or training steps, against torchdiffeq's dense ones, field by field, keep ratio by keep
+ratio; or single kernels against this core's multiply-add rate."""
 
 from __future__ import annotations
 
@@ -9,39 +10,37 @@ import typer
 
 from ..analysis import bench as benchmark
 from ..analysis.bench import SOLVE, TASKS, TRAIN, Task
-from ..analysis.markdown import bench_table, evaluations, replace_block
+from ..analysis.floor import KERNEL_DENSITIES, KERNEL_WIDTHS, KERNELS, fma_rate, kernel_share
+from ..analysis.markdown import bench_table, evaluations, kernel_table, replace_block
 from ..analysis.peers import one_thread
 from ..analysis.plots import plot_bench
 from ..analysis.problems import DEFAULT_KEEPS, FIELDS, FieldSpec
 from .console import fail, progress, say, show_table
 
-COLUMNS = {
-    SOLVE.name: ("keep", "contender", "nnz", "NFE", "ms/solve", "best ms", "us/NFE", "ratio", "ratio/NFE", "floor share"),
-    TRAIN.name: ("keep", "contender", "nnz", "NFE", "ms/step", "best ms", "ratio", "floor share"),
-}
+
+def _columns(task: Task) -> tuple[str, ...]:
+    time = f"ms/{task.unit.split()[-1]}"
+    return (
+        "keep", "contender", "nnz", "NFE", time, "best ms", "us/NFE", "ratio", "ratio/NFE", "floor share", task.error_name
+    )  # fmt: skip
 
 
 def _figure(value: float | None, form: str, scale: float = 1.0) -> str:
     return "n/a" if value is None else format(value * scale, form)
 
 
-def _cells(row: benchmark.Row, task: Task) -> tuple[str, ...]:
-    columns = COLUMNS[task.name]
+def _cells(row: benchmark.Row) -> tuple[str, ...]:
     if row.skipped:
-        return (f"{row.keep:g}", row.contender, *[""] * (len(columns) - 2), f"skipped: {row.skipped}")
-    cells = {
-        "keep": f"{row.keep:g}", "contender": row.contender, "nnz": str(row.nnz), "NFE": evaluations(row),
-        f"ms/{'solve' if task is SOLVE else 'step'}": _figure(row.median, ".2f", 1e3),
-        "best ms": _figure(row.best, ".2f", 1e3), "us/NFE": _figure(row.per_evaluation, ".1f", 1e6),
-        "ratio": _figure(row.ratio, ".1f"), "ratio/NFE": _figure(row.ratio_per_evaluation, ".1f"),
-        "floor share": _figure(row.share, ".0%"),
-    }  # fmt: skip
-    return (*(cells[column] for column in columns), _figure(row.error, ".1e"))
+        return (f"{row.keep:g}", row.contender, "", "", "", "", "", "", "", "", f"skipped: {row.skipped}")
+    return (
+        f"{row.keep:g}", row.contender, str(row.nnz), evaluations(row), _figure(row.median, ".2f", 1e3),
+        _figure(row.best, ".2f", 1e3), _figure(row.per_evaluation, ".1f", 1e6), _figure(row.ratio, ".1f"),
+        _figure(row.ratio_per_evaluation, ".1f"), _figure(row.share, ".0%"), _figure(row.error, ".1e"),
+    )
 
 
 def _show(spec: FieldSpec, rows: list[benchmark.Row], task: Task) -> None:
-    here = [_cells(row, task) for row in rows if row.field == spec.name]
-    show_table(spec.title, (*COLUMNS[task.name], task.error_name), here)
+    show_table(spec.title, _columns(task), [_cells(row) for row in rows if row.field == spec.name])
     say("")
 
 
@@ -67,6 +66,7 @@ def _names(option: str, text: str | None, default: tuple[str, ...], known: dict)
 
 def bench(
     train: Annotated[bool, typer.Option("--train", help="time training steps, not solves")] = False,
+    kernels: Annotated[bool, typer.Option("--kernels", help="time the sparse kernels alone")] = False,
     fields: Annotated[Optional[str], typer.Option(help="comma-separated field names, or 'all'")] = None,
     keeps: Annotated[Optional[str], typer.Option(help="comma-separated keep ratios")] = None,
     peers: Annotated[Optional[str], typer.Option(help="comma-separated peers to time as well, or 'all'")] = None,
@@ -77,7 +77,7 @@ def bench(
     load_path: Annotated[Optional[Path], typer.Option("--load", help="measure nothing: read this --json file")] = None,
     markdown_path: Annotated[
         Optional[Path],
-        typer.Option("--markdown", help="put the ratios between this file's bench:begin and bench:end (train-bench:...)"),
+        typer.Option("--markdown", help="put the table between this file's bench:begin and bench:end (see docs)"),
     ] = None,
 ) -> None:
     """Time whole solves with divergence (dopri5, rtol = atol = 1e-5, float32, one core) and print ratios.
@@ -88,7 +88,14 @@ def bench(
     ratio: torchdiffeq's time over the contender's, median over interleaved rounds. floor share: the arithmetic at this
     core's measured rates over the best time. NFE: evaluations of the field, forwards + in an adjoint's backward solve.
     max error, gradient error: against float64 at tolerance 1e-10, largest or relative in the Euclidean norm.
+
+    With --kernels, only print the rates of sparse products (spmm) and gradients of sparse matrices (sddmm) over this
+    core's multiply-add rate.
+
+    --markdown fills the lines between NAME:begin and NAME:end; NAME is bench, train-bench or kernels.
     """
+    if kernels:
+        return _kernels(quick, markdown_path)
     task = TRAIN if train else SOLVE
     if load_path is not None:
         try:
@@ -104,18 +111,43 @@ def bench(
     base = {(row.field, row.keep): row for row in rows if row.contender == task.baseline.name}
     for row in rows:
         theirs = base[row.field, row.keep].error
-        if row.contender == task.ours.name and row.error > 1.5 * theirs:  # like steps, but never bitwise like step sizes
+        # like steps, but never bitwise like step sizes; below the tolerance all is well
+        if row.contender == task.ours.name and row.error > max(1.5 * theirs, 1e-5):
             say(f"note: {row.field} at keep {row.keep:g}: error {row.error:.1e}, {task.baseline.name}'s is {theirs:.1e}")
     if plot_path is not None:
         say(f"wrote {plot_bench(rows, plot_path, task.unit)}")
     if json_path is not None and load_path is None:
         say(f"wrote {json_path}")
     if markdown_path is not None:
-        try:
-            replace_block(markdown_path, task.block, bench_table(rows, chosen, document))
-        except (OSError, ValueError) as error:
-            raise fail(f"--markdown: {error}") from error
-        say(f"wrote the table into {markdown_path}")
+        _write_table(markdown_path, task.block, bench_table(rows, chosen, document))
+
+
+def _write_table(path: Path, block: str, table: str) -> None:
+    try:
+        replace_block(path, block, table)
+    except (OSError, ValueError) as error:
+        raise fail(f"--markdown: {error}") from error
+    say(f"wrote the table into {path}")
+
+
+def _kernels(quick: bool, markdown_path: Path | None) -> None:
+    if fma_rate() is None:
+        raise fail("--kernels: the CPU extension is not built; `sparseflow info` says why")
+    widths, densities = (KERNEL_WIDTHS[:1], KERNEL_DENSITIES[1:2]) if quick else (KERNEL_WIDTHS, KERNEL_DENSITIES)
+    shares = {}
+    with progress("timing kernels", len(KERNELS) * len(widths)) as update:
+        for kernel in KERNELS:
+            for width in widths:
+                shares |= {(kernel, width, density): kernel_share(kernel, width, density) for density in densities}
+                update(len(shares) // len(densities), f"{kernel} {width}")
+    for kernel, meaning in KERNELS.items():
+        lines = [(str(width), *(f"{shares[kernel, width, density]:.2f}" for density in densities)) for width in widths]
+        columns = ("rows = columns", *(f"density {density:g}" for density in densities))
+        show_table(f"{kernel}: {meaning}; share of {fma_rate() / 1e9:.0f} G multiply-adds/s", columns, lines)
+        say("")
+    if markdown_path is not None:
+        machine = f"One core ({benchmark.processor()}), float32, {fma_rate() / 1e9:.0f} G multiply-adds/s"
+        _write_table(markdown_path, "kernels", kernel_table(shares, machine))
 
 
 def _measure(
