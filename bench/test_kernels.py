@@ -1,4 +1,4 @@
-"""Single kernels of the CPU extension against this core's measured rates: sparse products, their gradients, activations.
+"""Single kernels of the CPU extension against this core's rates: sparse products, gradients of matrices, activations.
 
 extra_info of every benchmark: multiply_adds_per_s (or activations_per_s) and share_of_peak.
 """

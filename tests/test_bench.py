@@ -125,10 +125,16 @@ def test_work_counts_live_weights_and_neurons():
 # ----------------------------------------------------------------------------------------------------- training steps
 
 
+def _name(value) -> str:
+    return getattr(value, "name", str(value))
+
+
 def test_train_writes_every_figure_and_a_table(tiny_fields, tmp_path):
     pytest.importorskip("matplotlib")
     out, picture, readme = tmp_path / "train.json", tmp_path / "train.png", tmp_path / "README.md"
-    readme.write_text("<!-- bench:begin -->\nkept\n<!-- bench:end -->\n<!-- train-bench:begin -->\n<!-- train-bench:end -->\n")
+    readme.write_text(
+        "<!-- bench:begin -->\nkept\n<!-- bench:end -->\n<!-- train-bench:begin -->\n<!-- train-bench:end -->\n"
+    )
     printed = run("--train", "--quick", "--fields", "tiny-noisy", "--keeps", "1,0.3", "--peers", "torchdiffeq-direct",
                   "--json", str(out), "--plot", str(picture))
     assert "gradient error" in printed and "ms/step" in printed and picture.stat().st_size > 1000
@@ -152,7 +158,7 @@ def test_train_writes_every_figure_and_a_table(tiny_fields, tmp_path):
     assert "is not a result" in run("--load", str(_written(tmp_path / "x.json", json.dumps(broken))), code=1)
 
 
-@pytest.mark.parametrize("spec, keep", [(TINY, 0.6), (TINY_SIGMOID, 0.15), (TINY_NOISY, 0.3)], ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize("spec, keep", [(TINY, 0.6), (TINY_SIGMOID, 0.15), (TINY_NOISY, 0.3)], ids=_name)
 def test_contenders_find_the_same_gradient(spec, keep):
     problem = problems.make_problem(spec, keep)
     reference = training_peers.reference_gradient(problem)
@@ -169,12 +175,12 @@ def test_contenders_find_the_same_gradient(spec, keep):
     assert max(losses) - min(losses) < 2e-3
 
 
-@pytest.mark.parametrize("spec", [TINY_SIGMOID, TINY_NOISY], ids=lambda spec: spec.name)
-def test_trained_entries_are_found_in_every_layout(spec):
-    problem = problems.make_problem(spec, 0.15)  # neurons die, and constants are folded
+@pytest.mark.parametrize("spec, keep", [(TINY_SIGMOID, 0.15), (TINY_NOISY, 0.07)], ids=_name)
+def test_trained_entries_are_found_in_every_layout(spec, keep):
+    problem = problems.make_problem(spec, keep)  # neurons die, and constants are folded
     module = training_peers.trainable(problem)
     entries, field = training_peers.TrainedEntries(module, spec.dim), compile_field(module)
-    assert field.nnz < sum(int((layer.linear.weight != 0).sum()) for layer in problem.module.layers)
+    assert sum(layer.out_features for layer in field.vector_field.layers) < sum(spec.hidden) + spec.dim
     with torch.no_grad():  # values that tell where they came from; zeros stay zero, or the masks would change
         for number, parameter in enumerate(module.parameters()):
             marks = 1000.0 * number + torch.arange(1.0, parameter.numel() + 1).view_as(parameter)
@@ -222,7 +228,8 @@ def test_floor_of_a_training_step_counts_every_pass():
     assert work.multiply_adds == forwards + backwards + 2 * sum(shapes)
     assert Work.of_gradient(plain.vector_field, plain.divergence_plan("exact")) is None
     if fma_rate() is not None:
-        floors = [training_step_floor(field.vector_field, plan, 100, nfe, steps) for nfe, steps in ((20, 3), (20, 4), (26, 4))]
+        counts = ((20, 3), (20, 4), (26, 4))
+        floors = [training_step_floor(field.vector_field, plan, 100, nfe, steps) for nfe, steps in counts]
         assert floors[0] < floors[1] < floors[2]
         assert floors[2] - floors[1] == pytest.approx(6 * Work.of(field.vector_field, plan).floor(100))
 

@@ -31,9 +31,9 @@ from .training_peers import StepOutcome
 class Row:
     """One contender on one problem. Seconds; ratios are baseline time over this contender's (above 1: quicker).
 
-    nfe: evaluations of the field in the (forward) solve.  nfe_backward: in a solve of the backward pass (adjoints only).
-    ratio_per_evaluation: ratio of times per evaluation of the (forward) solve. Rounding can tip one step between accepted
-    and rejected, so that two solvers with the same rules differ by some evaluations; this ratio leaves that out.
+    nfe: evaluations of the field in the (forward) solve.  nfe_backward: in a solve of the backward pass (adjoints).
+    ratio_per_evaluation: ratio of times per evaluation of the (forward) solve. Rounding can tip one step between
+    accepted and rejected, so that two solvers with the same rules differ by some evaluations; this ratio leaves that out.
     nnz: weights of the simplified field.  floor: seconds of arithmetic in the whole solve or step (None: unknown);
     share: floor / best.  error: to the float64 reference, see `Task.error`.  skipped: why there are no figures.
     """
@@ -123,12 +123,13 @@ class Task:
 
 
 SOLVE = Task(
-    "solve", "solve", DEFAULT_FIELDS, peers.BASELINE, peers.OURS, peers.PEERS, _solve_reference, largest_error, "max error",
-    _solve_floor, "bench",
+    "solve", "solve", DEFAULT_FIELDS, peers.BASELINE, peers.OURS, peers.PEERS, _solve_reference, largest_error,
+    "max error", _solve_floor, "bench",
 )  # fmt: skip
 TRAIN = Task(
     "train", "training step", TRAIN_FIELDS, training_peers.BASELINE, training_peers.OURS, training_peers.PEERS,
-    training_peers.reference_gradient, lambda outcome, reference: training_peers.relative_error(outcome.gradient(), reference),
+    training_peers.reference_gradient,
+    lambda outcome, reference: training_peers.relative_error(outcome.gradient(), reference),
     "gradient error", _step_floor, "train-bench",
 )  # fmt: skip
 TASKS = {task.name: task for task in (SOLVE, TRAIN)}
@@ -137,7 +138,7 @@ TASKS = {task.name: task for task in (SOLVE, TRAIN)}
 def bench_problem(
     problem: Problem, contenders: Iterable[Contender], seconds: float = 20.0, most: int = 30, task: Task = SOLVE
 ) -> list[Row]:
-    """Rows for the task's baseline, this library and the given peers on one problem; `seconds` bounds the timed rounds."""
+    """Rows of the contenders, the task's baseline among them, on one problem; `seconds` bounds the timed rounds."""
     field = compile_field(problem.module)
     reference = task.reference(problem)
 

@@ -47,8 +47,8 @@ KERNEL_DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 def kernel_share(kernel: str, width: int, density: float, repeats: int = 5) -> float | None:
-    """Multiply-adds per second of one of `KERNELS` on a random mask [width, width], float32, at the best tile width, over
-    `fma_rate`; None without the CPU extension."""
+    """Multiply-adds per second of one of `KERNELS` on a random mask [width, width], float32, at the best tile width,
+    over `fma_rate`; None without the CPU extension."""
     peak = fma_rate()
     if peak is None:
         return None
@@ -75,9 +75,10 @@ class Work:
 
     @staticmethod
     def of_gradient(field: VectorField, plan: DivergencePlan) -> "Work | None":
-        """One evaluation turned back with Hutchinson's estimate: value and tangent forwards as far as slopes are wanted,
-        their cotangents backwards, and the gradient of every weight, each again for value and tangent. The probe is fixed:
-        neither does it need a cotangent, nor is its product with the first layer counted. None for the exact forms."""
+        """One evaluation turned back with Hutchinson's estimate: value and tangent forwards as far as slopes are
+        wanted, their cotangents backwards, and the gradient of every weight, each again for value and tangent. The
+        probe is fixed: neither does it need a cotangent, nor is its product with the first layer counted. None for the
+        exact forms."""
         if not isinstance(plan.form, HutchinsonForm):
             return None
         first, kept = field.layers[0].pattern.nnz, field.layers if field.layers[-1].gate else field.layers[:-1]
@@ -98,9 +99,9 @@ class Work:
 def training_step_floor(
     field: VectorField, plan: DivergencePlan, samples: int, evaluations: int, steps: int
 ) -> float | None:
-    """Seconds of a log-likelihood and its gradient by dopri5: the forward solve's evaluations; of every accepted step six
-    stages turned back, four of them evaluated once more for the states of the next (the first and the last are recorded);
-    and the first derivative of all turned back. None where `Work` cannot tell."""
+    """Seconds of a log-likelihood and its gradient by dopri5: the forward solve's evaluations; of every accepted step
+    six stages turned back, four of them evaluated once more for the states of the next (the first and the last are
+    recorded); and the first derivative of all turned back. None where `Work` cannot tell."""
     works = (Work.of(field, plan), Work.of(field), Work.of_gradient(field, plan))
     floors = [None if work is None else work.floor(samples) for work in works]
     if None in floors:

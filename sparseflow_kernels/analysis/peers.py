@@ -245,7 +245,7 @@ class JaxField:
         return f, -each(jnp.arange(dim)).sum(0)
 
     def solve(self, weights, noise, start, **settings):
-        """((x, l) at t = 1, steps): one ODE over the whole batch, with shared steps and torchdiffeq's mixed error norm."""
+        """((x, l) at t = 1, steps): one ODE over the whole batch, shared steps, torchdiffeq's mixed error norm."""
         import diffrax
         import jax.numpy as jnp
 

@@ -24,11 +24,11 @@ def _figure(columns: int, rows: int, width: float, height: float):
 
 
 def plot_bench(rows: "Sequence[Row]", path: str | Path, unit: str = "solve") -> Path:
-    """Time of a unit (a solve, a training step) against the keep ratio, one panel per field, one line per contender, the
-    floor dashed."""
+    """Time of a unit (a solve, a training step) against the keep ratio, one panel per field, one line per contender,
+    the floor dashed."""
     fields = list(dict.fromkeys(row.field for row in rows))
-    columns = min(3, len(fields))
-    figure, axes = _figure(columns, -(-len(fields) // columns), 3.4, 3.0)
+    columns = 2 if len(fields) == 4 else min(3, len(fields))
+    figure, axes = _figure(columns, -(-len(fields) // columns), 3.4 if columns > 1 else 5.0, 3.0)
     lines = {}
     for axis, field in zip(axes.flat, fields):
         here = [row for row in rows if row.field == field and row.median is not None]
@@ -48,8 +48,8 @@ def plot_bench(rows: "Sequence[Row]", path: str | Path, unit: str = "solve") -> 
     for axis in axes.flat[len(fields):]:
         axis.axis("off")
     figure.supxlabel("keep ratio", fontsize=10)
-    figure.supylabel(f"ms per {unit}, one core", fontsize=10)
-    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=min(4, columns + 1), fontsize=8)
+    figure.supylabel(f"ms per {unit}", fontsize=10)
+    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=columns + 1, fontsize=8)
     return _save(figure, path)
 
 

@@ -1,5 +1,5 @@
-"""The contenders of the training-step benchmark. A step is the mean negative log-likelihood of the batch and its gradient
-in all parameters, without the optimizer's own time, which is not a solver's.
+"""The contenders of the training-step benchmark. A step is the mean negative log-likelihood of the batch and its
+gradient in all parameters, without the optimizer's own time, which is not a solver's.
 
 All run on one thread, in float32, with dopri5, the same tolerances and the same Hutchinson noise. Each is given its
 honest advantages: dense contenders hold their zeros in dense weights and mask the gradient once at the end (no product
@@ -31,9 +31,9 @@ from .problems import Problem
 
 @dataclass
 class StepOutcome:
-    """loss: mean negative log-likelihood in nats.  gradient: gives its gradient, see `TrainedEntries`.  nfe: evaluations
-    of the field in the forward solve.  nfe_backward: those of a solve that the backward pass makes itself, None where it
-    goes back through the forward one.  steps: accepted steps, None if unknown."""
+    """loss: mean negative log-likelihood in nats.  gradient: gives its gradient, see `TrainedEntries`.  nfe:
+    evaluations of the field in the forward solve.  nfe_backward: those of a solve that the backward pass makes itself,
+    None where it goes back through the forward one.  steps: accepted steps, None if unknown."""
 
     loss: float
     gradient: Callable[[], Tensor]
@@ -61,7 +61,8 @@ class TrainedEntries:
             starts[name] = start
             start += parameter.numel()
         self._matrices = {n: (layer.pattern.row, layer.pattern.col) for n, layer in enumerate(captured.layers)}
-        self._entries = []  # (layer of the simplified field, of the captured one, tensor, entries there, there, in the module)
+        # (layer of the simplified field, of the captured one, tensor, entries of one, of the other, of the module)
+        self._entries = []
         for number, original in enumerate(report.kept_layers):
             for name, _ in simplified.layers[number].tensors():
                 source = sources.get((original, name))
@@ -152,8 +153,8 @@ def torchdiffeq_direct(problem: Problem) -> StepRun:
 
 
 def reference_gradient(problem: Problem) -> Tensor:
-    """The gradient of the whole batch in float64: autograd through torchdiffeq's dopri8 at tolerance 1e-10, some rows at
-    a time, which bounds the memory and changes nothing but rounding."""
+    """The gradient of the whole batch in float64: autograd through torchdiffeq's dopri8 at tolerance 1e-10, some rows
+    at a time, which bounds the memory; each part has steps of its own."""
     batch = problem.x.shape[0]
     rows = min(batch, max(32, 100_000 // sum(problem.spec.hidden)))
     exact = problem.reference(batch)
@@ -220,8 +221,8 @@ def _diffrax_step(problem: Problem) -> Callable:
 
 
 def diffrax_jit(problem: Problem) -> StepRun:
-    """jit(value_and_grad) with diffrax's own choice of adjoint, RecursiveCheckpointAdjoint: exact for the steps taken, and
-    four times and more quicker here than its DirectAdjoint. Compiled ahead of the timing."""
+    """jit(value_and_grad) with diffrax's own choice of adjoint, RecursiveCheckpointAdjoint: exact for the steps taken,
+    and at least three times quicker here than its DirectAdjoint. Compiled ahead of the timing."""
     import jax
 
     known = (problem.spec, problem.rtol, problem.atol)
@@ -259,8 +260,8 @@ PEERS = {
     contender.name: contender
     for contender in (
         Contender("torchdiffeq-direct", torchdiffeq_direct, remark="autograd through the solve, eager, dense weights"),
-        Contender("torchdiffeq-seminorm", torchdiffeq_seminorm, remark="odeint_adjoint that does not control parameters"),
+        Contender("torchdiffeq-seminorm", torchdiffeq_seminorm, remark="odeint_adjoint, parameters not in its norm"),
         Contender("diffrax", diffrax_jit, ("diffrax", "jax"), "jit(value_and_grad), dense weights, shared steps"),
-        Contender("reference-engine", partial(sparseflow_step, engine="reference"), remark="this library's engine in plain PyTorch"),
+        Contender("reference-engine", partial(sparseflow_step, engine="reference"), remark="ours in plain torch"),
     )
 }

@@ -1,5 +1,5 @@
-"""`sparseflow bench`: whole solves, or training steps, against torchdiffeq's dense ones, field by field, keep ratio by keep
-ratio; or single kernels against this core's multiply-add rate."""
+"""`sparseflow bench`: whole solves, or training steps, against torchdiffeq's dense ones, field by field, keep ratio by
+keep ratio; or single kernels against this core's multiply-add rate."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ from .console import fail, progress, say, show_table
 
 def _columns(task: Task) -> tuple[str, ...]:
     time = f"ms/{task.unit.split()[-1]}"
-    return (
-        "keep", "contender", "nnz", "NFE", time, "best ms", "us/NFE", "ratio", "ratio/NFE", "floor share", task.error_name
-    )  # fmt: skip
+    figures = ("best ms", "us/NFE", "ratio", "ratio/NFE", "floor share")
+    return ("keep", "contender", "nnz", "NFE", time, *figures, task.error_name)
 
 
 def _figure(value: float | None, form: str, scale: float = 1.0) -> str:
