@@ -309,7 +309,10 @@ py::dict adjoint_solve(CompiledAdjoint<T>& self, uintptr_t noise, int batch, std
   const py::ssize_t count = steps.size() / 2;
   for (py::ssize_t i = 0; i < count; ++i) record.steps.emplace_back(steps.data()[2 * i], steps.data()[2 * i + 1]);
   const py::ssize_t wanted = (count + 1) * batch * self.program().dim;
-  if (states.size() != wanted || (record.tableau.adaptive && derivatives.size() != wanted)) throw std::invalid_argument("solve: one state per step, and the last, is needed");
+  record.kept = wanted > 0 ? static_cast<int>(derivatives.size() / wanted) : 0;
+  if (states.size() != wanted || derivatives.size() != record.kept * wanted || record.kept < (record.tableau.adaptive ? 1 : 0) ||
+      record.kept >= record.tableau.stages())
+    throw std::invalid_argument("solve: the recorded states and derivatives do not fit the steps");
   if (self.program().noise >= 0 && noise == 0) throw std::invalid_argument("solve: this program needs noise");
   if (record.times.empty()) throw std::invalid_argument("solve: no output times");
   ProgramGradient<T> gradient;
@@ -323,7 +326,7 @@ py::dict adjoint_solve(CompiledAdjoint<T>& self, uintptr_t noise, int batch, std
 template <class T>
 py::dict solve(CompiledProgram<T>& self, uintptr_t x, uintptr_t l, uintptr_t noise, int batch, std::vector<double> times, int sign,
                const py::dict& tableau, std::pair<double, double> rtol, std::pair<double, double> atol, const py::dict& options,
-               std::vector<double> grid, bool perturb, bool per_tile, bool record, int threads, uintptr_t xs, uintptr_t ls) {
+               std::vector<double> grid, bool perturb, bool per_tile, bool record, bool record_stages, int threads, uintptr_t xs, uintptr_t ls) {
   SolveInput<T> in;
   in.batch = batch;
   in.x = address<T>(x);
@@ -350,6 +353,7 @@ py::dict solve(CompiledProgram<T>& self, uintptr_t x, uintptr_t l, uintptr_t noi
   in.perturb = perturb;
   in.per_tile = per_tile;
   in.record = record;
+  in.record_stages = record_stages;
   in.threads = threads;
   SolveOutput<T> out;
   {
@@ -458,7 +462,7 @@ void bind(py::module_& m, const char* builder, const char* compiled, const char*
           py::arg("t"), py::arg("x"), py::arg("noise"), py::arg("batch"), py::arg("threads"), py::arg("f"), py::arg("trace"))
       .def("solve", &solve<T>, py::arg("x"), py::arg("l"), py::arg("noise"), py::arg("batch"), py::arg("times"), py::arg("sign"),
            py::arg("tableau"), py::arg("rtol"), py::arg("atol"), py::arg("options"), py::arg("grid"), py::arg("perturb"),
-           py::arg("per_tile"), py::arg("record"), py::arg("threads"), py::arg("xs"), py::arg("ls"))
+           py::arg("per_tile"), py::arg("record"), py::arg("record_stages"), py::arg("threads"), py::arg("xs"), py::arg("ls"))
       .def("widths", [](CompiledProgram<T>& self) {
              std::vector<int> out;
              for (int i = 0; i < Kernels<T>::kWidths; ++i) out.push_back(self.width(i));

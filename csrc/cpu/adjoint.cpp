@@ -240,9 +240,10 @@ class Reversal {
     else std::fill_n(rows + state_size(), width_, T(0));
   }
 
-  // As the step had it: where the last stage is not at the solution, a step begins with another derivative than f there.
-  void load_derivative(int n, int tile, T* k) const {
-    load_tile(record_->derivatives + size_t(n) * batch_ * dim_, dim_, tile * width_, count(tile), width_, k);
+  // As the step had it. (Where the last stage is not at the solution, a step begins with another derivative than f there.)
+  void load_derivative(int n, int stage, int tile, T* k) const {
+    const size_t at = (size_t(n) * record_->kept + stage) * batch_ * dim_;
+    load_tile(record_->derivatives + at, dim_, tile * width_, count(tile), width_, k);
   }
 
   // What an output at fraction x of a step owes to the ends, the midpoint and the derivatives at the ends.
@@ -297,7 +298,7 @@ class Reversal {
           load_tile(record_->states + size_t(n + 1) * per_state, dim_, from, samples, width_, s.input[i]);
           break;
         }
-        if (i == 1 && adaptive) load_derivative(n, tile, s.k[0]);
+        if (i <= record_->kept) load_derivative(n, i - 1, tile, s.k[i - 1]);
         else evaluate(s, i - 1, s.input[i - 1], s.k[i - 1]);
         kernels_.combine(s.input[0], s.k_rows.data(), a[i - 1].data(), i, state, s.input[i]);
       }

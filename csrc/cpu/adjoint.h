@@ -22,7 +22,8 @@ struct SolveRecord {
   std::vector<double> times;                     // of the outputs, ascending
   std::vector<std::pair<double, double>> steps;  // (t, dt) of the accepted ones
   const T* states = nullptr;                     // [steps + 1][batch][dim]
-  const T* derivatives = nullptr;                // likewise, of an adaptive method
+  int kept = 0;                                  // derivatives per step; at least one of an adaptive method
+  const T* derivatives = nullptr;                // [steps + 1][kept][batch][dim]
 };
 
 // Cotangents of everything a program is made of, summed over samples, stages and steps.

@@ -25,6 +25,10 @@ class Integration {
     const size_t state = size_t(tiles) * rows_ * width;
     for (Aligned<T>* part : {&y0_, &f0_, &y1_, &f1_, &mid_}) *part = Aligned<T>(state);
     if (program_.noise >= 0) noise_ = Aligned<T>(size_t(tiles) * dim_ * width);
+    // a gradient needs the states of all stages; of a last one at the solution it is known, and follows from no derivative
+    const Tableau& t = input.tableau;
+    if (input.record) kept_ = input.record_stages ? stages_ - (t.adaptive && t.last_stage_is_solution() ? 2 : 1) : t.adaptive ? 1 : 0;
+    trial_.resize(size_t(kept_) * input.batch * dim_);
     for (int i = 0; i < stages_; ++i) modulated_.emplace_back(program_, packed, kernels_);
     scratch_.resize(threads);
     for (int c = 0; c < 2; ++c) sums_[c].assign(size_t(tiles) * width, 0.0);
@@ -40,6 +44,7 @@ class Integration {
     load();
     if (in_.tableau.adaptive) run_adaptive();
     else run_fixed();
+    record_derivatives();  // of no step
     return std::move(out_);
   }
 
@@ -157,15 +162,19 @@ class Integration {
 
   // ---- what a gradient needs
 
-  void record_state() { record(y0_, out_.states); }
-  void record_derivative() { record(f0_, out_.derivatives); }
-  void record(const Aligned<T>& rows, std::vector<T>& kept) {
+  void record_state() {
     if (!in_.record) return;
-    const size_t at = kept.size();
-    kept.resize(at + size_t(in_.batch) * dim_);
+    const size_t at = out_.states.size();
+    out_.states.resize(at + size_t(in_.batch) * dim_);
     for (int tile = 0; tile < tiles_; ++tile)
-      store_tile(rows.get() + tile * tile_size(), dim_, tile * width_, count(tile), width_, kept.data() + at);
+      store_tile(y0_.get() + tile * tile_size(), dim_, tile * width_, count(tile), width_, out_.states.data() + at);
   }
+
+  // The derivatives of a step that is tried wait here until it is accepted.
+  void try_derivative(int stage, int tile, const T* k) {
+    if (stage < kept_) store_tile(k, dim_, tile * width_, count(tile), width_, trial_.data() + size_t(stage) * in_.batch * dim_);
+  }
+  void record_derivatives() { out_.derivatives.insert(out_.derivatives.end(), trial_.begin(), trial_.end()); }
 
   // The derivative of the quartic `Kernels::interpolate` evaluates; y0_, f0_ are the new ends of the step.
   void record_slopes(int index, T dt, T x) {
@@ -269,9 +278,11 @@ class Integration {
       const T** k = s.k_rows.data();
       k[0] = f0_.get() + at;
       k[stages_ - 1] = f1;
+      try_derivative(0, tile, k[0]);
       for (int i = 0; i + 1 < stages_; ++i) {
         kernels_.combine(y0, k, a[i].data(), i + 1, int(state_size()), s.input);
         evaluate(s, modulated_[i], i + 2 == stages_ ? f1 : s.k[i + 1]);
+        try_derivative(i + 1, tile, k[i + 1]);
       }
       kernels_.combine(y0, k, b.data(), stages_, n, y1);
       if (shortcut) std::copy_n(s.input, state_size(), y1);  // the state f1 belongs to, bit for bit
@@ -319,7 +330,6 @@ class Integration {
     write_output(0, [&](int tile, const Scratch&) { return y0_.get() + tile * tile_size(); });
     record_state();
     first_derivative(T(t0));
-    record_derivative();
     double dt = std::isnan(o.first_step) ? choose_first_step(t0) : o.first_step;
     if (!std::isfinite(dt)) state_is_finite();  // finds the rows to name
 
@@ -366,8 +376,8 @@ class Integration {
           if (!std::isfinite(ratio)) state_checked = false;
           std::swap(y0_, y1_);
           std::swap(f0_, f1_);
+          record_derivatives();
           record_state();
-          record_derivative();
           t0 = t1;
           t1 = end;
           last_dt_ = dt;
@@ -425,6 +435,7 @@ class Integration {
           if (j == 0) std::copy_n(y, state_size(), s.input);
           else kernels_.combine(y, s.k_rows.data(), a[j - 1].data(), j, int(state_size()), s.input);
           evaluate(s, modulated_[j], s.k[j]);
+          try_derivative(j, tile, s.k[j]);
         }
         kernels_.combine(y0_.get() + at, s.k_rows.data(), b.data(), stages_, int(tile_size()), y1_.get() + at);
       });
@@ -442,6 +453,7 @@ class Integration {
         });
       }
       std::swap(y0_, y1_);
+      record_derivatives();
       record_state();
     }
   }
@@ -462,6 +474,8 @@ class Integration {
   std::vector<double> sums_[2];                 // [samples]
   std::vector<std::vector<T>> a_;
   std::vector<T> b_, b_error_, b_mid_;
+  int kept_ = 0;          // derivatives per step that are recorded
+  std::vector<T> trial_;  // [kept][batch][dim]
   double last_dt_ = 0;
   size_t written_ = 0;
   SolveOutput<T> out_;

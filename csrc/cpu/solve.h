@@ -33,7 +33,8 @@ struct SolveInput {
   std::vector<double> grid;  // fixed methods
   bool perturb = false;
   bool per_tile = false;
-  bool record = false;  // keep what a gradient needs
+  bool record = false;         // keep what a gradient needs
+  bool record_stages = false;  // and what spares it to evaluate the stages again
   int threads = 1;
 };
 
@@ -44,9 +45,9 @@ struct SolveOutput {
   std::string status = "ok";
   double t = 0, dt = 0;
   std::vector<int> rows;
-  // With `record`: x at the ends of the steps, [accepted + 1][batch][dim]; and, of an adaptive method, the derivatives that
-  // the steps began with, likewise, and dx/dt and dl/dt of what was read off at the outputs, [times][batch][dim] and
-  // [times][batch], zero at the first one.
+  // With `record`: x at the ends of the steps, [accepted + 1][batch][dim]; the first derivatives of every stage of theirs
+  // that were kept, [accepted + 1][kept][batch][dim], where the last ones stand for no step; and, of an adaptive method,
+  // dx/dt and dl/dt of what was read off at the outputs, [times][batch][dim] and [times][batch], zero at the first one.
   std::vector<T> states, derivatives, x_slopes, l_slopes;
 };
 

@@ -688,12 +688,15 @@ void test_adjoint(Random& random, const Program<double>& meaning, const KernelSe
     CompiledProgram<T> field(plain, table_of<T>(set));
     SolveInput<T> in = all.input(tableau, 1);
     in.record = true;
+    in.record_stages = chance(random, 0.5);
     std::vector<T> xs(in.times.size() * batch * dim), ls;
     const SolveOutput<T> out = field.solve(in, xs.data(), nullptr, kNothing);
     if (out.status != "ok") continue;
     SolveRecord<T> record;
     record.batch = batch, record.tableau = tableau, record.noise = all.noise.data(), record.times = in.times;
     record.steps = out.steps, record.states = out.states.data(), record.derivatives = out.derivatives.data();
+    record.kept = static_cast<int>(out.derivatives.size() / out.states.size());
+    check(record.kept == (in.record_stages ? (tableau.adaptive ? 2 : 0) : tableau.adaptive), name + ": derivatives kept");
     std::vector<T> wanted;
     std::vector<double> wanted_values;
     for (int threads : {1, 3}) {

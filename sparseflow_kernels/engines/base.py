@@ -61,8 +61,8 @@ class SolveResult:
     xs: [outputs, batch, dim].  ls: [outputs, batch] or None.
     nfe, accepted, rejected: counts (per_tile: nfe is the mean over tiles, rounded up; accepted and rejected the sums).
     steps: float64 CPU [accepted, 2], (t, dt) of every accepted step in the request's upward time; empty for per_tile.
-    states, derivatives: with `record`, x at the ends of the accepted steps, [accepted + 1, batch, dim], and, of an adaptive
-        method, the derivatives that the steps began with.
+    states, derivatives: with `record`, x at the ends of the accepted steps, [accepted + 1, batch, dim], and derivatives of
+        the steps' stages, [.., batch, dim], as many as the engine has a use for.
     slopes: with `record`, of an adaptive method, (dx/dt [outputs, batch, dim], dl/dt [outputs, batch] or None) of the
         interpolants at the outputs, in upward time; zero at the first. Engines that have no use for them leave None.
     """

@@ -16,6 +16,8 @@ from .adjoint import no_adjoint, write_adjoint
 from .base import Engine, Gradient, SolveRequest, SolveResult
 from .program import write_program
 
+STAGE_BYTES = 16 << 20  # the stages of a step are kept for its gradient if they take no more; larger ones are computed again
+
 _BUILDERS = {torch.float32: "BuilderF32", torch.float64: "BuilderF64"}
 
 
@@ -125,7 +127,8 @@ class CpuEngine(Engine):
             times=request.times.tolist(), sign=request.sign, tableau=_tableau(request.tableau), rtol=rtol, atol=atol,
             options=_options(request.options), grid=[] if request.grid is None else request.grid.tolist(),
             perturb=request.perturb, per_tile=request.step_control == "per_tile", record=request.record,
-            threads=get_num_threads(), xs=xs.data_ptr(), ls=_address(ls),
+            record_stages=x.nbytes * len(request.tableau.b) <= STAGE_BYTES, threads=get_num_threads(),
+            xs=xs.data_ptr(), ls=_address(ls),
         )
         result = SolveResult(
             xs=xs, ls=ls, nfe=raw["nfe"], accepted=raw["accepted"], rejected=raw["rejected"],
@@ -134,7 +137,7 @@ class CpuEngine(Engine):
         if request.record:
             result.states, result.derivatives = (
                 torch.from_numpy(raw[name]).view(-1, batch, self.dim) for name in ("states", "derivatives")
-            )
+            )  # of the latter [accepted + 1, kept, batch, dim], the first two axes as one
             if raw["x_slopes"].size:
                 x_slopes = torch.from_numpy(raw["x_slopes"]).view(outputs, batch, self.dim)
                 result.slopes = x_slopes, None if l is None else torch.from_numpy(raw["l_slopes"]).view(outputs, batch)
