@@ -1,4 +1,4 @@
-# Needs Python >= 3.11 and a C++17 compiler (GCC or Clang); everything else is installed into .venv.
+# Needs Python >= 3.11 and a C++17 compiler (GCC >= 12 or Clang); everything else is installed into .venv.
 PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 VENV := .venv
