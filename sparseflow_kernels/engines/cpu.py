@@ -192,8 +192,8 @@ class CpuEngine(Engine):
         raw = program.solve(
             noise=_address(noise), batch=batch, times=request.times.tolist(), sign=request.sign,
             tableau=_tableau(request.tableau), perturb=request.perturb, steps=result.steps.numpy(),
-            states=result.states.numpy(), derivatives=result.derivatives.numpy(), threads=get_num_threads(), grad_xs=grad_xs.data_ptr(),
-            grad_ls=_address(grad_ls), grad_x=grad_x.data_ptr(), grad_l=_address(grad_l),
+            states=result.states.numpy(), derivatives=result.derivatives.numpy(), threads=get_num_threads(),
+            grad_xs=grad_xs.data_ptr(), grad_ls=_address(grad_ls), grad_x=grad_x.data_ptr(), grad_l=_address(grad_l),
         )
         times = None
         if "times" in wanted:
