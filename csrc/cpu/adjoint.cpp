@@ -354,7 +354,8 @@ class Reversal {
     if (op == nullptr) return;
     for (int chunk = 0; chunk < chunks_; ++chunk) {
       const T* const sums = base + chunk * per_chunk + op->sums;
-      for (size_t k = 0; k < op->entry.size(); ++k) out[op->entry[k]] += double(sums[k]);
+      for (size_t k = 0; k < op->entry.size(); ++k)
+        if (op->entry[k] >= 0) out[op->entry[k]] += double(sums[k]);
     }
   }
 

@@ -104,6 +104,41 @@ SF_INLINE void fold_all(Vec<T>* x) {  // Group vectors
   if constexpr (Group > 2) fold_all<T, Group / 2>(x);
 }
 
+// The dense blocks of a gradient: as many rows as columns (or twice as many) of products in registers, each operand loaded
+// once for all of them. Every sum has the bits it has in a run.
+template <class T, int NV>
+SF_INLINE T* dense_gradient(const GradientArgs<T>& args) {
+  constexpr int L = Simd<T>::kLanes, H = gradient_block_rows(L), W = L / H;
+  const uint32_t* offset = args.dense;
+  T* sums = args.sums;
+  for (int block = 0; block < args.dense_blocks; ++block, sums += L) {
+    const Vec<T> *left[H], *right[W];
+#pragma GCC unroll 4
+    for (int r = 0; r < H; ++r) left[r] = reinterpret_cast<const Vec<T>*>(args.workspace + *offset++);
+#pragma GCC unroll 4
+    for (int c = 0; c < W; ++c) right[c] = reinterpret_cast<const Vec<T>*>(args.workspace + *offset++);
+    Vec<T> sum[L];
+#pragma GCC unroll 12
+    for (int v = 0; v < NV; ++v) {
+      Vec<T> y[W];
+#pragma GCC unroll 4
+      for (int c = 0; c < W; ++c) y[c] = right[c][v];
+#pragma GCC unroll 4
+      for (int r = 0; r < H; ++r) {
+        const Vec<T> x = left[r][v];
+#pragma GCC unroll 4
+        for (int c = 0; c < W; ++c) {
+          if (v == 0) sum[r * W + c] = x * y[c];
+          else sum[r * W + c] += x * y[c];
+        }
+      }
+    }
+    fold_all<T, L>(sum);
+    *reinterpret_cast<Vec<T>*>(sums) += sum[0];
+  }
+  return sums;
+}
+
 // NV vectors per operand: a tile's samples, or twice as many where values and tangents lie side by side.
 template <class T, int NV>
 void gradient(const GradientArgs<T>& args) {
@@ -112,7 +147,7 @@ void gradient(const GradientArgs<T>& args) {
   const char* const workspace = args.workspace;
   const GradientRun* run = args.runs;
   const uint32_t* right = args.right;
-  T* sums = args.sums;
+  T* sums = dense_gradient<T, NV>(args);
   Vec<T> partial[kGradientBatch];
   for (int batch = 0; batch < args.batches; ++batch, sums += kGradientBatch) {
     Vec<T>* out = partial;

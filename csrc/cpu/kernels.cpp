@@ -109,6 +109,8 @@ constexpr void offer_width(Kernels<T>& table, int index) {
   table.vectors[index] = NV;
   table.rows_in_flight[index] = rows_in_flight(NV);
   table.rows_in_flight_tangent[index] = rows_in_flight(2 * NV);
+  table.dense_rows[index] = dense_rows(NV);
+  table.dense_rows_tangent[index] = dense_rows(2 * NV);
 #define X(NAME)                                                                              \
   table.affine[static_cast<int>(Activation::NAME)][index] = affine<T, NV, Activation::NAME>; \
   table.affine_tangent[static_cast<int>(Activation::NAME)][index] = affine_tangent<T, NV, Activation::NAME>;

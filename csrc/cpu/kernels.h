@@ -23,16 +23,29 @@ constexpr size_t step_bytes(int rows_in_flight) {
   return (bytes + alignof(T) - 1) / alignof(T) * alignof(T);
 }
 
-// A sparse matrix packed for one tile width. Rows are sorted by length and taken `rows_in_flight` at a time (a group);
-// shorter rows of a group are padded with zero weights. Wide matrices are cut into
-// blocks of columns, so that a block's activations stay in the first-level cache; a block continues the sums of the
-// one before it.
+// A step of a dense group serves `dense_rows` rows with one column: a weight each, zero where a row has no entry.
+template <class T, int R>
+struct DenseStep {
+  T weight[R];
+  uint32_t offset;
+};
+template <class T>
+constexpr size_t dense_step_bytes(int dense_rows) {
+  const size_t bytes = size_t(dense_rows) * sizeof(T) + sizeof(uint32_t);
+  return (bytes + alignof(T) - 1) / alignof(T) * alignof(T);
+}
+
+// A sparse matrix packed for one tile width. Rows are sorted by length and taken `rows_in_flight` at a time (a group),
+// shorter rows of a group padded with zero weights. Wide matrices are cut into blocks of columns, so that a block's
+// activations stay in the first-level cache; a block continues the sums of the one before it. A block whose rows have
+// most of its columns is dense: its groups are of `dense_rows`, a multiple, each with all the columns of its rows.
 template <class T>
 struct PackedBlock {
   const char* steps;
-  const int32_t* counts;  // [groups] steps of the group
+  const int32_t* counts;  // [groups, or dense groups] steps of each
   const int32_t* rows;    // [groups * rows_in_flight]; the row number, or n_rows for a padded one
-  int32_t groups;
+  int32_t groups;         // of rows_in_flight
+  bool dense;
 };
 
 template <class T>
@@ -85,8 +98,11 @@ struct RowArgs {
   bool curvature, raw;
 };
 
-// sums[e] += over samples of left[row] * right[column] for every entry e. Entries are taken `kGradientBatch` at a time; a
-// row's entries are one run, or two where a batch ends inside the row.
+// sums[e] += over samples of left[row] * right[column] for every entry e. First come dense blocks: all products of a few
+// rows and a few columns, one for every lane of a vector. Other entries are taken `kGradientBatch` at a time; a row's
+// entries are one run, or two where a batch ends inside the row.
+constexpr int gradient_block_rows(int lanes) { return lanes < 16 ? 2 : 4; }
+constexpr int gradient_block_offsets(int lanes) { return gradient_block_rows(lanes) + lanes / gradient_block_rows(lanes); }
 inline constexpr int kGradientBatch = 64;
 struct GradientRun {
   uint32_t left;   // byte offset in the workspace
@@ -95,11 +111,13 @@ struct GradientRun {
 template <class T>
 struct GradientArgs {
   const char* workspace;
+  const uint32_t* dense;  // [dense_blocks][rows, then columns] byte offsets in the workspace
+  int32_t dense_blocks;
   const GradientRun* runs;
   const uint32_t* right;  // byte offsets in the workspace, one per entry
   int32_t batches;
   const int32_t* runs_of_batch;  // [batches]
-  T* sums;                       // [batches * kGradientBatch]
+  T* sums;                       // [dense_blocks * lanes, row by row; then batches * kGradientBatch]
 };
 
 template <class T>
@@ -115,6 +133,8 @@ struct Kernels {
   int vectors[kWidths];
   int rows_in_flight[kWidths];
   int rows_in_flight_tangent[kWidths];  // kernels with a tangent beside the primal
+  int dense_rows[kWidths];              // 0: no dense groups at this width
+  int dense_rows_tangent[kWidths];
 
   RowKernel<T> affine[10][kWidths];          // by activation; primal only
   RowKernel<T> affine_tangent[10][kWidths];  // the source rows carry a tangent in slot 1

@@ -50,8 +50,9 @@ struct PackedOp {
   std::vector<Place> places;  // where the weight of every entry lies
   int dynamic = -1;           // index among the dynamic ops
 
-  // gradients: runs of entries, and which entry of the matrix each one is
+  // gradients: dense blocks, runs of entries, and which entry of the matrix each sum is (-1: none)
   void (*gradient)(const GradientArgs<T>&) = nullptr;
+  std::vector<uint32_t> dense;
   std::vector<GradientRun> runs;
   std::vector<uint32_t> right;
   std::vector<int32_t> runs_of_batch, entry;

@@ -1,9 +1,12 @@
 // The sparse kernels: rows of (sparse matrix) x (tile), with whatever follows a row fused behind it.
 //
 // A group of rows_in_flight rows of like length runs at once, each with its own accumulators, which hides the latency
-// of the multiply-add; per entry one broadcast weight meets one activation row of the tile. The bits of a sample do not
-// depend on the tile width, on its place in the tile or on the rows in flight: within a block of columns every row is one
-// chain of multiply-adds in column order, and blocks and sums over rows follow one fixed order.
+// of the multiply-add; per entry one broadcast weight meets one activation row of the tile. That takes a load for every
+// multiply-add. Where most entries are there, a dense group of rows loads each activation once for all of them.
+//
+// The bits of a sample do not depend on the tile width, on its place in the tile or on the rows of a group: within a block
+// of columns every row is one chain of multiply-adds in column order (the zeros a dense group is filled up with change no
+// finite sum), and blocks and sums over rows follow one fixed order.
 #pragma once
 
 #include "kernels.h"
@@ -16,14 +19,28 @@ constexpr int rows_in_flight(int vectors) {
   return vectors <= 2 ? 4 : vectors <= 6 ? 2 : (kVectorBytes == 64 && vectors <= 8) ? 2 : 1;
 }
 
+// Rows of a dense group: as many as leave registers for the operands of a step, weights or activations, whichever are
+// fewer, and one of the others. 0: not even two.
+constexpr int dense_rows(int vectors) {
+  for (int rows = 8; rows > 1; rows /= 2)
+    if (rows * vectors + (rows < vectors ? rows : vectors) + 1 <= kRegisters) return rows;
+  return 0;
+}
+
 template <class T, int NV>
 struct Row {
   Vec<T> v[NV];
 };
 
+// The sums of a group, from its steps; the next group's begin where the result says.
 template <class T, int NV, int R>
-SF_INLINE const Step<T, R>* multiply_rows(const Step<T, R>* step, int count, const char* source, Row<T, NV> (&acc)[R]) {
+SF_INLINE const char* multiply_rows(const char* steps, int count, const char* source, Row<T, NV> (&acc)[R]) {
   static_assert(sizeof(Step<T, R>) == step_bytes<T>(R));
+  const Step<T, R>* step = reinterpret_cast<const Step<T, R>*>(steps);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 12
+    for (int v = 0; v < NV; ++v) acc[r].v[v] = Vec<T>{};
   for (int k = 0; k < count; ++k, ++step) {
     const Vec<T>* x[R];
     if constexpr (R % 2 == 0 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__) {
@@ -45,7 +62,47 @@ SF_INLINE const Step<T, R>* multiply_rows(const Step<T, R>* step, int count, con
       for (int v = 0; v < NV; ++v) acc[r].v[v] += w * x[r][v];
     }
   }
-  return step;
+  return reinterpret_cast<const char*>(step);
+}
+
+// Not inlined, so that all kernels share it; one call serves many columns, and the way of the sums through memory is short.
+template <class T, int NV, int R>
+__attribute__((noinline)) const char* multiply_dense(const char* steps, int count, const char* source, Row<T, NV>* sums) {
+  static_assert(sizeof(DenseStep<T, R>) == dense_step_bytes<T>(R));
+  const DenseStep<T, R>* step = reinterpret_cast<const DenseStep<T, R>*>(steps);
+  Row<T, NV> acc[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 12
+    for (int v = 0; v < NV; ++v) acc[r].v[v] = Vec<T>{};
+  for (int k = 0; k < count; ++k, ++step) {
+    const Vec<T>* const x = reinterpret_cast<const Vec<T>*>(source + step->offset);
+    if constexpr (R < NV) {  // the fewer operands stay in registers, the others come one by one
+      Vec<T> w[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) w[r] = splat<T>(step->weight[r]);
+#pragma GCC unroll 12
+      for (int v = 0; v < NV; ++v) {
+        Vec<T> activation = x[v];
+        keep_in_register(activation);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) acc[r].v[v] += w[r] * activation;
+      }
+    } else {
+      Vec<T> activation[NV];
+#pragma GCC unroll 12
+      for (int v = 0; v < NV; ++v) activation[v] = x[v];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vec<T> w = splat<T>(step->weight[r]);
+#pragma GCC unroll 12
+        for (int v = 0; v < NV; ++v) acc[r].v[v] += w * activation[v];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) sums[r] = acc[r];
+  return reinterpret_cast<const char*>(step);
 }
 
 // Runs all blocks of a matrix over NV vectors per row. `finish.row(number, sums)` sees each row once, complete;
@@ -54,21 +111,27 @@ inline constexpr int kRowsPerSum = 64;
 
 template <class T, int NV, class Finish>
 SF_INLINE void for_each_row(const RowArgs<T>& args, Finish& finish) {
-  constexpr int R = rows_in_flight(NV);
+  constexpr bool kDense = dense_rows(NV) > 0;
+  constexpr int R = rows_in_flight(NV), D = kDense ? dense_rows(NV) : R;
+  static_assert(kRowsPerSum % R == 0 && D % R == 0);
   const char* const source = args.source;
   const int n_blocks = args.matrix.n_blocks, n_rows = args.matrix.n_rows;
   for (int b = 0; b < n_blocks; ++b) {
     const PackedBlock<T> block = args.matrix.blocks[b];
     const bool first = b == 0, last = b + 1 == n_blocks;
-    const Step<T, R>* step = reinterpret_cast<const Step<T, R>*>(block.steps);
+    const char* steps = block.steps;
+    const int32_t* count = block.counts;
+    Row<T, NV> ahead[D];  // the sums of a dense group, whose rows are finished R at a time like all others
     for (int g = 0; g < block.groups; ++g) {
       const int32_t* rows = block.rows + g * R;
       Row<T, NV> acc[R];
+      if (kDense && block.dense) {
+        if (g * R % D == 0) steps = multiply_dense<T, NV, D>(steps, *count++, source, ahead);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 12
-        for (int v = 0; v < NV; ++v) acc[r].v[v] = Vec<T>{};
-      step = multiply_rows<T, NV, R>(step, block.counts[g], source, acc);
+        for (int r = 0; r < R; ++r) acc[r] = ahead[g * R % D + r];
+      } else {
+        steps = multiply_rows<T, NV, R>(steps, *count++, source, acc);
+      }
       if (!first) {
         for (int r = 0; r < R; ++r) {
           const Row<T, NV>* waiting = reinterpret_cast<const Row<T, NV>*>(args.target + rows[r] * args.target_stride);

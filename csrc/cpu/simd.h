@@ -25,6 +25,12 @@ inline constexpr int kVectorBytes = 32;
 inline constexpr int kVectorBytes = 16;
 #endif
 
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kRegisters = 32;
+#else
+inline constexpr int kRegisters = 16;
+#endif
+
 template <class T>
 struct Simd;
 
@@ -53,7 +59,16 @@ using IVec = typename Simd<T>::I;
 
 template <class T>
 SF_INLINE Vec<T> splat(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // nothing to compute; x + 0 is, since it is not x where x = -0
+}
+// Keeps x in a register: the compiler likes to read memory again for every use instead, and loads are what is scarce.
+template <class V>
+SF_INLINE void keep_in_register([[maybe_unused]] V& x) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(x));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x));
+#endif
 }
 template <class T>
 SF_INLINE IVec<T> as_int(Vec<T> x) {
