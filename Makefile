@@ -22,6 +22,7 @@ test: $(VENV)/.test native-test
 
 bench: $(VENV)/.bench
 	$(BIN)/sparseflow bench --peers all
+	$(BIN)/sparseflow bench --train --peers torchdiffeq-direct,diffrax
 	$(BIN)/pytest bench --benchmark-only
 
 native-test: build/native/sparseflow_native_test

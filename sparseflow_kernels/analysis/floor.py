@@ -99,15 +99,15 @@ class Work:
 def training_step_floor(
     field: VectorField, plan: DivergencePlan, samples: int, evaluations: int, steps: int
 ) -> float | None:
-    """Seconds of a log-likelihood and its gradient by dopri5: the forward solve's evaluations; of every accepted step
-    six stages turned back, four of them evaluated once more for the states of the next (the first and the last are
-    recorded); and the first derivative of all turned back. None where `Work` cannot tell."""
-    works = (Work.of(field, plan), Work.of(field), Work.of_gradient(field, plan))
+    """Seconds of a log-likelihood and its gradient by dopri5: the forward solve's evaluations; six stages of every
+    accepted step turned back (their derivatives are recorded); and the first derivative of all. None where `Work`
+    cannot tell."""
+    works = (Work.of(field, plan), Work.of_gradient(field, plan))
     floors = [None if work is None else work.floor(samples) for work in works]
     if None in floors:
         return None
-    forward, again, back = floors
-    return evaluations * forward + 4 * steps * again + (6 * steps + 1) * back
+    forward, back = floors
+    return evaluations * forward + (6 * steps + 1) * back
 
 
 def _activations(field: VectorField) -> dict[str, int]:
