@@ -57,6 +57,7 @@ struct Operand {
 // reduction  the trace += coefficient * factor * factor2 * (W source), summed over rows
 // keep       an affine that keeps for its adjoint d = scale act', then c = scale^2 act'' (carrying a tangent q: e = c q),
 //            then r = W source, each if wanted, in the slots of `kept`
+//            (where `slope_from` says so d and e follow from the value and its tangent, and are not kept)
 // pull       the adjoint of a keep: from the cotangents W source (+ addend) of its value h (and its tangent), the cotangent
 //            u = d hbar + c dbar of r (with a tangent: u = d hbar + e pbar and d pbar); then, with r, the term of gate_sum
 // gradient   sums[sum] += over samples of factor[row] * source[column], at the entries of W
@@ -81,6 +82,7 @@ struct Op {
   Operand addend;                   // product, pull
   // keep, pull, gradient: `carries` a tangent in slot 1 of source and target (gradient: of both factors)
   bool carries = false, curvature = false, raw = false;
+  int slope_from = 0;  // sparseflow::SlopeFrom
   Operand kept, slope_cotangent, value;  // pull: what keep kept; the cotangent of d; where keep put its value and tangent
   int sum = -1;                          // gradient
   bool tangent() const { return (kind == OpKind::kAffine && store >= 4) || carries; }

@@ -94,7 +94,8 @@ class Builder {
     program_.modulations.at(modulation).shift_sum = shift;
     program_.modulations.at(modulation).gate_sum = gate;
   }
-  void keep(int matrix, Ref source, Ref target, int kept, int modulation, int activation, double a, double b, bool carries, bool curvature, bool raw) {
+  void keep(int matrix, Ref source, Ref target, int kept, int modulation, int activation, double a, double b, bool carries, bool curvature, bool raw,
+            int slope_from) {
     Op op;
     op.kind = OpKind::kKeep;
     op.matrix = matrix;
@@ -107,10 +108,11 @@ class Builder {
     op.carries = carries;
     op.curvature = curvature;
     op.raw = raw;
+    op.slope_from = slope_from;
     program_.keep.push_back(op);
   }
-  void pull(int matrix, Ref source, Ref target, int kept, Ref value, Ref addend, Ref slope_cotangent, bool transposed, bool carries, bool curvature,
-            bool raw) {
+  void pull(int matrix, Ref source, Ref target, int kept, Ref value, int modulation, Ref addend, Ref slope_cotangent, bool transposed, bool carries,
+            bool curvature, bool raw, int slope_from) {
     Op op;
     op.kind = OpKind::kPull;
     op.matrix = matrix;
@@ -124,6 +126,8 @@ class Builder {
     op.carries = carries;
     op.curvature = curvature;
     op.raw = raw;
+    op.modulation = modulation;
+    op.slope_from = slope_from;
     program_.reverse.push_back(op);
   }
   void gradient(int matrix, Ref left, Ref right, int sum, bool carries) {
@@ -428,10 +432,11 @@ void bind(py::module_& m, const char* builder, const char* compiled, const char*
       .def("sum_of_matrix", &Builder<T>::sum_of_matrix, py::arg("matrix"), py::arg("sum"))
       .def("sums_of_modulation", &Builder<T>::sums_of_modulation, py::arg("modulation"), py::arg("shift"), py::arg("gate"))
       .def("keep", &Builder<T>::keep, py::arg("matrix"), py::arg("source"), py::arg("target"), py::arg("kept"), py::arg("modulation"),
-           py::arg("activation"), py::arg("a"), py::arg("b"), py::arg("carries"), py::arg("curvature"), py::arg("raw"))
+           py::arg("activation"), py::arg("a"), py::arg("b"), py::arg("carries"), py::arg("curvature"), py::arg("raw"),
+           py::arg("slope_from") = 0)
       .def("pull", &Builder<T>::pull, py::arg("matrix"), py::arg("source"), py::arg("target"), py::arg("kept"), py::arg("value"),
-           py::arg("addend") = Ref(-1, 0), py::arg("slope_cotangent") = Ref(-1, 0), py::arg("transposed") = true, py::arg("carries") = false,
-           py::arg("curvature") = false, py::arg("raw") = false)
+           py::arg("modulation"), py::arg("addend") = Ref(-1, 0), py::arg("slope_cotangent") = Ref(-1, 0), py::arg("transposed") = true, py::arg("carries") = false,
+           py::arg("curvature") = false, py::arg("raw") = false, py::arg("slope_from") = 0)
       .def("gradient", &Builder<T>::gradient, py::arg("matrix"), py::arg("left"), py::arg("right"), py::arg("sum"), py::arg("carries") = false)
       .def("compile", &Builder<T>::compile)
       .def("compile_adjoint", &Builder<T>::compile_adjoint);

@@ -49,7 +49,7 @@ int CompiledAdjoint<T>::width_index(int batch) const {
   for (const Buffer& b : program_.buffers) rows += size_t(b.rows) * b.slots;
   int best = -1;
   for (int w = 0; w < Kernels<T>::kWidths; ++w) {
-    if (kernels_.pull[0][w] == nullptr) continue;
+    if (kernels_.pull[0][0][w] == nullptr) continue;
     const int width = kernels_.lanes * kernels_.vectors[w];
     if (best >= 0 && (rows * width * sizeof(T) > kTileBytes || kernels_.lanes * kernels_.vectors[best] >= batch)) break;
     best = w;

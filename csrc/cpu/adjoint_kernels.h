@@ -14,23 +14,25 @@ namespace sparseflow::SPARSEFLOW_ISA {
 template <class T, int NV, Activation A, bool Tangent>
 void keep(const RowArgs<T>& args) {
   const T a = args.a, b = args.b, inverse_a = args.inverse_a;
-  const bool curvature = args.curvature, raw = args.raw;
+  const bool slopes = args.slopes, curvature = args.curvature && slopes, raw = args.raw;
   Rows rows{[&](int row, const Vec<T>* sum) {
     const T scale = args.scale[row], shift = args.shift[row];
     Vec<T>* const out = reinterpret_cast<Vec<T>*>(args.target + row * args.target_stride);
     Vec<T>* kept = reinterpret_cast<Vec<T>*>(args.kept + row * args.kept_stride);
-    Vec<T> bend[NV];
+    Vec<T> d[NV], bend[NV];
     for (int v = 0; v < NV; ++v) {
-      Vec<T> slope;
-      activate<T, A>(sum[v] * scale + shift, a, b, inverse_a, out[v], slope, bend[v]);
-      kept[v] = slope * scale;
+      activate<T, A>(sum[v] * scale + shift, a, b, inverse_a, out[v], d[v], bend[v]);
+      d[v] *= scale;
       bend[v] *= scale * scale;
       if constexpr (Tangent) {
-        out[NV + v] = kept[v] * sum[NV + v];
+        out[NV + v] = d[v] * sum[NV + v];
         bend[v] *= sum[NV + v];
       }
     }
-    kept += NV;
+    if (slopes) {
+      for (int v = 0; v < NV; ++v) kept[v] = d[v];
+      kept += NV;
+    }
     if (curvature) {
       for (int v = 0; v < NV; ++v) kept[v] = bend[v];
       kept += NV;
@@ -41,44 +43,70 @@ void keep(const RowArgs<T>& args) {
   for_each_row<T, Tangent ? 2 * NV : NV>(args, rows);
 }
 
+// The slope d of a layer with value h, and (act'' / act') scale, by which its tangent p becomes e: torch's own formulas.
+template <class T, SlopeFrom From>
+SF_INLINE void slope_of_value(Vec<T> h, T scale, Vec<T>& d, Vec<T>& bend) {
+  if constexpr (From == SlopeFrom::kTanh) {
+    d = scale * (T(1) - h * h);
+    bend = (T(-2) * scale) * h;
+  } else if constexpr (From == SlopeFrom::kSigmoid) {
+    d = scale * (h * (T(1) - h));
+    bend = scale * (T(1) - (h + h));
+  } else {
+    d = splat<T>(scale);
+    bend = Vec<T>{};
+  }
+}
+
 // From the cotangents hbar (and pbar) of a layer's value (and tangent), the cotangent of its r = W h (and of its tangent's).
-template <class T, int NV, bool Tangent>
+template <class T, int NV, SlopeFrom From, bool Tangent>
 void pull(const RowArgs<T>& args) {
-  const bool curvature = args.curvature, raw = args.raw;
+  constexpr bool kKept = From == SlopeFrom::kKept;
+  const bool raw = args.raw;
+  const int r_slot = kKept ? (args.curvature ? 2 : 1) : 0;
   constexpr int kSums = Tangent ? 2 * NV : NV;
   Rows rows{[&](int row, const Vec<T>* sum) {
     Vec<T>* const out = reinterpret_cast<Vec<T>*>(args.target + row * args.target_stride);
-    const Vec<T>* const d = at_row<T>(args.kept, row, args.kept_stride);
-    const Vec<T>* const bend = d + NV;  // c, or e
+    const Vec<T>* const kept = at_row<T>(args.kept, row, args.kept_stride);
+    const Vec<T>* const h = at_row<T>(args.value, row, args.value_stride);  // and its tangent in slot 1
     Vec<T> cotangent[kSums];
     for (int v = 0; v < kSums; ++v) cotangent[v] = sum[v];
     if (args.addend) {
       const Vec<T>* more = at_row<T>(args.addend, row, args.addend_stride);
       for (int v = 0; v < kSums; ++v) cotangent[v] += more[v];
     }
+    Vec<T> d[NV], e[NV];
+    for (int v = 0; v < NV; ++v) {
+      if constexpr (kKept) {
+        d[v] = kept[v];
+        if constexpr (Tangent) e[v] = kept[NV + v];
+      } else {
+        slope_of_value<T, From>(h[v], args.scale[row], d[v], e[v]);
+        if constexpr (Tangent) e[v] *= h[NV + v];
+      }
+    }
     Vec<T> u[NV];
     for (int v = 0; v < NV; ++v) u[v] = cotangent[v] * d[v];
     if constexpr (Tangent) {
       for (int v = 0; v < NV; ++v) {
-        u[v] += cotangent[NV + v] * bend[v];
+        u[v] += cotangent[NV + v] * e[v];
         out[NV + v] = cotangent[NV + v] * d[v];
       }
     }
     const Vec<T>* dbar = nullptr;
-    if constexpr (!Tangent) {
+    if constexpr (kKept && !Tangent) {
       if (args.slope_cotangent) {
         dbar = at_row<T>(args.slope_cotangent, row, args.slope_cotangent_stride);
-        for (int v = 0; v < NV; ++v) u[v] += dbar[v] * bend[v];
+        for (int v = 0; v < NV; ++v) u[v] += dbar[v] * kept[NV + v];
       }
     }
     for (int v = 0; v < NV; ++v) out[v] = u[v];
     if (raw) {
-      const Vec<T>* const r = d + (curvature ? 2 : 1) * NV;
+      const Vec<T>* const r = kept + r_slot * NV;
       Vec<T>* const gate = out + kSums;
       for (int v = 0; v < NV; ++v) gate[v] = u[v] * r[v];
       if constexpr (Tangent) {
-        const Vec<T>* const p = at_row<T>(args.value, row, args.value_stride) + NV;
-        for (int v = 0; v < NV; ++v) gate[v] += cotangent[NV + v] * p[v];
+        for (int v = 0; v < NV; ++v) gate[v] += cotangent[NV + v] * h[NV + v];
       } else if (dbar) {
         for (int v = 0; v < NV; ++v) gate[v] += dbar[v] * d[v];
       }

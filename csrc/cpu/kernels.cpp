@@ -129,8 +129,11 @@ constexpr void offer_adjoint(Kernels<T>& table, int index) {
   table.keep[1][static_cast<int>(Activation::NAME)][index] = keep<T, NV, Activation::NAME, true>;
   SF_FOR_EACH_ACTIVATION(X)
 #undef X
-  table.pull[0][index] = pull<T, NV, false>;
-  table.pull[1][index] = pull<T, NV, true>;
+#define X(FROM)                                                                                  \
+  table.pull[static_cast<int>(SlopeFrom::FROM)][0][index] = pull<T, NV, SlopeFrom::FROM, false>; \
+  table.pull[static_cast<int>(SlopeFrom::FROM)][1][index] = pull<T, NV, SlopeFrom::FROM, true>;
+  X(kKept) X(kIdentity) X(kTanh) X(kSigmoid)
+#undef X
   table.gradient[0][index] = gradient<T, NV>;
   table.gradient[1][index] = gradient<T, 2 * NV>;
 }

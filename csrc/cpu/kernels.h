@@ -64,6 +64,10 @@ enum class Store : int {
   kTangentReduce = 5 // input carries a tangent: h, and reduce += weight[row] * s * act'(z) * (W p)
 };
 
+// Where a pull takes a layer's slope and curvature from: what was kept, or the value h itself, by the layer's activation.
+enum class SlopeFrom : int { kKept = 0, kIdentity = 1, kTanh = 2, kSigmoid = 3 };
+inline constexpr int kSlopesFrom = 4;
+
 // The arguments of every row kernel. Pointers are into the workspace of one tile; strides are bytes per row.
 template <class T>
 struct RowArgs {
@@ -96,6 +100,7 @@ struct RowArgs {
   const char* value;            // pull: the rows keep wrote its value and tangent to
   ptrdiff_t kept_stride, slope_cotangent_stride, value_stride;
   bool curvature, raw;
+  bool slopes;                  // keep: d and c (or e) are kept
 };
 
 // sums[e] += over samples of left[row] * right[column] for every entry e. First come dense blocks: all products of a few
@@ -142,7 +147,7 @@ struct Kernels {
   RowKernel<T> reduction[kWidths];
   // the adjoint's; index [1] carries a tangent. Null for the widths they are not offered for.
   RowKernel<T> keep[2][10][kWidths];
-  RowKernel<T> pull[2][kWidths];
+  RowKernel<T> pull[kSlopesFrom][2][kWidths];
   void (*gradient[2][kWidths])(const GradientArgs<T>&);
 
   // out = y + sum_j c[j] k[j] over n values

@@ -63,7 +63,7 @@ void validate_op(const Op& op, const Program<T>& p, const std::string& name) {
   optional(op.target, "target"), optional(op.seed, "seed"), optional(op.weight, "weight");
   optional(op.factor, "factor"), optional(op.factor2, "factor2"), optional(op.addend, "addend");
   optional(op.kept, "kept"), optional(op.slope_cotangent, "slope cotangent"), optional(op.value, "value");
-  if (op.kind != OpKind::kAffine && op.kind != OpKind::kKeep && op.modulation >= 0) fail(name + ": only a layer has a modulation");
+  if ((op.kind == OpKind::kProduct || op.kind == OpKind::kReduction) && op.modulation >= 0) fail(name + ": only a layer has a modulation");
   if (op.kind != OpKind::kReduction && op.coefficient_matrix >= 0) fail(name + ": only a reduction has coefficients");
   const int rows = op.transposed ? p.matrices[op.matrix].cols : p.matrices[op.matrix].rows;
   const int cols = op.transposed ? p.matrices[op.matrix].rows : p.matrices[op.matrix].cols;
@@ -87,8 +87,12 @@ void validate_op(const Op& op, const Program<T>& p, const std::string& name) {
   if (op.second) slots(op.target, 2, "target");
   if (op.addend.buffer >= 0) need(op.addend, rows, "addend");
   if (op.kind == OpKind::kKeep || op.kind == OpKind::kPull) {
-    need(op.kept, rows, "kept");
-    slots(op.kept, 1 + (op.curvature || op.carries) + op.raw, "kept");
+    if (op.slope_from < 0 || op.slope_from >= kSlopesFrom) fail(name + ": unknown origin of a slope");
+    const bool recovered = op.slope_from != 0;
+    if (!recovered || op.raw) {
+      need(op.kept, rows, "kept");
+      slots(op.kept, (recovered ? 0 : 1 + op.curvature) + op.raw, "kept");
+    }
     if (op.target.slot != 0 || op.source.slot != 0 || op.kept.slot != 0) fail(name + ": operands start at slot 0");
     if (op.carries) slots(op.source, 2, "source");
     if (op.carries && !op.curvature) fail(name + ": the adjoint of a tangent needs the curvature");
@@ -99,9 +103,11 @@ void validate_op(const Op& op, const Program<T>& p, const std::string& name) {
       if (op.addend.buffer >= 0) slots(op.addend, op.carries ? 2 : 1, "addend");
       if (op.slope_cotangent.buffer >= 0) {
         need(op.slope_cotangent, rows, "slope cotangent");
-        if (op.carries || !op.curvature) fail(name + ": the cotangent of a slope needs the curvature, and no tangent");
+        if (op.carries || !op.curvature || recovered) fail(name + ": the cotangent of a slope needs a kept curvature, and no tangent");
       }
-      if (op.carries && op.raw) need(op.value, rows, "value"), slots(op.value, 2, "value");
+      if (recovered || (op.carries && op.raw)) need(op.value, rows, "value"), slots(op.value, op.carries ? 2 : 1, "value");
+      if (op.modulation < 0 || op.modulation >= static_cast<int>(p.modulations.size()) || p.modulations[op.modulation].n != rows)
+        fail(name + ": the modulation does not fit the matrix");
       return;
     }
   }
@@ -417,6 +423,7 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, Packed<T>& packed, 
   args.second = op.second;
   args.curvature = op.curvature;
   args.raw = op.raw;
+  args.slopes = op.slope_from == 0;
   args.store = static_cast<Store>(op.store);
   args.a = static_cast<T>(op.params.a);
   args.b = static_cast<T>(op.params.b);
@@ -429,7 +436,7 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, Packed<T>& packed, 
     case OpKind::kProduct: out.kernel = kernels.product[w]; break;
     case OpKind::kReduction: out.kernel = kernels.reduction[w]; break;
     case OpKind::kKeep: out.kernel = kernels.keep[op.carries][activation][w]; break;
-    case OpKind::kPull: out.kernel = kernels.pull[op.carries][w]; break;
+    case OpKind::kPull: out.kernel = kernels.pull[op.slope_from][op.carries][w]; break;
     case OpKind::kGradient: break;
   }
   if (out.kernel == nullptr) fail("this tile width has no adjoint kernels");

@@ -563,6 +563,10 @@ Program<double> adjoint_program(Random& random, bool tangent) {
     return static_cast<int>(p.sums.size()) - 1;
   };
   const bool curvature = tangent;
+  const Activation known[] = {Activation::kTanh, Activation::kSoftplus, Activation::kSin, Activation::kSilu, Activation::kSigmoid, Activation::kIdentity};
+  const Activation recovered[] = {Activation::kIdentity, Activation::kTanh, Activation::kSigmoid};
+  std::vector<Activation> activations;
+  std::vector<int> from;  // SlopeFrom, by layer
   std::vector<int> chain{buffer(p.dim, values)}, kept;
   std::vector<bool> gated;
   int widest = p.dim;
@@ -581,7 +585,13 @@ Program<double> adjoint_program(Random& random, bool tangent) {
     if (gated.back()) m.gate_sum = sum(n, true);
     p.modulations.push_back(m);
     chain.push_back(buffer(n, values));
-    kept.push_back(l < hidden || gated.back() ? buffer(n, 1 + curvature + gated.back()) : -1);
+    activations.push_back(l == hidden ? Activation::kIdentity : known[pick(random, 0, 5)]);
+    const int slope_from[] = {1, 2, 3};
+    from.push_back(0);
+    for (int i = 0; i < 3; ++i)
+      if (activations.back() == recovered[i] && chance(random, 0.7)) from.back() = slope_from[i];
+    const int kept_slots = (from.back() ? 0 : 1 + curvature) + gated.back();
+    kept.push_back((l < hidden || gated.back()) && kept_slots > 0 ? buffer(n, kept_slots) : -1);
   }
   const int layers = hidden + 1;
   auto helper = [&](int rows, int cols, bool filled) {  // a column of ones or an identity; or nothing at all
@@ -597,15 +607,14 @@ Program<double> adjoint_program(Random& random, bool tangent) {
   p.trace_cotangent = tangent ? buffer(1, 1) : -1;
   p.cotangent = buffer(p.dim, values), p.state_cotangent = buffer(p.dim, 1);
   const int turns[2] = {buffer(widest, values + 1), buffer(widest, values + 1)};
-  const Activation activations[] = {Activation::kTanh, Activation::kSoftplus, Activation::kSin, Activation::kSilu};
   for (int l = 0; l < layers; ++l) {
     Op op;
     op.matrix = l, op.modulation = l, op.source = {chain[l], 0}, op.target = {chain[l + 1], 0};
-    op.activation = l < hidden ? activations[pick(random, 0, 3)] : Activation::kIdentity;
+    op.activation = activations[l];
     p.body.push_back(op);
-    if (kept[l] < 0) continue;
+    if (l == hidden && !gated[l]) continue;
     op.kind = OpKind::kKeep;
-    op.kept = {kept[l], 0}, op.carries = tangent, op.curvature = curvature, op.raw = gated[l];
+    op.kept = {kept[l], 0}, op.carries = tangent, op.curvature = curvature, op.raw = gated[l], op.slope_from = from[l];
     p.keep.push_back(op);
   }
   if (tangent) {
@@ -622,7 +631,7 @@ Program<double> adjoint_program(Random& random, bool tangent) {
     op.matrix = matrix, op.transposed = transposed, op.source = transposed ? here : Operand{chain[0], 0};
     op.target = {turns[l % 2], 0}, op.kept = {kept[l], 0}, op.value = {chain[l + 1], 0};
     if (!transposed) op.addend = here;
-    op.carries = tangent, op.curvature = curvature, op.raw = gated[l];
+    op.carries = tangent, op.curvature = curvature, op.raw = gated[l], op.modulation = l, op.slope_from = from[l];
     p.reverse.push_back(op);
     here = op.target;
   };
@@ -728,7 +737,7 @@ void test_spoiled(Random& random, const Program<double>& good, const KernelSet& 
   std::vector<int> activations;
   for (auto* ops : {&p.prologue, &p.body, &p.keep, &p.reverse})
     for (Op& op : *ops) {
-      fields.insert(fields.end(), {&op.matrix, &op.modulation, &op.store, &op.coefficient_matrix, &op.sum});
+      fields.insert(fields.end(), {&op.matrix, &op.modulation, &op.store, &op.coefficient_matrix, &op.sum, &op.slope_from});
       for (Operand* o : {&op.source, &op.target, &op.seed, &op.weight, &op.factor, &op.factor2, &op.addend, &op.kept, &op.slope_cotangent, &op.value})
         operand(*o);
       list(op.factor_row), list(op.factor2_row);

@@ -31,6 +31,9 @@ from ..field import Pattern, SigmoidGate, TimeFunction, VectorField
 from .program import ABSENT, Store, Values, Writer, column_groups, stack_columns
 
 
+SLOPE_FROM = {"identity": 1, "tanh": 2, "sigmoid": 3}  # activations whose slopes follow from their value (csrc/cpu/kernels.h)
+
+
 def no_adjoint(field: VectorField, plan: DivergencePlan | None) -> str | None:
     """Why there is no native adjoint program for this field; None if there is one."""
     for layer in field.layers:
@@ -64,10 +67,14 @@ class AdjointWriter(Writer):
         x = builder.buffer(field.dim, values)
         chain = [x, *(builder.buffer(layer.out_features, values) for layer in layers)]
         f = chain[-1]
-        kept = [
-            builder.buffer(layer.out_features, 1 + curvature + gate) if number < hidden or gate else -1
-            for number, (layer, gate) in enumerate(zip(layers, gated))
-        ]
+        # the forms read the slopes d_l themselves; else tanh's and sigmoid's need not be kept
+        exact = curvature and not tangent
+        slope_from = [0 if exact else SLOPE_FROM.get(layer.activation.name, 0) for layer in layers]
+        kept = []
+        for number, layer in enumerate(layers):
+            slots = (0 if slope_from[number] else 1 + curvature) + gated[number]
+            wanted = slots > 0 and (number < hidden or gated[number])
+            kept.append(builder.buffer(layer.out_features, slots) if wanted else -1)
         self.ones = builder.buffer(1)
         self.lam = builder.buffer(1) if self.form is not None else -1
         v, state = builder.buffer(field.dim, values), builder.buffer(field.dim)
@@ -77,12 +84,13 @@ class AdjointWriter(Writer):
         for number in range(hidden + 1):
             self.affine(number, (chain[number], 0), (chain[number + 1], 0), Store.VALUE)
         for number in range(hidden + 1):
-            if kept[number] >= 0:
+            if number < hidden or gated[number]:
                 rule, params = rule_and_params(layers[number].activation)
                 a, b = (*params, 1.0, 1.0)[:2]
                 builder.keep(
                     self.weights[number], (chain[number], 0), (chain[number + 1], 0), kept[number],
                     self.modulations[number], rule.number, float(a), float(b), tangent, curvature, gated[number],
+                    slope_from[number],
                 )  # fmt: skip
 
         slopes = [(k, 0) for k in kept[:hidden]]
@@ -98,8 +106,8 @@ class AdjointWriter(Writer):
             if number == hidden and gated[number]:
                 target = turns[number % 2]
                 builder.pull(
-                    self.empty(field.dim), (x, 0), (target, 0), kept[number], (f, 0), addend=(v, 0),
-                    carries=tangent, curvature=curvature, raw=True,
+                    self.empty(field.dim), (x, 0), (target, 0), kept[number], (f, 0), self.modulations[number],
+                    addend=(v, 0), carries=tangent, curvature=curvature, raw=True, slope_from=slope_from[number],
                 )  # fmt: skip
                 here = (target, 0)
             total = builder.sum(layer.pattern.nnz, False)
@@ -112,8 +120,9 @@ class AdjointWriter(Writer):
             before = number - 1
             target = turns[before % 2]
             builder.pull(
-                self.weights[number], here, (target, 0), kept[before], (chain[number], 0),
+                self.weights[number], here, (target, 0), kept[before], (chain[number], 0), self.modulations[before],
                 slope_cotangent=of_slopes[before], carries=tangent, curvature=curvature, raw=gated[before],
+                slope_from=slope_from[before],
             )  # fmt: skip
             here = (target, 0)
 
