@@ -528,6 +528,7 @@ void validate(const Program<T>& p) {
     const Modulation<T>& m = p.modulations[i];
     check_sum(m.shift_sum, m.n, m.dynamic(), "modulation " + std::to_string(i));
     check_sum(m.gate_sum, m.n, true, "modulation " + std::to_string(i));
+    if (m.shift_sum >= 0 && !m.gate_slope.empty() && m.gate_sum < 0) fail("modulation " + std::to_string(i) + ": a gate needs a sum of its own");
   }
 }
 

@@ -135,9 +135,9 @@ Op product_op(int matrix, Operand source, Operand target, Operand factor = {}) {
 Program<double> random_program(Random& random, int kind) {
   Program<double> p;
   const int depth = pick(random, kind == 0 ? 0 : 1, 3);
-  const double densities[] = {0.0, 0.05, 0.3, 1.0};
+  const double densities[] = {0.0, 0.05, 0.3, 1.0, 0.85};
   const int widths[] = {1, 2, 7, 30, 90};
-  auto density = [&] { return densities[pick(random, 0, 3)]; };
+  auto density = [&] { return densities[pick(random, 0, 4)]; };
   p.dim = pick(random, 1, 5);
   p.divergence = kind != 0;
   const int x = add_buffer(p, p.dim, 1);
