@@ -245,7 +245,7 @@ class ContinuousFlow(nn.Module):
             )
         if torch.compiler.is_compiling():  # a question about values
             return
-        if math.isfinite(x.sum()):  # one operation; a sum of finite entries may overflow, so it does not decide
+        if math.isfinite(x.detach().sum()):  # one operation; a sum of finite entries may overflow, so it does not decide
             return
         finite = torch.isfinite(x).all(1)
         if not bool(finite.all()):
