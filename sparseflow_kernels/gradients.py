@@ -160,14 +160,14 @@ class _Solve(torch.autograd.Function):
     def forward(ctx, engine: Engine, reference: ReferenceEngine, request: SolveRequest, box: list, *inputs):
         native = engine.no_gradient(wanted(SOLVE_INPUTS, ctx.needs_input_grad[4:]), request) is None
         named = {n: None if v is None else v.detach() for n, v in zip(SOLVE_INPUTS, inputs)}
-        request = replace(request, record=native, **named)
+        request, stamp = replace(request, record=native, **named), engine.stamp
         result = engine.solve(request)
         x_slopes, l_slopes = result.slopes or (None, None)
         # Tensors are kept by save_for_backward, so that changes are noticed and memory goes when backward is done; the
         # outputs are not kept at all.
         ctx.save_for_backward(result.states, result.derivatives, x_slopes, l_slopes, *inputs)
         result.states = result.derivatives = result.slopes = None
-        ctx.engine, ctx.stamp, ctx.reference, ctx.native = engine, engine.stamp, reference, native
+        ctx.engine, ctx.stamp, ctx.reference, ctx.native = engine, stamp, reference, native
         ctx.request = replace(request, **dict.fromkeys(SOLVE_INPUTS))
         ctx.result = copy.copy(result)
         ctx.result.xs = ctx.result.ls = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import math
+import threading
 import weakref
 
 import pytest
@@ -518,3 +519,36 @@ def test_an_engine_may_know_fewer_tensors():
     one = torch.ones(1)
     assert _in_order(Gradient(tensors=(one,), x=one), ("x",), (True, True, True)) == (one, one, None)
     assert _in_order(Gradient(tensors=(one,), x=one), ("x",), (False, False, True)) == (None, None, None)
+
+
+@pytest.mark.parametrize("offset", [-60.0, -120.0, -800.0])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_shift_behind_a_gate_that_underflows_has_its_gradient(native, dtype, offset):
+    field = random_field([3, 5, 3], 0.8, gate=True, shift=True, dtype=dtype, seed=3)
+    field.layers[0].gate.slope.zero_()
+    field.layers[0].gate.offset.fill_(offset)
+    x, grad = states(6).to(dtype), states(6, seed=2).to(dtype)
+    found = [
+        engine(field).evaluate_backward(0.4, x, None, grad, None, {"tensors", "x", "t"})
+        for engine in (native, ReferenceEngine)
+    ]
+    for (name, _), mine, wanted in zip(field.tensors(), *(gradient.tensors for gradient in found)):
+        torch.testing.assert_close(mine, wanted, msg=lambda text, name=name: f"{name}: {text}")
+    torch.testing.assert_close(found[0].t, found[1].t)
+
+
+def test_new_values_wait_for_a_solve_in_another_thread():
+    cpu = engines.available("cpu")[0]
+    if cpu is None:
+        pytest.skip("the cpu engine is not built")
+    field = random_field([3, 32, 3], dtype=torch.float32)
+    compiled = sfk.compile(field, engine="cpu")
+    engine, grid = compiled.packed(), torch.linspace(0, 1, 2)
+    options = {"step_size": 1e-5}  # long enough that the solve asks for the interpreter while new values wait
+    solving = threading.Thread(target=lambda: solve(compiled, torch.randn(8, 3), grid, method="rk4", options=options))
+    with torch.no_grad():
+        solving.start()
+        for _ in range(50):
+            assert engine.update(compiled.vector_field)
+        solving.join(60)
+    assert not solving.is_alive()

@@ -394,11 +394,16 @@ py::dict solve(CompiledProgram<T>& self, uintptr_t x, uintptr_t l, uintptr_t noi
 template <class T, class C>
 void bind_numbers(py::class_<C>& c) {
   using Optional = std::optional<Array<T>>;
-  c.def("set_values", [](C& self, int matrix, const Array<T>& values) { self.set_values(matrix, copy(values)); }, py::arg("matrix"), py::arg("values"),
+  c.def("set_values", [](C& self, int matrix, const Array<T>& values) {
+      std::vector<T> numbers = copy(values);
+      py::gil_scoped_release release;  // a solve that holds the program may be waiting for the interpreter
+      self.set_values(matrix, std::move(numbers)); }, py::arg("matrix"), py::arg("values"),
         "new values of a matrix, or path constants of a gated one");
   c.def("set_modulation", [](C& self, int modulation, const Array<T>& bias, const Optional& gate_slope, const Optional& gate_offset,
                              const Optional& shift_slope, const Optional& shift_offset, int, int) {
-      self.set_modulation(modulation, copy(bias), copy(gate_slope), copy(gate_offset), copy(shift_slope), copy(shift_offset)); },
+      std::vector<T> parts[] = {copy(bias), copy(gate_slope), copy(gate_offset), copy(shift_slope), copy(shift_offset)};
+      py::gil_scoped_release release;
+      self.set_modulation(modulation, std::move(parts[0]), std::move(parts[1]), std::move(parts[2]), std::move(parts[3]), std::move(parts[4])); },
     py::arg("modulation"), py::arg("bias"), py::arg("gate_slope") = py::none(), py::arg("gate_offset") = py::none(), py::arg("shift_slope") = py::none(),
     py::arg("shift_offset") = py::none(), py::arg("external_gate") = -1, py::arg("external_shift") = -1, "as Builder.modulation; externals stay");
 }
@@ -448,7 +453,7 @@ void bind(py::module_& m, const char* builder, const char* compiled, const char*
            py::arg("grad_trace"), py::arg("grad_x"))
       .def("solve", &adjoint_solve<T>, py::arg("noise"), py::arg("batch"), py::arg("times"), py::arg("sign"), py::arg("tableau"), py::arg("perturb"),
            py::arg("steps"), py::arg("states"), py::arg("derivatives"), py::arg("threads"), py::arg("grad_xs"), py::arg("grad_ls"), py::arg("grad_x"), py::arg("grad_l"))
-      .def("op_seconds", &CompiledAdjoint<T>::op_seconds, py::arg("batch"), "measured seconds per tile of every operation: body, keep, reverse")
+      .def("op_seconds", &CompiledAdjoint<T>::op_seconds, py::call_guard<py::gil_scoped_release>(), py::arg("batch"), "measured seconds per tile of every operation: body, keep, reverse")
       .def("width", &CompiledAdjoint<T>::width, py::arg("batch"), "samples per tile")
       .def("force_width", &CompiledAdjoint<T>::force_width, py::arg("index"));
 

@@ -79,7 +79,7 @@ class Reversal {
     cotangent_ = Aligned<T>(tiles_ * tile_size());
     carried_ = Aligned<T>(tiles_ * tile_size());
     for (int i = 0; i < stages_; ++i) modulated_.emplace_back(program_, packed_, kernels_);
-    modulated_now_.resize(stages_, false);
+    pulled_.resize(stages_, false);
     if (static_cast<int>(owner.workspaces_.size()) < threads_) owner.workspaces_.resize(threads_);
     scratch_.resize(threads_);
     for (const Matrix<T>& m : program_.matrices) gradient_.matrices.emplace_back(m.sum < 0 ? 0 : m.gated ? m.path_entry.size() : m.nnz(), 0.0);
@@ -98,6 +98,7 @@ class Reversal {
 
   ProgramGradient<T> evaluate(double t, const T* x, const T* grad_f, const T* grad_trace, T* grad_x) {
     modulate({static_cast<T>(t)});
+    pulled_[0] = true;
     for_each_tile([&](int tile, int chunk, Scratch& s) {
       const int first = tile * width_, n = count(tile);
       load_tile(x, dim_, first, n, width_, s.y);
@@ -218,7 +219,6 @@ class Reversal {
                           each_stage_.get() + (size_t(chunk) * stages_ + stage) * packed_.stage_sums);
     const T* x = buffer(s, program_.state_cotangent);
     for (int c = 0; c < dim_; ++c, x += stride(program_.state_cotangent)) std::copy_n(x, width_, s.pulled + size_t(c) * width_);
-    modulated_now_[stage] = true;
   }
 
   static T before(T t) { return std::nextafter(t, t - T(1)); }
@@ -287,6 +287,7 @@ class Reversal {
     const bool end_known = shortcut && needed == s_end;
 
     modulate(stage_times(n, t0, t1));
+    for (int i = adaptive ? 1 : 0; i < stages_; ++i) pulled_[i] = active[i];
     const size_t per_state = size_t(batch_) * dim_;
     for_each_tile([&](int tile, int chunk, Scratch& s) {
       const int from = tile * width_, samples = count(tile), size = int(tile_size()), state = int(state_size());
@@ -337,6 +338,7 @@ class Reversal {
 
   void first_derivative() {
     modulate({T(record_->steps[0].first)});
+    pulled_[0] = true;
     for_each_tile([&](int tile, int chunk, Scratch& s) {
       load_tile(record_->states, dim_, tile * width_, count(tile), width_, s.y);
       pull(s, chunk, 0, s.y, carried_.get() + tile * tile_size());
@@ -362,8 +364,8 @@ class Reversal {
   // Sums whose meaning depends on time, stage by stage.
   void take_away_stages() {
     for (int stage = 0; stage < stages_; ++stage) {
-      if (!modulated_now_[stage]) continue;
-      modulated_now_[stage] = false;
+      if (!pulled_[stage]) continue;
+      pulled_[stage] = false;
       if (packed_.stage_sums == 0) continue;
       const T* const base = each_stage_.get() + size_t(stage) * packed_.stage_sums;
       const size_t per_chunk = size_t(stages_) * packed_.stage_sums;
@@ -401,8 +403,7 @@ class Reversal {
             gradient_.t += logit * double(m.gate_slope[j]);
           }
           if (!m.shift_slope.empty()) {
-            // a gate too small for its reciprocal lets nothing through that would matter
-            const double z = s >= double(std::numeric_limits<T>::min()) ? u / s : 0.0;
+            const double z = u / s;  // Stage::modulate keeps s from zero
             out.shift_slope[j] += t * z;
             out.shift_offset[j] += z;
             gradient_.t += z * double(m.shift_slope[j]);
@@ -440,7 +441,7 @@ class Reversal {
   Aligned<T> each_stage_;              // [chunks][stages][stage_sums]
   Aligned<T> cotangent_, carried_;     // [tiles][rows][width]: of the state, and of the derivative at it
   std::vector<Stage<T>> modulated_;    // one per stage
-  std::vector<bool> modulated_now_;    // stages that have something in each_stage_
+  std::vector<bool> pulled_;           // stages that have something in each_stage_
   std::vector<T> times_;               // the field's, by stage
   std::vector<Scratch> scratch_;       // one per worker
   std::vector<const PackedOp<T>*> op_of_sum_;

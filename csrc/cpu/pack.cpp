@@ -521,7 +521,7 @@ void validate(const Program<T>& p) {
     if (op.kind == OpKind::kGradient && taken[op.sum]++) fail("two gradients add to one sum");
   auto check_sum = [&](int sum, int size, bool each_stage, const std::string& name) {
     if (sum < 0) return;
-    if (sum >= static_cast<int>(p.sums.size()) || p.sums[sum].size != size || p.sums[sum].each_stage != each_stage) fail(name + ": its sum does not fit");
+    if (sum >= static_cast<int>(p.sums.size()) || p.sums[sum].size != size || (size > 0 && p.sums[sum].each_stage != each_stage)) fail(name + ": its sum does not fit");
   };
   for (size_t i = 0; i < p.matrices.size(); ++i) check_sum(p.matrices[i].sum, p.matrices[i].nnz(), p.matrices[i].dynamic(), "matrix " + std::to_string(i));
   for (size_t i = 0; i < p.modulations.size(); ++i) {
@@ -621,6 +621,9 @@ void Stage<T>::modulate(T t, const std::vector<std::vector<T>>* answers) {
     if (m.external_gate >= 0) std::copy_n((*answers)[m.external_gate].begin(), m.n, scale.begin());
     else if (!m.gate_slope.empty()) kernels_->sigmoid(m.gate_slope.data(), m.gate_offset.data(), t, m.n, scale.data());
     else std::fill_n(scale.begin(), m.n, T(1));
+    // The cotangent of a shift is found as that of the gated sum over the gate, so an adjoint's gate must not vanish.
+    if (program_->adjoint() && !m.gate_slope.empty())
+      for (T& s : scale) s = std::max(s, sizeof(T) == 4 ? T(1e-30) : T(1e-290));
     for (int j = 0; j < m.n; ++j) {
       T c = T(0);
       if (m.external_shift >= 0) c = (*answers)[m.external_shift][j];

@@ -16,7 +16,7 @@ from .adjoint import no_adjoint, write_adjoint
 from .base import Engine, Gradient, SolveRequest, SolveResult
 from .program import write_program
 
-STAGE_BYTES = 16 << 20  # the stages of a step are kept for its gradient if they take no more; larger ones are computed again
+STAGE_BYTES = 4 << 20  # the stages of a step are kept for its gradient if they take no more; larger ones are computed again
 
 _BUILDERS = {torch.float32: "BuilderF32", torch.float64: "BuilderF64"}
 
