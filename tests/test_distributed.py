@@ -1,14 +1,13 @@
 """Data-parallel training: two processes take the steps that one would take."""
 
 import math
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from cpu_cases import isolated_environment
 from torch import nn
 
 from sparseflow_kernels.flows import ContinuousFlow, mlp_field
@@ -18,7 +17,6 @@ from sparseflow_kernels.data.dataset import Dataset
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo")
 
-ROOT = Path(__file__).resolve().parents[1]
 LOOP = {"epochs": 1, "batch": 16, "lr": 0.01, "clip": 5.0}
 
 
@@ -125,7 +123,7 @@ def test_torchrun_trains_from_the_command_line(tmp_path):
         "sparseflow_kernels.cli.main", "train", "gaussians", "--net", "cnf_l2_h8", "--rows", "64", "--eval-rows", "20",
         "--epochs", "1", "--batch", "32", "--folder", str(tmp_path),
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = isolated_environment(OMP_NUM_THREADS="1")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("cycle 0 done") == done.stdout.count("checkpoint: ") == 1  # one process speaks

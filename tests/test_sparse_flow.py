@@ -8,10 +8,10 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from cpu_cases import isolated_environment
 from torch import nn
 from typer.testing import CliRunner
 
@@ -37,7 +37,6 @@ from sparseflow_kernels.training import (
 )
 from sparseflow_kernels.training import jobs as job_module
 
-ROOT = Path(__file__).resolve().parents[1]
 KEEPS = (0.7, 0.4)
 RUN = {"epochs": 2, "batch": 64, "lr": 0.02, "seed": 2}
 TORCH = {**RUN, "engine": None}
@@ -296,7 +295,6 @@ KILLED = """
 import os, signal, sys
 import torch
 torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
 from test_sparse_flow import *
 from sparseflow_kernels.training import checkpoint
 
@@ -323,9 +321,9 @@ list(sparse_flow(flow, small_set(), KEEPS, control=True, folder={folder!r}, prog
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     for where in ("a step", "writing"):
-        script = KILLED.format(tests=str(ROOT / "tests"), where=where, folder=str(tmp_path))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", script]
+        script = KILLED.format(where=where, folder=str(tmp_path))
+        command = [sys.executable, "-P", "-c", script]  # -P: no other copy of the package from the working directory
+        environment = isolated_environment(OMP_NUM_THREADS="1")
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert (tmp_path / "cycle_01.running.safetensors").exists()
