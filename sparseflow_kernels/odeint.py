@@ -137,8 +137,8 @@ def odeint_adjoint(
         of (y, its cotangent, the parameters' gradients), to the tolerances adjoint_rtol and adjoint_atol. It keeps the
         outputs only, and agrees with the gradient of the solution to the tolerances.
         "discrete", which only compiled fields have: `odeint`'s own gradient, the exact one of the steps taken. It keeps
-        the state at every accepted step (nothing that grows with the width of the field), and needs about the
-        evaluations of the forward solve where the adjoint repeats its step size search.
+        the state at every accepted step and its stages' derivatives (nothing that grows with the width of the field),
+        and needs about the evaluations of the forward solve where the adjoint repeats its step size search.
         None: "discrete" for a compiled field with no adjoint_* argument, else "adjoint". Who moves here from
         torchdiffeq asked for a gradient at little memory, which this is, and gets the more exact one; who set the
         adjoint's tolerances, method, options or parameters gets the adjoint that they belong to.

@@ -1,6 +1,6 @@
-"""Writes the adjoint of a vector field, and of its divergence, as a native program (csrc/field.h): the layers once more,
-keeping slopes and curvatures; then the chain backwards. From the cotangents v of f and lam of the trace it makes those of
-the state, of every matrix's values and of every modulation. For the exact forms the trace's cotangents of the slopes d_l
+"""Writes the adjoint of a vector field, and of its divergence, as a native program (csrc/field.h): the layers once
+more, keeping slopes and curvatures; then the chain backwards. From the cotangents v of f and lam of the trace it makes
+those of the state, of every matrix's values and of every modulation. For the exact forms the trace's cotangents of the slopes d_l
 are made first and join the chain at each layer; Hutchinson's tangent has a chain of its own beside it.
 
 Matrices that are products of weights (the forms' path sums) get a gradient of their own, and autograd carries it on to
@@ -30,8 +30,8 @@ from ..divergence import (
 from ..field import Pattern, SigmoidGate, TimeFunction, VectorField
 from .program import ABSENT, Store, Values, Writer, column_groups, stack_columns
 
-
-SLOPE_FROM = {"identity": 1, "tanh": 2, "sigmoid": 3}  # activations whose slopes follow from their value (csrc/cpu/kernels.h)
+# Activations whose slopes follow from their value (csrc/cpu/kernels.h, SlopeFrom).
+SLOPE_FROM = {"identity": 1, "tanh": 2, "sigmoid": 3}
 
 
 def no_adjoint(field: VectorField, plan: DivergencePlan | None) -> str | None:
@@ -47,7 +47,8 @@ def no_adjoint(field: VectorField, plan: DivergencePlan | None) -> str | None:
 
 class AdjointWriter(Writer):
     """An adjoint program, and where its gradients belong: matrix `weights[l]` and modulation `modulations[l]` are layer
-    l's; `derived_from` lists matrices computed from the weights, (matrix, function of the field whose value its gradient is of)."""
+    l's; `derived_from` lists matrices computed from the weights: (matrix, function of the field whose value its gradient
+    is of)."""
 
     def __init__(self, builder, field: VectorField) -> None:
         super().__init__(builder, field)
