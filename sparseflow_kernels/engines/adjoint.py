@@ -136,7 +136,7 @@ class AdjointWriter(Writer):
         """A product of the reverse list; factor_row: as the builder's, or a number of rows that all take row 0."""
         if isinstance(factor_row, int):
             factor_row = torch.zeros(factor_row, dtype=torch.int64)
-        rows = {name: None if index is None else index.to(torch.int32).numpy()
+        rows = {name: self.index(index)
                 for name, index in (("factor_row", factor_row), ("factor2_row", more.pop("factor2_row", None)))}
         self.builder.product(matrix, source, target, factor=factor, **rows, **more, list="reverse")
 

@@ -58,17 +58,14 @@ class Externals:
     def answer(self, times: list[float], dtype: torch.dtype) -> list[list[np.ndarray]]:
         with torch.no_grad():
             return [
-                [_array(function(torch.tensor(t, dtype=dtype))) for function in self.functions]
+                [numpy_array(function(torch.tensor(t, dtype=dtype))) for function in self.functions]
                 for t in times
             ]
 
 
-def _array(tensor: Tensor) -> np.ndarray:
+def numpy_array(tensor: Tensor) -> np.ndarray:
+    """What a builder in C++ takes. One in Python may have a function `array` of its own, to keep tensors where they are."""
     return tensor.detach().to("cpu").contiguous().numpy()
-
-
-def _index(tensor: Tensor) -> np.ndarray:
-    return _array(tensor).astype(np.int32)
 
 
 Values = Callable[[VectorField], Tensor]  # the values of a matrix, from the field it belongs to
@@ -80,17 +77,21 @@ class Writer:
 
     def __init__(self, builder, field: VectorField) -> None:
         self.builder = builder
+        self.array = getattr(builder, "array", numpy_array)
         self.field = field
         self.externals = Externals()
         self.modulations: list[int] = []  # by layer, like the next
         self.weights: list[int] = []
         self.sources: list[tuple[int, Values]] = []
 
+    def index(self, tensor: Tensor | None):
+        return None if tensor is None else self.array(tensor.to(torch.int32))
+
     # ---- parts
 
     def matrix(self, pattern: Pattern, values: Values) -> int:
-        numbers = _array(values(self.field))
-        number = self.builder.matrix(*pattern.shape, _index(pattern.row_ptr), _index(pattern.col), numbers)
+        numbers = self.array(values(self.field))
+        number = self.builder.matrix(*pattern.shape, self.index(pattern.row_ptr), self.index(pattern.col), numbers)
         self.sources.append((number, values))
         return number
 
@@ -99,17 +100,17 @@ class Writer:
         field, pattern = self.field, matrix.pattern
         if gate is None:
             return self.matrix(pattern, functools.partial(matrix.values, gate=None))
-        parts = (*pattern.shape, _index(pattern.row_ptr), _index(pattern.col))
+        parts = (*pattern.shape, self.index(pattern.row_ptr), self.index(pattern.col))
         if matrix.entry is None:  # too many paths to list: its values are recomputed in torch
             last = field.layers[-1]
             return self.builder.external_matrix(*parts, self.externals.add(lambda t: matrix.values(field, last.gate.at(t))))
-        constants = _array(matrix.path_constants(field))
-        number = self.builder.gated_matrix(*parts, _index(matrix.entry), _index(matrix.gate), constants, gate)
+        constants = self.array(matrix.path_constants(field))
+        number = self.builder.gated_matrix(*parts, self.index(matrix.entry), self.index(matrix.gate), constants, gate)
         self.sources.append((number, matrix.path_constants))
         return number
 
     def modulation(self, layer: Layer) -> int:
-        parts = _modulation(layer)
+        parts = self._modulation(layer)
         if isinstance(layer.gate, TimeFunction):
             parts["external_gate"] = self.externals.add(layer.gate.at)
         if isinstance(layer.shift, TimeFunction):
@@ -126,9 +127,17 @@ class Writer:
     def renew(self, program, field: VectorField) -> None:
         """Give a compiled program the numbers of another field of the same patterns."""
         for number, values in self.sources:
-            program.set_values(number, _array(values(field)))
+            program.set_values(number, self.array(values(field)))
         for number, layer in zip(self.modulations, field.layers):
-            program.set_modulation(number, **_modulation(layer))
+            program.set_modulation(number, **self._modulation(layer))
+
+    def _modulation(self, layer: Layer) -> dict:
+        parts = {"bias": self.array(layer.bias)}
+        if isinstance(layer.gate, SigmoidGate):
+            parts |= {"gate_slope": self.array(layer.gate.slope), "gate_offset": self.array(layer.gate.offset)}
+        if isinstance(layer.shift, LinearShift):
+            parts |= {"shift_slope": self.array(layer.shift.slope), "shift_offset": self.array(layer.shift.offset)}
+        return parts
 
     def affine(self, number: int, source, target, store=Store.VALUE, seed=ABSENT, weight=ABSENT) -> None:
         rule, params = rule_and_params(self.field.layers[number].activation)
@@ -141,15 +150,6 @@ class Writer:
 
 def _layer_values(number: int, field: VectorField) -> Tensor:
     return field.layers[number].values
-
-
-def _modulation(layer: Layer) -> dict:
-    parts = {"bias": _array(layer.bias)}
-    if isinstance(layer.gate, SigmoidGate):
-        parts |= {"gate_slope": _array(layer.gate.slope), "gate_offset": _array(layer.gate.offset)}
-    if isinstance(layer.shift, LinearShift):
-        parts |= {"shift_slope": _array(layer.shift.slope), "shift_offset": _array(layer.shift.offset)}
-    return parts
 
 
 @dataclass(eq=False)
@@ -290,7 +290,7 @@ class _Forward(Writer):
         elif isinstance(form, PathsForm):
             builder.reduction(
                 self.matrix(form.products, form.path_products), (h[1], 1), factor=(h[2], 1), factor2=(h[0], 1),
-                factor_row=_index(form.i), factor2_row=_index(form.k),
+                factor_row=self.index(form.i), factor2_row=self.index(form.k),
                 coefficient_matrix=self.gated(form.coefficient, gate),
             )
         elif isinstance(form, ColumnsForm):
@@ -306,7 +306,7 @@ class _Forward(Writer):
         source = (h[0], 1)
         for number, step in enumerate(steps, start=1):
             matrix = self.matrix(step.pattern, step.values)
-            slopes, neuron = (h[number], 1), None if step.neuron is None else _index(step.neuron)
+            slopes, neuron = (h[number], 1), self.index(step.neuron)
             if number < len(steps):
                 target = builder.buffer(step.pattern.shape[0])
                 builder.product(matrix, source, (target, 0), factor=slopes, factor_row=neuron)
