@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "activations.h"
+#include "operations.h"
 
 namespace sparseflow {
 
@@ -51,17 +52,6 @@ struct Operand {
   int buffer = -1;  // -1: absent
   int slot = 0;
 };
-
-// affine     target = act(scale * (W source) + shift), and what `store` says of its slope
-// product    target = factor * (W source) + addend; if `second`, slot 1 = factor2 * (W source)
-// reduction  the trace += coefficient * factor * factor2 * (W source), summed over rows
-// keep       an affine that keeps for its adjoint d = scale act', then c = scale^2 act'' (carrying a tangent q: e = c q),
-//            then r = W source, each if wanted, in the slots of `kept`
-//            (where `slope_from` says so d and e follow from the value and its tangent, and are not kept)
-// pull       the adjoint of a keep: from the cotangents W source (+ addend) of its value h (and its tangent), the cotangent
-//            u = d hbar + c dbar of r (with a tangent: u = d hbar + e pbar and d pbar); then, with r, the term of gate_sum
-// gradient   sums[sum] += over samples of factor[row] * source[column], at the entries of W
-enum class OpKind : int { kAffine = 0, kProduct = 1, kReduction = 2, kKeep = 3, kPull = 4, kGradient = 5 };
 
 struct Op {
   OpKind kind = OpKind::kAffine;

@@ -10,6 +10,7 @@
 
 #include "../cpu/adjoint.h"
 #include "../cpu/solve.h"
+#include "builder.h"
 
 namespace py = pybind11;
 using namespace sparseflow;
@@ -17,206 +18,10 @@ using namespace sparseflow;
 namespace {
 
 template <class T>
-using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
-using Ref = std::pair<int, int>;  // (buffer, slot); buffer -1: absent
-
-template <class T>
-std::vector<T> copy(const Array<T>& a) {
-  return std::vector<T>(a.data(), a.data() + a.size());
+const Kernels<T>& kernel_table() {
+  if constexpr (sizeof(T) == 4) return *kernels().f32;
+  else return *kernels().f64;
 }
-template <class T>
-std::vector<T> copy(const std::optional<Array<T>>& a) {
-  return a ? copy(*a) : std::vector<T>();
-}
-Operand operand(Ref r) { return Operand{r.first, r.second}; }
-
-template <class T>
-class Builder {
- public:
-  int matrix(int rows, int cols, const Array<int32_t>& row_ptr, const Array<int32_t>& col, const Array<T>& values) {
-    Matrix<T>& m = add(rows, cols, row_ptr, col);
-    m.values = copy(values);
-    return last();
-  }
-  int gated_matrix(int rows, int cols, const Array<int32_t>& row_ptr, const Array<int32_t>& col, const Array<int32_t>& entry,
-                   const Array<int32_t>& gate, const Array<T>& constant, int modulation) {
-    Matrix<T>& m = add(rows, cols, row_ptr, col);
-    m.gated = true;
-    m.path_entry = copy(entry);
-    m.path_gate = copy(gate);
-    m.path_constant = copy(constant);
-    m.gate_modulation = modulation;
-    return last();
-  }
-  int external_matrix(int rows, int cols, const Array<int32_t>& row_ptr, const Array<int32_t>& col, int external) {
-    add(rows, cols, row_ptr, col).external = external;
-    return last();
-  }
-  int modulation(const Array<T>& bias, const std::optional<Array<T>>& gate_slope, const std::optional<Array<T>>& gate_offset,
-                 const std::optional<Array<T>>& shift_slope, const std::optional<Array<T>>& shift_offset, int external_gate,
-                 int external_shift) {
-    Modulation<T> m;
-    m.n = static_cast<int>(bias.size());
-    m.bias = copy(bias);
-    m.gate_slope = copy(gate_slope);
-    m.gate_offset = copy(gate_offset);
-    m.shift_slope = copy(shift_slope);
-    m.shift_offset = copy(shift_offset);
-    m.external_gate = external_gate;
-    m.external_shift = external_shift;
-    program_.modulations.push_back(std::move(m));
-    return static_cast<int>(program_.modulations.size()) - 1;
-  }
-  int buffer(int rows, int slots) {
-    program_.buffers.push_back({rows, slots});
-    return static_cast<int>(program_.buffers.size()) - 1;
-  }
-  void roles(int dim, bool divergence, int input, int output, int noise, int ones, int externals) {
-    program_.dim = dim;
-    program_.divergence = divergence;
-    program_.input = input;
-    program_.output = output;
-    program_.noise = noise;
-    program_.ones = ones;
-    program_.externals = externals;
-  }
-  void adjoint_roles(int cotangent, int trace_cotangent, int state_cotangent) {
-    program_.cotangent = cotangent;
-    program_.trace_cotangent = trace_cotangent;
-    program_.state_cotangent = state_cotangent;
-  }
-  int sum(int size, bool each_stage) {
-    program_.sums.push_back({size, each_stage});
-    return static_cast<int>(program_.sums.size()) - 1;
-  }
-  void sum_of_matrix(int matrix, int sum) { program_.matrices.at(matrix).sum = sum; }
-  void sums_of_modulation(int modulation, int shift, int gate) {
-    program_.modulations.at(modulation).shift_sum = shift;
-    program_.modulations.at(modulation).gate_sum = gate;
-  }
-  void keep(int matrix, Ref source, Ref target, int kept, int modulation, int activation, double a, double b, bool carries, bool curvature, bool raw,
-            int slope_from) {
-    Op op;
-    op.kind = OpKind::kKeep;
-    op.matrix = matrix;
-    op.source = operand(source);
-    op.target = operand(target);
-    op.kept = {kept, 0};
-    op.modulation = modulation;
-    op.activation = static_cast<Activation>(activation);
-    op.params = {a, b};
-    op.carries = carries;
-    op.curvature = curvature;
-    op.raw = raw;
-    op.slope_from = slope_from;
-    program_.keep.push_back(op);
-  }
-  void pull(int matrix, Ref source, Ref target, int kept, Ref value, int modulation, Ref addend, Ref slope_cotangent, bool transposed, bool carries,
-            bool curvature, bool raw, int slope_from) {
-    Op op;
-    op.kind = OpKind::kPull;
-    op.matrix = matrix;
-    op.transposed = transposed;
-    op.source = operand(source);
-    op.target = operand(target);
-    op.kept = {kept, 0};
-    op.value = operand(value);
-    op.addend = operand(addend);
-    op.slope_cotangent = operand(slope_cotangent);
-    op.carries = carries;
-    op.curvature = curvature;
-    op.raw = raw;
-    op.modulation = modulation;
-    op.slope_from = slope_from;
-    program_.reverse.push_back(op);
-  }
-  void gradient(int matrix, Ref left, Ref right, int sum, bool carries) {
-    Op op;
-    op.kind = OpKind::kGradient;
-    op.matrix = matrix;
-    op.factor = operand(left);
-    op.source = operand(right);
-    op.sum = sum;
-    op.carries = carries;
-    program_.reverse.push_back(op);
-  }
-  void affine(int matrix, Ref source, Ref target, int modulation, int activation, double a, double b, int store, Ref seed, Ref weight) {
-    Op op;
-    op.kind = OpKind::kAffine;
-    op.matrix = matrix;
-    op.source = operand(source);
-    op.target = operand(target);
-    op.modulation = modulation;
-    op.activation = static_cast<Activation>(activation);
-    op.params = {a, b};
-    op.store = store;
-    op.seed = operand(seed);
-    op.weight = operand(weight);
-    program_.body.push_back(op);
-  }
-  void product(int matrix, Ref source, Ref target, Ref factor, const std::optional<Array<int32_t>>& factor_row, bool prologue,
-               bool transposed, Ref addend, bool second, Ref factor2, const std::optional<Array<int32_t>>& factor2_row, const std::string& list) {
-    Op op;
-    op.transposed = transposed;
-    op.addend = operand(addend);
-    op.second = second;
-    op.factor2 = operand(factor2);
-    op.factor2_row = copy(factor2_row);
-    op.kind = OpKind::kProduct;
-    op.matrix = matrix;
-    op.source = operand(source);
-    op.target = operand(target);
-    op.factor = operand(factor);
-    op.factor_row = copy(factor_row);
-    (prologue ? program_.prologue : ops(list)).push_back(op);
-  }
-  void reduction(int matrix, Ref source, Ref factor, Ref factor2, const std::optional<Array<int32_t>>& factor_row,
-                 const std::optional<Array<int32_t>>& factor2_row, int coefficient_matrix, Ref target) {
-    Op op;
-    op.kind = OpKind::kReduction;
-    op.matrix = matrix;
-    op.source = operand(source);
-    op.factor = operand(factor);
-    op.factor2 = operand(factor2);
-    op.factor_row = copy(factor_row);
-    op.factor2_row = copy(factor2_row);
-    op.coefficient_matrix = coefficient_matrix;
-    op.target = operand(target);
-    program_.body.push_back(op);
-  }
-  std::unique_ptr<CompiledProgram<T>> compile() const {
-    return std::make_unique<CompiledProgram<T>>(program_, kernel_table());
-  }
-
-  std::unique_ptr<CompiledAdjoint<T>> compile_adjoint() const {
-    return std::make_unique<CompiledAdjoint<T>>(program_, kernel_table());
-  }
-
-  static const Kernels<T>& kernel_table() {
-    if constexpr (sizeof(T) == 4) return *kernels().f32;
-    else return *kernels().f64;
-  }
-
- private:
-  Matrix<T>& add(int rows, int cols, const Array<int32_t>& row_ptr, const Array<int32_t>& col) {
-    Matrix<T> m;
-    m.rows = rows;
-    m.cols = cols;
-    m.row_ptr = copy(row_ptr);
-    m.col = copy(col);
-    program_.matrices.push_back(std::move(m));
-    return program_.matrices.back();
-  }
-  int last() const { return static_cast<int>(program_.matrices.size()) - 1; }
-  std::vector<Op>& ops(const std::string& list) {
-    if (list == "body") return program_.body;
-    if (list == "keep") return program_.keep;
-    if (list == "reverse") return program_.reverse;
-    throw std::invalid_argument("no list of operations is called '" + list + "'");
-  }
-
-  Program<T> program_;
-};
 
 template <class T>
 T* address(uintptr_t p) {
@@ -239,23 +44,6 @@ void set_refresh(CompiledProgram<T>& self, py::function function) {
     }
     return answers;
   });
-}
-
-Tableau tableau_of(const py::dict& tableau) {
-  Tableau out;
-  out.adaptive = tableau["adaptive"].cast<bool>();
-  out.order = tableau["order"].cast<int>();
-  out.c = tableau["c"].cast<std::vector<double>>();
-  out.a = tableau["a"].cast<std::vector<std::vector<double>>>();
-  out.b = tableau["b"].cast<std::vector<double>>();
-  out.b_error = tableau["b_error"].cast<std::vector<double>>();
-  out.b_mid = tableau["b_mid"].cast<std::vector<double>>();
-  const size_t stages = out.c.size() + 1;
-  bool fits = out.a.size() + 1 == stages && out.b.size() == stages;
-  if (out.adaptive) fits = fits && out.b_error.size() == stages && out.b_mid.size() == stages && stages > 1;
-  for (size_t i = 0; i < out.a.size(); ++i) fits = fits && out.a[i].size() == i + 1;
-  if (!fits) throw std::invalid_argument("solve: the tableau's arrays do not fit each other");
-  return out;
 }
 
 // An array that takes over the memory of a vector.
@@ -342,15 +130,7 @@ py::dict solve(CompiledProgram<T>& self, uintptr_t x, uintptr_t l, uintptr_t noi
   if (in.times.empty()) throw std::invalid_argument("solve: no output times");
   in.rtol[0] = rtol.first, in.rtol[1] = rtol.second;
   in.atol[0] = atol.first, in.atol[1] = atol.second;
-  in.options.min_step = options["min_step"].cast<double>();
-  in.options.max_step = options["max_step"].cast<double>();
-  if (!options["first_step"].is_none()) in.options.first_step = options["first_step"].cast<double>();
-  in.options.safety = options["safety"].cast<double>();
-  in.options.ifactor = options["ifactor"].cast<double>();
-  in.options.dfactor = options["dfactor"].cast<double>();
-  in.options.max_num_steps = options["max_num_steps"].cast<long long>();
-  in.options.step_t = options["step_t"].cast<std::vector<double>>();
-  in.options.jump_t = options["jump_t"].cast<std::vector<double>>();
+  in.options = options_of(options);
   if (self.program().noise >= 0 && noise == 0) throw std::invalid_argument("solve: this program needs noise");
   if (self.program().divergence && (l == 0 || ls == 0)) throw std::invalid_argument("solve: a divergence needs l");
   in.grid = std::move(grid);
@@ -410,41 +190,9 @@ void bind_numbers(py::class_<C>& c) {
 
 template <class T>
 void bind(py::module_& m, const char* builder, const char* compiled, const char* adjoint) {
-  py::class_<Builder<T>>(m, builder, "Collects the parts of a program (csrc/field.h); compile() checks them.")
-      .def(py::init<>())
-      .def("matrix", &Builder<T>::matrix, py::arg("rows"), py::arg("cols"), py::arg("row_ptr"), py::arg("col"), py::arg("values"))
-      .def("gated_matrix", &Builder<T>::gated_matrix, py::arg("rows"), py::arg("cols"), py::arg("row_ptr"), py::arg("col"),
-           py::arg("entry"), py::arg("gate"), py::arg("constant"), py::arg("modulation"))
-      .def("external_matrix", &Builder<T>::external_matrix, py::arg("rows"), py::arg("cols"), py::arg("row_ptr"), py::arg("col"),
-           py::arg("external"))
-      .def("modulation", &Builder<T>::modulation, py::arg("bias"), py::arg("gate_slope") = py::none(), py::arg("gate_offset") = py::none(),
-           py::arg("shift_slope") = py::none(), py::arg("shift_offset") = py::none(), py::arg("external_gate") = -1,
-           py::arg("external_shift") = -1)
-      .def("buffer", &Builder<T>::buffer, py::arg("rows"), py::arg("slots") = 1)
-      .def("roles", &Builder<T>::roles, py::arg("dim"), py::arg("divergence"), py::arg("input"), py::arg("output"), py::arg("noise") = -1,
-           py::arg("ones") = -1, py::arg("externals") = 0)
-      .def("affine", &Builder<T>::affine, py::arg("matrix"), py::arg("source"), py::arg("target"), py::arg("modulation"),
-           py::arg("activation"), py::arg("a") = 1.0, py::arg("b") = 20.0, py::arg("store") = 0, py::arg("seed") = Ref(-1, 0),
-           py::arg("weight") = Ref(-1, 0))
-      .def("product", &Builder<T>::product, py::arg("matrix"), py::arg("source"), py::arg("target"), py::arg("factor") = Ref(-1, 0),
-           py::arg("factor_row") = py::none(), py::arg("prologue") = false, py::arg("transposed") = false, py::arg("addend") = Ref(-1, 0),
-           py::arg("second") = false, py::arg("factor2") = Ref(-1, 0), py::arg("factor2_row") = py::none(), py::arg("list") = "body")
-      .def("reduction", &Builder<T>::reduction, py::arg("matrix"), py::arg("source"), py::arg("factor") = Ref(-1, 0),
-           py::arg("factor2") = Ref(-1, 0), py::arg("factor_row") = py::none(), py::arg("factor2_row") = py::none(),
-           py::arg("coefficient_matrix") = -1, py::arg("target") = Ref(-1, 0))
-      .def("adjoint_roles", &Builder<T>::adjoint_roles, py::arg("cotangent"), py::arg("trace_cotangent"), py::arg("state_cotangent"))
-      .def("sum", &Builder<T>::sum, py::arg("size"), py::arg("each_stage"))
-      .def("sum_of_matrix", &Builder<T>::sum_of_matrix, py::arg("matrix"), py::arg("sum"))
-      .def("sums_of_modulation", &Builder<T>::sums_of_modulation, py::arg("modulation"), py::arg("shift"), py::arg("gate"))
-      .def("keep", &Builder<T>::keep, py::arg("matrix"), py::arg("source"), py::arg("target"), py::arg("kept"), py::arg("modulation"),
-           py::arg("activation"), py::arg("a"), py::arg("b"), py::arg("carries"), py::arg("curvature"), py::arg("raw"),
-           py::arg("slope_from") = 0)
-      .def("pull", &Builder<T>::pull, py::arg("matrix"), py::arg("source"), py::arg("target"), py::arg("kept"), py::arg("value"),
-           py::arg("modulation"), py::arg("addend") = Ref(-1, 0), py::arg("slope_cotangent") = Ref(-1, 0), py::arg("transposed") = true, py::arg("carries") = false,
-           py::arg("curvature") = false, py::arg("raw") = false, py::arg("slope_from") = 0)
-      .def("gradient", &Builder<T>::gradient, py::arg("matrix"), py::arg("left"), py::arg("right"), py::arg("sum"), py::arg("carries") = false)
-      .def("compile", &Builder<T>::compile)
-      .def("compile_adjoint", &Builder<T>::compile_adjoint);
+  bind_builder<T>(m, builder)
+      .def("compile", [](const Builder<T>& b) { return std::make_unique<CompiledProgram<T>>(b.program(), kernel_table<T>()); })
+      .def("compile_adjoint", [](const Builder<T>& b) { return std::make_unique<CompiledAdjoint<T>>(b.program(), kernel_table<T>()); });
 
   py::class_<CompiledAdjoint<T>> adjoint_class(m, adjoint, "A checked adjoint program: gradients of evaluations and solves.");
   bind_numbers<T>(adjoint_class);

@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../operations.h"
+
 namespace sparseflow {
 
 // A packed matrix is one stream of steps. A step serves the `rows_in_flight` rows of a group, one entry each: first
@@ -54,19 +56,6 @@ struct PackedMatrix {
   int32_t n_blocks;
   int32_t n_rows;  // a padded row bears this number; nobody looks at what it sums up to
 };
-
-enum class Store : int {
-  kValue = 0,        // h
-  kValueSlope = 1,   // h and, in slot 1, s * act'(z)
-  kSeed = 2,         // h and, in slot 1, the tangent s * act'(z) * seed[row]
-  kSeedReduce = 3,   // h, and reduce += weight[row] * s * act'(z) * seed[row]
-  kTangent = 4,      // input carries a tangent: h and s * act'(z) * (W p)
-  kTangentReduce = 5 // input carries a tangent: h, and reduce += weight[row] * s * act'(z) * (W p)
-};
-
-// Where a pull takes a layer's slope and curvature from: what was kept, or the value h itself, by the layer's activation.
-enum class SlopeFrom : int { kKept = 0, kIdentity = 1, kTanh = 2, kSigmoid = 3 };
-inline constexpr int kSlopesFrom = 4;
 
 // The arguments of every row kernel. Pointers are into the workspace of one tile; strides are bytes per row.
 template <class T>

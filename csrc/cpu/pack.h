@@ -7,7 +7,7 @@
 #include <new>
 #include <vector>
 
-#include "../field.h"
+#include "../validate.h"
 #include "kernels.h"
 
 namespace sparseflow {
@@ -76,11 +76,6 @@ struct Packed {
       for (const PackedOp<T>& op : *ops) visit(op);
   }
 };
-
-// Checks that every index of the program is in range; throws std::invalid_argument naming what is not. Nothing that
-// fails here ever reaches a kernel.
-template <class T>
-void validate(const Program<T>& program);
 
 template <class T>
 std::unique_ptr<Packed<T>> pack(const Program<T>& program, const Kernels<T>& kernels, int width_index);

@@ -292,9 +292,10 @@ class Integration {
     return mixed_norm();
   }
 
-  void interpolate_output(int index, double t0, double t1, double dt) {
+  void interpolate_output(int index, const StepController& last) {
     // after acceptance y0_, f0_ are the new ends and y1_, f1_ hold the old ones
-    const T x = T((in_.times[index] - t0) / (t1 - t0));
+    const double dt = last.last_dt;
+    const T x = T((in_.times[index] - last.t0) / (last.t1 - last.t0));
     write_output(index, [&, x](int tile, const Scratch& s) -> const T* {
       const size_t at = tile * tile_size();
       kernels_.interpolate(y1_.get() + at, y0_.get() + at, mid_.get() + at, f1_.get() + at, f0_.get() + at, T(dt), x, int(tile_size()), s.row);
@@ -325,81 +326,55 @@ class Integration {
 
   void run_adaptive() {
     const StepOptions& o = in_.options;
-    const int order = in_.tableau.order;
-    double t0 = in_.times[0], t1 = t0;
+    const double start = in_.times[0];
     write_output(0, [&](int tile, const Scratch&) { return y0_.get() + tile * tile_size(); });
     record_state();
-    first_derivative(T(t0));
-    double dt = std::isnan(o.first_step) ? choose_first_step(t0) : o.first_step;
-    if (!std::isfinite(dt)) state_is_finite();  // finds the rows to name
-
-    // torchdiffeq's index into the prescribed points moves on only when a step was cut there
-    auto first_index = [&](const std::vector<double>& points) {
-      const auto next = std::upper_bound(points.begin(), points.end(), t0) - points.begin();
-      return std::min<size_t>(next, points.empty() ? 0 : points.size() - 1);
-    };
-    size_t next_step = first_index(o.step_t), next_jump = first_index(o.jump_t);
+    first_derivative(T(start));
+    const double first = std::isnan(o.first_step) ? choose_first_step(start) : o.first_step;
+    if (!std::isfinite(first)) state_is_finite();  // finds the rows to name
+    StepController control;
+    control.rule = o;
+    control.order = in_.tableau.order;
+    control.step_t = {o.step_t.data(), int(o.step_t.size())};
+    control.jump_t = {o.jump_t.data(), int(o.jump_t.size())};
+    control.begin(start, first);
 
     bool state_checked = false;
     for (size_t index = 1; index < in_.times.size(); ++index) {
-      long long taken = 0;
-      while (in_.times[index] > t1) {
-        if (taken >= o.max_num_steps) return stop("max_num_steps", t1, dt);
-        if ((++taken & 15) == 0) (*interrupted_)();
-        if (!std::isfinite(dt)) dt = o.min_step;
-        dt = std::min(std::max(dt, o.min_step), o.max_step);
-        if (!(t1 + dt > t1)) return stop("underflow", t1, dt);
-        if (!state_checked && !state_is_finite()) return stop("non_finite", t1, dt);
+      control.next_output();
+      while (in_.times[index] > control.t1) {
+        const Proposal proposal = control.propose();
+        if (proposal == Proposal::kTooManySteps) return stop("max_num_steps", control.t1, control.dt);
+        if (proposal == Proposal::kUnderflow) return stop("underflow", control.t1, control.dt);
+        if ((control.taken & 15) == 0) (*interrupted_)();
+        if (!state_checked && !state_is_finite()) return stop("non_finite", control.t1, control.dt);
         state_checked = true;
 
-        double end = t1 + dt;
-        bool at_step = false, at_jump = false;
-        if (!o.step_t.empty() && t1 < o.step_t[next_step] && o.step_t[next_step] < t1 + dt) {
-          at_step = true;
-          end = o.step_t[next_step];
-          dt = end - t1;
-        }
-        if (!o.jump_t.empty() && t1 < o.jump_t[next_jump] && o.jump_t[next_jump] < t1 + dt) {
-          at_jump = true;
-          at_step = false;
-          end = o.jump_t[next_jump];
-          dt = end - t1;
-        }
-
-        const double ratio = try_step(t1, dt, end, end >= in_.times[index]);
-        bool accept = ratio <= 1.0;
-        if (dt > o.max_step) accept = false;
-        if (dt <= o.min_step) accept = true;
-        if (accept) {
-          ++out_.accepted;
-          out_.steps.emplace_back(t1, dt);
-          if (!std::isfinite(ratio)) state_checked = false;
-          std::swap(y0_, y1_);
-          std::swap(f0_, f1_);
-          record_derivatives();
-          record_state();
-          t0 = t1;
-          t1 = end;
-          last_dt_ = dt;
-          if (at_step && next_step + 1 < o.step_t.size()) ++next_step;
-          if (at_jump) {
-            if (next_jump + 1 < o.jump_t.size()) ++next_jump;
-            // the output quartic of this step still needs the derivative from before the jump
-            write_outputs_inside(index, t0, t1);
-            first_derivative(after(T(t1)));
-          }
-        } else {
+        const double ratio = try_step(control.t1, control.dt, control.end, control.end >= in_.times[index]);
+        if (!control.judge(ratio)) {
           ++out_.rejected;
+          continue;
         }
-        dt = sparseflow::next_step(dt, ratio, o, order);
+        ++out_.accepted;
+        out_.steps.emplace_back(control.t0, control.last_dt);
+        if (!std::isfinite(ratio)) state_checked = false;
+        std::swap(y0_, y1_);
+        std::swap(f0_, f1_);
+        record_derivatives();
+        record_state();
+        if (control.at_jump) {
+          // the output quartic of this step still needs the derivative from before the jump
+          write_outputs_inside(index, control);
+          first_derivative(after(T(control.t1)));
+        }
       }
-      if (index >= written_) interpolate_output(int(index), t0, t1, last_dt_);
+      if (index >= written_) interpolate_output(int(index), control);
     }
   }
 
-  void write_outputs_inside(size_t index, double t0, double t1) {
-    for (; index < in_.times.size() && in_.times[index] <= t1; ++index) {
-      interpolate_output(int(index), t0, t1, last_dt_);
+  void write_outputs_inside(size_t index, const StepController& last) {
+    for (; index < in_.times.size() && in_.times[index] <= last.t1; ++index) {
+      interpolate_output(int(index), last);
       written_ = index + 1;
     }
   }
@@ -476,7 +451,6 @@ class Integration {
   std::vector<T> b_, b_error_, b_mid_;
   int kept_ = 0;          // derivatives per step that are recorded
   std::vector<T> trial_;  // [kept][batch][dim]
-  double last_dt_ = 0;
   size_t written_ = 0;
   SolveOutput<T> out_;
   const std::function<void()>* interrupted_ = nullptr;

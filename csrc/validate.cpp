@@ -1,0 +1,236 @@
+#include "validate.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace sparseflow {
+namespace {
+
+template <class Container>
+void check_range(const Container& values, int low, int high, const std::string& what) {
+  for (auto v : values)
+    if (v < low || v >= high) fail(what + " " + std::to_string(v) + " is outside [" + std::to_string(low) + ", " + std::to_string(high) + ")");
+}
+
+template <class T>
+void validate_matrix(const Matrix<T>& m, const Program<T>& p, const std::string& name) {
+  if (m.rows < 0 || m.cols < 0 || static_cast<int64_t>(m.row_ptr.size()) != int64_t(m.rows) + 1 || m.row_ptr.front() != 0 ||
+      m.row_ptr.back() != m.nnz())
+    fail(name + ": row pointers do not fit " + std::to_string(m.rows) + " rows and " + std::to_string(m.nnz()) + " entries");
+  for (int i = 0; i < m.rows; ++i)
+    if (m.row_ptr[i] > m.row_ptr[i + 1]) fail(name + ": row pointers decrease");
+  check_range(m.col, 0, m.cols, name + ": column");
+  for (int i = 0; i < m.rows; ++i)
+    for (int e = m.row_ptr[i] + 1; e < m.row_ptr[i + 1]; ++e)
+      if (m.col[e - 1] >= m.col[e]) fail(name + ": the columns of a row must ascend");
+  if (m.dynamic()) {
+    if (m.gated) {
+      if (m.external >= 0) fail(name + ": gated or external, not both");
+      if (m.gate_modulation < 0 || m.gate_modulation >= static_cast<int>(p.modulations.size())) fail(name + ": no such gate");
+      if (m.path_entry.size() != m.path_gate.size() || m.path_entry.size() != m.path_constant.size())
+        fail(name + ": path arrays of different lengths");
+      check_range(m.path_entry, 0, m.nnz(), name + ": path entry");
+      if (!std::is_sorted(m.path_entry.begin(), m.path_entry.end())) fail(name + ": path entries must ascend");
+      check_range(m.path_gate, 0, p.modulations[m.gate_modulation].n, name + ": path gate");
+    } else if (m.external >= p.externals) {
+      fail(name + ": no such external");
+    }
+  } else if (static_cast<int>(m.values.size()) != m.nnz()) {
+    fail(name + ": " + std::to_string(m.values.size()) + " values for " + std::to_string(m.nnz()) + " entries");
+  }
+}
+
+template <class T>
+void validate_op(const Op& op, const Program<T>& p, const std::string& name) {
+  auto rows_of = [&](const Operand& o, const char* role) {
+    if (o.buffer < 0 || o.buffer >= static_cast<int>(p.buffers.size())) fail(name + ": no such " + role + " buffer");
+    if (o.slot < 0 || o.slot >= p.buffers[o.buffer].slots) fail(name + ": no such " + role + " slot");
+    return p.buffers[o.buffer].rows;
+  };
+  auto need = [&](const Operand& o, int rows, const char* role) {
+    if (rows_of(o, role) < rows) fail(name + ": the " + role + " buffer has too few rows");
+  };
+  if (op.matrix < 0 || op.matrix >= static_cast<int>(p.matrices.size())) fail(name + ": no such matrix");
+  // packing looks at every operand, used or not
+  auto optional = [&](const Operand& o, const char* role) {
+    if (o.buffer >= 0) rows_of(o, role);
+  };
+  optional(op.target, "target"), optional(op.seed, "seed"), optional(op.weight, "weight");
+  optional(op.factor, "factor"), optional(op.factor2, "factor2"), optional(op.addend, "addend");
+  optional(op.kept, "kept"), optional(op.slope_cotangent, "slope cotangent"), optional(op.value, "value");
+  if ((op.kind == OpKind::kProduct || op.kind == OpKind::kReduction) && op.modulation >= 0) fail(name + ": only a layer has a modulation");
+  if (op.kind != OpKind::kReduction && op.coefficient_matrix >= 0) fail(name + ": only a reduction has coefficients");
+  const int rows = op.transposed ? p.matrices[op.matrix].cols : p.matrices[op.matrix].rows;
+  const int cols = op.transposed ? p.matrices[op.matrix].rows : p.matrices[op.matrix].cols;
+  if (rows_of(op.source, "source") < cols) fail(name + ": the source has fewer rows than the matrix has columns");
+  auto slots = [&](const Operand& o, int count, const char* role) {
+    if (rows_of(o, role), p.buffers[o.buffer].slots < o.slot + count) fail(name + ": the " + role + " buffer has too few slots");
+  };
+  if (op.kind == OpKind::kGradient) {
+    need(op.factor, rows, "factor");
+    if (op.transposed) fail(name + ": a gradient has the matrix as it is");
+    if (op.carries) slots(op.source, 2, "source"), slots(op.factor, 2, "factor");
+    if (op.sum < 0 || op.sum >= static_cast<int>(p.sums.size()) || p.sums[op.sum].size != p.matrices[op.matrix].nnz())
+      fail(name + ": one sum per entry is needed");
+    return;
+  }
+  if (op.kind != OpKind::kReduction || op.target.buffer >= 0) {
+    need(op.target, rows, "target");
+    if (op.target.buffer == op.source.buffer && (op.kind != OpKind::kProduct || op.target.slot == op.source.slot || op.second))
+      fail(name + ": source and target must differ");
+  }
+  if (op.second) slots(op.target, 2, "target");
+  if (op.addend.buffer >= 0) need(op.addend, rows, "addend");
+  if (op.kind == OpKind::kKeep || op.kind == OpKind::kPull) {
+    if (op.slope_from < 0 || op.slope_from >= kSlopesFrom) fail(name + ": unknown origin of a slope");
+    const bool recovered = op.slope_from != 0;
+    if (!recovered || op.raw) {
+      need(op.kept, rows, "kept");
+      slots(op.kept, (recovered ? 0 : 1 + op.curvature) + op.raw, "kept");
+    }
+    if (op.target.slot != 0 || op.source.slot != 0 || op.kept.slot != 0) fail(name + ": operands start at slot 0");
+    if (op.carries) slots(op.source, 2, "source");
+    if (op.carries && !op.curvature) fail(name + ": the adjoint of a tangent needs the curvature");
+    slots(op.target, (op.carries ? 2 : 1) + (op.kind == OpKind::kPull && op.raw), "target");
+    for (const Operand* other : {&op.target, &op.source})
+      if (other->buffer == op.kept.buffer) fail(name + ": what is kept lies in a buffer of its own");
+    if (op.kind == OpKind::kPull) {
+      if (op.addend.buffer >= 0) slots(op.addend, op.carries ? 2 : 1, "addend");
+      if (op.slope_cotangent.buffer >= 0) {
+        need(op.slope_cotangent, rows, "slope cotangent");
+        if (op.carries || !op.curvature || recovered) fail(name + ": the cotangent of a slope needs a kept curvature, and no tangent");
+      }
+      if (recovered || (op.carries && op.raw)) need(op.value, rows, "value"), slots(op.value, op.carries ? 2 : 1, "value");
+      if (op.modulation < 0 || op.modulation >= static_cast<int>(p.modulations.size()) || p.modulations[op.modulation].n != rows)
+        fail(name + ": the modulation does not fit the matrix");
+      return;
+    }
+  }
+  if (op.kind == OpKind::kAffine || op.kind == OpKind::kKeep) {
+    if (op.transposed) fail(name + ": a layer has the matrix as it is");
+    if (op.modulation < 0 || op.modulation >= static_cast<int>(p.modulations.size()) || p.modulations[op.modulation].n != rows)
+      fail(name + ": the modulation does not fit the matrix");
+    if (op.store < 0 || op.store > 5) fail(name + ": unknown store");
+    const int activation = static_cast<int>(op.activation);
+    if (activation < 0 || activation >= kActivations) fail(name + ": unknown activation");
+    if (op.kind == OpKind::kKeep) return;
+    if (op.tangent() && (p.buffers[op.source.buffer].slots < 2 || op.source.slot != 0)) fail(name + ": the source carries no tangent");
+    if (op.target.slot != 0) fail(name + ": an affine target starts at slot 0");
+    const bool second_slot = op.store == 1 || op.store == 2 || op.store == 4;
+    // a tangent whose matrix is cut into column blocks keeps its partial sums in the second slot
+    if ((second_slot || op.tangent()) && p.buffers[op.target.buffer].slots < 2) fail(name + ": the target needs two slots");
+    if (op.store == 2 || op.store == 3) need(op.seed, rows, "seed");
+    if (op.store == 3 || op.store == 5) need(op.weight, rows, "weight");
+  } else {
+    auto check_factor = [&](const Operand& o, const std::vector<int32_t>& index, const char* role) {
+      if (o.buffer < 0) return;
+      const int have = rows_of(o, role);
+      if (index.empty()) {
+        if (have < rows) fail(name + ": the " + role + " buffer has too few rows");
+      } else {
+        if (static_cast<int>(index.size()) != rows) fail(name + ": one " + role + " row per matrix row is needed");
+        check_range(index, 0, have, name + ": " + role + " row");
+      }
+    };
+    check_factor(op.factor, op.factor_row, "factor");
+    check_factor(op.factor2, op.factor2_row, "factor2");
+    if (op.coefficient_matrix >= 0) {
+      if (op.coefficient_matrix >= static_cast<int>(p.matrices.size()) || p.matrices[op.coefficient_matrix].rows != 1 ||
+          p.matrices[op.coefficient_matrix].nnz() != rows)
+        fail(name + ": one coefficient per matrix row is needed");
+    }
+  }
+  if (op.reduces() && !p.divergence) fail(name + ": a reduction needs a program with divergence");
+}
+
+}  // namespace
+
+template <class T>
+Entries entries_of(const Matrix<T>& m, bool transposed) {
+  Entries out;
+  out.entry.resize(m.nnz());
+  if (!transposed) {
+    out.rows = m.rows, out.cols = m.cols, out.row_ptr = m.row_ptr, out.col = m.col;
+    std::iota(out.entry.begin(), out.entry.end(), 0);
+    return out;
+  }
+  out.rows = m.cols, out.cols = m.rows;
+  out.row_ptr.assign(size_t(m.cols) + 1, 0);
+  out.col.resize(m.nnz());
+  for (int32_t c : m.col) ++out.row_ptr[c + 1];
+  for (int c = 0; c < m.cols; ++c) out.row_ptr[c + 1] += out.row_ptr[c];
+  std::vector<int32_t> next(out.row_ptr.begin(), out.row_ptr.end() - 1);
+  for (int i = 0; i < m.rows; ++i)
+    for (int e = m.row_ptr[i]; e < m.row_ptr[i + 1]; ++e) {
+      const int32_t k = next[m.col[e]]++;
+      out.col[k] = i;
+      out.entry[k] = e;
+    }
+  return out;
+}
+
+template <class T>
+void validate(const Program<T>& p) {
+  const int n_buffers = static_cast<int>(p.buffers.size());
+  int64_t rows = 0;
+  for (const Buffer& b : p.buffers) {
+    if (b.rows < 0 || b.slots < 1 || b.slots > 3) fail("a buffer needs rows >= 0 and one to three slots");
+    rows += (int64_t(b.rows) + 1) * b.slots;
+  }
+  if (rows > (int64_t(1) << 31) / 512) fail("the layers are too wide for 32-bit offsets");
+  auto check_buffer = [&](int id, const char* name, bool optional) {
+    if ((id < 0 && !optional) || id >= n_buffers) fail(std::string("no ") + name + " buffer");
+    if (id >= 0 && p.buffers[id].rows != (std::string(name) == "ones" ? 1 : p.dim)) fail(std::string("the ") + name + " buffer has the wrong size");
+  };
+  check_buffer(p.input, "input", false);
+  check_buffer(p.output, "output", false);
+  check_buffer(p.noise, "noise", true);
+  check_buffer(p.ones, "ones", true);
+  for (int id : {p.input, p.noise, p.ones})  // whole rows are copied into these
+    if (!p.adjoint() && id >= 0 && p.buffers[id].slots != 1) fail("the input, noise and ones buffers have one slot");
+  for (size_t i = 0; i < p.modulations.size(); ++i) {
+    const Modulation<T>& m = p.modulations[i];
+    const size_t n = static_cast<size_t>(m.n);
+    auto fits = [&](const std::vector<T>& v, bool optional) { return v.size() == n || (optional && v.empty()); };
+    if (!fits(m.bias, false) || !fits(m.gate_slope, true) || m.gate_slope.size() != m.gate_offset.size() ||
+        !fits(m.shift_slope, true) || m.shift_slope.size() != m.shift_offset.size())
+      fail("modulation " + std::to_string(i) + ": arrays of different lengths");
+    if (m.external_gate >= p.externals || m.external_shift >= p.externals) fail("modulation " + std::to_string(i) + ": no such external");
+  }
+  for (size_t i = 0; i < p.matrices.size(); ++i) validate_matrix(p.matrices[i], p, "matrix " + std::to_string(i));
+  for (size_t i = 0; i < p.prologue.size(); ++i) {
+    validate_op(p.prologue[i], p, "prologue operation " + std::to_string(i));
+    if (p.prologue[i].kind != OpKind::kProduct || p.matrices[p.prologue[i].matrix].dynamic())
+      fail("the prologue holds products of constant matrices only");
+  }
+  for (size_t i = 0; i < p.body.size(); ++i) validate_op(p.body[i], p, "operation " + std::to_string(i));
+  if (!p.adjoint()) return;
+  check_buffer(p.cotangent, "cotangent", false);
+  check_buffer(p.state_cotangent, "state cotangent", false);
+  if (p.divergence && (p.trace_cotangent < 0 || p.trace_cotangent >= n_buffers || p.buffers[p.trace_cotangent].rows != 1))
+    fail("the trace's cotangent needs a buffer of one row");
+  if (!p.prologue.empty() || p.externals > 0) fail("an adjoint has neither a prologue nor functions of time that live outside");
+  for (size_t i = 0; i < p.keep.size(); ++i) validate_op(p.keep[i], p, "keep operation " + std::to_string(i));
+  for (size_t i = 0; i < p.reverse.size(); ++i) validate_op(p.reverse[i], p, "reverse operation " + std::to_string(i));
+  std::vector<int> taken(p.sums.size(), 0);
+  for (const Op& op : p.reverse)
+    if (op.kind == OpKind::kGradient && taken[op.sum]++) fail("two gradients add to one sum");
+  auto check_sum = [&](int sum, int size, bool each_stage, const std::string& name) {
+    if (sum < 0) return;
+    if (sum >= static_cast<int>(p.sums.size()) || p.sums[sum].size != size || (size > 0 && p.sums[sum].each_stage != each_stage)) fail(name + ": its sum does not fit");
+  };
+  for (size_t i = 0; i < p.matrices.size(); ++i) check_sum(p.matrices[i].sum, p.matrices[i].nnz(), p.matrices[i].dynamic(), "matrix " + std::to_string(i));
+  for (size_t i = 0; i < p.modulations.size(); ++i) {
+    const Modulation<T>& m = p.modulations[i];
+    check_sum(m.shift_sum, m.n, m.dynamic(), "modulation " + std::to_string(i));
+    check_sum(m.gate_sum, m.n, true, "modulation " + std::to_string(i));
+    if (m.shift_sum >= 0 && !m.gate_slope.empty() && m.gate_sum < 0) fail("modulation " + std::to_string(i) + ": a gate needs a sum of its own");
+  }
+}
+
+template void validate(const Program<float>&);
+template void validate(const Program<double>&);
+template Entries entries_of(const Matrix<float>&, bool);
+template Entries entries_of(const Matrix<double>&, bool);
+
+}  // namespace sparseflow
