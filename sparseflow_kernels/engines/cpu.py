@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..divergence import DivergencePlan
 from ..field import VectorField
-from ..numerics.step_control import StepOptions
-from ..numerics.tableaus import FixedTableau, Tableau
+from ..numerics.tableaus import Tableau
 from ..threads import get_num_threads
 from .adjoint import no_adjoint, write_adjoint
 from .base import Engine, Gradient, SolveRequest, SolveResult
+from .native import address, field_gradients, native_options, native_tableau
 from .program import write_program
 
 STAGE_BYTES = 4 << 20  # the stages of a step are kept for its gradient if they take no more; larger ones are computed again
@@ -88,7 +88,7 @@ class CpuEngine(Engine):
         noise = self._ready_noise(noise, x)
         f, divergence = torch.empty_like(x), x.new_empty(x.shape[0])
         self.program.evaluate(
-            float(t), x.data_ptr(), _address(noise), x.shape[0], get_num_threads(), f.data_ptr(), divergence.data_ptr()
+            float(t), x.data_ptr(), address(noise), x.shape[0], get_num_threads(), f.data_ptr(), divergence.data_ptr()
         )
         return f, divergence
 
@@ -123,12 +123,12 @@ class CpuEngine(Engine):
         xs = x.new_full((outputs, batch, self.dim), torch.nan)  # outputs a failed solve does not reach stay NaN
         rtol, atol = (*request.rtol, 0.0)[:2], (*request.atol, 0.0)[:2]
         raw = self.program.solve(
-            x=x.data_ptr(), l=_address(l), noise=_address(noise), batch=batch,
-            times=request.times.tolist(), sign=request.sign, tableau=_tableau(request.tableau), rtol=rtol, atol=atol,
-            options=_options(request.options), grid=[] if request.grid is None else request.grid.tolist(),
+            x=x.data_ptr(), l=address(l), noise=address(noise), batch=batch,
+            times=request.times.tolist(), sign=request.sign, tableau=native_tableau(request.tableau), rtol=rtol, atol=atol,
+            options=native_options(request.options), grid=[] if request.grid is None else request.grid.tolist(),
             perturb=request.perturb, per_tile=request.step_control == "per_tile", record=request.record,
             record_stages=x.nbytes * len(request.tableau.b) <= STAGE_BYTES, threads=get_num_threads(),
-            xs=xs.data_ptr(), ls=_address(ls),
+            xs=xs.data_ptr(), ls=address(ls),
         )
         result = SolveResult(
             xs=xs, ls=ls, nfe=raw["nfe"], accepted=raw["accepted"], rejected=raw["rejected"],
@@ -171,8 +171,8 @@ class CpuEngine(Engine):
         grad_trace = None if grad_trace is None else grad_trace.detach().contiguous()
         grad_x = torch.empty_like(x)
         raw = program.evaluate(
-            t=float(t), x=x.data_ptr(), noise=_address(noise), batch=x.shape[0], threads=get_num_threads(),
-            grad_f=grad_f.data_ptr(), grad_trace=_address(grad_trace), grad_x=grad_x.data_ptr(),
+            t=float(t), x=x.data_ptr(), noise=address(noise), batch=x.shape[0], threads=get_num_threads(),
+            grad_f=grad_f.data_ptr(), grad_trace=address(grad_trace), grad_x=grad_x.data_ptr(),
         )
         grad_t = torch.tensor(raw["t"], dtype=self.dtype) if "t" in wanted else None
         return Gradient(tensors=self._tensors(raw) if "tensors" in wanted else (), x=grad_x, t=grad_t)
@@ -190,10 +190,10 @@ class CpuEngine(Engine):
         grad_x = torch.empty_like(x)
         grad_l = None if self.plan is None else x.new_empty(batch)
         raw = program.solve(
-            noise=_address(noise), batch=batch, times=request.times.tolist(), sign=request.sign,
-            tableau=_tableau(request.tableau), perturb=request.perturb, steps=result.steps.numpy(),
+            noise=address(noise), batch=batch, times=request.times.tolist(), sign=request.sign,
+            tableau=native_tableau(request.tableau), perturb=request.perturb, steps=result.steps.numpy(),
             states=result.states.numpy(), derivatives=result.derivatives.numpy(), threads=get_num_threads(),
-            grad_xs=grad_xs.data_ptr(), grad_ls=_address(grad_ls), grad_x=grad_x.data_ptr(), grad_l=_address(grad_l),
+            grad_xs=grad_xs.data_ptr(), grad_ls=address(grad_ls), grad_x=grad_x.data_ptr(), grad_l=address(grad_l),
         )
         times = None
         if "times" in wanted:
@@ -210,42 +210,8 @@ class CpuEngine(Engine):
     def _tensors(self, raw: dict) -> tuple[Tensor, ...]:
         """A native gradient, tensor by tensor of the field."""
         _, writer = self._adjoint_program()
-        gradients = [torch.from_numpy(array) for array in raw["matrices"]]
-        values = [gradients[matrix] for matrix in writer.weights]
-        if writer.derived_from:
-            with torch.enable_grad():
-                field = self._field.map_tensors(lambda tensor: tensor.detach().requires_grad_())
-                leaves = [layer.values for layer in field.layers]
-                made = [(function(field), gradients[matrix]) for matrix, function in writer.derived_from]
-                made = [(out, grad.to(self.dtype)) for out, grad in made if out.requires_grad]
-                if made:
-                    carried = torch.autograd.grad(
-                        [out for out, _ in made], leaves, [grad for _, grad in made], allow_unused=True
-                    )
-                    values = [own if more is None else own + more for own, more in zip(values, carried)]
-        found: list[Tensor] = []
-        for value, layer, modulation in zip(values, self._field.layers, raw["modulations"]):
-            for name, tensor in layer.tensors():
-                gradient = value if name == "values" else torch.from_numpy(modulation[name])
-                found.append(gradient.to(self.dtype))
-        return tuple(found)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _tableau(tableau: Tableau | FixedTableau) -> dict:
-    if isinstance(tableau, Tableau):
-        return dict(adaptive=True, order=tableau.order, c=tableau.c, a=tableau.a, b=tableau.b,
-                    b_error=tableau.b_error, b_mid=tableau.b_mid)
-    # a fixed tableau lists its first stage, at node 0, like the others; native code takes that stage for granted
-    return dict(adaptive=False, order=tableau.order, c=tableau.c[1:], a=tableau.a[1:], b=tableau.b, b_error=(), b_mid=())
-
-
-def _options(options: StepOptions) -> dict:
-    return dict(
-        min_step=options.min_step, max_step=options.max_step, first_step=options.first_step, safety=options.safety,
-        ifactor=options.ifactor, dfactor=options.dfactor, max_num_steps=options.max_num_steps,
-        step_t=sorted(options.step_t or ()), jump_t=sorted(options.jump_t or ()),
-    )
+        matrices, modulations = raw["matrices"], raw["modulations"]
+        return field_gradients(
+            self._field, writer, lambda number: torch.from_numpy(matrices[number]),
+            lambda number, name: torch.from_numpy(modulations[number][name]),
+        )

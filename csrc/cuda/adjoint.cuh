@@ -1,0 +1,345 @@
+// The gradient of an evaluation, or of a whole solve, in one launch: a block takes its tiles through the accepted steps from
+// the last to the first, computes their stages again and pulls the cotangents back. No block waits for another; each adds up
+// gradients of its own, tile by tile in order.
+#pragma once
+
+#include "adjoint.h"
+#include "solve.cuh"
+
+namespace sparseflow::cuda {
+
+template <class T, int V, bool Shared>
+struct Reversal {
+  using B = Block<T, V, Shared>;
+  const AdjointParams<T>& in;
+  B block;
+  const DeviceProgram& program;
+  const DeviceTableau& tableau;
+  const int S, dim, rows, size, stages;
+  T *inputs, *k_rows, *k_cotangents;         // [stages][rows][S] each
+  T *cotangent, *carried, *start;            // [rows][S]: of the step's end, of the derivative there, of its beginning
+  T *lasting, *totals, *stage_sums;
+  int tile = 0, count = 0, first_sample = 0;
+  double of_time = 0;  // this thread's part of the gradient of the field's time
+
+  SF_DEVICE explicit Reversal(const AdjointParams<T>& params)
+      : in(params), block(params.program, params.plan, params.global + size_t(blockIdx.x) * params.plan.global_bytes), program(params.program),
+        tableau(params.tableau), S(1 << params.plan.tile_log), dim(params.program.dim), rows(dim + params.program.divergence), size(rows * S),
+        stages(params.evaluate ? 1 : params.tableau.stages) {
+    char* const at = params.plan.state >= 0 ? shared_memory() + params.plan.state : block.global + params.plan.state_global;
+    inputs = reinterpret_cast<T*>(at);
+    k_rows = inputs + size_t(stages) * size;
+    k_cotangents = k_rows + size_t(stages) * size;
+    cotangent = k_cotangents + size_t(stages) * size;
+    carried = cotangent + size;
+    start = carried + size;
+    lasting = params.sums + size_t(blockIdx.x) * (program.lasting_sums + program.totals);
+    totals = lasting + program.lasting_sums;
+    stage_sums = params.stage_sums + size_t(blockIdx.x) * program.stage_sums;
+  }
+
+  SF_DEVICE T* input(int stage) { return inputs + size_t(stage) * size; }
+  SF_DEVICE T* k(int stage) { return k_rows + size_t(stage) * size; }
+  SF_DEVICE T* k_cotangent(int stage) { return k_cotangents + size_t(stage) * size; }
+
+  // ---- tiles
+
+  SF_DEVICE void select(int which) {
+    tile = which;
+    first_sample = tile * S;
+    count = in.batch - first_sample < S ? in.batch - first_sample : S;
+    if (program.noise.row < 0) return;
+    T* const noise = block.rows_of(program.noise) + S;  // slot 1 of the input
+    for (int i = threadIdx.x; i < S * dim; i += blockDim.x) {
+      const int s = i / dim, c = i - s * dim;
+      noise[(size_t(c) * program.noise.stride << block.tile_log) + s] = s < count ? in.noise[size_t(first_sample) * dim + i] : T(0);
+    }
+    sync();
+  }
+  // [samples][dim] -> rows; zero beyond the batch, so that no sum notices
+  SF_DEVICE void load_rows(const T* from, T* to) {
+    for (int i = threadIdx.x; i < S * dim; i += blockDim.x) {
+      const int s = i / dim, c = i - s * dim;
+      to[c * S + s] = s < count ? from[size_t(first_sample) * dim + i] : T(0);
+    }
+  }
+  SF_DEVICE T output_cotangent(int index, int i) const {
+    const int c = i / S, s = i - c * S;
+    if (s >= count) return T(0);
+    const size_t sample = size_t(index) * in.batch + first_sample + s;
+    if (c < dim) return in.grad_xs[sample * dim + c];
+    return in.grad_ls != nullptr ? in.grad_ls[sample] : T(0);
+  }
+
+  // ---- one evaluation, and back
+
+  SF_DEVICE void put(const Place& place, const T* rows_, T factor, int columns) {
+    T* const to = block.rows_of(place);
+    for (int i = threadIdx.x; i < columns * S; i += blockDim.x) to[(size_t(i / S) * place.stride << block.tile_log) + (i & (S - 1))] = factor * rows_[i];
+  }
+  SF_DEVICE void prepare(T t) {
+    if (program.dynamic_modulations) block.modulate(t, true);
+    for (int s = threadIdx.x; s < S; s += blockDim.x) block.trace[s] = T(0);
+    sync();
+    if (program.n_gated) {
+      block.sum_paths();
+      sync();
+    }
+  }
+
+  // k = sign * f, without its trace
+  SF_DEVICE void evaluate(T t, const T* y, T* to) {
+    put(program.input, y, T(1), dim);
+    prepare(t);
+    block.run(kBody);
+    const T* const f = block.rows_of(program.output);
+    const int stride = program.output.stride << block.tile_log;
+    for (int i = threadIdx.x; i < dim * S; i += blockDim.x) to[i] = T(in.sign) * f[(i / S) * stride + (i & (S - 1))];
+    sync();
+  }
+
+  // In state_cotangent: that of the state, from that of sign * (f, -trace) at it. Gradients are added up on the way.
+  SF_DEVICE void pull(T t, const T* y, const T* of_k) {
+    put(program.input, y, T(1), dim);
+    put(program.cotangent, of_k, T(in.sign), dim);
+    if (program.divergence) put(program.trace_cotangent, of_k + size_t(dim) * S, T(-in.sign), 1);
+    prepare(t);
+    block.run(kKeep);
+    block.run(kReverse, lasting, stage_sums);
+    take_away(t);
+  }
+
+  // Sums whose meaning depends on time, into totals that do not.
+  SF_DEVICE void take_away(T t) {
+    if (program.stage_sums == 0) return;
+    for (int m = 0; m < program.n_gated; ++m) {
+      const DeviceGated gated = block.template in_image<DeviceGated>(program.gated)[m];
+      if (gated.sum < 0) continue;
+      const int* const path_gate = block.template in_image<int>(gated.path_gate);
+      const int* const path_entry = block.template in_image<int>(gated.path_entry);
+      const int paths = block.template in_image<int>(gated.path_ptr)[gated.entries];
+      for (int p = threadIdx.x; p < paths; p += blockDim.x) totals[gated.totals + p] += block.scale[gated.gate + path_gate[p]] * stage_sums[gated.sum + path_entry[p]];
+    }
+    for (int m = 0; m < program.n_modulations; ++m) {
+      const DeviceModulation mod = block.template in_image<DeviceModulation>(program.modulations)[m];
+      if (mod.totals < 0) continue;
+      for (int j = threadIdx.x; j < mod.n; j += blockDim.x) {
+        const T u = stage_sums[mod.shift_sum + j], s = block.scale[mod.first + j];  // u = s * (cotangent of z)
+        T* to = totals + mod.totals + j;
+        *to += u, to += mod.n;
+        if (mod.gate_slope >= 0) {
+          const T logit = (stage_sums[mod.gate_sum + j] + block.template in_image<T>(mod.bias)[j] * u + s * through_output(mod.first, j)) * (T(1) - s);
+          *to += t * logit, to += mod.n;
+          *to += logit, to += mod.n;
+          of_time += double(logit) * double(block.template in_image<T>(mod.gate_slope)[j]);
+        }
+        if (mod.shift_slope >= 0) {
+          const T z = u / s;  // Block::modulate keeps s from zero
+          *to += t * z, to += mod.n;
+          *to += z;
+          of_time += double(z) * double(block.template in_image<T>(mod.shift_slope)[j]);
+        }
+      }
+    }
+    sync();
+    for (int i = threadIdx.x; i < program.stage_sums; i += blockDim.x) stage_sums[i] = T(0);
+    sync();
+  }
+  // What matrices of path sums say of one gate.
+  SF_DEVICE T through_output(int modulation, int j) const {
+    T sum = T(0);
+    for (int m = 0; m < program.n_gated; ++m) {
+      const DeviceGated gated = block.template in_image<DeviceGated>(program.gated)[m];
+      if (gated.sum < 0 || gated.gate != modulation) continue;
+      const int *const ptr = block.template in_image<int>(gated.gate_ptr), *const path = block.template in_image<int>(gated.gate_path);
+      for (int i = ptr[j]; i < ptr[j + 1]; ++i)
+        sum += block.template in_image<T>(gated.path_constant)[path[i]] * stage_sums[gated.sum + block.template in_image<int>(gated.path_entry)[path[i]]];
+    }
+    return sum;
+  }
+
+  // ---- a step
+
+  // What an output at fraction x of a step owes to its ends, the midpoint and the derivatives at the ends.
+  struct Reading {
+    T start, end, mid, slope_start, slope_end;
+  };
+  SF_DEVICE Reading reading(T x) const {
+    if (!tableau.adaptive) return {T(1) - x, x, T(0), T(0), T(0)};
+    const T x2 = x * x, x3 = x2 * x, x4 = x2 * x2;
+    return {T(1) - T(11) * x2 + T(18) * x3 - T(8) * x4, -T(5) * x2 + T(14) * x3 - T(8) * x4, T(16) * (x2 - T(2) * x3 + x4),
+            x - T(4) * x2 + T(5) * x3 - T(2) * x4, x2 - T(3) * x3 + T(2) * x4};
+  }
+  SF_DEVICE double a(int stage, int j) const { return tableau.a[(stage - 1) * stage / 2 + j]; }
+
+  // As the solver took them (solve.cuh); the field's.
+  SF_DEVICE T stage_time(int n, int stage, double t0, double t1) const {
+    const T begin = T(t0), end = T(t1), step = tableau.adaptive ? T(in.steps[2 * n + 1]) : T(t1 - t0);
+    T t;
+    if (stage == 0) t = tableau.adaptive ? (n == 0 ? begin : before(begin)) : in.perturb ? after(begin) : begin;
+    else if (tableau.c[stage - 1] == 1.0) t = tableau.adaptive || in.perturb ? before(end) : end;
+    else t = begin + T(tableau.c[stage - 1]) * step;
+    return T(in.sign) * t;
+  }
+
+  // The step from t0 to t1, of which outputs first .. last were read off: turns the cotangent of its end into that of its
+  // start. An adaptive step's first derivative is the last one of the step before, whose cotangent is carried there.
+  SF_DEVICE void step_back(int n, double t0, double t1, int first, int last) {
+    const bool adaptive = tableau.adaptive, is_last = n + 1 == in.n_steps;
+    const T dt = adaptive ? T(in.steps[2 * n + 1]) : T(t1 - t0);
+    const int s_end = stages - 1;
+
+    // which stages have a cotangent at all; they are pulled back from the last to the first
+    bool read_inside = false;
+    for (int o = first; o <= last; ++o) {
+      const Reading r = reading(T((in.times[o] - t0) / (t1 - t0)));
+      read_inside |= r.mid != T(0) || r.slope_start != T(0) || r.slope_end != T(0);
+    }
+    unsigned active = 0;
+    for (int i = s_end; i >= 0; --i) {
+      bool is = tableau.b[i] != 0 || (adaptive && read_inside && (tableau.b_mid[i] != 0 || i == 0 || i == s_end)) || (adaptive && i == s_end && !is_last);
+      for (int j = i + 1; j < stages; ++j) is |= (active >> j & 1) && a(j, i) != 0;
+      active |= unsigned(is) << i;
+    }
+    int needed = s_end;  // derivatives up to the one before the last active stage, whose state follows from them
+    while (needed > 0 && !(active >> needed & 1)) --needed;
+    const bool end_known = adaptive && tableau.last_stage_is_solution && needed == s_end;
+
+    const size_t per_state = size_t(in.batch) * dim;
+    load_rows(in.states + size_t(n) * per_state, input(0));
+    sync();
+    for (int i = 1; i <= needed; ++i) {
+      if (end_known && i == s_end) {
+        load_rows(in.states + size_t(n + 1) * per_state, input(i));
+        break;
+      }
+      if (adaptive && i == 1) load_rows(in.derivatives + size_t(n) * per_state, k(0));
+      else evaluate(stage_time(n, i - 1, t0, t1), input(i - 1), k(i - 1));
+      sync();
+      for (int e = threadIdx.x; e < dim * S; e += blockDim.x) {
+        T y = input(0)[e];
+        for (int j = 0; j < i; ++j) y += T(a(i, j)) * dt * k(j)[e];
+        input(i)[e] = y;
+      }
+      sync();
+    }
+
+    for (int e = threadIdx.x; e < size; e += blockDim.x) {
+      T of_end = cotangent[e], of_start = T(0), of_mid = T(0), slope_start = T(0), slope_end = T(0);
+      for (int o = first; o <= last; ++o) {
+        const Reading r = reading(T((in.times[o] - t0) / (t1 - t0)));
+        const T g = output_cotangent(o, e);
+        of_end += r.end * g, of_start += (r.start + r.mid) * g, of_mid += r.mid * g;
+        slope_start += r.slope_start * g, slope_end += r.slope_end * g;
+      }
+      start[e] = of_start + of_end;
+      for (int j = 0; j < stages; ++j) {
+        T of_k = T(tableau.b[j]) * dt * of_end;
+        if (adaptive) {
+          of_k += T(tableau.b_mid[j]) * dt * of_mid;
+          if (j == 0) of_k += dt * slope_start;
+          if (j == s_end) of_k += dt * slope_end + (is_last ? T(0) : carried[e]);
+        }
+        k_cotangent(j)[e] = of_k;
+      }
+    }
+    sync();
+
+    for (int i = s_end; i >= (adaptive ? 1 : 0); --i) {
+      if (!(active >> i & 1)) continue;
+      pull(stage_time(n, i, t0, t1), input(i), k_cotangent(i));
+      const T* const pulled = block.rows_of(program.state_cotangent);
+      const int stride = program.state_cotangent.stride << block.tile_log;
+      for (int e = threadIdx.x; e < dim * S; e += blockDim.x) {
+        const T p = pulled[(e / S) * stride + (e & (S - 1))];
+        start[e] += p;
+        for (int j = 0; j < i; ++j) k_cotangent(j)[e] += T(a(i, j)) * dt * p;
+      }
+      sync();
+    }
+    for (int e = threadIdx.x; e < size; e += blockDim.x) cotangent[e] = start[e], carried[e] = adaptive ? k_cotangent(0)[e] : T(0);
+    sync();
+  }
+
+  SF_DEVICE void add_pulled(T* to) {
+    const T* const pulled = block.rows_of(program.state_cotangent);
+    const int stride = program.state_cotangent.stride << block.tile_log;
+    for (int e = threadIdx.x; e < dim * S; e += blockDim.x) to[e] += pulled[(e / S) * stride + (e & (S - 1))];
+    sync();
+  }
+  SF_DEVICE void store_gradient() {
+    for (int i = threadIdx.x; i < count * rows; i += blockDim.x) {
+      const int s = i / rows, c = i - s * rows;
+      const T value = cotangent[c * S + s];
+      if (c < dim) in.grad_x[size_t(first_sample + s) * dim + c] = value;
+      else if (in.grad_l != nullptr) in.grad_l[first_sample + s] = value;
+    }
+    sync();
+  }
+
+  // ---- from the outside
+
+  SF_DEVICE void solve() {
+    for (int which = blockIdx.x; which < in.tiles; which += gridDim.x) {
+      select(which);
+      for (int e = threadIdx.x; e < size; e += blockDim.x) cotangent[e] = carried[e] = T(0);
+      sync();
+      int last = in.n_times - 1;
+      for (int n = in.n_steps - 1; n >= 0; --n) {
+        const double t0 = in.steps[2 * n], t1 = n + 1 < in.n_steps ? in.steps[2 * n + 2] : t0 + in.steps[2 * n + 1];
+        int first = last;  // outputs read off this step: (t0, t1], the last step's beyond its rounding too
+        while (first > 0 && in.times[first] > t0) --first;
+        step_back(n, t0, t1, first + 1, last);
+        last = first;
+      }
+      if (tableau.adaptive && in.n_steps > 0) {
+        load_rows(in.states, input(0));
+        sync();
+        pull(T(in.sign) * T(in.steps[0]), input(0), carried);
+        add_pulled(cotangent);
+      }
+      for (int e = threadIdx.x; e < size; e += blockDim.x) cotangent[e] += output_cotangent(0, e);  // the initial state itself
+      sync();
+      store_gradient();
+    }
+  }
+
+  SF_DEVICE void evaluation() {
+    const T t = in.time != nullptr ? *in.time : in.time_value;
+    for (int which = blockIdx.x; which < in.tiles; which += gridDim.x) {
+      select(which);
+      load_rows(in.x, input(0));
+      load_rows(in.grad_f, k_cotangent(0));
+      if (program.divergence)  // what the solver sees is the opposite of the trace
+        for (int s = threadIdx.x; s < S; s += blockDim.x)
+          k_cotangent(0)[dim * S + s] = in.grad_trace != nullptr && s < count ? -in.grad_trace[first_sample + s] : T(0);
+      for (int e = threadIdx.x; e < size; e += blockDim.x) cotangent[e] = T(0);
+      sync();
+      pull(t, input(0), k_cotangent(0));
+      add_pulled(cotangent);
+      store_gradient();
+    }
+  }
+
+  SF_DEVICE void run() {
+    block.begin();
+    in.evaluate ? evaluation() : solve();
+    // the threads' parts of the gradient of time, in their order
+    double* const parts = reinterpret_cast<double*>(shared_memory() + block.plan.reduce);
+    sync();
+    parts[threadIdx.x] = of_time;
+    sync();
+    if (threadIdx.x == 0) {
+      double sum = 0;
+      for (unsigned i = 0; i < blockDim.x; ++i) sum += parts[i];
+      totals[program.totals - 1] = T(sum);
+    }
+  }
+};
+
+template <class T, int V, bool Shared>
+__global__ void __launch_bounds__(512) adjoint_kernel(const __grid_constant__ AdjointParams<T> params) {
+  Reversal<T, V, Shared>(params).run();
+}
+
+}  // namespace sparseflow::cuda

@@ -1,0 +1,23 @@
+#include "adjoint.cuh"
+#include "launch.cuh"
+
+namespace sparseflow::cuda {
+namespace {
+
+using Kernel = void (*)(AdjointParams<double>);
+Kernel kernel_of(Instance instance) {
+  return instance.shared ? adjoint_kernel<double, 1, true> : adjoint_kernel<double, 1, false>;
+}
+
+}  // namespace
+
+template <>
+int launch_adjoint(const AdjointParams<double>& params, Instance instance, const Launch& launch) {
+  return launch_kernel(kernel_of(instance), params, params.plan.threads, params.plan.shared_bytes, launch);
+}
+template <>
+int adjoint_occupancy<double>(Instance instance, int device, int threads, int shared_bytes, int& blocks) {
+  return occupancy_of(kernel_of(instance), device, threads, shared_bytes, blocks);
+}
+
+}  // namespace sparseflow::cuda

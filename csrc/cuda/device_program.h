@@ -1,0 +1,109 @@
+// A program as a GPU reads it: one image in device memory, and the little that a kernel is told beside it. Plain numbers;
+// byte offsets are from the image's beginning and multiples of 16 where a section begins.
+//
+// A block of threads works on a tile of S samples (a power of two). Its workspace is rows of S numbers; a buffer's row
+// takes `slots` of them, the value in slot 0 and what runs beside it behind. An offset is in such rows, so the image
+// does not depend on the shape of the tiles.
+#pragma once
+
+#include <cstdint>
+
+#include "../operations.h"
+
+namespace sparseflow::cuda {
+
+inline constexpr int kQuad = 4;         // entries of a matrix row come in fours, filled up with zero weights
+inline constexpr int kMaxStages = 16;
+inline constexpr int kMaxTile = 32;
+
+struct Place {
+  int32_t row = -1;  // in the workspace; -1: absent
+  int32_t stride = 0;
+};
+
+enum Flags : int32_t {
+  kCarries = 1,
+  kCurvature = 2,
+  kRaw = 4,
+  kSecond = 8,
+  kIndirect = 16,           // the stream holds indices into the block's dynamic values
+  kDynamicCoefficient = 32,  // so does the coefficient
+  kEachStage = 64,          // gradient: a sum that is taken away after every evaluation
+  kReduces = 128,
+};
+
+struct DeviceOp {
+  int32_t kind, store, activation, slope_from, flags;
+  int32_t first_chunk, chunks;
+  int32_t next_chunk;         // what the list reads behind them, round and round; -1: nothing
+  int32_t rows, entries;      // of the matrix as it is walked
+  int32_t modulation;         // its first row among those of all modulations
+  int32_t values;             // indirect: its first number among the dynamic values
+  int32_t coefficient;        // byte offset of one number per row, or its first among the dynamic values; -1: none
+  int32_t factor_row, factor2_row;  // byte offsets; -1: the row itself
+  int32_t pairs;              // gradient: byte offset of (row << 16 | column), one per entry
+  int32_t sums;               // gradient: its first sum among those of a stage or of all time
+  Place source, target, seed, weight, factor, factor2, addend, kept, slope_cotangent, value;
+  double a, b;                // activation parameters
+};
+
+// Some rows of a matrix as one piece of memory: [rows] of {row | quads << 16, first quad}, then the weights (or
+// indices) of all quads, then their columns, 16 bits each.
+struct Chunk {
+  int32_t offset, bytes;  // in the image, multiples of 16
+  int32_t rows, quads;
+};
+struct RowHead {
+  uint32_t row_and_quads, first;
+};
+
+struct DeviceModulation {
+  int32_t first, n;                                                   // rows
+  int32_t bias, gate_slope, gate_offset, shift_slope, shift_offset;  // byte offsets; -1: absent
+  int32_t shift_sum, gate_sum;                                        // among the sums of a stage; -1: none
+  int32_t totals;  // its first number among the totals: bias, then what it has of gate and shift; -1: none
+};
+
+// A matrix of path sums: values[entry] = sum of constant * gate over the entry's paths.
+struct DeviceGated {
+  int32_t entries, values;                        // how many; its first among the dynamic values
+  int32_t path_ptr, path_gate, path_constant;    // byte offsets: [entries + 1], [paths], [paths]
+  int32_t gate;                                   // first row of the gate's modulation
+  int32_t sum;                                    // among the sums of a stage; -1: none
+  int32_t totals;                                 // gradients of the constants
+  int32_t gates, gate_ptr, gate_path, path_entry;  // adjoint: paths by gate; the entry of a path
+};
+
+enum List : int { kPrologue = 0, kBody = 1, kKeep = 2, kReverse = 3, kLists = 4 };
+
+struct DeviceProgram {
+  const char* image = nullptr;
+  int32_t dim = 0, divergence = 0;
+  int32_t ops = 0, chunks = 0, modulations = 0, gated = 0;  // byte offsets; the chunks follow the operations
+  int32_t n_ops = 0, n_chunks = 0, n_modulations = 0, n_gated = 0;
+  int32_t list[kLists + 1] = {0, 0, 0, 0, 0};  // where the lists of operations begin; the last: where they end
+  int32_t modulation_rows = 0, dynamic_values = 0, workspace_rows = 0, dynamic_modulations = 0;
+  int32_t lasting_sums = 0, stage_sums = 0, totals = 0;  // of a block; totals follow the lasting sums, the last one is of t
+  int32_t streams = 0, stream_bytes = 0, largest_chunk = 0;  // the chunks lie together
+  Place input, output, noise, ones, cotangent, trace_cotangent, state_cotangent;
+};
+
+// How a kernel is launched, and where a block keeps what. Byte offsets in shared memory; -1: in global memory, where every
+// block has `global_bytes`, with the offsets named below.
+struct BlockPlan {
+  int32_t tile_log = 3;   // S = 1 << tile_log
+  int32_t split_log = 0;  // parts of a row, summed up by shuffles: none or at least the samples of a thread
+  int32_t threads = 256;
+  int32_t resident = 1;   // all streams are in shared memory; else they come through a ring of two chunks
+  int32_t ops = 0, modulation = 0, dynamic = 0, reduce = 0, work = 0, state = 0, streams = 0;
+  int32_t shared_bytes = 0;
+  int64_t work_global = 0, state_global = 0, dynamic_global = 0, global_bytes = 0;
+};
+
+struct DeviceTableau {
+  int32_t adaptive, order, stages, last_stage_is_solution;
+  double c[kMaxStages], b[kMaxStages], b_error[kMaxStages], b_mid[kMaxStages];
+  double a[kMaxStages * (kMaxStages - 1) / 2];  // row i of i + 1 begins at i (i + 1) / 2
+};
+
+}  // namespace sparseflow::cuda

@@ -1,0 +1,407 @@
+#include "image.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <numeric>
+#include <tuple>
+#include <utility>
+
+namespace sparseflow::cuda {
+namespace {
+
+constexpr size_t kAlign = 16;
+size_t aligned(size_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
+
+// Rows of S numbers for every buffer. Buffers that are never needed at the same time share rows: a tile's activations must
+// fit into shared memory.
+template <class T>
+std::vector<int32_t> place_buffers(const Program<T>& p, int32_t& rows) {
+  const int n = static_cast<int>(p.buffers.size());
+  // when a buffer is in use: in the body, and in keep followed by reverse; the others' numbers outlive a list
+  std::vector<char> always(n, 0);
+  struct Span {
+    int first = -1, last = -1;
+    bool meets(const Span& other) const { return first >= 0 && other.first >= 0 && first <= other.last && other.first <= last; }
+  };
+  std::vector<Span> span[2] = {std::vector<Span>(n), std::vector<Span>(n)};
+  auto touch = [&](int which, int at, const Operand& o) {
+    if (o.buffer < 0) return;
+    Span& s = span[which][o.buffer];
+    if (s.first < 0) s.first = at;
+    s.last = at;
+  };
+  auto visit = [&](const Op& op, int which, int at) {
+    for (const Operand* o : {&op.source, &op.target, &op.seed, &op.weight, &op.factor, &op.factor2, &op.addend, &op.kept, &op.slope_cotangent, &op.value})
+      touch(which, at, *o);
+  };
+  int at = 0;
+  for (const Op& op : p.body) visit(op, 0, at++);
+  at = 0;
+  for (const Op& op : p.keep) visit(op, 1, at++);
+  for (const Op& op : p.reverse) visit(op, 1, at++);
+  for (const Op& op : p.prologue)
+    for (const Operand* o : {&op.source, &op.target})
+      if (o->buffer >= 0) always[o->buffer] = 1;
+  for (int id : {p.input, p.output, p.noise, p.ones, p.cotangent, p.trace_cotangent, p.state_cotangent})
+    if (id >= 0) always[id] = 1;
+
+  auto size = [&](int id) { return int64_t(p.buffers[id].rows) * p.buffers[id].slots; };
+  std::vector<int> order(n);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return size(a) > size(b); });
+  std::vector<int32_t> place(n, 0);
+  std::vector<int> placed;
+  int64_t end = 0;
+  for (int id : order) {
+    std::vector<std::pair<int64_t, int64_t>> taken;
+    for (int other : placed)
+      if (always[id] || always[other] || span[0][id].meets(span[0][other]) || span[1][id].meets(span[1][other]))
+        taken.emplace_back(place[other], place[other] + size(other));
+    std::sort(taken.begin(), taken.end());
+    int64_t first = 0;
+    for (const auto& [from, to] : taken) {
+      if (first + size(id) <= from) break;
+      first = std::max(first, to);
+    }
+    place[id] = static_cast<int32_t>(first);
+    end = std::max(end, first + size(id));
+    placed.push_back(id);
+  }
+  if (end > (int64_t(1) << 31) / (kMaxTile * 8)) fail("the layers are too wide for a GPU's offsets");
+  rows = static_cast<int32_t>(end);
+  return place;
+}
+
+template <class T>
+class Writer {
+ public:
+  Writer(const Program<T>& program, size_t chunk_bytes) : p_(program), chunk_bytes_(chunk_bytes) {}
+
+  Image<T> write() {
+    validate(p_);
+    if (p_.externals > 0) fail("a function of time that is neither a sigmoid gate nor linear runs in Python, which a kernel cannot call");
+    for (const Matrix<T>& m : p_.matrices)
+      if (m.rows > 0xffff || m.cols > 0xffff) fail("a layer is wider than 65535, and a GPU's stream has 16 bits for a column");
+    DeviceProgram& d = out_.program;
+    d.dim = p_.dim;
+    d.divergence = p_.divergence;
+    buffers_ = place_buffers(p_, d.workspace_rows);
+    out_.matrices.resize(p_.matrices.size());
+    out_.matrix_gradients.resize(p_.matrices.size());
+    place_sums();
+    write_modulations();
+    write_gated();
+    const std::vector<Op>* lists[] = {&p_.prologue, &p_.body, &p_.keep, &p_.reverse};
+    for (int l = 0; l < kLists; ++l) {
+      d.list[l] = static_cast<int32_t>(ops_.size());
+      for (const Op& op : *lists[l]) ops_.push_back(describe(op));
+      round_and_round(d.list[l], static_cast<int>(ops_.size()));
+    }
+    d.list[kLists] = d.n_ops = static_cast<int32_t>(ops_.size());
+    for (const auto* list : p_.adjoint() ? std::vector<const std::vector<Op>*>{&p_.keep, &p_.reverse} : std::vector<const std::vector<Op>*>{&p_.body})
+      for (const Op& op : *list) {
+        const Matrix<T>& m = p_.matrices[op.matrix];
+        out_.work.push_back({double(op.transposed ? m.cols : m.rows), double(m.nnz()) / kQuad, op.tangent() ? 2.0 : 1.0});
+      }
+    place_streams();
+    d.n_chunks = static_cast<int32_t>(chunks_.size());
+    d.ops = append(ops_.data(), ops_.size() * sizeof(DeviceOp));
+    d.chunks = append(chunks_.data(), chunks_.size() * sizeof(Chunk));
+    auto whole = [&](int id) { return id < 0 ? Place{} : place({id, 0}); };
+    d.input = whole(p_.input), d.output = whole(p_.output), d.noise = whole(p_.noise), d.ones = whole(p_.ones);
+    d.cotangent = whole(p_.cotangent), d.trace_cotangent = whole(p_.trace_cotangent), d.state_cotangent = whole(p_.state_cotangent);
+    return std::move(out_);
+  }
+
+ private:
+  int32_t append(const void* data, size_t bytes) {
+    const size_t at = out_.bytes.size();
+    if (at + bytes > size_t(0x7fffffff) - kAlign) fail("the field is too large for one image of 2 GB");
+    out_.bytes.resize(aligned(at + bytes), 0);
+    if (bytes > 0) std::memcpy(out_.bytes.data() + at, data, bytes);
+    return static_cast<int32_t>(at);
+  }
+  template <class U>
+  int32_t append(const std::vector<U>& values) {
+    return append(values.data(), values.size() * sizeof(U));
+  }
+  static int64_t index(int32_t offset) { return offset / int64_t(sizeof(T)); }
+
+  Place place(const Operand& o) const {
+    if (o.buffer < 0) return {};
+    return {buffers_[o.buffer] + o.slot, p_.buffers[o.buffer].slots};
+  }
+
+  // ---- gradients' places
+
+  void place_sums() {
+    DeviceProgram& d = out_.program;
+    for (const auto& sum : p_.sums) {
+      int32_t& at = sum.each_stage ? d.stage_sums : d.lasting_sums;
+      sums_.push_back(at);
+      at += sum.size;
+    }
+    int64_t total = 0;
+    auto next = [&](int64_t n) {
+      const typename Image<T>::Range range{d.lasting_sums + total, n};
+      total += n;
+      return range;
+    };
+    if (p_.adjoint()) {
+      for (size_t i = 0; i < p_.matrices.size(); ++i) {
+        const Matrix<T>& m = p_.matrices[i];
+        if (m.sum < 0) continue;
+        out_.matrix_gradients[i] = m.gated ? next(int64_t(m.path_entry.size())) : typename Image<T>::Range{sums_[m.sum], m.nnz()};
+      }
+      for (const Modulation<T>& m : p_.modulations) {
+        out_.bias_gradients.emplace_back();
+        out_.time_gradients.emplace_back();
+        if (m.shift_sum < 0) continue;
+        if (!m.dynamic()) {
+          out_.bias_gradients.back() = {sums_[m.shift_sum], m.n};
+          continue;
+        }
+        auto& ranges = out_.time_gradients.back();
+        out_.bias_gradients.back() = next(m.n);
+        if (!m.gate_slope.empty()) ranges.gate_slope = next(m.n), ranges.gate_offset = next(m.n);
+        if (!m.shift_slope.empty()) ranges.shift_slope = next(m.n), ranges.shift_offset = next(m.n);
+      }
+      next(1);
+    }
+    d.totals = static_cast<int32_t>(total);
+  }
+
+  // ---- what time changes
+
+  void write_modulations() {
+    std::vector<DeviceModulation> found;
+    DeviceProgram& d = out_.program;
+    for (size_t i = 0; i < p_.modulations.size(); ++i) {
+      const Modulation<T>& m = p_.modulations[i];
+      DeviceModulation to{};
+      to.first = d.modulation_rows;
+      to.n = m.n;
+      d.modulation_rows += m.n;
+      first_row_.push_back(to.first);
+      auto put = [&](const std::vector<T>& values) { return values.empty() ? -1 : append(values); };
+      to.bias = append(m.bias);
+      to.gate_slope = put(m.gate_slope), to.gate_offset = put(m.gate_offset);
+      to.shift_slope = put(m.shift_slope), to.shift_offset = put(m.shift_offset);
+      auto at = [&](int32_t offset) { return offset < 0 ? -1 : index(offset); };
+      out_.modulations.push_back({m.n, at(to.bias), at(to.gate_slope), at(to.gate_offset), at(to.shift_slope), at(to.shift_offset)});
+      to.shift_sum = to.gate_sum = to.totals = -1;
+      if (m.dynamic()) ++d.dynamic_modulations;
+      if (m.dynamic() && m.shift_sum >= 0) {
+        to.shift_sum = sums_[m.shift_sum];
+        if (m.gate_sum >= 0) to.gate_sum = sums_[m.gate_sum];
+        to.totals = static_cast<int32_t>(out_.bias_gradients[i].first - d.lasting_sums);
+      }
+      found.push_back(to);
+    }
+    d.n_modulations = static_cast<int32_t>(found.size());
+    d.modulations = append(found);
+  }
+
+  void write_gated() {
+    std::vector<DeviceGated> found;
+    DeviceProgram& d = out_.program;
+    dynamic_values_.assign(p_.matrices.size(), -1);
+    for (size_t i = 0; i < p_.matrices.size(); ++i) {
+      const Matrix<T>& m = p_.matrices[i];
+      if (!m.gated) continue;
+      DeviceGated to{};
+      const int paths = static_cast<int>(m.path_entry.size()), gates = p_.modulations[m.gate_modulation].n;
+      to.entries = m.nnz();
+      to.values = dynamic_values_[i] = d.dynamic_values;
+      d.dynamic_values += m.nnz();
+      auto pointers = [](const std::vector<int32_t>& of, int n) {
+        std::vector<int32_t> ptr(size_t(n) + 1, 0);
+        for (int32_t v : of) ++ptr[v + 1];
+        for (int v = 0; v < n; ++v) ptr[v + 1] += ptr[v];
+        return ptr;
+      };
+      to.path_ptr = append(pointers(m.path_entry, m.nnz()));  // entries ascend
+      to.path_gate = append(m.path_gate);
+      to.path_constant = append(m.path_constant);
+      for (int k = 0; k < paths; ++k) note(static_cast<int>(i), index(to.path_constant) + k, k);
+      to.gate = first_row_[m.gate_modulation];
+      to.gates = gates;
+      to.sum = to.totals = to.gate_ptr = to.gate_path = to.path_entry = -1;
+      if (m.sum >= 0) {
+        to.sum = sums_[m.sum];
+        to.totals = static_cast<int32_t>(out_.matrix_gradients[i].first - d.lasting_sums);
+        std::vector<int32_t> by_gate(paths);
+        std::iota(by_gate.begin(), by_gate.end(), 0);
+        std::stable_sort(by_gate.begin(), by_gate.end(), [&](int a, int b) { return m.path_gate[a] < m.path_gate[b]; });
+        to.gate_ptr = append(pointers(m.path_gate, gates));
+        to.gate_path = append(by_gate);
+        to.path_entry = append(m.path_entry);
+      }
+      found.push_back(to);
+    }
+    d.n_gated = static_cast<int32_t>(found.size());
+    d.gated = append(found);
+  }
+
+  void note(int matrix, int64_t place, int64_t entry) {
+    out_.matrices[matrix].place.push_back(place);
+    out_.matrices[matrix].entry.push_back(entry);
+  }
+
+  // ---- operations
+
+  DeviceOp describe(const Op& op) {
+    const Matrix<T>& m = p_.matrices[op.matrix];
+    DeviceOp to{};
+    to.kind = int(op.kind);
+    to.store = op.store;
+    to.activation = int(op.activation);
+    to.slope_from = op.slope_from;
+    to.a = op.params.a, to.b = op.params.b;
+    const bool layer = op.kind == OpKind::kAffine || op.kind == OpKind::kKeep || op.kind == OpKind::kPull;
+    if (layer && m.dynamic()) fail("a layer's own weights do not depend on time");
+    to.flags = (op.tangent() ? kCarries : 0) | (op.curvature ? kCurvature : 0) | (op.raw ? kRaw : 0) | (op.second ? kSecond : 0) | (op.reduces() ? kReduces : 0);
+    to.first_chunk = static_cast<int32_t>(chunks_.size());
+    to.next_chunk = to.pairs = to.coefficient = to.factor_row = to.factor2_row = to.modulation = to.values = -1;
+    to.rows = op.transposed ? m.cols : m.rows;
+    to.entries = m.nnz();
+    to.source = place(op.source), to.target = place(op.target), to.seed = place(op.seed), to.weight = place(op.weight);
+    to.factor = place(op.factor), to.factor2 = place(op.factor2), to.addend = place(op.addend), to.kept = place(op.kept);
+    to.slope_cotangent = place(op.slope_cotangent), to.value = place(op.value);
+    if (op.kind == OpKind::kReduction) to.target = {};  // only the CPU waits there
+    if (op.modulation >= 0) to.modulation = first_row_[op.modulation];
+    if (!op.factor_row.empty()) to.factor_row = append(op.factor_row);
+    if (!op.factor2_row.empty()) to.factor2_row = append(op.factor2_row);
+    if (op.coefficient_matrix >= 0) {
+      const Matrix<T>& c = p_.matrices[op.coefficient_matrix];
+      if (c.gated) {
+        to.coefficient = dynamic_values_[op.coefficient_matrix];
+        to.flags |= kDynamicCoefficient;
+      } else {
+        to.coefficient = append(c.values);
+        for (int k = 0; k < c.nnz(); ++k) note(op.coefficient_matrix, index(to.coefficient) + k, k);
+      }
+    }
+    if (op.kind == OpKind::kGradient) {
+      std::vector<uint32_t> pairs;
+      for (int i = 0; i < m.rows; ++i)
+        for (int e = m.row_ptr[i]; e < m.row_ptr[i + 1]; ++e) pairs.push_back(uint32_t(i) << 16 | uint32_t(m.col[e]));
+      to.pairs = append(pairs);
+      to.sums = sums_[op.sum];
+      if (p_.sums[op.sum].each_stage) to.flags |= kEachStage;
+      return to;
+    }
+    if (m.gated) to.flags |= kIndirect, to.values = dynamic_values_[op.matrix];
+    // operations that read a matrix the same way share its stream
+    auto [known, is_new] = streams_.try_emplace({op.matrix, op.transposed}, to.first_chunk, 0);
+    if (is_new) {
+      add_chunks(op.matrix, entries_of(m, op.transposed), m.gated);
+      known->second.second = static_cast<int32_t>(chunks_.size()) - to.first_chunk;
+    }
+    std::tie(to.first_chunk, to.chunks) = known->second;
+    return to;
+  }
+
+  // What a list's streams come to behind each operation: its next one's, and after the last its first.
+  void round_and_round(int begin, int end) {
+    int32_t next = -1;
+    for (int i = begin; i < end && next < 0; ++i) next = ops_[i].chunks > 0 ? ops_[i].first_chunk : -1;
+    for (int i = end - 1; i >= begin; --i) {
+      ops_[i].next_chunk = next;
+      if (ops_[i].chunks > 0) next = ops_[i].first_chunk;
+    }
+  }
+
+  void add_chunks(int matrix, const Entries& m, bool indirect) {
+    const size_t weight = indirect ? sizeof(uint32_t) : sizeof(T);
+    auto quads = [&](int row) { return (m.row_ptr[row + 1] - m.row_ptr[row] + kQuad - 1) / kQuad; };
+    std::vector<int> order(m.rows);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return quads(a) > quads(b); });
+    for (size_t begin = 0; begin < order.size();) {
+      size_t end = begin, total = 0;
+      auto bytes = [&](size_t rows, size_t n) { return aligned(rows * sizeof(RowHead)) + n * kQuad * weight + aligned(n * kQuad * sizeof(uint16_t)); };
+      while (end < order.size() && (end == begin || bytes(end + 1 - begin, total + quads(order[end])) <= chunk_bytes_)) total += quads(order[end++]);
+      std::vector<char> blob(bytes(end - begin, total), 0);
+      RowHead* const heads = reinterpret_cast<RowHead*>(blob.data());
+      char* const weights = blob.data() + aligned((end - begin) * sizeof(RowHead));
+      uint16_t* const cols = reinterpret_cast<uint16_t*>(weights + total * kQuad * weight);
+      uint32_t at = 0;
+      for (size_t r = begin; r < end; ++r) {
+        const int row = order[r], n = m.row_ptr[row + 1] - m.row_ptr[row];
+        heads[r - begin] = {uint32_t(row) | uint32_t(quads(row)) << 16, at};
+        for (int k = 0; k < quads(row) * kQuad; ++k) {
+          // filled up with the row's own last column: its activation is one the sum depends on anyway
+          const int e = m.row_ptr[row] + std::min(k, n - 1);
+          cols[size_t(at) * kQuad + k] = static_cast<uint16_t>(m.col[e]);
+          if (indirect) {
+            // the last dynamic value is zero, for those that fill up
+            const uint32_t number = k < n ? uint32_t(m.entry[e]) : kFillUp;
+            std::memcpy(weights + (size_t(at) * kQuad + k) * weight, &number, weight);
+          } else if (k < n) {
+            const T value = p_.matrices[matrix].values[m.entry[e]];
+            std::memcpy(weights + (size_t(at) * kQuad + k) * weight, &value, weight);
+            pending_.push_back({matrix, static_cast<int>(chunks_.size()), int64_t(weights - blob.data()) / int64_t(weight) + int64_t(at) * kQuad + k, m.entry[e]});
+          }
+        }
+        at += quads(row);
+      }
+      if (quads(order[begin]) > 0xffff) fail("a row of a layer has more than 262140 weights");
+      chunks_.push_back({0, static_cast<int32_t>(blob.size()), static_cast<int32_t>(end - begin), static_cast<int32_t>(total)});
+      indirect_.push_back(indirect ? dynamic_values_[matrix] : -1);
+      out_.program.largest_chunk = std::max(out_.program.largest_chunk, static_cast<int32_t>(blob.size()));
+      blobs_.push_back(std::move(blob));
+      begin = end;
+    }
+  }
+
+  // The streams one after another; and now it is known where their numbers lie.
+  void place_streams() {
+    DeviceProgram& d = out_.program;
+    const int32_t zero = d.dynamic_values++;  // one more dynamic value, which stays zero
+    d.streams = static_cast<int32_t>(out_.bytes.size());
+    for (size_t c = 0; c < blobs_.size(); ++c) {
+      if (indirect_[c] >= 0) {
+        const Chunk& chunk = chunks_[c];
+        char* const at = blobs_[c].data() + aligned(chunk.rows * sizeof(RowHead));
+        for (int k = 0; k < chunk.quads * kQuad; ++k) {
+          uint32_t number;
+          std::memcpy(&number, at + k * sizeof number, sizeof number);
+          if (number == kFillUp) number = uint32_t(zero - indirect_[c]);
+          std::memcpy(at + k * sizeof number, &number, sizeof number);
+        }
+      }
+      chunks_[c].offset = append(blobs_[c]);
+    }
+    d.stream_bytes = static_cast<int32_t>(out_.bytes.size()) - d.streams;
+    for (const Pending& one : pending_) note(one.matrix, index(chunks_[one.chunk].offset) + one.place, one.entry);
+  }
+
+  static constexpr uint32_t kFillUp = 0xffffffffu;
+  struct Pending {
+    int matrix, chunk;
+    int64_t place, entry;
+  };
+  const Program<T>& p_;
+  const size_t chunk_bytes_;
+  Image<T> out_;
+  std::vector<int32_t> buffers_, sums_, first_row_, dynamic_values_, indirect_;
+  std::map<std::pair<int, bool>, std::pair<int32_t, int32_t>> streams_;  // (matrix, transposed) -> first chunk, how many
+  std::vector<DeviceOp> ops_;
+  std::vector<Chunk> chunks_;
+  std::vector<std::vector<char>> blobs_;
+  std::vector<Pending> pending_;
+};
+
+}  // namespace
+
+template <class T>
+Image<T> make_image(const Program<T>& program, size_t chunk_bytes) {
+  return Writer<T>(program, chunk_bytes).write();
+}
+
+template Image<float> make_image(const Program<float>&, size_t);
+template Image<double> make_image(const Program<double>&, size_t);
+
+}  // namespace sparseflow::cuda

@@ -1,0 +1,146 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace sparseflow::cuda {
+
+// Many samples to a tile use every weight that is read more often; few spread a small batch over the chip. Parts pay where
+// rows are long or few. One sample to a tile: for a step size per sample.
+const Shape kShapes[] = {
+    {32, 4, 1, 512}, {32, 4, 1, 256}, {32, 4, 4, 512}, {32, 4, 4, 256},                                    //
+    {16, 4, 1, 256}, {16, 4, 4, 512}, {16, 4, 4, 256}, {16, 4, 8, 512},                                    //
+    {8, 4, 1, 128},  {8, 4, 4, 512},  {8, 4, 4, 256},  {8, 4, 4, 128}, {8, 4, 8, 512}, {8, 4, 16, 512},    //
+    {4, 4, 4, 256},  {4, 4, 4, 128},  {4, 4, 8, 256},  {4, 4, 16, 512},                                    //
+    {32, 1, 1, 512}, {16, 1, 1, 256}, {16, 1, 2, 512}, {8, 1, 1, 256}, {8, 1, 4, 512}, {4, 1, 8, 512},     //
+    {1, 1, 1, 64},   {1, 1, 1, 128},  {1, 1, 4, 256},  {1, 1, 16, 512},
+};
+const int kShapeCount = int(sizeof kShapes / sizeof kShapes[0]);
+
+namespace {
+
+int log2_of(int n) {
+  int log = 0;
+  while ((1 << log) < n) ++log;
+  return log;
+}
+size_t aligned(size_t n, size_t to = 16) { return (n + to - 1) / to * to; }
+
+// A rough model of an evaluation of one tile, in cycles of a multiprocessor: what the threads wait for, operation after
+// operation, or what passes through shared memory, 128 bytes a cycle. The constants are estimates until they are measured.
+template <class T>
+double cycles_of_tile(const Image<T>& image, const Shape& s, bool work_in_shared, bool resident) {
+  constexpr double kBarrier = 60, kRow = 130, kQuadLatency = 14, kGlobalFactor = 4, kStreamRate = 40;
+  const double lanes = double(s.tile) / s.per_thread, groups = s.threads / (lanes * s.parts);
+  double latency = 2 * kBarrier, bytes = 0;
+  for (const auto& w : image.work) {
+    const double passes = std::ceil(w.rows / groups), quads = w.rows > 0 ? std::ceil(w.quads / w.rows / s.parts) : 0;
+    latency += kBarrier + passes / std::max(1.0, s.threads / 128.0) * (kRow + quads * kQuadLatency * (s.per_thread == 4 ? 1.3 : 1.0)) + kRow;
+    bytes += w.quads * kQuad * s.tile * sizeof(T) * w.lanes + w.quads * 24.0 * (32.0 / std::max(1.0, lanes * 1.0)) / 8.0 + w.rows * s.tile * sizeof(T);
+  }
+  double cycles = std::max(latency, bytes / 128.0);
+  if (!work_in_shared) cycles *= kGlobalFactor;
+  if (!resident) cycles = std::max(cycles, image.program.stream_bytes / kStreamRate) + 200.0 * image.program.n_chunks;
+  return cycles;
+}
+
+}  // namespace
+
+template <class T>
+Plan plan_for(const Image<T>& image, const Shape& shape, const Device& device, int batch, int stages, bool adjoint, bool per_tile, bool& fits) {
+  const DeviceProgram& p = image.program;
+  Plan out;
+  out.shape = shape;
+  BlockPlan& b = out.block;
+  b.tile_log = log2_of(shape.tile);
+  b.split_log = log2_of(shape.parts);
+  b.threads = shape.threads;
+  out.tiles = (batch + shape.tile - 1) / shape.tile;
+  fits = false;
+
+  size_t at = 0;
+  auto take = [&](size_t bytes) {
+    const size_t here = at;
+    at = aligned(at + bytes, 128);
+    return static_cast<int32_t>(here);
+  };
+  b.ops = take(aligned(p.n_ops * sizeof(DeviceOp)) + p.n_chunks * sizeof(Chunk));
+  b.modulation = take(2 * size_t(p.modulation_rows) * sizeof(T));
+  // the trace and its parts, the parts of error norms, totals, the controller (csrc/cuda/solve.cuh)
+  b.reduce = take(aligned(size_t(shape.tile) * (1 + 2 * (shape.threads / 32)) * sizeof(T)) + (2 * size_t(shape.threads) + 16) * sizeof(double) + 256);
+  const size_t limit = device.shared_per_block;
+  const size_t work = size_t(p.workspace_rows) * shape.tile * sizeof(T), dynamic = size_t(p.dynamic_values) * sizeof(T);
+  const size_t arrays = adjoint ? 3 * size_t(stages) + 3 : 5 + size_t(stages);
+  const size_t state = arrays * (p.dim + p.divergence) * shape.tile * sizeof(T);
+  const size_t ring = 2 * aligned(p.largest_chunk, 128), all = p.stream_bytes;
+  if (at + std::min(ring, all) > limit) {
+    out.reason = "a block's tables and the longest piece of its weights take " + std::to_string(at + std::min(ring, all)) + " bytes of shared memory, the device has " +
+                 std::to_string(limit);
+    return out;
+  }
+
+  // Activations first, then the solver's state, then path sums, then weights: each while there is room for those that have
+  // nowhere else to go.
+  size_t room = limit - at - std::min(ring, all);
+  auto place = [&](size_t bytes, int32_t& offset, int64_t& global) {
+    if (aligned(bytes, 128) + 128 <= room) {
+      room -= aligned(bytes, 128) + 128;
+      offset = take(bytes);
+      return true;
+    }
+    offset = -1;
+    global = b.global_bytes;
+    b.global_bytes += static_cast<int64_t>(aligned(bytes, 128));
+    return false;
+  };
+  out.work_in_shared = place(work, b.work, b.work_global);
+  place(state, b.state, b.state_global);
+  place(dynamic, b.dynamic, b.dynamic_global);
+  b.resident = at + all <= limit;
+  b.streams = take(b.resident ? all : ring);
+  b.shared_bytes = static_cast<int32_t>(at);
+
+  if (shape.per_thread == 1 && shape.tile == 1 && !out.work_in_shared) {
+    out.reason = "one sample's activations do not fit into shared memory";
+    return out;
+  }
+  out.blocks_per_multiprocessor = std::max(1, std::min<int>(device.threads_per_multiprocessor / shape.threads,
+                                                            device.shared_per_multiprocessor / std::max<int>(1024, b.shared_bytes + 1024)));
+  out.blocks_per_multiprocessor = std::min(out.blocks_per_multiprocessor, 16);
+  const int most = out.blocks_per_multiprocessor * device.multiprocessors;
+  out.blocks = std::max(1, std::min(out.tiles, most));
+  const double per_sm = std::ceil(double(out.tiles) / device.multiprocessors);
+  const double tile = cycles_of_tile(image, shape, out.work_in_shared, b.resident);
+  // blocks beside each other on a multiprocessor hide each other's waiting, up to a point
+  const double beside = std::min<double>(out.blocks_per_multiprocessor, per_sm), hidden = 1 + 0.6 * (std::min(beside, 4.0) - 1);
+  out.cycles = per_sm * tile / hidden;
+  if (!per_tile && out.tiles > most) out.cycles *= 1.1;  // states come and go
+  out.reason = std::to_string(shape.tile) + " samples to a tile, " + std::to_string(shape.threads) + " threads, " + std::to_string(shape.parts) +
+               (shape.parts == 1 ? " part" : " parts") + " to a row; activations in " + (out.work_in_shared ? "shared" : "global") + " memory, weights " +
+               (b.resident ? "resident there" : "streamed through it") + " (" + std::to_string(all) + " bytes), " + std::to_string(b.shared_bytes) +
+               " bytes of shared memory a block";
+  fits = true;
+  return out;
+}
+
+template <class T>
+std::vector<Plan> plans(const Image<T>& image, const Device& device, int batch, int stages, bool adjoint, bool per_tile, bool per_sample) {
+  std::vector<Plan> found;
+  for (int i = 0; i < kShapeCount; ++i) {
+    const Shape& shape = kShapes[i];
+    if ((shape.tile == 1) != per_sample) continue;
+    if (sizeof(T) == 8 && shape.per_thread != 1) continue;  // double: one sample to a thread
+    bool fits = false;
+    Plan plan = plan_for(image, shape, device, batch, stages, adjoint, per_tile, fits);
+    if (fits) found.push_back(std::move(plan));
+  }
+  std::stable_sort(found.begin(), found.end(), [](const Plan& a, const Plan& b) { return a.cycles < b.cycles; });
+  return found;
+}
+
+template Plan plan_for(const Image<float>&, const Shape&, const Device&, int, int, bool, bool, bool&);
+template Plan plan_for(const Image<double>&, const Shape&, const Device&, int, int, bool, bool, bool&);
+template std::vector<Plan> plans(const Image<float>&, const Device&, int, int, bool, bool, bool);
+template std::vector<Plan> plans(const Image<double>&, const Device&, int, int, bool, bool, bool);
+
+}  // namespace sparseflow::cuda

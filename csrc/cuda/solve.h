@@ -1,0 +1,58 @@
+// What a solve and an evaluation on a GPU are told, and what they say: plain numbers and addresses in device memory.
+#pragma once
+
+#include "../step_control.h"
+#include "device_program.h"
+
+namespace sparseflow::cuda {
+
+enum class Control : int { kShared = 0, kPerTile = 1 };
+enum class Status : int { kOk = 0, kUnderflow = 1, kNonFinite = 2, kMaxNumSteps = 3 };
+
+// Of a solve, or of one tile that steps on its own.
+struct SolveStats {
+  double nfe = 0, accepted = 0, rejected = 0, status = 0, t = 0, dt = 0, barriers = 0, reserved = 0;
+};
+
+template <class T>
+struct SolveParams {
+  DeviceProgram program;
+  BlockPlan plan;
+  int32_t batch = 0, tiles = 0;
+  const T *x = nullptr, *l = nullptr, *noise = nullptr;  // [batch][dim], [batch], [batch][dim]
+  char* global = nullptr;                                // [blocks][plan.global_bytes]
+
+  // one evaluation: f [batch][dim], trace [batch] or null, at *time or, without one, at time_value
+  bool evaluate = false;
+  T *f = nullptr, *f_trace = nullptr;
+  const T* time = nullptr;
+  T time_value = 0;
+
+  // a solve
+  Control control = Control::kShared;
+  DeviceTableau tableau;
+  double rtol[2] = {0, 0}, atol[2] = {0, 0};
+  StepRule rule;
+  double first_step = 0;  // NaN: choose
+  int32_t sign = 1, perturb = 0;
+  int32_t n_times = 0, n_grid = 0, n_step_t = 0, n_jump_t = 0;
+  const double* times = nullptr;  // the outputs', then grid, step_t, jump_t
+  T *xs = nullptr, *ls = nullptr;
+  T* tile_state = nullptr;  // [tiles][5][dim + divergence][S], where a block has several tiles
+  double* blame = nullptr;  // [2][batch]: sums of squares of the last error, or NaN
+  SolveStats* stats = nullptr;  // one, or one per tile
+  double* slots = nullptr;               // [2][kSums][blocks]
+  unsigned long long* barrier = nullptr;  // zero at the start
+  int* next_tile = nullptr;               // zero at the start
+
+  // with `record`: for `capacity` steps; a longer solve goes on without
+  bool record = false;
+  int32_t capacity = 0;
+  double* steps = nullptr;  // [capacity][2]
+  T *states = nullptr, *derivatives = nullptr;  // [capacity + 1][batch][dim]; of the first stage of every step
+  T *x_slopes = nullptr, *l_slopes = nullptr;   // [times][batch][dim], [times][batch]
+};
+
+inline constexpr int kSums = 5;  // numbers that blocks add up together
+
+}  // namespace sparseflow::cuda

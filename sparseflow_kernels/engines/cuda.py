@@ -1,0 +1,542 @@
+"""The CUDA engine: `csrc/cuda` behind the engine protocol. A whole solve is one launch, its gradient another; all memory is
+torch's, work goes to torch's current stream, and the host waits once for a solve, to read how it went."""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import lru_cache
+from typing import Any, ClassVar, Collection
+
+import torch
+from torch import Tensor
+
+from ..divergence import DivergencePlan
+from ..field import TimeFunction, VectorField
+from ..numerics.tableaus import Tableau
+from .adjoint import no_adjoint, write_adjoint
+from .base import Engine, Gradient, SolveRequest, SolveResult
+from .native import address, field_gradients, native_options, native_tableau
+from .program import Writer, write_program
+
+LEAST_CAPABILITY = (8, 0)  # asynchronous copies, and what the kernels are compiled for at the least
+RECORD_BYTES = 256 << 20  # memory that is first set aside for the states of a solve; a longer one is run again with more
+FIRST_CAPACITY = 64  # and for how many steps
+
+_DTYPES = {torch.float32: "F32", torch.float64: "F64"}
+_STATUS = ("ok", "underflow", "non_finite", "max_num_steps")
+
+
+class DeviceError(RuntimeError):
+    """A launch failed, or what it left behind: the message says which, and whether the process can go on."""
+
+
+class _Values:
+    """The places of a matrix's numbers in an image, on the device."""
+
+    def __init__(self, place, entry, device: torch.device) -> None:
+        self.place = torch.from_numpy(place).to(device)
+        self.entry = torch.from_numpy(entry).to(device)
+
+
+class _Program:
+    """An image on the device, and a builder's place in `Writer.renew`: new numbers are written where they lie, without a
+    look at the host."""
+
+    def __init__(self, image: Any, device: torch.device, dtype: torch.dtype) -> None:
+        self.image = image
+        self.device = device
+        self.memory = torch.from_numpy(image.bytes).to(device)
+        self.numbers = self.memory.view(torch.uint8)[: self.memory.numel() // 16 * 16].view(dtype)
+        self._matrices: dict[int, _Values] = {}
+        self._modulations: dict[int, dict] = {}
+
+    def set_values(self, matrix: int, values: Tensor) -> None:
+        if matrix not in self._matrices:
+            self._matrices[matrix] = _Values(*self.image.matrix_places(matrix), self.device)
+        at = self._matrices[matrix]
+        self.numbers[at.place] = values.detach().to(self.numbers)[at.entry]
+
+    def set_modulation(self, modulation: int, **arrays: Tensor) -> None:
+        if modulation not in self._modulations:
+            self._modulations[modulation] = self.image.modulation_places(modulation)
+        places = self._modulations[modulation]
+        for name, values in arrays.items():
+            self.numbers[places[name] : places[name] + places["n"]] = values.detach().to(self.numbers)
+
+
+class CudaEngine(Engine):
+    """Sparse kernels in CUDA C++; a whole solve is one launch. float32 and float64, compute capability 8.0 and newer.
+
+    step_control: "shared", "per_tile" and "per_sample" (a step size for every sample; no gradient).
+
+    Tuning: which launch shape is the quickest is estimated from counts (`plan`); `tune` measures, and what it found is used
+    for that batch from then on.
+    """
+
+    name: ClassVar[str] = "cuda"
+    device_type: ClassVar[str] = "cuda"
+    controls: ClassVar[tuple[str, ...]] = ("shared", "per_tile", "per_sample")
+
+    @staticmethod
+    def native():
+        from .. import _cuda  # late: most installations have no GPU
+
+        return _cuda
+
+    @classmethod
+    def unsupported(cls, field: VectorField) -> str | None:
+        try:
+            native = cls.native()
+        except ImportError as error:
+            return (
+                f"the CUDA extension is not built ({error}); install the package where nvcc 12 or newer is found, with "
+                "SPARSEFLOW_CUDA=on"
+            )
+        if field.device.type != cls.device_type:
+            return f"the field is on {field.device}, the cuda engine needs it on a GPU: call .cuda()"
+        if field.dtype not in _DTYPES:
+            return f"the cuda engine computes in float32 and float64, not {field.dtype}: call .float() or .double()"
+        obstacle = no_device(native, field.device)
+        if obstacle is not None:
+            return obstacle
+        for layer in field.layers:
+            if isinstance(layer.gate, TimeFunction) or isinstance(layer.shift, TimeFunction):
+                return (
+                    f"layer {layer.name!r} has a function of time that is neither a sigmoid gate nor linear, which a kernel "
+                    "cannot call; the triton and reference engines can"
+                )
+            if max(layer.out_features, layer.in_features) > 0xFFFF:
+                return f"layer {layer.name!r} is wider than 65535; the triton engine runs any width"
+        return None
+
+    def __init__(self, field: VectorField, plan: DivergencePlan | None = None) -> None:
+        reason = self.unsupported(field)
+        if reason is not None:
+            raise ValueError(f"engine {self.name!r}: {reason}")
+        self.plan = plan
+        self.dim, self.dtype, self.device = field.dim, field.dtype, field.device
+        self.stamp = 0
+        self._field = field
+        self._module = self.native()
+        self._index = 0 if field.device.index is None else field.device.index
+        self._limits = self._module.probe()["devices"][self._index]
+        self._programs: dict[str, tuple[_Program, Writer]] = {}
+        self._plans: dict[tuple, tuple[Any, int]] = {}
+        self._capacity = FIRST_CAPACITY
+        with torch.no_grad():
+            self._program("forward")  # what cannot be laid out is refused now
+
+    # ------------------------------------------------------------------------------------------------- programs
+
+    def _program(self, kind: str) -> tuple[_Program, Writer]:
+        """The image of the "forward" or the "adjoint" program; its streams cut into pieces if they cannot stay on chip."""
+        if kind not in self._programs:
+            builder = getattr(self._module, f"Builder{_DTYPES[self.dtype]}")()
+            write = write_program if kind == "forward" else write_adjoint
+            writer = write(builder, self._field, self.plan)
+            image = builder.image(cut=False)
+            if image.stream_bytes > self._limits["shared_per_block"] // 2:
+                image = builder.image(cut=True)
+            writer.array = Tensor.detach  # from now on numbers stay where they are
+            self._programs[kind] = _Program(image, self.device, self.dtype), writer
+        return self._programs[kind]
+
+    @torch.no_grad()
+    def update(self, field: VectorField) -> bool:
+        same = field.dtype == self.dtype and field.device == self._field.device and all(
+            new.pattern is old.pattern for new, old in zip(field.layers, self._field.layers, strict=True)
+        )
+        if not same:
+            return False
+        self._field = field
+        self.stamp += 1
+        with self._on_device():
+            for program, writer in self._programs.values():
+                writer.renew(program, field)
+        return True
+
+    def _on_device(self):
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else torch.no_grad()
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+
+    # ------------------------------------------------------------------------------------------------- launch shapes
+
+    def candidates(self, batch: int, stages: int = 7, kind: str = "forward", step_control: str = "shared") -> list[Any]:
+        """The launch shapes that fit, the one expected to be the quickest first (csrc/cuda/plan.h)."""
+        image = self._program(kind)[0].image
+        return image.plans(self._limits, batch, stages, step_control != "shared", step_control == "per_sample")
+
+    def plan_for(self, batch: int, stages: int, kind: str = "forward", step_control: str = "shared") -> tuple[Any, int]:
+        """(launch shape, blocks) for a batch; the tuned one if there is one."""
+        key = (kind, batch, stages, step_control)
+        if key not in self._plans:
+            forced = os.environ.get("SPARSEFLOW_CUDA_SHAPE")
+            found = self.candidates(batch, stages, kind, step_control)
+            if forced:
+                wanted = tuple(int(part) for part in forced.split(","))
+                found = [p for p in found if p.shape == wanted] or found
+            for plan in found:
+                blocks = self._blocks(plan, kind)
+                if blocks > 0:
+                    self._plans[key] = plan, blocks
+                    break
+            else:
+                raise DeviceError(
+                    f"engine 'cuda': no launch shape fits this field on {self._limits['name']} "
+                    f"({self._limits['shared_per_block']} bytes of shared memory a block); use engine='triton'"
+                )
+        return self._plans[key]
+
+    def _blocks(self, plan: Any, kind: str) -> int:
+        """How many blocks to launch: no more than run at once, so that they can wait for each other. 0: none can."""
+        try:
+            at_once = self._program(kind)[0].image.occupancy(plan, self._index)
+        except RuntimeError as error:
+            raise DeviceError(str(error)) from error
+        return min(plan.tiles, at_once * self._limits["multiprocessors"])
+
+    def use(self, plan: Any, batch: int, stages: int, kind: str = "forward", step_control: str = "shared") -> None:
+        """Run batches of this size in this shape from now on."""
+        self._plans[kind, batch, stages, step_control] = plan, self._blocks(plan, kind)
+
+    def tune(self, request: SolveRequest, repeats: int = 3) -> list[tuple[tuple[int, ...], float]]:
+        """Solve `request` in every shape that fits, and use the quickest from then on. Returns (shape, seconds), the
+        quickest first. On a GPU only: elsewhere times mean nothing."""
+        if self.device.type != "cuda":
+            raise ValueError(f"tune: times are taken on a GPU, and this engine is on {self.device}")
+        stages, batch, control = _stages(request), request.x.shape[0], request.step_control
+        found = []
+        for plan in self.candidates(batch, stages, "forward", control):
+            if self._blocks(plan, "forward") == 0:
+                continue
+            self.use(plan, batch, stages, "forward", control)
+            self.solve(request)
+            best = math.inf
+            for _ in range(repeats):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                self.solve(request)
+                end.record()
+                end.synchronize()
+                best = min(best, begin.elapsed_time(end) * 1e-3)
+            found.append((plan, best))
+        found.sort(key=lambda pair: pair[1])
+        self.use(found[0][0], batch, stages, "forward", control)
+        return [(plan.shape, seconds) for plan, seconds in found]
+
+    def describe(self, batch: int = 1000) -> list[str]:
+        """How a batch of this size would run, for people."""
+        plan, blocks = self.plan_for(batch, 7)
+        return [f"batch {batch}: one launch of {blocks} blocks, {plan.reason}"]
+
+    # ------------------------------------------------------------------------------------------------- evaluations
+
+    def evaluate(self, t: Tensor | float, y: Tensor) -> Tensor:
+        return self._evaluate(t, self._ready(y, "y"), None, False)[0]
+
+    def evaluate_with_divergence(self, t: Tensor | float, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.plan is None:
+            raise ValueError("this engine was packed without a divergence: pack it with a plan")
+        x = self._ready(x, "x")
+        return self._evaluate(t, x, self._ready_noise(noise, x), True)
+
+    def _evaluate(self, t: Tensor | float, x: Tensor, noise: Tensor | None, with_trace: bool) -> tuple[Tensor, Tensor | None]:
+        program, _ = self._program("forward")
+        batch = x.shape[0]
+        with self._on_device():
+            f, trace = torch.empty_like(x), x.new_empty(batch) if with_trace else None
+            if batch == 0:
+                return f, trace
+            plan, blocks = self.plan_for(batch, 1)
+            memory = self._bytes(blocks * plan.global_bytes)
+            time, value = self._time(t)
+            self._launch(
+                program.image.evaluate, plan=plan, image=program.memory.data_ptr(), device=self._index, blocks=blocks,
+                stream=self._stream(), global_memory=address(memory), batch=batch, x=x.data_ptr(), noise=address(noise),
+                time_value=value, time=address(time), f=f.data_ptr(), trace=address(trace),
+            )
+        return f, trace
+
+    def _time(self, t: Tensor | float) -> tuple[Tensor | None, float]:
+        """A time that is on the device stays there."""
+        if isinstance(t, Tensor) and t.device.type == self.device.type and self.device.type == "cuda":
+            return t.detach().to(self.dtype).reshape(1).contiguous(), 0.0
+        return None, float(t)
+
+    def _launch(self, function: Any, *arguments: Any, **more: Any) -> None:
+        try:
+            function(*arguments, **more)
+        except RuntimeError as error:
+            raise DeviceError(f"engine 'cuda': {error}") from error
+
+    def _bytes(self, count: int) -> Tensor | None:
+        return torch.empty(count, dtype=torch.uint8, device=self.device) if count > 0 else None
+
+    def _ready_noise(self, noise: Tensor | None, x: Tensor) -> Tensor | None:
+        if self.plan is None or self.plan.kind != "hutchinson":
+            return None
+        if noise is None:
+            raise ValueError("noise is missing: a hutchinson divergence needs a probe of the state's shape")
+        noise = self._ready(noise, "noise")
+        if noise.shape != x.shape:
+            raise ValueError(f"noise must have the state's shape {list(x.shape)}, not {list(noise.shape)}")
+        return noise
+
+    def _ready(self, x: Tensor, name: str) -> Tensor:
+        """The native code reads raw memory: nothing unchecked gets past this line."""
+        if x.dim() != 2 or x.shape[1] != self.dim or x.dtype != self.dtype or x.device != self.device:
+            raise ValueError(
+                f"{name} must be [batch, {self.dim}], {self.dtype} on {self.device}, not {list(x.shape)}, {x.dtype} on {x.device}"
+            )
+        return x.detach().contiguous()
+
+    # ------------------------------------------------------------------------------------------------- solves
+
+    def solve(self, request: SolveRequest) -> SolveResult:
+        x = self._ready(request.x, "y0")
+        batch = x.shape[0]
+        if request.step_control not in self.controls:
+            raise ValueError(f"step_control must be one of {self.controls}, not {request.step_control!r}")
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "a solve reads its outcome on the host, which a CUDA graph cannot capture; it is one launch already: call it "
+                "outside the captured region"
+            )
+        l = None
+        if self.plan is not None:
+            if request.l is None or request.l.shape != (batch,) or request.l.dtype != self.dtype or request.l.device != self.device:
+                raise ValueError(f"the log-density channel must be [{batch}], {self.dtype} on {self.device}")
+            l = request.l.detach().contiguous()
+        noise = self._ready_noise(request.noise, x)
+        with self._on_device():
+            result, wanted = self._solve(request, x, l, noise, self._capacity)
+            if wanted > self._capacity:
+                self._capacity = wanted
+                if request.record:  # the same solve again, with room for what it turned out to take
+                    result, _ = self._solve(request, x, l, noise, wanted)
+        return result
+
+    def _solve(
+        self, request: SolveRequest, x: Tensor, l: Tensor | None, noise: Tensor | None, capacity: int
+    ) -> tuple[SolveResult, int]:  # fmt: skip
+        program, _ = self._program("forward")
+        batch, dim, outputs = x.shape[0], self.dim, len(request.times)
+        tableau, adaptive = native_tableau(request.tableau), isinstance(request.tableau, Tableau)
+        shared, stages = request.step_control == "shared", _stages(request)
+        plan, blocks = self.plan_for(batch, stages, "forward", request.step_control)
+        options = native_options(request.options)
+        points = [*request.times.tolist(), *([] if request.grid is None else request.grid.tolist())]
+        times = torch.tensor([*points, *options["step_t"], *options["jump_t"]], dtype=torch.float64, device=self.device)
+        xs = x.new_empty(outputs, batch, dim)
+        ls = None if l is None else x.new_empty(outputs, batch)
+
+        rows = dim + (l is not None)
+        several = shared and plan.tiles > blocks
+        parts = {
+            "barrier": 64, "next_tile": 64,  # these two begin at zero
+            "stats": 64 * (1 if shared else plan.tiles), "blame": 16 * batch,
+            "slots": 16 * self._module.SUMS * blocks, "global": blocks * plan.global_bytes,
+            "tile_state": plan.tiles * 5 * rows * plan.shape[0] * x.element_size() if several else 0,
+        }
+        offsets, size = {}, 0
+        for name, count in parts.items():
+            offsets[name] = size
+            size += (count + 127) // 128 * 128
+        scratch = torch.empty(size, dtype=torch.uint8, device=self.device)
+        scratch[: offsets["stats"]].zero_()
+
+        recorded: dict[str, Tensor] = {}
+        if request.record:
+            if request.grid is not None:
+                capacity = len(request.grid) - 1
+            else:
+                capacity = max(1, min(capacity, max(FIRST_CAPACITY, RECORD_BYTES // max(1, 2 * x.nbytes))))
+            recorded["steps"] = torch.zeros(capacity, 2, dtype=torch.float64, device=self.device)
+            recorded["states"] = x.new_empty(capacity + 1, batch, dim)
+            if adaptive:
+                recorded["derivatives"] = x.new_empty(capacity + 1, batch, dim)
+                recorded["x_slopes"] = torch.zeros_like(xs)
+                if ls is not None:
+                    recorded["l_slopes"] = torch.zeros_like(ls)
+        elif not adaptive:
+            capacity = len(request.grid) - 1
+            recorded["steps"] = torch.zeros(capacity, 2, dtype=torch.float64, device=self.device)
+        else:
+            recorded["steps"] = torch.zeros(capacity, 2, dtype=torch.float64, device=self.device)
+        names = ("steps", "states", "derivatives", "x_slopes", "l_slopes")
+        arguments = {
+            "image": program.memory.data_ptr(), "device": self._index, "blocks": blocks, "stream": self._stream(),
+            "batch": batch, "x": x.data_ptr(), "l": address(l), "noise": address(noise), "shared": shared, "tableau": tableau,
+            "rtol": (*request.rtol, 0.0)[:2], "atol": (*request.atol, 0.0)[:2], "options": options, "sign": request.sign,
+            "perturb": request.perturb, "n_times": outputs, "n_grid": len(points) - outputs, "times": times.data_ptr(),
+            "xs": xs.data_ptr(), "ls": address(ls), "record": request.record, "capacity": capacity,
+            **{name: address(recorded.get(name)) for name in names},
+            **{name: scratch.data_ptr() + offset if parts[name] else 0 for name, offset in offsets.items()},
+        }
+        self._launch(program.image.solve, plan, arguments)
+
+        count = 8 * (1 if shared else plan.tiles)
+        stats = scratch[offsets["stats"] : offsets["stats"] + 8 * count].view(torch.float64).view(-1, 8)
+        said = stats.cpu()  # the one wait
+        accepted = int(said[:, 1].sum())
+        failed = [tile for tile, code in enumerate(said[:, 3].tolist()) if code]
+        status, t, dt, bad = "ok", 0.0, 0.0, ()
+        if failed:
+            status = _STATUS[int(said[failed[0], 3])]
+            t, dt = said[failed[0], 4:6].tolist()
+            blame = scratch[offsets["blame"] : offsets["blame"] + 16 * batch].view(torch.float64).view(2, batch).cpu()
+            bad = _offending(blame if l is not None else blame[:1], dim, None if shared else failed, plan.shape[0])
+        kept = min(accepted, capacity) if shared else 0
+        result = SolveResult(
+            xs=xs, ls=ls, nfe=math.ceil(said[:, 0].mean()), accepted=accepted, rejected=int(said[:, 2].sum()),
+            steps=recorded["steps"][:kept].cpu() if shared and "steps" in recorded else torch.zeros(0, 2, dtype=torch.float64),
+            status=status, t=t, dt=dt, rows=bad,
+        )
+        if request.record:
+            result.states = recorded["states"][: kept + 1]
+            result.derivatives = recorded["derivatives"][: kept + 1] if adaptive else x.new_empty(0, batch, dim)
+            if adaptive:
+                result.slopes = recorded["x_slopes"], recorded.get("l_slopes")
+        return result, accepted if shared and adaptive else 0
+
+    # ------------------------------------------------------------------------------------------------- gradients
+
+    def no_gradient(self, wanted: Collection[str], request: SolveRequest | None = None) -> str | None:
+        if "noise" in wanted:
+            return "the noise wants a gradient"
+        if request is not None:
+            if "grid" in wanted or ("times" in wanted and not isinstance(request.tableau, Tableau)):
+                return "the points of a fixed grid want a gradient"
+            if request.options.jump_t or (request.options.step_t and "times" in wanted):
+                return "the solve has prescribed jumps or steps"
+        return no_adjoint(self._field, self.plan)
+
+    def _backward(self, batch: int, stages: int, arguments: dict) -> Tensor:
+        """Launches the adjoint; the sums of all blocks, float64 on the device."""
+        program, _ = self._program("adjoint")
+        plan, blocks = self.plan_for(batch, stages, "adjoint")
+        image = program.image
+        sums = torch.zeros(blocks, image.sums, dtype=self.dtype, device=self.device)
+        stage_sums = torch.zeros(blocks, image.stage_sums, dtype=self.dtype, device=self.device)
+        memory = self._bytes(blocks * plan.global_bytes)
+        self._launch(image.backward, plan, {
+            "image": program.memory.data_ptr(), "device": self._index, "blocks": blocks, "stream": self._stream(),
+            "batch": batch, "global": address(memory), "sums": sums.data_ptr(), "stage_sums": address(stage_sums),
+            **arguments,
+        })  # fmt: skip
+        return sums.sum(0, dtype=torch.float64)
+
+    def evaluate_backward(
+        self, t: Tensor | float, x: Tensor, noise: Tensor | None, grad_f: Tensor, grad_trace: Tensor | None,
+        wanted: Collection[str],
+    ) -> Gradient:  # fmt: skip
+        x, grad_f = self._ready(x, "x"), self._ready(grad_f, "grad_f")
+        noise = self._ready_noise(noise, x)
+        grad_trace = None if grad_trace is None else grad_trace.detach().contiguous()
+        with self._on_device():
+            grad_x = torch.empty_like(x)
+            time, value = self._time(t)
+            sums = self._backward(x.shape[0], 1, {
+                "evaluate": True, "x": x.data_ptr(), "noise": address(noise), "grad_f": grad_f.data_ptr(),
+                "grad_trace": address(grad_trace), "time": address(time), "time_value": value, "grad_x": grad_x.data_ptr(), "grad_l": 0,
+            })  # fmt: skip
+            tensors = self._tensors(sums) if "tensors" in wanted else ()
+        return Gradient(tensors=tensors, x=grad_x, t=sums[-1].to(self.dtype) if "t" in wanted else None)
+
+    def solve_backward(
+        self, request: SolveRequest, result: SolveResult, grad_xs: Tensor, grad_ls: Tensor | None, wanted: Collection[str]
+    ) -> Gradient:
+        x, noise = self._ready(request.x, "y0"), self._ready_noise(request.noise, request.x)
+        outputs, batch = len(request.times), x.shape[0]
+        grad_xs = self._ready(grad_xs.reshape(-1, self.dim), "grad_xs")
+        grad_ls = None if grad_ls is None or self.plan is None else grad_ls.detach().contiguous()
+        if grad_xs.shape[0] != outputs * batch or (grad_ls is not None and grad_ls.shape != (outputs, batch)):
+            raise ValueError(f"the cotangents must be shaped like the outputs, [{outputs}, {batch}, ...]")
+        with self._on_device():
+            grad_x = torch.empty_like(x)
+            grad_l = None if self.plan is None else x.new_empty(batch)
+            times, steps = request.times.to(self.device), result.steps.to(self.device)
+            sums = self._backward(batch, _stages(request), {
+                "evaluate": False, "x": 0, "noise": address(noise), "tableau": native_tableau(request.tableau),
+                "sign": request.sign, "perturb": request.perturb, "n_times": outputs, "n_steps": len(steps),
+                "times": times.data_ptr(), "steps": address(steps), "states": result.states.data_ptr(),
+                "derivatives": address(result.derivatives), "grad_xs": grad_xs.data_ptr(), "grad_ls": address(grad_ls),
+                "grad_x": grad_x.data_ptr(), "grad_l": address(grad_l),
+            })  # fmt: skip
+            of_times = None
+            if "times" in wanted:
+                # An output moves along the solution with its own time; steps, with everything in them, with the first.
+                of_times = torch.zeros(outputs, dtype=torch.float64, device=self.device)
+                if result.slopes is not None:
+                    x_slopes, l_slopes = result.slopes
+                    of_times += (x_slopes * grad_xs.view_as(x_slopes)).sum((1, 2), dtype=torch.float64)
+                    if grad_ls is not None:
+                        of_times += (l_slopes * grad_ls).sum(1, dtype=torch.float64)
+                    of_times[0] = request.sign * sums[-1] - of_times[1:].sum()
+                of_times = of_times.cpu()
+            tensors = self._tensors(sums) if "tensors" in wanted else ()
+        return Gradient(tensors=tensors, x=grad_x, l=grad_l, times=of_times)
+
+    def _tensors(self, sums: Tensor) -> tuple[Tensor, ...]:
+        """A gradient, tensor by tensor of the field."""
+        program, writer = self._program("adjoint")
+
+        def of_matrix(number: int) -> Tensor:
+            first, size = program.image.matrix_gradient(number)
+            return sums[first : first + size]
+
+        def of_modulation(number: int, name: str) -> Tensor:
+            first, size = program.image.modulation_gradients(number)[name]
+            return sums[first : first + size]
+
+        return field_gradients(self._field, writer, of_matrix, of_modulation)
+
+
+def _stages(request: SolveRequest) -> int:
+    return len(request.tableau.b)
+
+
+def _offending(blame: Tensor, dim: int, tiles: list[int] | None, width: int) -> tuple[int, ...]:
+    """The rows that are to blame, among all or among those of the tiles that stopped: those that are not finite; if there
+    are none, those whose own error is too large. blame: [1 or 2, batch], sums of squares over a component's elements."""
+    among = torch.ones(blame.shape[1], dtype=torch.bool)
+    if tiles is not None:
+        among[:] = False
+        for tile in tiles:
+            among[tile * width : (tile + 1) * width] = True
+    bad = ~torch.isfinite(blame).all(0) & among
+    if not bool(bad.any()):
+        bad = (blame > torch.tensor([float(dim), 1.0], dtype=blame.dtype)[: len(blame), None]).any(0) & among
+    return tuple(bad.nonzero()[:, 0].tolist())
+
+
+@lru_cache
+def _probe(native: Any) -> dict:
+    return native.probe()
+
+
+def no_device(native: Any, device: torch.device) -> str | None:
+    """Why the kernels cannot run on this device; None if they can."""
+    found = _probe(native)
+    if found["error"]:
+        return (
+            f"the CUDA runtime (version {_version(found['runtime'])}) finds no device: {found['error']} (the driver "
+            f"supports {_version(found['driver'])}); install a driver that supports it, or rebuild with an older toolkit"
+        )
+    index = 0 if device.index is None else device.index
+    if index >= len(found["devices"]):
+        return f"there is no device {index}, only {len(found['devices'])}"
+    one = found["devices"][index]
+    if (one["major"], one["minor"]) < LEAST_CAPABILITY:
+        return (
+            f"{one['name']} has compute capability {one['major']}.{one['minor']}, the kernels need "
+            f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}; use engine='triton' or 'reference'"
+        )
+    return None
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}" if number else "none"
