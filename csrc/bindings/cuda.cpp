@@ -184,8 +184,10 @@ void backward(const Image<T>& self, const Plan& plan, const py::dict& a) {
 template <class T>
 void bind(py::module_& m, const char* builder, const char* name) {
   bind_builder<T>(m, builder)
-      .def("image", [](const Builder<T>& b, bool cut) { return make_image(b.program(), cut ? kChunkBytes : kUncut); }, py::arg("cut") = false,
-           "the program laid out for a GPU; cut: its streams in pieces that can pass through shared memory");
+      .def("image", [](const Builder<T>& b, bool cut, double dense_above) { return make_image(b.program(), cut ? kChunkBytes : kUncut, dense_above); },
+           py::arg("cut") = false, py::arg("dense_above") = 2.0,
+           "the program laid out for a GPU; cut: its streams in pieces that can pass through shared memory; dense_above: the density from which a matrix "
+           "is stored whole");
 
   using I = Image<T>;
   py::class_<I>(m, name, "A checked program laid out for a GPU (csrc/cuda/image.h).")
@@ -194,6 +196,7 @@ void bind(py::module_& m, const char* builder, const char* name) {
         std::memcpy(out.mutable_data(), i.bytes.data(), i.bytes.size());
         return out;
       })
+      .def_property_readonly("dense", [](const I& i) { return std::vector<bool>(i.dense.begin(), i.dense.end()); }, "by matrix: whether it is stored whole")
       .def_property_readonly("stream_bytes", [](const I& i) { return i.program.stream_bytes; })
       .def_property_readonly("workspace_rows", [](const I& i) { return i.program.workspace_rows; }, "numbers per sample that a tile's activations take")
       .def_property_readonly("sums", [](const I& i) { return i.program.lasting_sums + i.program.totals; }, "numbers a block adds gradients up in; the last is that of t")

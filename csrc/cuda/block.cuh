@@ -270,6 +270,64 @@ struct Block {
     else sync();
   }
 
+  // Where rows go by fours, each activation is read once for four rows, and all groups of a warp read the same ones.
+  template <bool Layer, bool Tangent>
+  SF_DEVICE void run_dense(const DeviceOp& op) {
+    constexpr int N = Tangent ? 2 * V : V;
+    const T* const source = rows_of(op.source) + lane * V;
+    const int stride = op.source.stride << tile_log, tangent = samples(), cols = op.cols;
+    T trace_part[V] = {};
+    for (int i = 0; i < op.chunks; ++i) {
+      const int chunk = op.first_chunk + i;
+      const Chunk c = chunks[chunk];
+      const char* const at = acquire(chunk, c, i + 1 < op.chunks ? chunk + 1 : op.next_chunk);
+      const RowHead* const heads = reinterpret_cast<const RowHead*>(at);
+      const T* const weights = reinterpret_cast<const T*>(at + (c.rows * sizeof(RowHead) + 15) / 16 * 16);
+      for (int base = 0; base < c.rows; base += groups) {
+        const bool mine = base + group < c.rows;
+        const RowHead head = mine ? heads[base + group] : RowHead{0xffffffffu, 0xffffffffu};
+        const T* const w = weights + size_t(base + group) * cols * kQuad;
+        T sum[kQuad][N] = {};
+        if (mine) {
+#pragma unroll 2
+          for (int k = part; k < cols; k += 1 << split) {
+            const Quad<T> four = load_quad(w + k * kQuad);
+            const Samples<T, V> x = load<T, V>(source + k * stride);
+#pragma unroll
+            for (int r = 0; r < kQuad; ++r)
+#pragma unroll
+              for (int v = 0; v < V; ++v) sum[r][v] += four.v[r] * x.v[v];
+            if constexpr (Tangent) {
+              const Samples<T, V> p = load<T, V>(source + k * stride + tangent);
+#pragma unroll
+              for (int r = 0; r < kQuad; ++r)
+#pragma unroll
+                for (int v = 0; v < V; ++v) sum[r][V + v] += four.v[r] * p.v[v];
+            }
+          }
+        }
+#pragma unroll 1
+        for (int r = 0; r < kQuad; ++r) {  // one copy of what follows a row
+          const uint32_t two = r < 2 ? head.row_and_quads : head.first;
+          const int row = (r & 1 ? two >> 16 : two) & 0xffff;
+          T own[N];
+#pragma unroll
+          for (int v = 0; v < N; ++v) own[v] = r == 0 ? sum[0][v] : r == 1 ? sum[1][v] : r == 2 ? sum[2][v] : sum[3][v];
+          if (split == 0) {
+            if (row != kNoRow) finish<Layer, V, Tangent>(op, row, lane * V, own, trace_part);
+          } else {
+            T one[Tangent ? 2 : 1];
+            one[0] = meet(own);
+            if constexpr (Tangent) one[1] = meet(own + V);
+            if (row != kNoRow && !stands_by()) finish<Layer, 1, Tangent>(op, row, sample_of_part(), one, trace_part);
+          }
+        }
+      }
+    }
+    if (op.flags & kReduces) add_to_trace(trace_part);
+    else sync();
+  }
+
   template <bool Layer, int N, bool Tangent>
   SF_DEVICE void finish(const DeviceOp& op, int row, int sample, const T* sum, T* trace_part) const {
     if constexpr (Layer) finish_layer<N, Tangent>(op, row, sample, sum, trace_part);
@@ -341,7 +399,11 @@ struct Block {
         continue;
       }
       const bool layer = op.kind == int(OpKind::kAffine) || op.kind == int(OpKind::kKeep) || op.kind == int(OpKind::kPull);
-      if (layer && (op.flags & kCarries)) run_rows<true, true, false>(op);
+      if (op.flags & kDense) {
+        if (layer && (op.flags & kCarries)) run_dense<true, true>(op);
+        else if (layer) run_dense<true, false>(op);
+        else run_dense<false, false>(op);
+      } else if (layer && (op.flags & kCarries)) run_rows<true, true, false>(op);
       else if (layer) run_rows<true, false, false>(op);
       else if (op.flags & kIndirect) run_rows<false, false, true>(op);
       else run_rows<false, false, false>(op);

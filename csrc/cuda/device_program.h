@@ -30,13 +30,14 @@ enum Flags : int32_t {
   kDynamicCoefficient = 32,  // so does the coefficient
   kEachStage = 64,          // gradient: a sum that is taken away after every evaluation
   kReduces = 128,
+  kDense = 256,             // the stream holds all columns of four rows at a time
 };
 
 struct DeviceOp {
   int32_t kind, store, activation, slope_from, flags;
   int32_t first_chunk, chunks;
   int32_t next_chunk;         // what the list reads behind them, round and round; -1: nothing
-  int32_t rows, entries;      // of the matrix as it is walked
+  int32_t rows, cols, entries;  // of the matrix as it is walked
   int32_t modulation;         // its first row among those of all modulations
   int32_t values;             // indirect: its first number among the dynamic values
   int32_t coefficient;        // byte offset of one number per row, or its first among the dynamic values; -1: none
@@ -56,6 +57,9 @@ struct Chunk {
 struct RowHead {
   uint32_t row_and_quads, first;
 };
+// Where most entries are there, rows go by fours: a head is four row numbers of 16 bits (kNoRow: none), a quad the weights
+// of one column in the four rows, and there are no columns to read.
+inline constexpr int kNoRow = 0xffff;
 
 struct DeviceModulation {
   int32_t first, n;                                                   // rows

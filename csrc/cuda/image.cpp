@@ -76,7 +76,7 @@ std::vector<int32_t> place_buffers(const Program<T>& p, int32_t& rows) {
 template <class T>
 class Writer {
  public:
-  Writer(const Program<T>& program, size_t chunk_bytes) : p_(program), chunk_bytes_(chunk_bytes) {}
+  Writer(const Program<T>& program, size_t chunk_bytes, double dense_above) : p_(program), chunk_bytes_(chunk_bytes), dense_above_(dense_above) {}
 
   Image<T> write() {
     validate(p_);
@@ -88,6 +88,7 @@ class Writer {
     d.divergence = p_.divergence;
     buffers_ = place_buffers(p_, d.workspace_rows);
     out_.matrices.resize(p_.matrices.size());
+    for (size_t i = 0; i < p_.matrices.size(); ++i) out_.dense.push_back(dense(static_cast<int>(i)));
     out_.matrix_gradients.resize(p_.matrices.size());
     place_sums();
     write_modulations();
@@ -102,7 +103,8 @@ class Writer {
     for (const auto* list : p_.adjoint() ? std::vector<const std::vector<Op>*>{&p_.keep, &p_.reverse} : std::vector<const std::vector<Op>*>{&p_.body})
       for (const Op& op : *list) {
         const Matrix<T>& m = p_.matrices[op.matrix];
-        out_.work.push_back({double(op.transposed ? m.cols : m.rows), double(m.nnz()) / kQuad, op.tangent() ? 2.0 : 1.0});
+        const bool whole = dense(op.matrix) && op.kind != OpKind::kGradient;
+        out_.work.push_back({double(op.transposed ? m.cols : m.rows), (whole ? double(m.rows) * m.cols : double(m.nnz())) / kQuad, op.tangent() ? 2.0 : 1.0, whole});
       }
     place_streams();
     d.n_chunks = static_cast<int32_t>(chunks_.size());
@@ -265,6 +267,7 @@ class Writer {
     to.first_chunk = static_cast<int32_t>(chunks_.size());
     to.next_chunk = to.pairs = to.coefficient = to.factor_row = to.factor2_row = to.modulation = to.values = -1;
     to.rows = op.transposed ? m.cols : m.rows;
+    to.cols = op.transposed ? m.rows : m.cols;
     to.entries = m.nnz();
     to.source = place(op.source), to.target = place(op.target), to.seed = place(op.seed), to.weight = place(op.weight);
     to.factor = place(op.factor), to.factor2 = place(op.factor2), to.addend = place(op.addend), to.kept = place(op.kept);
@@ -292,11 +295,13 @@ class Writer {
       if (p_.sums[op.sum].each_stage) to.flags |= kEachStage;
       return to;
     }
+    if (dense(op.matrix)) to.flags |= kDense;
     if (m.gated) to.flags |= kIndirect, to.values = dynamic_values_[op.matrix];
     // operations that read a matrix the same way share its stream
     auto [known, is_new] = streams_.try_emplace({op.matrix, op.transposed}, to.first_chunk, 0);
     if (is_new) {
-      add_chunks(op.matrix, entries_of(m, op.transposed), m.gated);
+      if (dense(op.matrix)) add_dense_chunks(op.matrix, entries_of(m, op.transposed));
+      else add_chunks(op.matrix, entries_of(m, op.transposed), m.gated);
       known->second.second = static_cast<int32_t>(chunks_.size()) - to.first_chunk;
     }
     std::tie(to.first_chunk, to.chunks) = known->second;
@@ -311,6 +316,43 @@ class Writer {
       ops_[i].next_chunk = next;
       if (ops_[i].chunks > 0) next = ops_[i].first_chunk;
     }
+  }
+
+  bool dense(int matrix) const {
+    const Matrix<T>& m = p_.matrices[matrix];
+    return !m.dynamic() && m.rows > 1 && m.cols > 1 && m.nnz() > dense_above_ * m.rows * m.cols;
+  }
+
+  void add_dense_chunks(int matrix, const Entries& m) {
+    const size_t per_group = sizeof(RowHead) + size_t(m.cols) * kQuad * sizeof(T);
+    const int groups = (m.rows + kQuad - 1) / kQuad, at_once = static_cast<int>(std::max<size_t>(1, (chunk_bytes_ - kAlign) / per_group));
+    for (int begin = 0; begin < groups; begin += at_once) {
+      const int n = std::min(at_once, groups - begin);
+      const size_t heads = aligned(n * sizeof(RowHead));
+      std::vector<char> blob(heads + size_t(n) * m.cols * kQuad * sizeof(T), 0);
+      for (int g = 0; g < n; ++g) {
+        uint16_t rows[kQuad];
+        for (int r = 0; r < kQuad; ++r) {
+          const int row = (begin + g) * kQuad + r;
+          rows[r] = static_cast<uint16_t>(row < m.rows ? row : kNoRow);
+          if (row >= m.rows) continue;
+          for (int k = m.row_ptr[row]; k < m.row_ptr[row + 1]; ++k) {
+            const int64_t place = (int64_t(g) * m.cols + m.col[k]) * kQuad + r;
+            std::memcpy(blob.data() + heads + place * sizeof(T), &p_.matrices[matrix].values[m.entry[k]], sizeof(T));
+            pending_.push_back({matrix, static_cast<int>(chunks_.size()), int64_t(heads / sizeof(T)) + place, m.entry[k]});
+          }
+        }
+        std::memcpy(blob.data() + g * sizeof(RowHead), rows, sizeof(RowHead));
+      }
+      add_chunk(std::move(blob), n, n * m.cols, -1);
+    }
+  }
+
+  void add_chunk(std::vector<char> blob, int rows, int quads, int32_t values) {
+    chunks_.push_back({0, static_cast<int32_t>(blob.size()), rows, quads});
+    indirect_.push_back(values);
+    out_.program.largest_chunk = std::max(out_.program.largest_chunk, static_cast<int32_t>(blob.size()));
+    blobs_.push_back(std::move(blob));
   }
 
   void add_chunks(int matrix, const Entries& m, bool indirect) {
@@ -348,10 +390,7 @@ class Writer {
         at += quads(row);
       }
       if (quads(order[begin]) > 0xffff) fail("a row of a layer has more than 262140 weights");
-      chunks_.push_back({0, static_cast<int32_t>(blob.size()), static_cast<int32_t>(end - begin), static_cast<int32_t>(total)});
-      indirect_.push_back(indirect ? dynamic_values_[matrix] : -1);
-      out_.program.largest_chunk = std::max(out_.program.largest_chunk, static_cast<int32_t>(blob.size()));
-      blobs_.push_back(std::move(blob));
+      add_chunk(std::move(blob), static_cast<int>(end - begin), static_cast<int>(total), indirect ? dynamic_values_[matrix] : -1);
       begin = end;
     }
   }
@@ -385,6 +424,7 @@ class Writer {
   };
   const Program<T>& p_;
   const size_t chunk_bytes_;
+  const double dense_above_;
   Image<T> out_;
   std::vector<int32_t> buffers_, sums_, first_row_, dynamic_values_, indirect_;
   std::map<std::pair<int, bool>, std::pair<int32_t, int32_t>> streams_;  // (matrix, transposed) -> first chunk, how many
@@ -397,11 +437,11 @@ class Writer {
 }  // namespace
 
 template <class T>
-Image<T> make_image(const Program<T>& program, size_t chunk_bytes) {
-  return Writer<T>(program, chunk_bytes).write();
+Image<T> make_image(const Program<T>& program, size_t chunk_bytes, double dense_above) {
+  return Writer<T>(program, chunk_bytes, dense_above).write();
 }
 
-template Image<float> make_image(const Program<float>&, size_t);
-template Image<double> make_image(const Program<double>&, size_t);
+template Image<float> make_image(const Program<float>&, size_t, double);
+template Image<double> make_image(const Program<double>&, size_t, double);
 
 }  // namespace sparseflow::cuda

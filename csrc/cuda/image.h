@@ -37,13 +37,16 @@ struct Image {
   // What a cost estimate asks for, by operation of the body, or of keep and reverse together.
   struct Work {
     double rows = 0, quads = 0, lanes = 1;  // lanes: 2 with a tangent
+    bool dense = false;
   };
   std::vector<Work> work;
+  std::vector<char> dense;  // by matrix: whether its rows go by fours
 };
 
-// chunk_bytes: the most one chunk of a stream may take (a single row may take more). Throws std::invalid_argument for what
+// chunk_bytes: the most one chunk of a stream may take (a single row may take more). dense_above: the density from which
+// all columns of a matrix are stored, four rows at a time. Throws std::invalid_argument for what
 // `validate` refuses, for functions of time that live outside, and for layers wider than 65535.
 template <class T>
-Image<T> make_image(const Program<T>& program, size_t chunk_bytes);
+Image<T> make_image(const Program<T>& program, size_t chunk_bytes, double dense_above);
 
 }  // namespace sparseflow::cuda

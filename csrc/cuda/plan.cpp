@@ -34,9 +34,11 @@ double cycles_of_tile(const Image<T>& image, const Shape& s, bool work_in_shared
   const double lanes = double(s.tile) / s.per_thread, groups = s.threads / (lanes * s.parts);
   double latency = 2 * kBarrier, bytes = 0;
   for (const auto& w : image.work) {
-    const double passes = std::ceil(w.rows / groups), quads = w.rows > 0 ? std::ceil(w.quads / w.rows / s.parts) : 0;
+    const double rows = w.dense ? w.rows / kQuad : w.rows, passes = std::ceil(rows / groups), quads = rows > 0 ? std::ceil(w.quads / rows / s.parts) : 0;
     latency += kBarrier + passes / std::max(1.0, s.threads / 128.0) * (kRow + quads * kQuadLatency * (s.per_thread == 4 ? 1.3 : 1.0)) + kRow;
-    bytes += w.quads * kQuad * s.tile * sizeof(T) * w.lanes + w.quads * 24.0 * (32.0 / std::max(1.0, lanes * 1.0)) / 8.0 + w.rows * s.tile * sizeof(T);
+    // four rows share an activation, and groups of a warp share it too: arithmetic, not memory, is what counts
+    if (w.dense) bytes += w.quads * kQuad * s.tile * w.lanes * 128.0 / 80.0;
+    else bytes += w.quads * kQuad * s.tile * sizeof(T) * w.lanes + w.quads * 24.0 * (32.0 / std::max(1.0, lanes * 1.0)) / 8.0 + w.rows * s.tile * sizeof(T);
   }
   double cycles = std::max(latency, bytes / 128.0);
   if (!work_in_shared) cycles *= kGlobalFactor;

@@ -22,6 +22,9 @@ from .program import Writer, write_program
 LEAST_CAPABILITY = (8, 0)  # asynchronous copies, and what the kernels are compiled for at the least
 RECORD_BYTES = 256 << 20  # memory that is first set aside for the states of a solve; a longer one is run again with more
 FIRST_CAPACITY = 64  # and for how many steps
+# Rows of a nearly dense layer share activations (csrc/cuda/block.cuh). By wavefronts of shared memory: a sparse row reaches
+# 0.22 of the multiply-add rate, four dense ones about 0.6. Not yet measured on a GPU.
+DENSE_ABOVE = float(os.environ.get("SPARSEFLOW_CUDA_DENSE_ABOVE", "0.37"))
 
 _DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 _STATUS = ("ok", "underflow", "non_finite", "max_num_steps")
@@ -135,9 +138,9 @@ class CudaEngine(Engine):
             builder = getattr(self._module, f"Builder{_DTYPES[self.dtype]}")()
             write = write_program if kind == "forward" else write_adjoint
             writer = write(builder, self._field, self.plan)
-            image = builder.image(cut=False)
+            image = builder.image(cut=False, dense_above=DENSE_ABOVE)
             if image.stream_bytes > self._limits["shared_per_block"] // 2:
-                image = builder.image(cut=True)
+                image = builder.image(cut=True, dense_above=DENSE_ABOVE)
             writer.array = Tensor.detach  # from now on numbers stay where they are
             self._programs[kind] = _Program(image, self.device, self.dtype), writer
         return self._programs[kind]
