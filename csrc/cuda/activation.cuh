@@ -71,14 +71,12 @@ SF_DEVICE Activated<T> activate_one(T z, T a, T b) {
   }
 }
 
-// N samples of one activation, side by side: the choice is made once, and the samples hide each other's latency.
-template <class T, int N>
-SF_DEVICE void activate(Activation which, const T* z, T a, T b, Activated<T>* out) {
+template <class T>
+SF_DEVICE Activated<T> activate(Activation which, T z, T a, T b) {
   switch (which) {
-#define SF_CASE(A)                                                         \
-  case Activation::A:                                                      \
-    _Pragma("unroll") for (int v = 0; v < N; ++v) out[v] = activate_one<Activation::A>(z[v], a, b); \
-    break;
+#define SF_CASE(A)     \
+  case Activation::A:  \
+    return activate_one<Activation::A>(z, a, b);
     SF_CASE(kTanh)
     SF_CASE(kSigmoid)
     SF_CASE(kSoftplus)
@@ -88,9 +86,9 @@ SF_DEVICE void activate(Activation which, const T* z, T a, T b, Activated<T>* ou
     SF_CASE(kSin)
     SF_CASE(kSquare)
     SF_CASE(kCube)
-    default:
-      _Pragma("unroll") for (int v = 0; v < N; ++v) out[v] = activate_one<Activation::kIdentity>(z[v], a, b);
 #undef SF_CASE
+    default:
+      return activate_one<Activation::kIdentity>(z, a, b);
   }
 }
 

@@ -79,7 +79,7 @@ struct Reversal {
   }
   SF_DEVICE void prepare(T t) {
     if (program.dynamic_modulations) block.modulate(t, true);
-    for (int s = threadIdx.x; s < S; s += blockDim.x) block.trace[s] = T(0);
+    for (int s = threadIdx.x; s < S; s += blockDim.x) block.trace()[s] = T(0);
     sync();
     if (program.n_gated) {
       block.sum_paths();
@@ -118,13 +118,13 @@ struct Reversal {
       const int* const path_gate = block.template in_image<int>(gated.path_gate);
       const int* const path_entry = block.template in_image<int>(gated.path_entry);
       const int paths = block.template in_image<int>(gated.path_ptr)[gated.entries];
-      for (int p = threadIdx.x; p < paths; p += blockDim.x) totals[gated.totals + p] += block.scale[gated.gate + path_gate[p]] * stage_sums[gated.sum + path_entry[p]];
+      for (int p = threadIdx.x; p < paths; p += blockDim.x) totals[gated.totals + p] += block.scale()[gated.gate + path_gate[p]] * stage_sums[gated.sum + path_entry[p]];
     }
     for (int m = 0; m < program.n_modulations; ++m) {
       const DeviceModulation mod = block.template in_image<DeviceModulation>(program.modulations)[m];
       if (mod.totals < 0) continue;
       for (int j = threadIdx.x; j < mod.n; j += blockDim.x) {
-        const T u = stage_sums[mod.shift_sum + j], s = block.scale[mod.first + j];  // u = s * (cotangent of z)
+        const T u = stage_sums[mod.shift_sum + j], s = block.scale()[mod.first + j];  // u = s * (cotangent of z)
         T* to = totals + mod.totals + j;
         *to += u, to += mod.n;
         if (mod.gate_slope >= 0) {

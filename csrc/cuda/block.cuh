@@ -1,9 +1,9 @@
 // A block of threads at work on one tile: where things lie, the streams of weights, and the operations of a program.
 //
 // Threads stand as [groups][parts][lanes]. The lanes of a group hold a tile's samples, V neighbours each; a group takes one
-// row of a matrix at a time, so an activation's row is read as one run of 16-byte words, without bank conflicts. Where rows
-// are long the entries of one are dealt out to several parts, whose sums meet by shuffles; then every thread finishes one
-// sample. Groups take rows in the order of their length, so that the threads of a warp wait little for each other.
+// row of a matrix at a time, so an activation's row is read as runs of 16-byte words. The entries of a row are dealt out to
+// the parts (as many as a thread has samples, or more where rows are long), whose sums meet by shuffles; then every thread
+// finishes one sample. Groups take rows in the order of their length, so that the threads of a warp wait little for each other.
 //
 // Every operation ends at a barrier: the next one may read what it wrote.
 #pragma once
@@ -57,34 +57,32 @@ constexpr unsigned kWarp = 0xffffffffu;
 // T: float or double.  V: neighbouring samples of a thread.  Shared: the workspace is in shared memory.
 template <class T, int V, bool Shared>
 struct Block {
-  const DeviceProgram& program;
-  const BlockPlan& plan;
+  static constexpr int kSamplesLog = V == 4 ? 2 : 0;
+  // Values, not references: `run` keeps what it needs of them in registers, and knows that shared memory is shared memory.
+  const DeviceProgram program;
+  const BlockPlan plan;
   char* const global;  // of this block
   const int tile_log, lanes_log, split;
   const int lane, part, group, groups;  // of this thread; how many groups there are
-
-  const DeviceOp* ops;  // and behind them the chunks
-  const Chunk* chunks;
-  T *scale, *shift;  // [modulation_rows]
-  T* dynamic;        // [dynamic_values]
-  T* trace;          // [S]
-  T* red;            // [2][warps][S]: sums over rows on their way into the trace
+  T* const dynamic;                     // [dynamic_values]
   int red_turn = 0;
 
   SF_DEVICE Block(const DeviceProgram& p, const BlockPlan& q, char* block_global)
-      : program(p), plan(q), global(block_global), tile_log(q.tile_log), lanes_log(q.tile_log - (V == 4 ? 2 : 0)), split(q.split_log),
-        lane(threadIdx.x & ((1 << (q.tile_log - (V == 4 ? 2 : 0))) - 1)), part((threadIdx.x >> (q.tile_log - (V == 4 ? 2 : 0))) & ((1 << q.split_log) - 1)),
-        group(threadIdx.x >> (q.tile_log - (V == 4 ? 2 : 0) + q.split_log)), groups(blockDim.x >> (q.tile_log - (V == 4 ? 2 : 0) + q.split_log)) {
-    char* const shared = shared_memory();
-    ops = reinterpret_cast<const DeviceOp*>(shared + q.ops);
-    chunks = reinterpret_cast<const Chunk*>(shared + q.ops + (p.chunks - p.ops));
-    scale = reinterpret_cast<T*>(shared + q.modulation);
-    shift = scale + p.modulation_rows;
-    dynamic = reinterpret_cast<T*>(q.dynamic >= 0 ? shared + q.dynamic : block_global + q.dynamic_global);
-    trace = reinterpret_cast<T*>(shared + q.reduce);
-    red = trace + (size_t(1) << q.tile_log);
-  }
+      : program(p), plan(q), global(block_global), tile_log(q.tile_log), lanes_log(q.tile_log - kSamplesLog), split(q.split_log),
+        lane(threadIdx.x & ((1 << lanes_log) - 1)), part((threadIdx.x >> lanes_log) & ((1 << split) - 1)), group(threadIdx.x >> (lanes_log + split)),
+        groups(blockDim.x >> (lanes_log + split)),
+        dynamic(reinterpret_cast<T*>(q.dynamic >= 0 ? shared_memory() + q.dynamic : block_global + q.dynamic_global)) {}
 
+  template <class U>
+  SF_DEVICE U* in_shared(int offset) const {
+    return reinterpret_cast<U*>(shared_memory() + offset);
+  }
+  SF_DEVICE const DeviceOp* ops() const { return in_shared<DeviceOp>(plan.ops); }
+  SF_DEVICE const Chunk* chunks() const { return in_shared<Chunk>(plan.ops + program.chunks - program.ops); }
+  SF_DEVICE T* scale() const { return in_shared<T>(plan.modulation); }              // [modulation_rows]
+  SF_DEVICE T* shift() const { return scale() + program.modulation_rows; }          // [modulation_rows]
+  SF_DEVICE T* trace() const { return in_shared<T>(plan.reduce); }                  // [S]
+  SF_DEVICE T* red() const { return trace() + (size_t(1) << tile_log); }  // [2][warps][S]: sums over rows on their way into the trace
   SF_DEVICE int samples() const { return 1 << tile_log; }
   SF_DEVICE T* work() const {
     if constexpr (Shared) return reinterpret_cast<T*>(shared_memory() + plan.work);
@@ -104,7 +102,7 @@ struct Block {
     for (int i = threadIdx.x; i < n; i += blockDim.x) copy_async(shared_memory() + plan.ops + 16 * i, program.image + program.ops + 16 * i);
     for (int m = 0; m < program.n_modulations; ++m) {
       const DeviceModulation mod = in_image<DeviceModulation>(program.modulations)[m];
-      for (int j = threadIdx.x; j < mod.n; j += blockDim.x) scale[mod.first + j] = T(1), shift[mod.first + j] = in_image<T>(mod.bias)[j];
+      for (int j = threadIdx.x; j < mod.n; j += blockDim.x) scale()[mod.first + j] = T(1), shift()[mod.first + j] = in_image<T>(mod.bias)[j];
     }
     const size_t size = size_t(program.workspace_rows) << tile_log;
     for (size_t i = threadIdx.x; i < size; i += blockDim.x) work()[i] = T(0);
@@ -135,8 +133,8 @@ struct Block {
           if (keep_from_zero) s = s < (sizeof(T) == 4 ? T(1e-30) : T(1e-290)) ? (sizeof(T) == 4 ? T(1e-30) : T(1e-290)) : s;
         }
         if (mod.shift_slope >= 0) c = in_image<T>(mod.shift_slope)[j] * t + in_image<T>(mod.shift_offset)[j];
-        scale[mod.first + j] = s;
-        shift[mod.first + j] = s * in_image<T>(mod.bias)[j] + c;
+        scale()[mod.first + j] = s;
+        shift()[mod.first + j] = s * in_image<T>(mod.bias)[j] + c;
       }
     }
   }
@@ -147,7 +145,7 @@ struct Block {
       const int* const ptr = in_image<int>(gated.path_ptr);
       for (int e = threadIdx.x; e < gated.entries; e += blockDim.x) {
         T sum = T(0);
-        for (int p = ptr[e]; p < ptr[e + 1]; ++p) sum += in_image<T>(gated.path_constant)[p] * scale[gated.gate + in_image<int>(gated.path_gate)[p]];
+        for (int p = ptr[e]; p < ptr[e + 1]; ++p) sum += in_image<T>(gated.path_constant)[p] * scale()[gated.gate + in_image<int>(gated.path_gate)[p]];
         dynamic[gated.values + e] = sum;
       }
     }
@@ -159,7 +157,7 @@ struct Block {
   int ring_turn = 0;             // the place of the chunk in use
 
   SF_DEVICE void fetch(int place, int chunk) {
-    const Chunk c = chunks[chunk];
+    const Chunk c = chunks()[chunk];
     char* const to = shared_memory() + plan.streams + size_t(place) * program.largest_chunk;
     for (int i = threadIdx.x; i < c.bytes / 16; i += blockDim.x) copy_async(to + 16 * size_t(i), program.image + c.offset + 16 * size_t(i));
     commit_copies();
@@ -184,8 +182,8 @@ struct Block {
 
   // sums over the entries first, first + step ... of a row, for V samples (and their tangents)
   template <bool Tangent, bool Indirect>
-  SF_DEVICE void multiply(const void* weights, const ushort4* cols, const T* values, int first, int last, int step, const T* source, int stride, T* sum) const {
-    const int tangent = samples();
+  SF_DEVICE void multiply(const void* weights, const ushort4* cols, const T* values, int first, int last, int step, const char* source, int stride, T* sum) const {
+    const int tangent = samples() * int(sizeof(T));
     for (int q = first; q < last; q += step) {
       Quad<T> w;
       if constexpr (Indirect) {
@@ -195,14 +193,14 @@ struct Block {
         w = load_quad(static_cast<const T*>(weights) + size_t(kQuad) * q);
       }
       const ushort4 c = cols[q];
-      const T* const from[4] = {source + int(c.x) * stride, source + int(c.y) * stride, source + int(c.z) * stride, source + int(c.w) * stride};
+      const char* const from[4] = {source + int(c.x) * stride, source + int(c.y) * stride, source + int(c.z) * stride, source + int(c.w) * stride};
 #pragma unroll
       for (int k = 0; k < kQuad; ++k) {
-        const Samples<T, V> x = load<T, V>(from[k]);
+        const Samples<T, V> x = load<T, V>(reinterpret_cast<const T*>(from[k]));
 #pragma unroll
         for (int v = 0; v < V; ++v) sum[v] += w.v[k] * x.v[v];
         if constexpr (Tangent) {
-          const Samples<T, V> p = load<T, V>(from[k] + tangent);
+          const Samples<T, V> p = load<T, V>(reinterpret_cast<const T*>(from[k] + tangent));
 #pragma unroll
           for (int v = 0; v < V; ++v) sum[V + v] += w.v[k] * p.v[v];
         }
@@ -210,7 +208,7 @@ struct Block {
     }
   }
 
-  // The parts' sums, one sample each: first halves of the samples change hands, then what is left is added up.
+  // The parts' sums, one sample to a thread: first halves of the samples change hands, then what is left is added up.
   SF_DEVICE T meet(const T* x) const {
     T keep = x[0];
     int done = 0;
@@ -230,21 +228,20 @@ struct Block {
   SF_DEVICE int sample_of_part() const { return V == 4 ? lane * 4 + 2 * (part & 1) + ((part >> 1) & 1) : lane; }
   SF_DEVICE bool stands_by() const { return (part >> (V == 4 ? 2 : 0)) != 0; }
 
-  template <int N, bool Tangent>
-  SF_DEVICE void finish_layer(const DeviceOp& op, int row, int sample, const T* sum, T* trace_part) const;
-  template <int N>
-  SF_DEVICE void finish_product(const DeviceOp& op, int row, int sample, const T* sum, T* trace_part) const;
+  template <bool Tangent>
+  SF_DEVICE void finish_layer(const DeviceOp& op, int row, T sum, T tangent, T& trace_part) const;
+  SF_DEVICE void finish_product(const DeviceOp& op, int row, T sum, T& trace_part) const;
 
   template <bool Layer, bool Tangent, bool Indirect>
   SF_DEVICE void run_rows(const DeviceOp& op) {
-    const T* const source = rows_of(op.source) + lane * V;
-    const int stride = op.source.stride << tile_log;
+    const char* const source = reinterpret_cast<const char*>(rows_of(op.source) + lane * V);
+    const int stride = (op.source.stride << tile_log) * int(sizeof(T));  // bytes
     const T* const values = Indirect ? dynamic + op.values : nullptr;
     const bool reduces = op.flags & kReduces;
-    T trace_part[V] = {};
+    T trace_part = T(0);
     for (int i = 0; i < op.chunks; ++i) {
       const int chunk = op.first_chunk + i;
-      const Chunk c = chunks[chunk];
+      const Chunk c = chunks()[chunk];
       const char* const at = acquire(chunk, c, i + 1 < op.chunks ? chunk + 1 : op.next_chunk);
       const RowHead* const heads = reinterpret_cast<const RowHead*>(at);
       const char* const weights = at + (c.rows * sizeof(RowHead) + 15) / 16 * 16;
@@ -256,14 +253,8 @@ struct Block {
         const int row = head.row_and_quads & 0xffff, count = head.row_and_quads >> 16;
         T sum[Tangent ? 2 * V : V] = {};
         multiply<Tangent, Indirect>(weights, cols, values, int(head.first) + part, int(head.first) + count, 1 << split, source, stride, sum);
-        if (split == 0) {
-          if (mine) finish<Layer, V, Tangent>(op, row, lane * V, sum, trace_part);
-        } else {
-          T one[Tangent ? 2 : 1];
-          one[0] = meet(sum);
-          if constexpr (Tangent) one[1] = meet(sum + V);
-          if (mine && !stands_by()) finish<Layer, 1, Tangent>(op, row, sample_of_part(), one, trace_part);
-        }
+        const T value = meet(sum), its_tangent = Tangent ? meet(sum + (Tangent ? V : 0)) : T(0);
+        if (mine && !stands_by()) finish<Layer, Tangent>(op, row, value, its_tangent, trace_part);
       }
     }
     if (reduces) add_to_trace(trace_part);
@@ -276,10 +267,10 @@ struct Block {
     constexpr int N = Tangent ? 2 * V : V;
     const T* const source = rows_of(op.source) + lane * V;
     const int stride = op.source.stride << tile_log, tangent = samples(), cols = op.cols;
-    T trace_part[V] = {};
+    T trace_part = T(0);
     for (int i = 0; i < op.chunks; ++i) {
       const int chunk = op.first_chunk + i;
-      const Chunk c = chunks[chunk];
+      const Chunk c = chunks()[chunk];
       const char* const at = acquire(chunk, c, i + 1 < op.chunks ? chunk + 1 : op.next_chunk);
       const RowHead* const heads = reinterpret_cast<const RowHead*>(at);
       const T* const weights = reinterpret_cast<const T*>(at + (c.rows * sizeof(RowHead) + 15) / 16 * 16);
@@ -313,14 +304,8 @@ struct Block {
           T own[N];
 #pragma unroll
           for (int v = 0; v < N; ++v) own[v] = r == 0 ? sum[0][v] : r == 1 ? sum[1][v] : r == 2 ? sum[2][v] : sum[3][v];
-          if (split == 0) {
-            if (row != kNoRow) finish<Layer, V, Tangent>(op, row, lane * V, own, trace_part);
-          } else {
-            T one[Tangent ? 2 : 1];
-            one[0] = meet(own);
-            if constexpr (Tangent) one[1] = meet(own + V);
-            if (row != kNoRow && !stands_by()) finish<Layer, 1, Tangent>(op, row, sample_of_part(), one, trace_part);
-          }
+          const T value = meet(own), its_tangent = Tangent ? meet(own + (Tangent ? V : 0)) : T(0);
+          if (row != kNoRow && !stands_by()) finish<Layer, Tangent>(op, row, value, its_tangent, trace_part);
         }
       }
     }
@@ -328,33 +313,24 @@ struct Block {
     else sync();
   }
 
-  template <bool Layer, int N, bool Tangent>
-  SF_DEVICE void finish(const DeviceOp& op, int row, int sample, const T* sum, T* trace_part) const {
-    if constexpr (Layer) finish_layer<N, Tangent>(op, row, sample, sum, trace_part);
-    else finish_product<N>(op, row, sample, sum, trace_part);
+  template <bool Layer, bool Tangent>
+  SF_DEVICE void finish(const DeviceOp& op, int row, T sum, T tangent, T& trace_part) const {
+    if constexpr (Layer) finish_layer<Tangent>(op, row, sum, tangent, trace_part);
+    else finish_product(op, row, sum, trace_part);
   }
 
   // trace += the threads' parts, in a fixed order
-  SF_DEVICE void add_to_trace(T* parts) {
-    T* const to = red + (size_t(red_turn) * (blockDim.x / 32) << tile_log);
+  SF_DEVICE void add_to_trace(T mine) {
+    T* const to = red() + (size_t(red_turn) * (blockDim.x / 32) << tile_log);
     red_turn ^= 1;
-    const int bits = lanes_log + split, warp = threadIdx.x / 32;
-    const bool first_group = (threadIdx.x & 31) >> bits == 0;
-    if (split == 0) {
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        for (int bit = bits; bit < 5; ++bit) parts[v] += __shfl_xor_sync(kWarp, parts[v], 1 << bit);
-        if (first_group) to[(warp << tile_log) + lane * V + v] = parts[v];
-      }
-    } else {
-      for (int bit = bits; bit < 5; ++bit) parts[0] += __shfl_xor_sync(kWarp, parts[0], 1 << bit);
-      if (first_group && !stands_by()) to[(warp << tile_log) + sample_of_part()] = parts[0];
-    }
+    for (int bit = lanes_log + split; bit < 5; ++bit) mine += __shfl_xor_sync(kWarp, mine, 1 << bit);
+    const bool first_group = (threadIdx.x & 31) >> (lanes_log + split) == 0;
+    if (first_group && !stands_by()) to[(threadIdx.x / 32 << tile_log) + sample_of_part()] = mine;
     sync();
     for (int s = threadIdx.x; s < samples(); s += blockDim.x) {
       T sum = T(0);
       for (int w = 0; w < int(blockDim.x) / 32; ++w) sum += to[(w << tile_log) + s];
-      trace[s] += sum;  // always by the same thread; whoever else reads it does so behind the next operation's barrier, or sync_trace
+      trace()[s] += sum;  // always by the same thread; who else reads it waits at a barrier of its own
     }
   }
 
@@ -393,7 +369,7 @@ struct Block {
   SF_DEVICE void run_here(List list, T* lasting, T* each_stage) {
     const int begin = program.list[list], end = program.list[list + 1];
     for (int i = begin; i < end; ++i) {
-      const DeviceOp& op = ops[i];
+      const DeviceOp& op = ops()[i];
       if (op.kind == int(OpKind::kGradient)) {
         run_gradient(op, op.flags & kEachStage ? each_stage : lasting);
         continue;
@@ -411,126 +387,102 @@ struct Block {
   }
 };
 
-// What follows a row: N samples from `sample` on, sum[0 .. N-1] of their values and sum[N ..] of their tangents.
+// What follows a row, for one sample: `sum` of its value and `tangent` of its tangent.
 template <class T, int V, bool Shared>
-template <int N, bool Tangent>
-SF_DEVICE void Block<T, V, Shared>::finish_layer(const DeviceOp& op, int row, int sample, const T* sum, T* trace_part) const {
-  const int S = samples();
-  T* const out = op.target.row < 0 ? nullptr : row_of(op.target, row) + sample;
-  const OpKind kind = OpKind(op.kind);
-  const T a = T(op.a), b = T(op.b);
+template <bool Tangent>
+SF_DEVICE void Block<T, V, Shared>::finish_layer(const DeviceOp& op, int row, T sum, T tangent, T& trace_part) const {
+  const int S = samples(), sample = sample_of_part();
+  T* const out = row_of(op.target, row) + sample;
+  const T s = scale()[op.modulation + row];
+  auto at = [&](const Place& place) { return row_of(place, row) + sample; };
 
-  if (kind == OpKind::kAffine || kind == OpKind::kKeep) {
-    const T s = scale[op.modulation + row], c = shift[op.modulation + row];
-    const Activation which = Activation(op.activation);
-    const Store how = kind == OpKind::kKeep ? (Tangent ? Store::kTangent : Store::kValue) : Store(op.store);
-    T* const kept = kind == OpKind::kKeep && op.kept.row >= 0 ? row_of(op.kept, row) + sample : nullptr;
-    const bool slopes = op.slope_from == 0;
-    Activated<T> all[N];
-    T z[N];
-#pragma unroll
-    for (int v = 0; v < N; ++v) z[v] = sum[v] * s + c;
-    activate<T, N>(which, z, a, b, all);
-#pragma unroll
-    for (int v = 0; v < N; ++v) {
-      const Activated<T> act = all[v];
-      const T d = act.slope * s;
-      out[v] = act.h;
-      if (how == Store::kValueSlope) {
-        out[S + v] = d;
-      } else if (how == Store::kSeed || how == Store::kSeedReduce) {
-        const T tangent = d * (row_of(op.seed, row) + sample)[v];
-        if (how == Store::kSeed) out[S + v] = tangent;
-        else trace_part[v] += (row_of(op.weight, row) + sample)[v] * tangent;
-      } else if constexpr (Tangent) {
-        const T tangent = act.slope * (s * sum[N + v]);
-        if (how == Store::kTangent) out[S + v] = tangent;
-        else trace_part[v] += (row_of(op.weight, row) + sample)[v] * tangent;
+  if (OpKind(op.kind) != OpKind::kPull) {
+    const bool keep = OpKind(op.kind) == OpKind::kKeep;
+    const Activated<T> act = activate<T>(Activation(op.activation), sum * s + shift()[op.modulation + row], T(op.a), T(op.b));
+    const T d = act.slope * s;
+    const T carried = Tangent ? act.slope * (s * tangent) : T(0);
+    out[0] = act.h;
+    if (keep) {
+      if (Tangent) out[S] = carried;
+      if (op.kept.row < 0) return;
+      T* kept = at(op.kept);
+      if (op.slope_from == 0) {
+        *kept = d, kept += S;
+        if (op.flags & kCurvature) *kept = act.curvature * s * s * (Tangent ? tangent : T(1)), kept += S;
       }
-      if (kept != nullptr) {
-        T* to = kept + v;
-        if (slopes) {
-          *to = d, to += S;
-          if (op.flags & kCurvature) *to = act.curvature * s * s * (Tangent ? sum[(Tangent ? N : 0) + v] : T(1)), to += S;
-        }
-        if (op.flags & kRaw) *to = sum[v];
-      }
+      if (op.flags & kRaw) *kept = sum;
+      return;
+    }
+    switch (Store(op.store)) {
+      case Store::kValueSlope:
+        out[S] = d;
+        break;
+      case Store::kSeed:
+        out[S] = d * *at(op.seed);
+        break;
+      case Store::kSeedReduce:
+        trace_part += *at(op.weight) * (d * *at(op.seed));
+        break;
+      case Store::kTangent:
+        out[S] = carried;
+        break;
+      case Store::kTangentReduce:
+        trace_part += *at(op.weight) * carried;
+        break;
+      default:
+        break;
     }
     return;
   }
 
   const bool recovered = op.slope_from != 0, raw = op.flags & kRaw;
-  const T s = scale[op.modulation + row];
-  const T* const kept = op.kept.row < 0 ? nullptr : row_of(op.kept, row) + sample;
-  const T* const h = op.value.row < 0 ? nullptr : row_of(op.value, row) + sample;  // and its tangent behind
-  const T* const more = op.addend.row < 0 ? nullptr : row_of(op.addend, row) + sample;
-  const T* const dbar = op.slope_cotangent.row < 0 ? nullptr : row_of(op.slope_cotangent, row) + sample;
-  const int r_slot = recovered ? 0 : (op.flags & kCurvature ? 2 : 1);
-#pragma unroll
-  for (int v = 0; v < N; ++v) {
-    T hbar = sum[v], pbar = T(0), d, e = T(0);
-    if constexpr (Tangent) pbar = sum[N + v];
-    if (more != nullptr) {
-      hbar += more[v];
-      if constexpr (Tangent) pbar += more[S + v];
-    }
-    if (!recovered) {
-      d = kept[v];
-      if constexpr (Tangent) e = kept[S + v];
-    } else {
-      T bend = T(0);
-      if (op.slope_from == int(SlopeFrom::kTanh)) d = s * (T(1) - h[v] * h[v]), bend = T(-2) * s * h[v];
-      else if (op.slope_from == int(SlopeFrom::kSigmoid)) d = s * (h[v] * (T(1) - h[v])), bend = s * (T(1) - (h[v] + h[v]));
-      else d = s;
-      if constexpr (Tangent) e = bend * h[S + v];
-    }
-    T u = hbar * d;
-    if constexpr (Tangent) {
-      u += pbar * e;
-      out[S + v] = pbar * d;
-    } else if (dbar != nullptr) {
-      u += dbar[v] * kept[S + v];
-    }
-    out[v] = u;
-    if (raw) {
-      T gate = u * kept[r_slot * S + v];
-      if constexpr (Tangent) gate += pbar * h[S + v];
-      else if (dbar != nullptr) gate += dbar[v] * d;
-      out[(Tangent ? 2 : 1) * S + v] = gate;
-    }
+  const T* const kept = op.kept.row < 0 ? nullptr : at(op.kept);
+  const T* const h = op.value.row < 0 ? nullptr : at(op.value);  // and its tangent behind
+  const T* const dbar = op.slope_cotangent.row < 0 ? nullptr : at(op.slope_cotangent);
+  T hbar = sum, pbar = tangent, d, e = T(0);
+  if (op.addend.row >= 0) {
+    const T* const more = at(op.addend);
+    hbar += more[0];
+    if (Tangent) pbar += more[S];
+  }
+  if (!recovered) {
+    d = kept[0];
+    if (Tangent) e = kept[S];
+  } else {
+    T bend = T(0);
+    if (op.slope_from == int(SlopeFrom::kTanh)) d = s * (T(1) - h[0] * h[0]), bend = T(-2) * s * h[0];
+    else if (op.slope_from == int(SlopeFrom::kSigmoid)) d = s * (h[0] * (T(1) - h[0])), bend = s * (T(1) - (h[0] + h[0]));
+    else d = s;
+    if (Tangent) e = bend * h[S];
+  }
+  T u = hbar * d;
+  if (Tangent) u += pbar * e, out[S] = pbar * d;
+  else if (dbar != nullptr) u += dbar[0] * kept[S];
+  out[0] = u;
+  if (raw) {
+    T gate = u * kept[recovered ? 0 : (op.flags & kCurvature ? 2 : 1) * S];
+    if (Tangent) gate += pbar * h[S];
+    else if (dbar != nullptr) gate += dbar[0] * d;
+    out[(Tangent ? 2 : 1) * S] = gate;
   }
 }
 
 template <class T, int V, bool Shared>
-template <int N>
-SF_DEVICE void Block<T, V, Shared>::finish_product(const DeviceOp& op, int row, int sample, const T* sum, T* trace_part) const {
-  const int S = samples();
-  T* const out = op.target.row < 0 ? nullptr : row_of(op.target, row) + sample;
-  const int i = op.factor_row < 0 ? row : in_image<int>(op.factor_row)[row];
-  const int j = op.factor2_row < 0 ? row : in_image<int>(op.factor2_row)[row];
-  const T* const factor = op.factor.row < 0 ? nullptr : row_of(op.factor, i) + sample;
-  const T* const factor2 = op.factor2.row < 0 ? nullptr : row_of(op.factor2, j) + sample;
+SF_DEVICE void Block<T, V, Shared>::finish_product(const DeviceOp& op, int row, T sum, T& trace_part) const {
+  const int S = samples(), sample = sample_of_part();
+  T term = sum;
+  if (op.factor.row >= 0) term *= row_of(op.factor, op.factor_row < 0 ? row : in_image<int>(op.factor_row)[row])[sample];
+  T other = T(1);
+  if (op.factor2.row >= 0) other = row_of(op.factor2, op.factor2_row < 0 ? row : in_image<int>(op.factor2_row)[row])[sample];
   if (OpKind(op.kind) == OpKind::kProduct) {
-    const T* const more = op.addend.row < 0 ? nullptr : row_of(op.addend, row) + sample;
-#pragma unroll
-    for (int v = 0; v < N; ++v) {
-      T first = sum[v];
-      if (factor != nullptr) first *= factor[v];
-      if (more != nullptr) first += more[v];
-      if (op.flags & kSecond) out[S + v] = factor2 != nullptr ? factor2[v] * sum[v] : sum[v];
-      out[v] = first;
-    }
+    T* const out = row_of(op.target, row) + sample;
+    if (op.addend.row >= 0) term += row_of(op.addend, row)[sample];
+    if (op.flags & kSecond) out[S] = other * sum;
+    out[0] = term;
     return;
   }
-  T coefficient = T(1);
-  if (op.coefficient >= 0) coefficient = op.flags & kDynamicCoefficient ? dynamic[op.coefficient + row] : in_image<T>(op.coefficient)[row];
-#pragma unroll
-  for (int v = 0; v < N; ++v) {
-    T term = sum[v] * coefficient;
-    if (factor != nullptr) term *= factor[v];
-    if (factor2 != nullptr) term *= factor2[v];
-    trace_part[v] += term;
-  }
+  if (op.coefficient >= 0) term *= op.flags & kDynamicCoefficient ? dynamic[op.coefficient + row] : in_image<T>(op.coefficient)[row];
+  trace_part += term * other;
 }
 
 }  // namespace sparseflow::cuda

@@ -96,7 +96,7 @@ struct DeviceProgram {
 // block has `global_bytes`, with the offsets named below.
 struct BlockPlan {
   int32_t tile_log = 3;   // S = 1 << tile_log
-  int32_t split_log = 0;  // parts of a row, summed up by shuffles: none or at least the samples of a thread
+  int32_t split_log = 2;  // parts of a row, summed up by shuffles: at least as many as a thread has samples
   int32_t threads = 256;
   int32_t resident = 1;   // all streams are in shared memory; else they come through a ring of two chunks
   int32_t ops = 0, modulation = 0, dynamic = 0, reduce = 0, work = 0, state = 0, streams = 0;

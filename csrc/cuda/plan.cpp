@@ -8,11 +8,10 @@ namespace sparseflow::cuda {
 // Many samples to a tile use every weight that is read more often; few spread a small batch over the chip. Parts pay where
 // rows are long or few. One sample to a tile: for a step size per sample.
 const Shape kShapes[] = {
-    {32, 4, 1, 512}, {32, 4, 1, 256}, {32, 4, 4, 512}, {32, 4, 4, 256},                                    //
-    {16, 4, 1, 256}, {16, 4, 4, 512}, {16, 4, 4, 256}, {16, 4, 8, 512},                                    //
-    {8, 4, 1, 128},  {8, 4, 4, 512},  {8, 4, 4, 256},  {8, 4, 4, 128}, {8, 4, 8, 512}, {8, 4, 16, 512},    //
-    {4, 4, 4, 256},  {4, 4, 4, 128},  {4, 4, 8, 256},  {4, 4, 16, 512},                                    //
-    {32, 1, 1, 512}, {16, 1, 1, 256}, {16, 1, 2, 512}, {8, 1, 1, 256}, {8, 1, 4, 512}, {4, 1, 8, 512},     //
+    {32, 4, 4, 512}, {32, 4, 4, 256}, {16, 4, 4, 512}, {16, 4, 4, 256}, {16, 4, 8, 512}, {16, 4, 4, 128},              //
+    {8, 4, 4, 512},  {8, 4, 4, 256},  {8, 4, 4, 128},  {8, 4, 8, 512},  {8, 4, 16, 512}, {8, 4, 8, 256},               //
+    {4, 4, 4, 256},  {4, 4, 4, 128},  {4, 4, 8, 256},  {4, 4, 16, 512}, {4, 4, 32, 512},                               //
+    {32, 1, 1, 512}, {16, 1, 1, 256}, {16, 1, 2, 512}, {8, 1, 1, 256},  {8, 1, 4, 512},  {4, 1, 8, 512}, {4, 1, 2, 128},  //
     {1, 1, 1, 64},   {1, 1, 1, 128},  {1, 1, 4, 256},  {1, 1, 16, 512},
 };
 const int kShapeCount = int(sizeof kShapes / sizeof kShapes[0]);
@@ -131,7 +130,7 @@ std::vector<Plan> plans(const Image<T>& image, const Device& device, int batch, 
   for (int i = 0; i < kShapeCount; ++i) {
     const Shape& shape = kShapes[i];
     if ((shape.tile == 1) != per_sample) continue;
-    if (sizeof(T) == 8 && shape.per_thread != 1) continue;  // double: one sample to a thread
+    if ((shape.per_thread == 1) != (sizeof(T) == 8 || per_sample)) continue;  // double: one sample to a thread
     bool fits = false;
     Plan plan = plan_for(image, shape, device, batch, stages, adjoint, per_tile, fits);
     if (fits) found.push_back(std::move(plan));

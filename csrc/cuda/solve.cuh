@@ -110,7 +110,7 @@ struct Integration {
   // Everything that depends on time, and a trace of zero; the state is in place. Behind it the operations may run.
   SF_CALLED void prepare(T t) {
     if (program.dynamic_modulations) block.modulate(in.evaluate ? t : T(in.sign) * t, false);
-    for (int s = threadIdx.x; s < S; s += blockDim.x) block.trace[s] = T(0);
+    for (int s = threadIdx.x; s < S; s += blockDim.x) block.trace()[s] = T(0);
     sync();
     if (program.n_gated) {
       block.sum_paths();
@@ -137,7 +137,7 @@ struct Integration {
     const int stride = program.output.stride << block.tile_log;
     for (int i = threadIdx.x; i < dim * S; i += blockDim.x) to[i] = T(in.sign) * f[(i >> block.tile_log) * stride + (i & (S - 1))];
     if (program.divergence)
-      for (int s = threadIdx.x; s < S; s += blockDim.x) to[dim * S + s] = T(-in.sign) * block.trace[s];
+      for (int s = threadIdx.x; s < S; s += blockDim.x) to[dim * S + s] = T(-in.sign) * block.trace()[s];
     sync();
   }
 
@@ -542,7 +542,7 @@ struct Integration {
         in.f[size_t(first_sample) * dim + i] = f[size_t(c) * stride + s];
       }
       if (in.f_trace != nullptr)
-        for (int s = threadIdx.x; s < count; s += blockDim.x) in.f_trace[first_sample + s] = block.trace[s];
+        for (int s = threadIdx.x; s < count; s += blockDim.x) in.f_trace[first_sample + s] = block.trace()[s];
       sync();
     }
   }
