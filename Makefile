@@ -1,22 +1,25 @@
 # Needs Python >= 3.11 and a C++17 compiler (GCC >= 12 or Clang); everything else is installed into .venv.
+# nvcc, where it is found, adds the CUDA module (SPARSEFLOW_CUDA=auto|on|off, see setup.py).
 PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
-SOURCES := $(shell find csrc sparseflow_kernels -type f \( -name '*.py' -o -name '*.h' -o -name '*.cpp' \)) \
-           setup.py pyproject.toml CMakeLists.txt constraints.txt
+NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt
+SOURCES := $(shell find sparseflow_kernels -type f -name '*.py') $(NATIVE_SOURCES) setup.py pyproject.toml constraints.txt
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 # One thread per process: tests run in parallel processes, and timings are quoted per core.
 export OMP_NUM_THREADS = 1
 export MKL_NUM_THREADS = 1
 
-.PHONY: demo test native-test bench sanitize clean
+.PHONY: demo test native-test bench gpu sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sparseflow demo
 
+test: export SPARSEFLOW_CUDA_HOST = $(CURDIR)/build/native/_cuda_host.so
 test: $(VENV)/.test native-test
 	$(BIN)/pytest -n $(JOBS) $(PYTEST_ARGS)
 
@@ -25,30 +28,51 @@ bench: $(VENV)/.bench
 	$(BIN)/sparseflow bench --train --peers torchdiffeq-direct,diffrax
 	$(BIN)/pytest bench --benchmark-only
 
-native-test: build/native/sparseflow_native_test
-	$<
+# The GPU's tests and measurements. Where PYTHON already has a torch for the GPU, `make gpu SYSTEM=1` uses that one and
+# its packages: it downloads nothing and installs nothing but this package, into build/system.
+ifdef SYSTEM
+gpu: GPU_PYTHON = PYTHONPATH=$(CURDIR)/build/system $(PYTHON)
+gpu: build/system/.installed
+else
+gpu: GPU_PYTHON = $(BIN)/python
+gpu: $(VENV)/.gpu
+endif
+gpu: export SPARSEFLOW_CUDA = on
+gpu:
+	$(GPU_PYTHON) -P -m pytest $(wildcard tests/test_cuda_*.py tests/test_triton_*.py) $(PYTEST_ARGS)
+	$(GPU_PYTHON) bench/gpu.py $(BENCH_ARGS)
 
-sanitize: build/sanitize/sparseflow_native_test
-	$<
+native-test: build/native/.built
+	$(BIN)/ctest --test-dir build/native --output-on-failure --no-tests=error
 
-build/native/sparseflow_native_test: CMAKE_ARGS :=
-build/sanitize/sparseflow_native_test: CMAKE_ARGS := -DSPARSEFLOW_SANITIZE=ON
-build/%/sparseflow_native_test: $(SOURCES) | $(VENV)/.tools
-	$(BIN)/cmake --fresh -S . -B build/$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DSPARSEFLOW_PYTHON=OFF $(CMAKE_ARGS)
-	$(BIN)/cmake --build build/$* --target sparseflow_native_test --parallel $(JOBS)
+sanitize: build/sanitize/.built
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+
+# Configured without CUDA: these trees compile the .cu as C++ over the host shim.
+build/native/.built: CMAKE_ARGS = -DSPARSEFLOW_PYTHON=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+build/sanitize/.built: CMAKE_ARGS = -DSPARSEFLOW_PYTHON=OFF -DSPARSEFLOW_SANITIZE=ON
+build/%/.built: $(NATIVE_SOURCES) | $(VENV)/.tools
+	$(BIN)/cmake -S . -B build/$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) $(CMAKE_ARGS)
+	$(BIN)/cmake --build build/$* --target native_tests --parallel $(JOBS)
 	touch $@
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.tools: $(VENV)/bin/python constraints.txt
-	$(PIP) cmake ninja
+	$(PIP) cmake ninja pybind11
 	touch $@
 
 # Each set of extras is a stamp; the package itself is reinstalled when a source changed (unchanged kernels are not
 # compiled again: build/ keeps their objects).
+$(VENV)/.gpu: EXTRAS = test,gpu
+$(VENV)/.%: EXTRAS = $*
 $(VENV)/.%: $(SOURCES) | $(VENV)/bin/python
-	$(PIP) '.[$*]'
+	$(PIP) '.[$(EXTRAS)]'
+	touch $@
+
+build/system/.installed: $(SOURCES)
+	$(PYTHON) -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps --no-index --upgrade --target build/system .
 	touch $@
 
 clean:

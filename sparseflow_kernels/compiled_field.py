@@ -34,7 +34,7 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
 
     module_or_field: a module whose forward is a chain of linear layers, functions of t and activations (`capture`); a
     VectorField; or a CompiledField, to compile its current values again (after pruning them, or for another engine).
-    engine: "auto" (by device and fit), "reference", "cpu".  dim: size of the state, where capture cannot tell.
+    engine: "auto" (by device and fit), "reference", "cpu", "cuda", "triton".  dim: size of the state, where capture cannot tell.
 
     The result keeps the module's dtype and device and shares no memory with it. What the module does not have (a bias
     left out, a masked entry of a bias) is not trained either: its gradient is zero, or `requires_grad` False.
@@ -361,6 +361,7 @@ class CompiledField(nn.Module):
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         engine, reason = choose(field, self.requested)
         lines += ["", f"multiply-adds per sample and evaluation: {self.nnz}", f"engine: {engine.name} ({reason})"]
+        lines += self.packed().describe()
         lines += self._gradient_lines()
         for kind in KINDS:
             plan = self.divergence_plan(kind)

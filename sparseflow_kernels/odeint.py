@@ -94,11 +94,12 @@ def solve(
 ) -> Solution:
     """`odeint`, returning a Solution: the same outputs as `.ys`, and `.stats`.
 
-    step_control: "shared", one step size for the batch as in torchdiffeq, or "per_tile": each tile of samples chooses
-    its own (compiled fields on an engine that can; no gradient).
+    step_control: "shared", one step size for the batch as in torchdiffeq; "per_tile": each tile of samples chooses its
+        own (the cpu and cuda engines); "per_sample": each sample does (the cuda engine). The latter two are for compiled
+        fields, and have no gradient.
     """
-    if step_control not in ("shared", "per_tile"):
-        raise ValueError(f"step_control must be 'shared' or 'per_tile', not {step_control!r}")
+    if step_control not in ("shared", "per_tile", "per_sample"):
+        raise ValueError(f"step_control must be 'shared', 'per_tile' or 'per_sample', not {step_control!r}")
     if event_fn is not None:
         call: EngineCall | TorchCall | str = "events need Python at every step"
         _refuse_tsit5(method, "events")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Stats:
     """How a solve went.
 
-    nfe: evaluations of f (with step_control="per_tile": the mean over tiles, rounded up).
+    nfe: evaluations of f (unless step_control is "shared": the mean over tiles, or samples, rounded up).
     accepted, rejected: steps; None where the solver that ran does not tell (Adams, SciPy).
     steps: float64 CPU [accepted, 2], (t, dt) of every accepted step, t in the caller's time and dt positive; None where
         it is not known.

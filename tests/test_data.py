@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sparseflow_kernels import data
-from sparseflow_kernels.data import cache, power, toy
+from sparseflow_kernels import files
+from sparseflow_kernels.data import power, toy
 
 torch.set_num_threads(1)
 
@@ -135,22 +136,22 @@ def test_unknown_names_and_options():
 
 def test_cache_folder_is_the_users_choice(monkeypatch, tmp_path):
     monkeypatch.setenv("SPARSEFLOW_CACHE", str(tmp_path))
-    assert cache.cache_dir() == tmp_path
+    assert files.cache_dir() == tmp_path
     monkeypatch.delenv("SPARSEFLOW_CACHE")
-    assert cache.cache_dir().name == "sparseflow"
+    assert files.cache_dir().name == "sparseflow"
 
 
 def test_writes_are_whole_or_not_at_all(tmp_path):
     path = tmp_path / "deep" / "file.bin"
-    with cache.atomic_write(path) as temporary:
+    with files.atomic_write(path) as temporary:
         temporary.write_bytes(b"old")
-    with pytest.raises(RuntimeError), cache.atomic_write(path) as temporary:
+    with pytest.raises(RuntimeError), files.atomic_write(path) as temporary:
         temporary.write_bytes(b"half of the n")
         raise RuntimeError
     assert path.read_bytes() == b"old" and [p.name for p in path.parent.iterdir()] == ["file.bin"]
-    cache.verify(path, cache.sha256(path))
-    with pytest.raises(cache.ChecksumError, match="expected 00"):
-        cache.verify(path, "00")
+    files.verify(path, files.sha256(path))
+    with pytest.raises(files.ChecksumError, match="expected 00"):
+        files.verify(path, "00")
 
 
 # ---------------------------------------------------------------------------------------------------------- POWER
@@ -214,7 +215,7 @@ def test_power_is_opt_in_checked_and_cached(monkeypatch, tmp_path, wheel):
     planted.write_bytes(wheel[0].read_bytes())
     with pytest.raises(data.ChecksumError, match="delete the file"):
         data.load("power", download=True)
-    monkeypatch.setattr(power, "WHEEL_SHA256", cache.sha256(planted))
+    monkeypatch.setattr(power, "WHEEL_SHA256", files.sha256(planted))
     first = data.load("power", download=True)
     planted.unlink()
     second = data.load("power")

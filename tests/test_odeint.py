@@ -609,7 +609,7 @@ def test_tsit5_limits():
 
 def test_step_control_is_checked():
     func, y0 = problem(None)
-    with pytest.raises(ValueError, match="'shared' or 'per_tile'"):
+    with pytest.raises(ValueError, match="'shared', 'per_tile' or 'per_sample'"):
         solve(func, y0, TIMES["up"], step_control="per_row")
     with pytest.raises(ValueError, match="records no common steps"):
         solve(func, y0, TIMES["up"], step_control="per_tile")

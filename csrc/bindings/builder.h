@@ -207,7 +207,7 @@ class Builder {
 
 template <class T>
 py::class_<Builder<T>> bind_builder(py::module_& m, const char* name) {
-  py::class_<Builder<T>> c(m, name, "Collects the parts of a program (csrc/field.h); compiling checks them.");
+  py::class_<Builder<T>> c(m, name, py::module_local(), "Collects the parts of a program (csrc/field.h); compiling checks them.");
   c.def(py::init<>())
       .def("matrix", &Builder<T>::matrix, py::arg("rows"), py::arg("cols"), py::arg("row_ptr"), py::arg("col"), py::arg("values"))
       .def("gated_matrix", &Builder<T>::gated_matrix, py::arg("rows"), py::arg("cols"), py::arg("row_ptr"), py::arg("col"),

@@ -349,6 +349,8 @@ double activation_rate(int id, int repeats) {
 
 }  // namespace
 
+void bind_linear(py::module_& m);  // linear.cpp
+
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The CPU engine: sparse vector fields, tile by tile.";
   m.def("isa", [] { return std::string(kernels().name); }, "the instruction set in use");
@@ -361,6 +363,7 @@ PYBIND11_MODULE(_cpu, m) {
   }, "every compiled instruction set this machine can run");
   bind<float>(m, "BuilderF32", "ProgramF32", "AdjointF32");
   bind<double>(m, "BuilderF64", "ProgramF64", "AdjointF64");
+  bind_linear(m);
   m.def("activation_f32", [](int id, double a, double b, const Array<float>& z, const std::string& isa) {
     return activation_with<float>(*find_set(isa).f32, id, a, b, z); },
     py::arg("id"), py::arg("a"), py::arg("b"), py::arg("z"), py::arg("isa") = "", "(value, slope) of an activation");

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import data
 from ..build_info import build_info
-from ..data.cache import atomic_write
+from ..files import atomic_write
 from ..data.dataset import Dataset
 from ..flows import ContinuousFlow
 from ..odeint import solve

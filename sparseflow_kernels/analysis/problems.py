@@ -8,7 +8,7 @@ steps, not on what the flow has learnt.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ DEFAULT_KEEPS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)
 
 @dataclass
 class Problem:
-    """d/dt (x, l) = (f, -tr df/dx) from t = 0 to 1, float32, on the CPU.
+    """d/dt (x, l) = (f, -tr df/dx) from t = 0 to 1, float32; made on the CPU (`on` moves it).
 
     module: a plain nn.Module, pruned weights baked in as zeros.  x: [batch, dim].  noise: [batch, dim], Rademacher, or
     None for the exact divergence.
@@ -77,11 +77,17 @@ class Problem:
 
     @property
     def times(self) -> Tensor:
-        return torch.tensor([0.0, 1.0], dtype=self.x.dtype)
+        return self.x.new_tensor([0.0, 1.0])
 
     def state(self) -> tuple[Tensor, Tensor]:
         """(x [batch, dim], l = 0 [batch]) at t = 0."""
-        return self.x, torch.zeros(self.x.shape[0], dtype=self.x.dtype)
+        return self.x, self.x.new_zeros(self.x.shape[0])
+
+    def on(self, device: torch.device, rows: int | None = None) -> "Problem":
+        """A copy on a device, of the first `rows` samples or all."""
+        noise = None if self.noise is None else self.noise[:rows].to(device)
+        module = copy.deepcopy(self.module).to(device)
+        return replace(self, module=module, x=self.x[:rows].to(device), noise=noise)
 
     def reference(self, rows: int) -> "Problem":
         """The first `rows` samples in float64, at tolerance 1e-10: samples do not see one another but through step sizes."""

@@ -202,7 +202,7 @@ def sparseflow_step(problem: Problem, engine: str = "auto") -> StepRun:
 _compiled: dict = {}  # compiling takes longer than all else: once for all keep ratios of a field
 
 
-def _diffrax_step(problem: Problem) -> Callable:
+def diffrax_step(problem: Problem) -> Callable:
     """f(masks, *JaxField.arguments) -> (loss, steps, gradients), compiled when it is first called."""
     import jax
 
@@ -227,7 +227,7 @@ def diffrax_jit(problem: Problem) -> StepRun:
 
     known = (problem.spec, problem.rtol, problem.atol)
     if known not in _compiled:
-        _compiled[known] = _diffrax_step(problem)
+        _compiled[known] = diffrax_step(problem)
     step = _compiled[known]
     weights, noise, start = JaxField.arguments(problem)
     masks = [(w != 0).astype(w.dtype) for w, *_ in weights]

@@ -22,7 +22,7 @@ from ..analysis.peers import BASELINE, OURS, one_thread
 from ..analysis.plots import plot_densities
 from ..analysis.problems import FieldSpec, Problem
 from ..build_info import build_info
-from ..data.cache import atomic_write
+from ..files import atomic_write
 from ..data.dataset import Dataset
 from ..flows import ContinuousFlow, mlp_field
 from ..pruning import copy_module, remove_masks_, size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,14 @@ from .console import show_table
 
 def _rate(value: float | None) -> str:
     return "n/a" if value is None else f"{value / 1e9:.2f} G/s"
+
+
+def _text(entry: Any) -> str:
+    if isinstance(entry, list):
+        return ", ".join(map(_text, entry))
+    if isinstance(entry, dict):
+        return f"({', '.join(f'{key} {_text(value)}' for key, value in entry.items())})"
+    return str(entry)
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False) -> None:
@@ -28,8 +36,6 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="print one JSON ob
         if not isinstance(value, dict):
             rows.append((part, str(value)))
             continue
-        for key, entry in value.items():
-            if entry is not None:
-                rows.append((f"{part}.{key}", ", ".join(entry) if isinstance(entry, list) else str(entry)))
+        rows += [(f"{part}.{key}", _text(entry)) for key, entry in value.items() if entry is not None]
     rows += [(f"rate.{name} (one core, float32)", _rate(rate)) for name, rate in rates.items()]
     show_table("sparseflow_kernels", ("what", "value"), rows)

@@ -19,7 +19,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError
 
-from ..data.cache import ChecksumError, atomic_write, sha256
+from ..files import ChecksumError, atomic_write, sha256
 from ..flows import ContinuousFlow
 from ..pruning import KEEP_RATIOS, copy_module, dense_size, size
 from ..training import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Callable
 
 from . import digits, photos, power, toy
-from .cache import ChecksumError, cache_dir
+from ..files import ChecksumError, cache_dir
 from .dataset import Dataset
 
 LOADERS: dict[str, Callable[..., Dataset]] = {

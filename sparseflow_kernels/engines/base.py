@@ -31,7 +31,8 @@ class SolveRequest:
     grid: float64 CPU, only for a FixedTableau: the points the solver steps on, from times[0] to times[-1];
         outputs between them are interpolated linearly.  perturb: fixed grids only, as in torchdiffeq.
     noise: [batch, dim] Hutchinson probe, only for a "hutchinson" divergence.
-    step_control: "shared" (torchdiffeq's: one step size for the batch) or "per_tile" (each tile of samples on its own).
+    step_control: "shared" (torchdiffeq's: one step size for the batch), "per_tile" (each tile of samples on its own) or
+        "per_sample"; an engine that does not know one of them says so with ValueError.
     replay: float64 CPU [steps, 2], (t, dt) of an earlier solve's accepted steps, to be taken again without control, for
         the gradient of that solve. Only ever given to differentiable engines.
     record: keep in the result what `solve_backward` needs beside the request.
@@ -59,8 +60,8 @@ class SolveResult:
     state) or "max_num_steps"; then t, dt say where it stopped and `rows` lists offending batch rows (may be empty).
 
     xs: [outputs, batch, dim].  ls: [outputs, batch] or None.
-    nfe, accepted, rejected: counts (per_tile: nfe is the mean over tiles, rounded up; accepted and rejected the sums).
-    steps: float64 CPU [accepted, 2], (t, dt) of every accepted step in the request's upward time; empty for per_tile.
+    nfe, accepted, rejected: counts (on their own: nfe is the mean over tiles, rounded up; accepted and rejected the sums).
+    steps: float64 CPU [accepted, 2], (t, dt) of every accepted step in the request's upward time; empty unless shared.
     states, derivatives: with `record`, x at the ends of the accepted steps, [accepted + 1, batch, dim], and derivatives of
         the steps' stages, [.., batch, dim], as many as the engine has a use for.
     slopes: with `record`, of an adaptive method, (dx/dt [outputs, batch, dim], dl/dt [outputs, batch] or None) of the
@@ -114,8 +115,17 @@ class Engine(ABC):
     def unsupported(field: VectorField) -> str | None:
         """Why this engine cannot run the field, in a sentence with the remedy; None if it can."""
 
+    @classmethod
+    def unsuited(cls, field: VectorField) -> str | None:
+        """Why another engine of the same device would do better, though this one can run the field; None if not so."""
+        return None
+
     @abstractmethod
     def __init__(self, field: VectorField, plan: "DivergencePlan | None" = None) -> None: ...
+
+    def describe(self) -> list[str]:
+        """How it runs the field: the form of each layer and what decided it, a line each; for people."""
+        return []
 
     def update(self, field: VectorField) -> bool:
         """Take over the values of a field that has the same patterns (the same objects), activations and functions of

@@ -112,6 +112,8 @@ class CpuEngine(Engine):
 
     def solve(self, request: SolveRequest) -> SolveResult:
         x = self._ready(request.x, "y0")
+        if request.step_control not in ("shared", "per_tile"):
+            raise ValueError(f"step_control={request.step_control!r}: the cpu engine knows 'shared' and 'per_tile'")
         batch, outputs = x.shape[0], len(request.times)
         l = ls = None
         if self.plan is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..divergence import DivergencePlan
 from ..field import TimeFunction, VectorField
 from ..numerics.tableaus import Tableau
+from . import shapes
 from .adjoint import no_adjoint, write_adjoint
 from .base import Engine, Gradient, SolveRequest, SolveResult
 from .native import address, field_gradients, native_options, native_tableau
@@ -73,8 +74,8 @@ class CudaEngine(Engine):
 
     step_control: "shared", "per_tile" and "per_sample" (a step size for every sample; no gradient).
 
-    Tuning: which launch shape is the quickest is estimated from counts (`plan`); `tune` measures, and what it found is used
-    for that batch from then on.
+    Tuning: which launch shape is the quickest is estimated from counts (csrc/cuda/plan.cpp); `tune` measures, and what it
+    found is used for that field and batch from then on, in later processes too (`shapes.json` in the cache folder).
     """
 
     name: ClassVar[str] = "cuda"
@@ -113,6 +114,23 @@ class CudaEngine(Engine):
                 return f"layer {layer.name!r} is wider than 65535; the triton engine runs any width"
         return None
 
+    @classmethod
+    def unsuited(cls, field: VectorField) -> str | None:
+        # the least a tile takes: a layer's values and tangents and the next one's, four samples
+        widths = [field.dim, *(layer.out_features for layer in field.layers)]
+        bytes_needed = max(a + b for a, b in zip(widths, widths[1:])) * 2 * 4 * field.dtype.itemsize
+        limit = cls._limits_of(field.device)["shared_per_block"]
+        if bytes_needed <= limit // 2:
+            return None
+        return (
+            f"four samples' activations of two layers take {bytes_needed} bytes, too much of the {limit} bytes of shared "
+            "memory that the cuda engine keeps them in"
+        )
+
+    @classmethod
+    def _limits_of(cls, device: torch.device) -> dict:
+        return _probe(cls.native())["devices"][device.index or 0]
+
     def __init__(self, field: VectorField, plan: DivergencePlan | None = None) -> None:
         reason = self.unsupported(field)
         if reason is not None:
@@ -122,8 +140,8 @@ class CudaEngine(Engine):
         self.stamp = 0
         self._field = field
         self._module = self.native()
-        self._index = 0 if field.device.index is None else field.device.index
-        self._limits = self._module.probe()["devices"][self._index]
+        self._index = field.device.index or 0
+        self._limits = self._limits_of(field.device)
         self._programs: dict[str, tuple[_Program, Writer]] = {}
         self._plans: dict[tuple, tuple[Any, int]] = {}
         self._capacity = FIRST_CAPACITY
@@ -176,11 +194,9 @@ class CudaEngine(Engine):
         """(launch shape, blocks) for a batch; the tuned one if there is one."""
         key = (kind, batch, stages, step_control)
         if key not in self._plans:
-            forced = os.environ.get("SPARSEFLOW_CUDA_SHAPE")
             found = self.candidates(batch, stages, kind, step_control)
-            if forced:
-                wanted = tuple(int(part) for part in forced.split(","))
-                found = [p for p in found if p.shape == wanted] or found
+            wanted = shapes.forced() or shapes.tuned(self._limits["name"], self._signature(*key))
+            found.sort(key=lambda plan: plan.shape != wanted)  # the others in their order behind it
             for plan in found:
                 blocks = self._blocks(plan, kind)
                 if blocks > 0:
@@ -228,12 +244,31 @@ class CudaEngine(Engine):
             found.append((plan, best))
         found.sort(key=lambda pair: pair[1])
         self.use(found[0][0], batch, stages, "forward", control)
-        return [(plan.shape, seconds) for plan, seconds in found]
+        table = [(plan.shape, seconds) for plan, seconds in found]
+        shapes.remember(self._limits["name"], self._signature("forward", batch, stages, control), table)
+        return table
+
+    def _signature(self, kind: str, batch: int, stages: int, step_control: str) -> str:
+        """What a tuned shape holds for."""
+        layers = "-".join(f"{layer.out_features}x{layer.in_features}:{layer.pattern.nnz}" for layer in self._field.layers)
+        form = "none" if self.plan is None else type(self.plan.form).__name__
+        return f"{layers} {form} {str(self.dtype).removeprefix('torch.')} {kind} batch {batch} stages {stages} {step_control}"
 
     def describe(self, batch: int = 1000) -> list[str]:
-        """How a batch of this size would run, for people."""
+        """The form of each layer, and how a batch of this size would run."""
+        program, writer = self._program("forward")
+        whole = program.image.dense
+        forms = [
+            f"{number} {'four dense rows at a time' if whole[matrix] else 'sparse rows'} ({layer.pattern.density:.0%})"
+            for number, (matrix, layer) in enumerate(zip(writer.weights, self._field.layers))
+        ]
         plan, blocks = self.plan_for(batch, 7)
-        return [f"batch {batch}: one launch of {blocks} blocks, {plan.reason}"]
+        key = self._signature("forward", batch, 7, "shared")
+        source = "tuned" if shapes.tuned(self._limits["name"], key) == plan.shape else "by estimate"
+        return [
+            f"layers on the GPU: {', '.join(forms)} [dense from {DENSE_ABOVE:.0%} on]",
+            f"a solve of {batch} samples: one launch of {blocks} blocks; {plan.reason} [{source}]",
+        ]
 
     # ------------------------------------------------------------------------------------------------- evaluations
 

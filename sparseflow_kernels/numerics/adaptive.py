@@ -20,15 +20,7 @@ from torch import Tensor
 from .clock import Clock
 from .fixed_grid import Trajectory, combine, solve_fixed
 from .interpolation import evaluate_polynomial, fit_quartic
-from .step_control import (
-    StepOptions,
-    StopPoints,
-    initial_step,
-    is_accepted,
-    next_step_size,
-    proposed_step,
-    trial_step,
-)
+from .step_control import StepOptions, StopPoints, initial_step, trial_step, walk
 from .tableaus import FixedTableau, Tableau
 
 Function = Callable[[Tensor, Tensor], Tensor]
@@ -122,93 +114,86 @@ def solve_adaptive(
     """
     times = times.to(torch.float64)
     points = times.tolist()
-    clock = Clock(times, y0)
     stops = StopPoints(points[0], options)
-    shift = clock.origin
-    t, y = points[0], y0
-
-    f0 = f(clock.tell(t, shift), y)
-    nfe = 1
+    solver = _Solver(f, Clock(times, y0), y0, times, tableau, rtol, atol, norm, record)
     if options.first_step is None:
         with torch.no_grad():
-            dt = _choose_first_step(f, clock, t, y, f0, tableau.order, rtol, atol, norm)
-        nfe += 1
+            dt = choose_first_step(f, solver.clock, points[0], y0, solver.f0, tableau.order, rtol, atol, norm)
+        solver.nfe += 1
     else:
         dt = float(options.first_step)
-
-    finite = bool(torch.isfinite(y).all())
-    step: _Step | None = None
-    steps: list[tuple[float, float]] = []
-    states: list[Tensor] = []
-    rejected = 0
-    ys = [y0]
-    status, suspects = "ok", [y0, f0]
-
-    for index, time in enumerate(points[1:], start=1):
-        tried = 0
-        while time > t:
-            dt = proposed_step(dt, options)
-            if tried >= options.max_num_steps:
-                status = "max_num_steps"
-            elif not t + dt > t:
-                status = "underflow"
-            elif not finite:
-                status = "non_finite"
-            if status != "ok":
-                break
-            tried += 1
-            t1, dt, kind = stops.cut(t, dt)
-            # A step cut at a stop ends at a fixed time, so its length, not its end, moves with times[0].
-            end = None if kind else shift
-            length = dt if end is shift else dt - shift
-            y1, k = _stages(f, clock, tableau, y, f0, t, length, t1, shift, end)
-            nfe += tableau.stages_per_step
-            with torch.no_grad():
-                error = combine(k, tableau.b_error, dt) / (atol + rtol * torch.maximum(y.abs(), y1.abs()))
-                ratio_tensor = torch.as_tensor(norm(error), device=y.device).abs()
-                # one transfer for both answers
-                ratio, is_finite = torch.stack(
-                    (ratio_tensor.to(torch.float64), torch.isfinite(y1).all().to(torch.float64))
-                ).tolist()
-            suspects = [y, y1, error]
-            if is_accepted(dt, ratio, options):
-                step = _Step(t, t1, length, shift, y, y1, k, tableau.b_mid)
-                steps.append((t, dt))
-                if record:
-                    states.append(y)
-                t, y, f0, finite, shift = t1, y1, k[-1], bool(is_finite), end
-                if kind == "jump":
-                    f0 = f(clock.tell(t, shift, side=+1), y)
-                    nfe += 1
-                stops.passed(kind)
-            else:
-                rejected += 1
-            dt = next_step_size(dt, ratio, tableau.order, options)
-        if status != "ok":
-            break
-        ys.append(step.output(time, times, index))
-
+    state = walk(points, dt, bool(torch.isfinite(y0).all()), tableau.order, options, stops, solver)
+    ys, states = solver.ys, solver.states
     if record:
-        states.append(y)
+        states.append(solver.y)
     ys.extend([torch.full_like(y0, math.nan)] * (len(points) - len(ys)))
     return Trajectory(
         ys=torch.stack(ys),
-        nfe=nfe,
-        accepted=len(steps),
-        rejected=rejected,
-        steps=torch.tensor(steps, dtype=torch.float64).reshape(-1, 2),
-        status=status,
-        t=t,
-        dt=dt,
-        suspects=[] if status == "ok" else [tensor.detach() for tensor in suspects],
+        nfe=solver.nfe,
+        accepted=len(state.steps),
+        rejected=state.rejected,
+        steps=torch.tensor(state.steps, dtype=torch.float64).reshape(-1, 2),
+        status=state.status,
+        t=state.t,
+        dt=state.dt,
+        suspects=[] if state.status == "ok" else [tensor.detach() for tensor in solver.suspects],
         states=states,
     )
 
 
-def _choose_first_step(
+class _Solver:
+    """The tensors of an adaptive solve: a `Stepper`."""
+
+    def __init__(
+        self, f: Function, clock: Clock, y0: Tensor, times: Tensor, tableau: Tableau, rtol: float | Tensor,
+        atol: float | Tensor, norm: Norm, record: bool,
+    ) -> None:  # fmt: skip
+        self.f, self.clock, self.times, self.tableau = f, clock, times, tableau
+        self.rtol, self.atol, self.norm, self.record = rtol, atol, norm, record
+        self.y, self.shift = y0, clock.origin
+        self.f0 = f(clock.tell(times[0].item(), self.shift), y0)
+        self.nfe = 1
+        self.ys, self.states = [y0], []
+        self.suspects = [y0, self.f0]
+        self.tried: _Step | None = None
+        self.step: _Step | None = None
+
+    def attempt(self, t: float, dt: float, t1: float, kind: str) -> tuple[float, bool]:
+        y, shift, tableau = self.y, self.shift, self.tableau
+        # A step cut at a stop ends at a fixed time, so its length, not its end, moves with times[0].
+        end = None if kind else shift
+        length = dt if end is shift else dt - shift
+        y1, k = _stages(self.f, self.clock, tableau, y, self.f0, t, length, t1, shift, end)
+        self.nfe += tableau.stages_per_step
+        with torch.no_grad():
+            error = combine(k, tableau.b_error, dt) / (self.atol + self.rtol * torch.maximum(y.abs(), y1.abs()))
+            ratio_tensor = torch.as_tensor(self.norm(error), device=y.device).abs()
+            # one transfer for both answers
+            ratio, is_finite = torch.stack(
+                (ratio_tensor.to(torch.float64), torch.isfinite(y1).all().to(torch.float64))
+            ).tolist()
+        self.suspects = [y, y1, error]
+        self.tried = _Step(t, t1, length, shift, y, y1, k, tableau.b_mid)
+        return ratio, bool(is_finite)
+
+    def accept(self, t: float, dt: float, t1: float, kind: str) -> None:
+        if self.record:
+            self.states.append(self.y)
+        self.step = self.tried
+        self.y, self.f0, self.shift = self.step.y1, self.step.k[-1], None if kind else self.shift
+        if kind == "jump":
+            self.f0 = self.f(self.clock.tell(t1, self.shift, side=+1), self.y)
+            self.nfe += 1
+
+    def output(self, index: int, time: float) -> None:
+        self.ys.append(self.step.output(time, self.times, index))
+
+
+def choose_first_step(
     f: Function, clock: Clock, t0: float, y0: Tensor, f0: Tensor, order: int,
     rtol: float | Tensor, atol: float | Tensor, norm: Norm,
 ) -> float:  # fmt: skip
+    """The first step's size (step_control.initial_step), which costs one evaluation; y0, f0 of any shape."""
     scale = atol + y0.abs() * rtol
     d0, d1 = (abs(float(norm(value / scale))) for value in (y0, f0))
     h0 = trial_step(d0, d1)

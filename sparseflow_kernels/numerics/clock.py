@@ -25,11 +25,12 @@ class Clock:
         """t0 + c * dt, formed in the state's real dtype."""
         return self.round(self.round(t0) + self.round(self.round(c) * self.round(dt)))
 
+    def seen(self, t: float, side: int = 0) -> float:
+        """t as f sees it, in the state's real dtype: the neighbour below it for side = -1, above it for +1."""
+        here = torch.tensor(t, dtype=self.dtype)
+        return (torch.nextafter(here, torch.full_like(here, side * torch.inf)) if side else here).item()
+
     def tell(self, t: float, shift: Tensor | None = None, side: int = 0) -> Tensor:
-        """The 0-d tensor that f gets for time t: the neighbour below it for side = -1, above it for +1. `shift`: a zero
-        that carries the gradient of t."""
-        if side:
-            here = torch.tensor(t, dtype=self.dtype)
-            t = torch.nextafter(here, torch.full_like(here, side * torch.inf)).item()
-        value = torch.full((), t, dtype=self.dtype, device=self.device)
+        """The 0-d tensor that f gets for time t (`seen`). `shift`: a zero that carries the gradient of t."""
+        value = torch.full((), self.seen(t, side), dtype=self.dtype, device=self.device)
         return value if shift is None else value + shift.to(value)

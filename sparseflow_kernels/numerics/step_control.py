@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol, Sequence
 
 
 @dataclass(frozen=True)
@@ -119,3 +120,60 @@ class StopPoints:
             self._next_step = min(self._next_step + 1, len(self._steps) - 1)
         elif kind == "jump":
             self._next_jump = min(self._next_jump + 1, len(self._jumps) - 1)
+
+
+class Stepper(Protocol):
+    """Whoever holds a solve's tensors: takes the steps that `walk` decides on."""
+
+    def attempt(self, t: float, dt: float, t1: float, kind: str) -> tuple[float, bool]:
+        """Try a step of dt from t to t1, cut at a stop of this kind: (scaled error norm, is the new state finite)."""
+
+    def accept(self, t: float, dt: float, t1: float, kind: str) -> None:
+        """The step tried last is accepted. Behind a "jump" the derivative is evaluated anew."""
+
+    def output(self, index: int, time: float) -> None:
+        """Read the output off the step accepted last."""
+
+
+@dataclass
+class Walk:
+    """What the control of a solve came to, as in Trajectory (fixed_grid.py)."""
+
+    t: float
+    dt: float
+    status: str = "ok"
+    steps: list[tuple[float, float]] = field(default_factory=list)
+    rejected: int = 0
+
+
+def walk(
+    points: Sequence[float], dt: float, finite: bool, order: int, options: StepOptions, stops: StopPoints, stepper: Stepper
+) -> Walk:
+    """The control of an adaptive solve: steps from points[0] past every other output time, the first of size dt, and what
+    is accepted. finite: is the initial state?"""
+    state = Walk(points[0], dt)
+    for index, time in enumerate(points[1:], start=1):
+        tried = 0
+        while time > state.t:
+            state.dt = dt = proposed_step(state.dt, options)
+            if tried >= options.max_num_steps:
+                state.status = "max_num_steps"
+            elif not state.t + dt > state.t:
+                state.status = "underflow"
+            elif not finite:
+                state.status = "non_finite"
+            if state.status != "ok":
+                return state
+            tried += 1
+            t1, dt, kind = stops.cut(state.t, dt)
+            ratio, is_finite = stepper.attempt(state.t, dt, t1, kind)
+            if is_accepted(dt, ratio, options):
+                stepper.accept(state.t, dt, t1, kind)
+                state.steps.append((state.t, dt))
+                state.t, finite = t1, is_finite
+                stops.passed(kind)
+            else:
+                state.rejected += 1
+            state.dt = next_step_size(dt, ratio, order, options)
+        stepper.output(index, time)
+    return state

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..data.cache import atomic_write
+from ..files import atomic_write
 from ..pruning.masks import set_mask_
 
 _FORMAT = "sparseflow-checkpoint-2"

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from .. import data
-from ..data.cache import atomic_write
+from ..files import atomic_write
 from ..data.dataset import Dataset
 from ..flows import ContinuousFlow
 from ..pruning import dense_size

@@ -1,4 +1,4 @@
-"""Where downloaded and derived data live, and how files get there whole or not at all."""
+"""Where downloaded, derived and measured data live, and how files get there whole or not at all."""
 
 from __future__ import annotations
 
