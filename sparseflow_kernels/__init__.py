@@ -14,14 +14,15 @@ from .flows import ContinuousFlow
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 from .pruning import prune_neurons_, prune_weights_
 from .solution import GradientError, Solution, SolverError
+from .sparse_linear import SparseLinear, sparsify_
 from .threads import get_num_threads, set_num_threads
 from .training import sparse_flow
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "CompiledField", "ContinuousFlow", "DivergenceField", "GradientError", "Solution", "SolverError", "UnsupportedFieldError",
-    "VectorField", "build_info", "compile", "get_num_threads", "odeint", "odeint_adjoint", "odeint_dense",
-    "odeint_event", "prune_neurons_", "prune_weights_", "set_num_threads", "solve", "sparse_flow",
-    "with_divergence",
+    "CompiledField", "ContinuousFlow", "DivergenceField", "GradientError", "Solution", "SolverError", "SparseLinear",
+    "UnsupportedFieldError", "VectorField", "build_info", "compile", "get_num_threads", "odeint", "odeint_adjoint",
+    "odeint_dense", "odeint_event", "prune_neurons_", "prune_weights_", "set_num_threads", "solve", "sparse_flow",
+    "sparsify_", "with_divergence",
 ]

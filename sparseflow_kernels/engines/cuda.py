@@ -3,6 +3,7 @@ torch's, work goes to torch's current stream, and the host waits once for a solv
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from functools import lru_cache
@@ -21,8 +22,7 @@ from .native import address, field_gradients, native_options, native_tableau
 from .program import Writer, write_program
 
 LEAST_CAPABILITY = (8, 0)  # asynchronous copies, and what the kernels are compiled for at the least
-RECORD_BYTES = 256 << 20  # memory that is first set aside for the states of a solve; a longer one is run again with more
-FIRST_CAPACITY = 64  # and for how many steps
+FIRST_CAPACITY = 64  # steps that a solve can record at first; a longer one is run again with room for them
 # Rows of a nearly dense layer share activations (csrc/cuda/block.cuh). By wavefronts of shared memory: a sparse row reaches
 # 0.22 of the multiply-add rate, four dense ones about 0.6. Not yet measured on a GPU.
 DENSE_ABOVE = float(os.environ.get("SPARSEFLOW_CUDA_DENSE_ABOVE", "0.37"))
@@ -35,38 +35,44 @@ class DeviceError(RuntimeError):
     """A launch failed, or what it left behind: the message says which, and whether the process can go on."""
 
 
-class _Values:
-    """The places of a matrix's numbers in an image, on the device."""
-
-    def __init__(self, place, entry, device: torch.device) -> None:
-        self.place = torch.from_numpy(place).to(device)
-        self.entry = torch.from_numpy(entry).to(device)
-
-
 class _Program:
-    """An image on the device, and a builder's place in `Writer.renew`: new numbers are written where they lie, without a
-    look at the host."""
+    """An image on the device. New numbers of a field are written where they lie, in a few launches and without a look at
+    the host."""
 
     def __init__(self, image: Any, device: torch.device, dtype: torch.dtype) -> None:
         self.image = image
-        self.device = device
         self.memory = torch.from_numpy(image.bytes).to(device)
-        self.numbers = self.memory.view(torch.uint8)[: self.memory.numel() // 16 * 16].view(dtype)
-        self._matrices: dict[int, _Values] = {}
-        self._modulations: dict[int, dict] = {}
+        self._numbers = self.memory.view(dtype)  # the image's size is a multiple of 16
+        self._map: tuple[Tensor, Tensor] | None = None  # where in it, and which of all numbers in the order they come
+        self._collected: list[Tensor] = []
+        self._places: list[tuple[Tensor, Tensor]] = []
+
+    def renew(self, writer: Writer, field: VectorField) -> None:
+        self._collected, self._places = [], []
+        writer.renew(self, field)
+        if self._map is None:
+            sizes = [0, *itertools.accumulate(values.numel() for values in self._collected)]
+            place = torch.cat([place for place, _ in self._places])
+            entry = torch.cat([entry + first for (_, entry), first in zip(self._places, sizes)])
+            self._map = place.to(self.memory.device), entry.to(self.memory.device)
+        place, entry = self._map
+        self._numbers[place] = torch.cat(self._collected).to(self._numbers.dtype)[entry]
+        self._collected = []
+
+    # as `Writer.renew` calls them
 
     def set_values(self, matrix: int, values: Tensor) -> None:
-        if matrix not in self._matrices:
-            self._matrices[matrix] = _Values(*self.image.matrix_places(matrix), self.device)
-        at = self._matrices[matrix]
-        self.numbers[at.place] = values.detach().to(self.numbers)[at.entry]
+        self._collected.append(values.detach().flatten())
+        if self._map is None:
+            self._places.append(tuple(torch.from_numpy(part) for part in self.image.matrix_places(matrix)))
 
     def set_modulation(self, modulation: int, **arrays: Tensor) -> None:
-        if modulation not in self._modulations:
-            self._modulations[modulation] = self.image.modulation_places(modulation)
-        places = self._modulations[modulation]
+        places = self.image.modulation_places(modulation) if self._map is None else None
         for name, values in arrays.items():
-            self.numbers[places[name] : places[name] + places["n"]] = values.detach().to(self.numbers)
+            self._collected.append(values.detach().flatten())
+            if places is not None:
+                entry = torch.arange(places["n"])
+                self._places.append((places[name] + entry, entry))
 
 
 class CudaEngine(Engine):
@@ -174,7 +180,7 @@ class CudaEngine(Engine):
         self.stamp += 1
         with self._on_device():
             for program, writer in self._programs.values():
-                writer.renew(program, field)
+                program.renew(writer, field)
         return True
 
     def _on_device(self):
@@ -351,10 +357,9 @@ class CudaEngine(Engine):
         noise = self._ready_noise(request.noise, x)
         with self._on_device():
             result, wanted = self._solve(request, x, l, noise, self._capacity)
-            if wanted > self._capacity:
+            if wanted > self._capacity:  # the same solve again, with room for what it turned out to take
                 self._capacity = wanted
-                if request.record:  # the same solve again, with room for what it turned out to take
-                    result, _ = self._solve(request, x, l, noise, wanted)
+                result, _ = self._solve(request, x, l, noise, wanted)
         return result
 
     def _solve(
@@ -373,9 +378,11 @@ class CudaEngine(Engine):
 
         rows = dim + (l is not None)
         several = shared and plan.tiles > blocks
+        if request.grid is not None:
+            capacity = len(request.grid) - 1
         parts = {
             "barrier": 64, "next_tile": 64,  # these two begin at zero
-            "stats": 64 * (1 if shared else plan.tiles), "blame": 16 * batch,
+            "stats": 64 * (1 if shared else plan.tiles), "steps": 16 * capacity if shared else 0, "blame": 16 * batch,
             "slots": 16 * self._module.SUMS * blocks, "global": blocks * plan.global_bytes,
             "tile_state": plan.tiles * 5 * rows * plan.shape[0] * x.element_size() if several else 0,
         }
@@ -388,23 +395,13 @@ class CudaEngine(Engine):
 
         recorded: dict[str, Tensor] = {}
         if request.record:
-            if request.grid is not None:
-                capacity = len(request.grid) - 1
-            else:
-                capacity = max(1, min(capacity, max(FIRST_CAPACITY, RECORD_BYTES // max(1, 2 * x.nbytes))))
-            recorded["steps"] = torch.zeros(capacity, 2, dtype=torch.float64, device=self.device)
             recorded["states"] = x.new_empty(capacity + 1, batch, dim)
             if adaptive:
                 recorded["derivatives"] = x.new_empty(capacity + 1, batch, dim)
                 recorded["x_slopes"] = torch.zeros_like(xs)
                 if ls is not None:
                     recorded["l_slopes"] = torch.zeros_like(ls)
-        elif not adaptive:
-            capacity = len(request.grid) - 1
-            recorded["steps"] = torch.zeros(capacity, 2, dtype=torch.float64, device=self.device)
-        else:
-            recorded["steps"] = torch.zeros(capacity, 2, dtype=torch.float64, device=self.device)
-        names = ("steps", "states", "derivatives", "x_slopes", "l_slopes")
+        names = ("states", "derivatives", "x_slopes", "l_slopes")
         arguments = {
             "image": program.memory.data_ptr(), "device": self._index, "blocks": blocks, "stream": self._stream(),
             "batch": batch, "x": x.data_ptr(), "l": address(l), "noise": address(noise), "shared": shared, "tableau": tableau,
@@ -416,9 +413,11 @@ class CudaEngine(Engine):
         }
         self._launch(program.image.solve, plan, arguments)
 
-        count = 8 * (1 if shared else plan.tiles)
-        stats = scratch[offsets["stats"] : offsets["stats"] + 8 * count].view(torch.float64).view(-1, 8)
-        said = stats.cpu()  # the one wait
+        # the one wait; of the steps, as many come along as most solves take
+        first_steps = min(capacity, FIRST_CAPACITY)
+        end = offsets["steps"] + 16 * first_steps if shared else offsets["steps"]
+        told = scratch[offsets["stats"] : end].cpu()
+        said = told[: parts["stats"]].view(torch.float64).view(-1, 8)
         accepted = int(said[:, 1].sum())
         failed = [tile for tile, code in enumerate(said[:, 3].tolist()) if code]
         status, t, dt, bad = "ok", 0.0, 0.0, ()
@@ -428,9 +427,12 @@ class CudaEngine(Engine):
             blame = scratch[offsets["blame"] : offsets["blame"] + 16 * batch].view(torch.float64).view(2, batch).cpu()
             bad = _offending(blame if l is not None else blame[:1], dim, None if shared else failed, plan.shape[0])
         kept = min(accepted, capacity) if shared else 0
+        steps = told[told.numel() - 16 * first_steps :] if shared else told[:0]
+        if kept > first_steps:
+            steps = scratch[offsets["steps"] : offsets["steps"] + 16 * kept].cpu()
         result = SolveResult(
             xs=xs, ls=ls, nfe=math.ceil(said[:, 0].mean()), accepted=accepted, rejected=int(said[:, 2].sum()),
-            steps=recorded["steps"][:kept].cpu() if shared and "steps" in recorded else torch.zeros(0, 2, dtype=torch.float64),
+            steps=steps.view(torch.float64).view(-1, 2)[:kept].clone(),
             status=status, t=t, dt=dt, rows=bad,
         )
         if request.record:
