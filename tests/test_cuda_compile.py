@@ -28,7 +28,12 @@ class Budget:
 
 
 # By the demangled name of a kernel, or of a function that is not inlined; the first pattern found in it counts.
-BUDGETS: dict[str, Budget] = {}
+BUDGETS: dict[str, Budget] = {
+    # the loops over rows: a few words that live across a whole list of operations
+    r"Block<.*>::run\(": Budget(spills=48),
+    # control, once a step: what lives across the calls of its parts is saved there
+    r"Integration<|_kernel<": Budget(spills=512),
+}
 
 
 @dataclass(frozen=True)

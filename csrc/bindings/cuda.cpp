@@ -115,7 +115,7 @@ void solve(const Image<T>& self, const Plan& plan, const py::dict& a) {
   p.global = address<char>(at("global"));
   const bool shared = a["shared"].cast<bool>();
   p.control = shared ? Control::kShared : Control::kPerTile;
-  p.tableau = device_tableau(tableau_of(a["tableau"]));
+  p.tableau = a["tableau"].cast<const DeviceTableau&>();
   const auto rtol = a["rtol"].cast<std::pair<double, double>>(), atol = a["atol"].cast<std::pair<double, double>>();
   p.rtol[0] = rtol.first, p.rtol[1] = rtol.second;
   p.atol[0] = atol.first, p.atol[1] = atol.second;
@@ -168,7 +168,7 @@ void backward(const Image<T>& self, const Plan& plan, const py::dict& a) {
     p.time = address<T>(at("time"));
     p.time_value = T(a["time_value"].cast<double>());
   } else {
-    p.tableau = device_tableau(tableau_of(a["tableau"]));
+    p.tableau = a["tableau"].cast<const DeviceTableau&>();
     p.sign = number("sign"), p.perturb = a["perturb"].cast<bool>();
     p.n_times = number("n_times"), p.n_steps = number("n_steps");
     p.times = address<double>(at("times")), p.steps = address<double>(at("steps"));
@@ -190,7 +190,7 @@ void bind(py::module_& m, const char* builder, const char* name) {
            "is stored whole");
 
   using I = Image<T>;
-  py::class_<I>(m, name, "A checked program laid out for a GPU (csrc/cuda/image.h).")
+  py::class_<I>(m, name, py::module_local(), "A checked program laid out for a GPU (csrc/cuda/image.h).")
       .def_property_readonly("bytes", [](const I& i) {
         py::array_t<uint8_t> out(py::ssize_t(i.bytes.size()));
         std::memcpy(out.mutable_data(), i.bytes.data(), i.bytes.size());
@@ -238,7 +238,9 @@ void bind(py::module_& m, const char* builder, const char* name) {
 SF_MODULE(SPARSEFLOW_MODULE_NAME, m) {
   m.doc() = "The CUDA engine: whole solves of sparse vector fields in one launch.";
   m.attr("SUMS") = kSums;
-  py::class_<Plan>(m, "Plan", "How a kernel would be launched (csrc/cuda/plan.h).")
+  py::class_<DeviceTableau>(m, "Tableau", py::module_local(), "A Runge-Kutta method, checked, as kernels take it.")
+      .def(py::init([](const py::dict& tableau) { return device_tableau(tableau_of(tableau)); }), py::arg("tableau"));
+  py::class_<Plan>(m, "Plan", py::module_local(), "How a kernel would be launched (csrc/cuda/plan.h).")
       .def_property_readonly("shape", [](const Plan& p) { return py::make_tuple(p.shape.tile, p.shape.per_thread, p.shape.parts, p.shape.threads); },
                              "(samples to a tile, to a thread, parts to a row, threads)")
       .def_readonly("tiles", &Plan::tiles)

@@ -6,8 +6,7 @@ namespace {
 
 using Kernel = void (*)(AdjointParams<float>);
 Kernel kernel_of(Instance instance) {
-  if (instance.per_thread == 4) return instance.shared ? adjoint_kernel<float, 4, true> : adjoint_kernel<float, 4, false>;
-  return instance.shared ? adjoint_kernel<float, 1, true> : nullptr;
+  return instance.shared ? adjoint_kernel<float, 4, true> : adjoint_kernel<float, 4, false>;
 }
 
 }  // namespace

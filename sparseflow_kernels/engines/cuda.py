@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..divergence import DivergencePlan
 from ..field import TimeFunction, VectorField
-from ..numerics.tableaus import Tableau
+from ..numerics.tableaus import FixedTableau, Tableau
 from . import shapes
 from .adjoint import no_adjoint, write_adjoint
 from .base import Engine, Gradient, SolveRequest, SolveResult
@@ -150,6 +150,8 @@ class CudaEngine(Engine):
         self._limits = self._limits_of(field.device)
         self._programs: dict[str, tuple[_Program, Writer]] = {}
         self._plans: dict[tuple, tuple[Any, int]] = {}
+        self._tableaus: dict[int, tuple] = {}
+        self._points: tuple[tuple[float, ...], Tensor] = (), torch.empty(0)
         self._capacity = FIRST_CAPACITY
         with torch.no_grad():
             self._program("forward")  # what cannot be laid out is refused now
@@ -339,6 +341,17 @@ class CudaEngine(Engine):
 
     # ------------------------------------------------------------------------------------------------- solves
 
+    def _tableau(self, tableau: Tableau | FixedTableau) -> Any:
+        if id(tableau) not in self._tableaus:  # kept beside it, so that no other one gets its id
+            self._tableaus[id(tableau)] = tableau, self._module.Tableau(native_tableau(tableau))
+        return self._tableaus[id(tableau)][1]
+
+    def _on_the_device(self, points: tuple[float, ...]) -> Tensor:
+        """Points of time, float64; the last ones asked for are at hand, and cost no copy."""
+        if points != self._points[0]:
+            self._points = points, torch.tensor(points, dtype=torch.float64, device=self.device)
+        return self._points[1]
+
     def solve(self, request: SolveRequest) -> SolveResult:
         x = self._ready(request.x, "y0")
         batch = x.shape[0]
@@ -367,12 +380,12 @@ class CudaEngine(Engine):
     ) -> tuple[SolveResult, int]:  # fmt: skip
         program, _ = self._program("forward")
         batch, dim, outputs = x.shape[0], self.dim, len(request.times)
-        tableau, adaptive = native_tableau(request.tableau), isinstance(request.tableau, Tableau)
+        adaptive = isinstance(request.tableau, Tableau)
         shared, stages = request.step_control == "shared", _stages(request)
         plan, blocks = self.plan_for(batch, stages, "forward", request.step_control)
         options = native_options(request.options)
         points = [*request.times.tolist(), *([] if request.grid is None else request.grid.tolist())]
-        times = torch.tensor([*points, *options["step_t"], *options["jump_t"]], dtype=torch.float64, device=self.device)
+        times = self._on_the_device((*points, *options["step_t"], *options["jump_t"]))
         xs = x.new_empty(outputs, batch, dim)
         ls = None if l is None else x.new_empty(outputs, batch)
 
@@ -404,7 +417,7 @@ class CudaEngine(Engine):
         names = ("states", "derivatives", "x_slopes", "l_slopes")
         arguments = {
             "image": program.memory.data_ptr(), "device": self._index, "blocks": blocks, "stream": self._stream(),
-            "batch": batch, "x": x.data_ptr(), "l": address(l), "noise": address(noise), "shared": shared, "tableau": tableau,
+            "batch": batch, "x": x.data_ptr(), "l": address(l), "noise": address(noise), "shared": shared, "tableau": self._tableau(request.tableau),
             "rtol": (*request.rtol, 0.0)[:2], "atol": (*request.atol, 0.0)[:2], "options": options, "sign": request.sign,
             "perturb": request.perturb, "n_times": outputs, "n_grid": len(points) - outputs, "times": times.data_ptr(),
             "xs": xs.data_ptr(), "ls": address(ls), "record": request.record, "capacity": capacity,
@@ -417,30 +430,29 @@ class CudaEngine(Engine):
         first_steps = min(capacity, FIRST_CAPACITY)
         end = offsets["steps"] + 16 * first_steps if shared else offsets["steps"]
         told = scratch[offsets["stats"] : end].cpu()
-        said = told[: parts["stats"]].view(torch.float64).view(-1, 8)
-        accepted = int(said[:, 1].sum())
-        failed = [tile for tile, code in enumerate(said[:, 3].tolist()) if code]
+        said = told[: parts["stats"]].view(torch.float64).view(-1, 8).tolist()
+        nfe, accepted, rejected = (sum(column) for column in list(zip(*said))[:3])
+        failed = [tile for tile, one in enumerate(said) if one[3]]
         status, t, dt, bad = "ok", 0.0, 0.0, ()
         if failed:
-            status = _STATUS[int(said[failed[0], 3])]
-            t, dt = said[failed[0], 4:6].tolist()
+            code, t, dt = said[failed[0]][3:6]
+            status = _STATUS[int(code)]
             blame = scratch[offsets["blame"] : offsets["blame"] + 16 * batch].view(torch.float64).view(2, batch).cpu()
             bad = _offending(blame if l is not None else blame[:1], dim, None if shared else failed, plan.shape[0])
-        kept = min(accepted, capacity) if shared else 0
+        kept = min(int(accepted), capacity) if shared else 0
         steps = told[told.numel() - 16 * first_steps :] if shared else told[:0]
         if kept > first_steps:
             steps = scratch[offsets["steps"] : offsets["steps"] + 16 * kept].cpu()
         result = SolveResult(
-            xs=xs, ls=ls, nfe=math.ceil(said[:, 0].mean()), accepted=accepted, rejected=int(said[:, 2].sum()),
-            steps=steps.view(torch.float64).view(-1, 2)[:kept].clone(),
-            status=status, t=t, dt=dt, rows=bad,
+            xs=xs, ls=ls, nfe=math.ceil(nfe / len(said)), accepted=int(accepted), rejected=int(rejected),
+            steps=steps.view(torch.float64).view(-1, 2)[:kept].clone(), status=status, t=t, dt=dt, rows=bad,
         )
         if request.record:
             result.states = recorded["states"][: kept + 1]
             result.derivatives = recorded["derivatives"][: kept + 1] if adaptive else x.new_empty(0, batch, dim)
             if adaptive:
                 result.slopes = recorded["x_slopes"], recorded.get("l_slopes")
-        return result, accepted if shared and adaptive else 0
+        return result, int(accepted) if shared and adaptive else 0
 
     # ------------------------------------------------------------------------------------------------- gradients
 
@@ -498,9 +510,9 @@ class CudaEngine(Engine):
         with self._on_device():
             grad_x = torch.empty_like(x)
             grad_l = None if self.plan is None else x.new_empty(batch)
-            times, steps = request.times.to(self.device), result.steps.to(self.device)
+            times, steps = self._on_the_device(tuple(request.times.tolist())), result.steps.to(self.device)
             sums = self._backward(batch, _stages(request), {
-                "evaluate": False, "x": 0, "noise": address(noise), "tableau": native_tableau(request.tableau),
+                "evaluate": False, "x": 0, "noise": address(noise), "tableau": self._tableau(request.tableau),
                 "sign": request.sign, "perturb": request.perturb, "n_times": outputs, "n_steps": len(steps),
                 "times": times.data_ptr(), "steps": address(steps), "states": result.states.data_ptr(),
                 "derivatives": address(result.derivatives), "grad_xs": grad_xs.data_ptr(), "grad_ls": address(grad_ls),
