@@ -49,10 +49,10 @@ struct Reversal {
     first_sample = tile * S;
     count = in.batch - first_sample < S ? in.batch - first_sample : S;
     if (program.noise.row < 0) return;
-    T* const noise = block.rows_of(program.noise) + S;  // slot 1 of the input
+    T* const noise = block.rows_of(program.noise) + block.slot_of(program.noise);  // slot 1 of the input
     for (int i = threadIdx.x; i < S * dim; i += blockDim.x) {
       const int s = i / dim, c = i - s * dim;
-      noise[(size_t(c) * program.noise.stride << block.tile_log) + s] = s < count ? in.noise[size_t(first_sample) * dim + i] : T(0);
+      noise[c * S + s] = s < count ? in.noise[size_t(first_sample) * dim + i] : T(0);
     }
     sync();
   }
@@ -75,7 +75,7 @@ struct Reversal {
 
   SF_DEVICE void put(const Place& place, const T* rows_, T factor, int columns) {
     T* const to = block.rows_of(place);
-    for (int i = threadIdx.x; i < columns * S; i += blockDim.x) to[(size_t(i / S) * place.stride << block.tile_log) + (i & (S - 1))] = factor * rows_[i];
+    for (int i = threadIdx.x; i < columns * S; i += blockDim.x) to[i] = factor * rows_[i];
   }
   SF_DEVICE void prepare(T t) {
     if (program.dynamic_modulations) block.modulate(t, true);
@@ -93,8 +93,7 @@ struct Reversal {
     prepare(t);
     block.run(kBody);
     const T* const f = block.rows_of(program.output);
-    const int stride = program.output.stride << block.tile_log;
-    for (int i = threadIdx.x; i < dim * S; i += blockDim.x) to[i] = T(in.sign) * f[(i / S) * stride + (i & (S - 1))];
+    for (int i = threadIdx.x; i < dim * S; i += blockDim.x) to[i] = T(in.sign) * f[i];
     sync();
   }
 
@@ -249,9 +248,8 @@ struct Reversal {
       if (!(active >> i & 1)) continue;
       pull(stage_time(n, i, t0, t1), input(i), k_cotangent(i));
       const T* const pulled = block.rows_of(program.state_cotangent);
-      const int stride = program.state_cotangent.stride << block.tile_log;
       for (int e = threadIdx.x; e < dim * S; e += blockDim.x) {
-        const T p = pulled[(e / S) * stride + (e & (S - 1))];
+        const T p = pulled[e];
         start[e] += p;
         for (int j = 0; j < i; ++j) k_cotangent(j)[e] += T(a(i, j)) * dt * p;
       }
@@ -263,8 +261,7 @@ struct Reversal {
 
   SF_DEVICE void add_pulled(T* to) {
     const T* const pulled = block.rows_of(program.state_cotangent);
-    const int stride = program.state_cotangent.stride << block.tile_log;
-    for (int e = threadIdx.x; e < dim * S; e += blockDim.x) to[e] += pulled[(e / S) * stride + (e & (S - 1))];
+    for (int e = threadIdx.x; e < dim * S; e += blockDim.x) to[e] += pulled[e];
     sync();
   }
   SF_DEVICE void store_gradient() {

@@ -89,7 +89,8 @@ struct Block {
     else return reinterpret_cast<T*>(global + plan.work_global);
   }
   SF_DEVICE T* rows_of(const Place& place) const { return work() + (size_t(place.row) << tile_log); }
-  SF_DEVICE T* row_of(const Place& place, int row) const { return work() + (size_t(place.row + row * place.stride) << tile_log); }
+  SF_DEVICE T* row_of(const Place& place, int row) const { return work() + (size_t(place.row + row) << tile_log); }
+  SF_DEVICE int slot_of(const Place& place) const { return place.slot << tile_log; }  // numbers from one slot to the next
   template <class U>
   SF_DEVICE const U* in_image(int offset) const {
     return reinterpret_cast<const U*>(program.image + offset);
@@ -182,8 +183,8 @@ struct Block {
 
   // sums over the entries first, first + step ... of a row, for V samples (and their tangents)
   template <bool Tangent, bool Indirect>
-  SF_DEVICE void multiply(const void* weights, const ushort4* cols, const T* values, int first, int last, int step, const char* source, int stride, T* sum) const {
-    const int tangent = samples() * int(sizeof(T));
+  SF_DEVICE void multiply(const void* weights, const ushort4* cols, const T* values, int first, int last, int step, const char* source, int tangent, T* sum) const {
+    const int stride = int(sizeof(T)) << tile_log;
     for (int q = first; q < last; q += step) {
       Quad<T> w;
       if constexpr (Indirect) {
@@ -235,7 +236,7 @@ struct Block {
   template <bool Layer, bool Tangent, bool Indirect>
   SF_DEVICE void run_rows(const DeviceOp& op) {
     const char* const source = reinterpret_cast<const char*>(rows_of(op.source) + lane * V);
-    const int stride = (op.source.stride << tile_log) * int(sizeof(T));  // bytes
+    const int tangent = slot_of(op.source) * int(sizeof(T));
     const T* const values = Indirect ? dynamic + op.values : nullptr;
     const bool reduces = op.flags & kReduces;
     T trace_part = T(0);
@@ -252,7 +253,7 @@ struct Block {
         const RowHead head = mine ? heads[base + group] : RowHead{0, 0};
         const int row = head.row_and_quads & 0xffff, count = head.row_and_quads >> 16;
         T sum[Tangent ? 2 * V : V] = {};
-        multiply<Tangent, Indirect>(weights, cols, values, int(head.first) + part, int(head.first) + count, 1 << split, source, stride, sum);
+        multiply<Tangent, Indirect>(weights, cols, values, int(head.first) + part, int(head.first) + count, 1 << split, source, tangent, sum);
         const T value = meet(sum), its_tangent = Tangent ? meet(sum + (Tangent ? V : 0)) : T(0);
         if (mine && !stands_by()) finish<Layer, Tangent>(op, row, value, its_tangent, trace_part);
       }
@@ -266,7 +267,7 @@ struct Block {
   SF_DEVICE void run_dense(const DeviceOp& op) {
     constexpr int N = Tangent ? 2 * V : V;
     const T* const source = rows_of(op.source) + lane * V;
-    const int stride = op.source.stride << tile_log, tangent = samples(), cols = op.cols;
+    const int stride = samples(), tangent = slot_of(op.source), cols = op.cols;
     T trace_part = T(0);
     for (int i = 0; i < op.chunks; ++i) {
       const int chunk = op.first_chunk + i;
@@ -338,17 +339,19 @@ struct Block {
   SF_DEVICE void run_gradient(const DeviceOp& op, T* sums) const {
     const uint32_t* const pairs = in_image<uint32_t>(op.pairs);
     const T *const left = rows_of(op.factor), *const right = rows_of(op.source);
-    const int left_stride = op.factor.stride << tile_log, right_stride = op.source.stride << tile_log;
-    const int n = samples() * (op.flags & kCarries ? 2 : 1);
+    const int tangents = op.flags & kCarries ? 1 : 0, left_slot = slot_of(op.factor), right_slot = slot_of(op.source);
     for (int e = threadIdx.x; e < op.entries; e += blockDim.x) {
       const uint32_t pair = pairs[e];
-      const T *const x = left + int(pair >> 16) * left_stride, *const y = right + int(pair & 0xffff) * right_stride;
       Samples<T, V> sum = {};
-      // threads begin at different samples, and so at different banks
-      for (int i = 0, s = int(threadIdx.x) * V & (n - 1); i < n; i += V, s = (s + V) & (n - 1)) {
-        const Samples<T, V> p = load<T, V>(x + s), q = load<T, V>(y + s);
+      for (int slot = 0; slot <= tangents; ++slot) {
+        const T* const x = left + (size_t(pair >> 16) << tile_log) + slot * left_slot;
+        const T* const y = right + (size_t(pair & 0xffff) << tile_log) + slot * right_slot;
+        // threads begin at different samples, and so at different banks
+        for (int i = 0, s = int(threadIdx.x) * V & (samples() - 1); i < samples(); i += V, s = (s + V) & (samples() - 1)) {
+          const Samples<T, V> p = load<T, V>(x + s), q = load<T, V>(y + s);
 #pragma unroll
-        for (int v = 0; v < V; ++v) sum.v[v] += p.v[v] * q.v[v];
+          for (int v = 0; v < V; ++v) sum.v[v] += p.v[v] * q.v[v];
+        }
       }
       T total = sum.v[0];
 #pragma unroll
@@ -391,7 +394,7 @@ struct Block {
 template <class T, int V, bool Shared>
 template <bool Tangent>
 SF_DEVICE void Block<T, V, Shared>::finish_layer(const DeviceOp& op, int row, T sum, T tangent, T& trace_part) const {
-  const int S = samples(), sample = sample_of_part();
+  const int sample = sample_of_part(), next = slot_of(op.target);
   T* const out = row_of(op.target, row) + sample;
   const T s = scale()[op.modulation + row];
   auto at = [&](const Place& place) { return row_of(place, row) + sample; };
@@ -403,28 +406,28 @@ SF_DEVICE void Block<T, V, Shared>::finish_layer(const DeviceOp& op, int row, T 
     const T carried = Tangent ? act.slope * (s * tangent) : T(0);
     out[0] = act.h;
     if (keep) {
-      if (Tangent) out[S] = carried;
+      if (Tangent) out[next] = carried;
       if (op.kept.row < 0) return;
       T* kept = at(op.kept);
       if (op.slope_from == 0) {
-        *kept = d, kept += S;
-        if (op.flags & kCurvature) *kept = act.curvature * s * s * (Tangent ? tangent : T(1)), kept += S;
+        *kept = d, kept += slot_of(op.kept);
+        if (op.flags & kCurvature) *kept = act.curvature * s * s * (Tangent ? tangent : T(1)), kept += slot_of(op.kept);
       }
       if (op.flags & kRaw) *kept = sum;
       return;
     }
     switch (Store(op.store)) {
       case Store::kValueSlope:
-        out[S] = d;
+        out[next] = d;
         break;
       case Store::kSeed:
-        out[S] = d * *at(op.seed);
+        out[next] = d * *at(op.seed);
         break;
       case Store::kSeedReduce:
         trace_part += *at(op.weight) * (d * *at(op.seed));
         break;
       case Store::kTangent:
-        out[S] = carried;
+        out[next] = carried;
         break;
       case Store::kTangentReduce:
         trace_part += *at(op.weight) * carried;
@@ -443,33 +446,33 @@ SF_DEVICE void Block<T, V, Shared>::finish_layer(const DeviceOp& op, int row, T 
   if (op.addend.row >= 0) {
     const T* const more = at(op.addend);
     hbar += more[0];
-    if (Tangent) pbar += more[S];
+    if (Tangent) pbar += more[slot_of(op.addend)];
   }
   if (!recovered) {
     d = kept[0];
-    if (Tangent) e = kept[S];
+    if (Tangent) e = kept[slot_of(op.kept)];
   } else {
     T bend = T(0);
     if (op.slope_from == int(SlopeFrom::kTanh)) d = s * (T(1) - h[0] * h[0]), bend = T(-2) * s * h[0];
     else if (op.slope_from == int(SlopeFrom::kSigmoid)) d = s * (h[0] * (T(1) - h[0])), bend = s * (T(1) - (h[0] + h[0]));
     else d = s;
-    if (Tangent) e = bend * h[S];
+    if (Tangent) e = bend * h[slot_of(op.value)];
   }
   T u = hbar * d;
-  if (Tangent) u += pbar * e, out[S] = pbar * d;
-  else if (dbar != nullptr) u += dbar[0] * kept[S];
+  if (Tangent) u += pbar * e, out[next] = pbar * d;
+  else if (dbar != nullptr) u += dbar[0] * kept[slot_of(op.kept)];
   out[0] = u;
   if (raw) {
-    T gate = u * kept[recovered ? 0 : (op.flags & kCurvature ? 2 : 1) * S];
-    if (Tangent) gate += pbar * h[S];
+    T gate = u * kept[recovered ? 0 : (op.flags & kCurvature ? 2 : 1) * slot_of(op.kept)];
+    if (Tangent) gate += pbar * h[slot_of(op.value)];
     else if (dbar != nullptr) gate += dbar[0] * d;
-    out[(Tangent ? 2 : 1) * S] = gate;
+    out[(Tangent ? 2 : 1) * next] = gate;
   }
 }
 
 template <class T, int V, bool Shared>
 SF_DEVICE void Block<T, V, Shared>::finish_product(const DeviceOp& op, int row, T sum, T& trace_part) const {
-  const int S = samples(), sample = sample_of_part();
+  const int sample = sample_of_part();
   T term = sum;
   if (op.factor.row >= 0) term *= row_of(op.factor, op.factor_row < 0 ? row : in_image<int>(op.factor_row)[row])[sample];
   T other = T(1);
@@ -477,7 +480,7 @@ SF_DEVICE void Block<T, V, Shared>::finish_product(const DeviceOp& op, int row, 
   if (OpKind(op.kind) == OpKind::kProduct) {
     T* const out = row_of(op.target, row) + sample;
     if (op.addend.row >= 0) term += row_of(op.addend, row)[sample];
-    if (op.flags & kSecond) out[S] = other * sum;
+    if (op.flags & kSecond) out[slot_of(op.target)] = other * sum;
     out[0] = term;
     return;
   }

@@ -1,9 +1,9 @@
 // A program as a GPU reads it: one image in device memory, and the little that a kernel is told beside it. Plain numbers;
 // byte offsets are from the image's beginning and multiples of 16 where a section begins.
 //
-// A block of threads works on a tile of S samples (a power of two). Its workspace is rows of S numbers; a buffer's row
-// takes `slots` of them, the value in slot 0 and what runs beside it behind. An offset is in such rows, so the image
-// does not depend on the shape of the tiles.
+// A block of threads works on a tile of S samples (a power of two). Its workspace is rows of S numbers: first all rows of a
+// buffer's slot 0, then those of the next slot. An offset is in such rows, so the image does not depend on the shape of the
+// tiles; and neighbouring rows of a slot begin in neighbouring banks of shared memory.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ inline constexpr int kMaxTile = 32;
 
 struct Place {
   int32_t row = -1;  // in the workspace; -1: absent
-  int32_t stride = 0;
+  int32_t slot = 0;  // rows from one slot of its buffer to the next
 };
 
 enum Flags : int32_t {

@@ -132,7 +132,7 @@ class Writer {
 
   Place place(const Operand& o) const {
     if (o.buffer < 0) return {};
-    return {buffers_[o.buffer] + o.slot, p_.buffers[o.buffer].slots};
+    return {buffers_[o.buffer] + o.slot * p_.buffers[o.buffer].rows, p_.buffers[o.buffer].rows};
   }
 
   // ---- gradients' places
@@ -355,6 +355,37 @@ class Writer {
     blobs_.push_back(std::move(blob));
   }
 
+  // The entries of a row in the order they are stored. Neighbouring quads are read by neighbouring parts of a row at once,
+  // their k-th entries together: eight rows of four samples, four of eight or two of sixteen are 128 bytes, one cycle's
+  // worth, if they begin in different banks. So the k-th entries of eight quads come from columns that differ modulo eight,
+  // or at least modulo four, as far as the row has them.
+  static std::vector<int> spread_over_banks(const Entries& m, int row) {
+    constexpr int kBanks = 8;
+    std::vector<int> waiting[kBanks];
+    for (int e = m.row_ptr[row + 1] - 1; e >= m.row_ptr[row]; --e) waiting[m.col[e] % kBanks].push_back(e);
+    const int n = m.row_ptr[row + 1] - m.row_ptr[row], quads = (n + kQuad - 1) / kQuad;
+    std::vector<int> order(size_t(quads) * kQuad, -1);
+    auto fullest = [&](int first, int step) {
+      int best = -1;
+      for (int b = first; b < kBanks; b += step)
+        if (!waiting[b].empty() && (best < 0 || waiting[b].size() > waiting[best].size())) best = b;
+      return best;
+    };
+    int left = n;
+    for (int block = 0; block < quads; block += kBanks) {
+      const int here = std::min(kBanks, quads - block);
+      for (int k = 0; k < kQuad; ++k)
+        for (int q = 0; q < here && left > 0; ++q, --left) {
+          int bank = waiting[q].empty() ? -1 : q;
+          if (bank < 0) bank = fullest(q % 4, 4);
+          if (bank < 0) bank = fullest(0, 1);
+          order[size_t(block + q) * kQuad + k] = waiting[bank].back();
+          waiting[bank].pop_back();
+        }
+    }
+    return order;  // -1: nothing, in the last block
+  }
+
   void add_chunks(int matrix, const Entries& m, bool indirect) {
     const size_t weight = indirect ? sizeof(uint32_t) : sizeof(T);
     auto quads = [&](int row) { return (m.row_ptr[row + 1] - m.row_ptr[row] + kQuad - 1) / kQuad; };
@@ -371,17 +402,19 @@ class Writer {
       uint16_t* const cols = reinterpret_cast<uint16_t*>(weights + total * kQuad * weight);
       uint32_t at = 0;
       for (size_t r = begin; r < end; ++r) {
-        const int row = order[r], n = m.row_ptr[row + 1] - m.row_ptr[row];
+        const int row = order[r];
         heads[r - begin] = {uint32_t(row) | uint32_t(quads(row)) << 16, at};
+        const std::vector<int> order_in_row = spread_over_banks(m, row);
         for (int k = 0; k < quads(row) * kQuad; ++k) {
-          // filled up with the row's own last column: its activation is one the sum depends on anyway
-          const int e = m.row_ptr[row] + std::min(k, n - 1);
+          // filled up with columns of the row's own: their activations are what the sum depends on anyway
+          const bool real = order_in_row[k] >= 0;
+          const int first_of_quad = order_in_row[k / kQuad * kQuad], e = real ? order_in_row[k] : first_of_quad >= 0 ? first_of_quad : order_in_row[0];
           cols[size_t(at) * kQuad + k] = static_cast<uint16_t>(m.col[e]);
           if (indirect) {
             // the last dynamic value is zero, for those that fill up
-            const uint32_t number = k < n ? uint32_t(m.entry[e]) : kFillUp;
+            const uint32_t number = real ? uint32_t(m.entry[e]) : kFillUp;
             std::memcpy(weights + (size_t(at) * kQuad + k) * weight, &number, weight);
-          } else if (k < n) {
+          } else if (real) {
             const T value = p_.matrices[matrix].values[m.entry[e]];
             std::memcpy(weights + (size_t(at) * kQuad + k) * weight, &value, weight);
             pending_.push_back({matrix, static_cast<int>(chunks_.size()), int64_t(weights - blob.data()) / int64_t(weight) + int64_t(at) * kQuad + k, m.entry[e]});

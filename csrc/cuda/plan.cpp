@@ -30,14 +30,16 @@ size_t aligned(size_t n, size_t to = 16) { return (n + to - 1) / to * to; }
 template <class T>
 double cycles_of_tile(const Image<T>& image, const Shape& s, bool work_in_shared, bool resident) {
   constexpr double kBarrier = 60, kRow = 130, kQuadLatency = 14, kGlobalFactor = 4, kStreamRate = 40;
-  const double lanes = double(s.tile) / s.per_thread, groups = s.threads / (lanes * s.parts);
+  // the parts of a warp read different rows at once, from different banks where the row has a choice (csrc/cuda/image.cpp)
+  const double lanes = double(s.tile) / s.per_thread, conflicts = s.per_thread == 1 || lanes >= 8 ? 1.0 : lanes == 4 ? 1.1 : lanes == 2 ? 1.2 : 1.45;
+  const double groups = s.threads / (lanes * s.parts);
   double latency = 2 * kBarrier, bytes = 0;
   for (const auto& w : image.work) {
     const double rows = w.dense ? w.rows / kQuad : w.rows, passes = std::ceil(rows / groups), quads = rows > 0 ? std::ceil(w.quads / rows / s.parts) : 0;
     latency += kBarrier + passes / std::max(1.0, s.threads / 128.0) * (kRow + quads * kQuadLatency * (s.per_thread == 4 ? 1.3 : 1.0)) + kRow;
-    // four rows share an activation, and groups of a warp share it too: arithmetic, not memory, is what counts
-    if (w.dense) bytes += w.quads * kQuad * s.tile * w.lanes * 128.0 / 80.0;
-    else bytes += w.quads * kQuad * s.tile * sizeof(T) * w.lanes + w.quads * 24.0 * (32.0 / std::max(1.0, lanes * 1.0)) / 8.0 + w.rows * s.tile * sizeof(T);
+    const double products = w.quads * kQuad * s.tile * w.lanes;
+    if (w.dense) bytes += products * 128.0 / 80.0;  // four rows share an activation: 80 multiply-adds a cycle
+    else bytes += products * sizeof(T) * conflicts + w.quads * kQuad * (sizeof(T) + 2.0) + w.rows * s.tile * sizeof(T);
   }
   double cycles = std::max(latency, bytes / 128.0);
   if (!work_in_shared) cycles *= kGlobalFactor;

@@ -74,11 +74,11 @@ struct Integration {
     for (int which = blockIdx.x; which < in.tiles; which += gridDim.x) select(which), work();
   }
 
-  // [samples][columns] <-> rows of the tile, S samples each, `stride` numbers apart
-  SF_CALLED void load_rows(const T* from, int columns, T* to, int stride) {
+  // [samples][columns] <-> rows of the tile, S samples each
+  SF_CALLED void load_rows(const T* from, int columns, T* to) {
     for (int i = threadIdx.x; i < S * columns; i += blockDim.x) {
       const int s = i / columns, c = i - s * columns;
-      to[size_t(c) * stride + s] = s < count ? from[size_t(first_sample) * columns + i] : T(0);
+      to[size_t(c) * S + s] = s < count ? from[size_t(first_sample) * columns + i] : T(0);
     }
   }
   SF_CALLED void store_rows(const T* rows_, int columns, T* to) {
@@ -89,7 +89,7 @@ struct Integration {
   }
 
   SF_CALLED void load_tile() {
-    load_rows(in.x, dim, y0(), S);
+    load_rows(in.x, dim, y0());
     if (program.divergence) {
       T* const l = y0() + size_t(dim) * S;
       for (int s = threadIdx.x; s < S; s += blockDim.x) l[s] = s < count && in.l != nullptr ? in.l[first_sample + s] : T(0);
@@ -100,7 +100,7 @@ struct Integration {
   SF_CALLED void begin_tile() {
     if (program.noise.row < 0 || loaded == tile || in.noise == nullptr) return;
     loaded = tile;
-    load_rows(in.noise, dim, block.rows_of(program.noise), program.noise.stride << block.tile_log);
+    load_rows(in.noise, dim, block.rows_of(program.noise));
     sync();
     block.run(kPrologue);
   }
@@ -134,8 +134,7 @@ struct Integration {
     block.run(kBody);
     sync();
     const T* const f = block.rows_of(program.output);
-    const int stride = program.output.stride << block.tile_log;
-    for (int i = threadIdx.x; i < dim * S; i += blockDim.x) to[i] = T(in.sign) * f[(i >> block.tile_log) * stride + (i & (S - 1))];
+    for (int i = threadIdx.x; i < dim * S; i += blockDim.x) to[i] = T(in.sign) * f[i];
     if (program.divergence)
       for (int s = threadIdx.x; s < S; s += blockDim.x) to[dim * S + s] = T(-in.sign) * block.trace()[s];
     sync();
@@ -531,15 +530,14 @@ struct Integration {
       select(which);
       begin_tile();
       T* const y = block.rows_of(program.input);
-      load_rows(in.x, dim, y, S);
+      load_rows(in.x, dim, y);
       prepare(t);
       block.run(kBody);
       sync();
       const T* const f = block.rows_of(program.output);
-      const int stride = program.output.stride << block.tile_log;
       for (int i = threadIdx.x; i < count * dim; i += blockDim.x) {
         const int s = i / dim, c = i - s * dim;
-        in.f[size_t(first_sample) * dim + i] = f[size_t(c) * stride + s];
+        in.f[size_t(first_sample) * dim + i] = f[size_t(c) * S + s];
       }
       if (in.f_trace != nullptr)
         for (int s = threadIdx.x; s < count; s += blockDim.x) in.f_trace[first_sample + s] = block.trace()[s];
