@@ -9,11 +9,10 @@ from torch import Tensor
 
 from ..divergence import DivergencePlan
 from ..field import VectorField
-from ..numerics.tableaus import Tableau
 from ..threads import get_num_threads
-from .adjoint import no_adjoint, write_adjoint
-from .base import Engine, Gradient, SolveRequest, SolveResult
-from .native import address, field_gradients, native_options, native_tableau
+from .adjoint import write_adjoint
+from .base import Gradient, SolveRequest, SolveResult
+from .native import NativeEngine, address, field_gradients, native_options, native_tableau, times_gradient
 from .program import write_program
 
 STAGE_BYTES = 4 << 20  # the stages of a step are kept for its gradient if they take no more; larger ones are computed again
@@ -27,7 +26,7 @@ def _native():
     return _cpu
 
 
-class CpuEngine(Engine):
+class CpuEngine(NativeEngine):
     """Sparse kernels in C++ over batch-minor tiles; a whole solve is one call. float32 and float64."""
 
     name = "cpu"
@@ -45,14 +44,8 @@ class CpuEngine(Engine):
         return None
 
     def __init__(self, field: VectorField, plan: DivergencePlan | None = None) -> None:
-        reason = self.unsupported(field)
-        if reason is not None:
-            raise ValueError(f"engine 'cpu': {reason}")
-        self.plan = plan
-        self.dim, self.dtype = field.dim, field.dtype
-        self._field = field
+        super().__init__(field, plan)
         self._adjoint: tuple | None = None  # made when a gradient is first asked for
-        self.stamp = 0
         builder = getattr(_native(), _BUILDERS[field.dtype])()
         self._writer = write_program(builder, field, plan)
         self.program = builder.compile()
@@ -62,10 +55,7 @@ class CpuEngine(Engine):
 
     @torch.no_grad()
     def update(self, field: VectorField) -> bool:
-        same = field.dtype == self.dtype and field.device == self._field.device and all(
-            new.pattern is old.pattern for new, old in zip(field.layers, self._field.layers, strict=True)
-        )
-        if not same or self._writer.externals.functions:
+        if not self._takes_over(field) or self._writer.externals.functions:
             return False
         self._field = field
         self.stamp += 1
@@ -92,35 +82,13 @@ class CpuEngine(Engine):
         )
         return f, divergence
 
-    def _ready_noise(self, noise: Tensor | None, x: Tensor) -> Tensor | None:
-        if self.plan is None or self.plan.kind != "hutchinson":
-            return None
-        if noise is None:
-            raise ValueError("noise is missing: a hutchinson divergence needs a probe of the state's shape")
-        noise = self._ready(noise, "noise")
-        if noise.shape != x.shape:
-            raise ValueError(f"noise must have the state's shape {list(x.shape)}, not {list(noise.shape)}")
-        return noise
-
-    def _ready(self, x: Tensor, name: str) -> Tensor:
-        """The native code reads raw memory: nothing unchecked gets past this line."""
-        if x.dim() != 2 or x.shape[1] != self.dim or x.dtype != self.dtype or x.device.type != "cpu":
-            raise ValueError(
-                f"{name} must be [batch, {self.dim}], {self.dtype} on the CPU, not {list(x.shape)}, {x.dtype} on {x.device}"
-            )
-        return x.detach().contiguous()
-
     def solve(self, request: SolveRequest) -> SolveResult:
         x = self._ready(request.x, "y0")
         if request.step_control not in ("shared", "per_tile"):
             raise ValueError(f"step_control={request.step_control!r}: the cpu engine knows 'shared' and 'per_tile'")
         batch, outputs = x.shape[0], len(request.times)
-        l = ls = None
-        if self.plan is not None:
-            if request.l is None or request.l.shape != (batch,) or request.l.dtype != self.dtype:
-                raise ValueError(f"the log-density channel must be [{batch}], {self.dtype}")
-            l = request.l.detach().contiguous()
-            ls = x.new_full((outputs, batch), torch.nan)
+        l = self._ready_density(request)
+        ls = None if l is None else x.new_full((outputs, batch), torch.nan)
         noise = self._ready_noise(request.noise, x)
         xs = x.new_full((outputs, batch, self.dim), torch.nan)  # outputs a failed solve does not reach stay NaN
         rtol, atol = (*request.rtol, 0.0)[:2], (*request.atol, 0.0)[:2]
@@ -146,16 +114,6 @@ class CpuEngine(Engine):
         return result
 
     # ---- gradients
-
-    def no_gradient(self, wanted: Collection[str], request: SolveRequest | None = None) -> str | None:
-        if "noise" in wanted:
-            return "the noise wants a gradient"
-        if request is not None:
-            if "grid" in wanted or ("times" in wanted and not isinstance(request.tableau, Tableau)):
-                return "the points of a fixed grid want a gradient"
-            if request.options.jump_t or (request.options.step_t and "times" in wanted):
-                return "the solve has prescribed jumps or steps"
-        return no_adjoint(self._field, self.plan)
 
     def _adjoint_program(self):
         if self._adjoint is None:
@@ -184,11 +142,8 @@ class CpuEngine(Engine):
     ) -> Gradient:
         program, _ = self._adjoint_program()
         x, noise = self._ready(request.x, "y0"), self._ready_noise(request.noise, request.x)
-        outputs, batch = len(request.times), x.shape[0]
-        grad_xs = self._ready(grad_xs.reshape(-1, self.dim), "grad_xs")
-        grad_ls = None if grad_ls is None or self.plan is None else grad_ls.detach().contiguous()
-        if grad_xs.shape[0] != outputs * batch or (grad_ls is not None and grad_ls.shape != (outputs, batch)):
-            raise ValueError(f"the cotangents must be shaped like the outputs, [{outputs}, {batch}, ...]")
+        grad_xs, grad_ls = self._ready_cotangents(request, grad_xs, grad_ls)
+        batch = x.shape[0]
         grad_x = torch.empty_like(x)
         grad_l = None if self.plan is None else x.new_empty(batch)
         raw = program.solve(
@@ -197,16 +152,7 @@ class CpuEngine(Engine):
             states=result.states.numpy(), derivatives=result.derivatives.numpy(), threads=get_num_threads(),
             grad_xs=grad_xs.data_ptr(), grad_ls=address(grad_ls), grad_x=grad_x.data_ptr(), grad_l=address(grad_l),
         )
-        times = None
-        if "times" in wanted:
-            # An output moves along the solution with its own time; steps, with everything in them, move with the first.
-            times = torch.zeros(outputs, dtype=torch.float64)
-            if result.slopes is not None:
-                x_slopes, l_slopes = result.slopes
-                times += (x_slopes * grad_xs.view_as(x_slopes)).sum((1, 2), dtype=torch.float64)
-                if grad_ls is not None:
-                    times += (l_slopes * grad_ls).sum(1, dtype=torch.float64)
-                times[0] = request.sign * raw["t"] - times[1:].sum()
+        times = times_gradient(request, result, grad_xs, grad_ls, raw["t"]) if "times" in wanted else None
         return Gradient(tensors=self._tensors(raw) if "tensors" in wanted else (), x=grad_x, l=grad_l, times=times)
 
     def _tensors(self, raw: dict) -> tuple[Tensor, ...]:

@@ -16,9 +16,9 @@ from ..divergence import DivergencePlan
 from ..field import TimeFunction, VectorField
 from ..numerics.tableaus import FixedTableau, Tableau
 from . import shapes
-from .adjoint import no_adjoint, write_adjoint
-from .base import Engine, Gradient, SolveRequest, SolveResult
-from .native import address, field_gradients, native_options, native_tableau
+from .adjoint import write_adjoint
+from .base import Gradient, SolveRequest, SolveResult
+from .native import NativeEngine, address, field_gradients, native_options, native_tableau, solve_of_nothing, times_gradient
 from .program import Writer, write_program
 
 LEAST_CAPABILITY = (8, 0)  # asynchronous copies, and what the kernels are compiled for at the least
@@ -75,7 +75,7 @@ class _Program:
                 self._places.append((places[name] + entry, entry))
 
 
-class CudaEngine(Engine):
+class CudaEngine(NativeEngine):
     """Sparse kernels in CUDA C++; a whole solve is one launch. float32 and float64, compute capability 8.0 and newer.
 
     step_control: "shared", "per_tile" and "per_sample" (a step size for every sample; no gradient).
@@ -138,13 +138,7 @@ class CudaEngine(Engine):
         return _probe(cls.native())["devices"][device.index or 0]
 
     def __init__(self, field: VectorField, plan: DivergencePlan | None = None) -> None:
-        reason = self.unsupported(field)
-        if reason is not None:
-            raise ValueError(f"engine {self.name!r}: {reason}")
-        self.plan = plan
-        self.dim, self.dtype, self.device = field.dim, field.dtype, field.device
-        self.stamp = 0
-        self._field = field
+        super().__init__(field, plan)
         self._module = self.native()
         self._index = field.device.index or 0
         self._limits = self._limits_of(field.device)
@@ -153,7 +147,7 @@ class CudaEngine(Engine):
         self._tableaus: dict[int, tuple] = {}
         self._points: tuple[tuple[float, ...], Tensor] = (), torch.empty(0)
         self._capacity = FIRST_CAPACITY
-        with torch.no_grad():
+        with self._guard():
             self._program("forward")  # what cannot be laid out is refused now
 
     # ------------------------------------------------------------------------------------------------- programs
@@ -171,22 +165,15 @@ class CudaEngine(Engine):
             self._programs[kind] = _Program(image, self.device, self.dtype), writer
         return self._programs[kind]
 
-    @torch.no_grad()
     def update(self, field: VectorField) -> bool:
-        same = field.dtype == self.dtype and field.device == self._field.device and all(
-            new.pattern is old.pattern for new, old in zip(field.layers, self._field.layers, strict=True)
-        )
-        if not same:
+        if not self._takes_over(field):
             return False
         self._field = field
         self.stamp += 1
-        with self._on_device():
+        with self._guard():
             for program, writer in self._programs.values():
                 program.renew(writer, field)
         return True
-
-    def _on_device(self):
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else torch.no_grad()
 
     def _stream(self) -> int:
         return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
@@ -292,7 +279,7 @@ class CudaEngine(Engine):
     def _evaluate(self, t: Tensor | float, x: Tensor, noise: Tensor | None, with_trace: bool) -> tuple[Tensor, Tensor | None]:
         program, _ = self._program("forward")
         batch = x.shape[0]
-        with self._on_device():
+        with self._guard():
             f, trace = torch.empty_like(x), x.new_empty(batch) if with_trace else None
             if batch == 0:
                 return f, trace
@@ -321,24 +308,6 @@ class CudaEngine(Engine):
     def _bytes(self, count: int) -> Tensor | None:
         return torch.empty(count, dtype=torch.uint8, device=self.device) if count > 0 else None
 
-    def _ready_noise(self, noise: Tensor | None, x: Tensor) -> Tensor | None:
-        if self.plan is None or self.plan.kind != "hutchinson":
-            return None
-        if noise is None:
-            raise ValueError("noise is missing: a hutchinson divergence needs a probe of the state's shape")
-        noise = self._ready(noise, "noise")
-        if noise.shape != x.shape:
-            raise ValueError(f"noise must have the state's shape {list(x.shape)}, not {list(noise.shape)}")
-        return noise
-
-    def _ready(self, x: Tensor, name: str) -> Tensor:
-        """The native code reads raw memory: nothing unchecked gets past this line."""
-        if x.dim() != 2 or x.shape[1] != self.dim or x.dtype != self.dtype or x.device != self.device:
-            raise ValueError(
-                f"{name} must be [batch, {self.dim}], {self.dtype} on {self.device}, not {list(x.shape)}, {x.dtype} on {x.device}"
-            )
-        return x.detach().contiguous()
-
     # ------------------------------------------------------------------------------------------------- solves
 
     def _tableau(self, tableau: Tableau | FixedTableau) -> Any:
@@ -362,13 +331,11 @@ class CudaEngine(Engine):
                 "a solve reads its outcome on the host, which a CUDA graph cannot capture; it is one launch already: call it "
                 "outside the captured region"
             )
-        l = None
-        if self.plan is not None:
-            if request.l is None or request.l.shape != (batch,) or request.l.dtype != self.dtype or request.l.device != self.device:
-                raise ValueError(f"the log-density channel must be [{batch}], {self.dtype} on {self.device}")
-            l = request.l.detach().contiguous()
+        l = self._ready_density(request)
         noise = self._ready_noise(request.noise, x)
-        with self._on_device():
+        if batch == 0:
+            return solve_of_nothing(request, x)
+        with self._guard():
             result, wanted = self._solve(request, x, l, noise, self._capacity)
             if wanted > self._capacity:  # the same solve again, with room for what it turned out to take
                 self._capacity = wanted
@@ -456,19 +423,11 @@ class CudaEngine(Engine):
 
     # ------------------------------------------------------------------------------------------------- gradients
 
-    def no_gradient(self, wanted: Collection[str], request: SolveRequest | None = None) -> str | None:
-        if "noise" in wanted:
-            return "the noise wants a gradient"
-        if request is not None:
-            if "grid" in wanted or ("times" in wanted and not isinstance(request.tableau, Tableau)):
-                return "the points of a fixed grid want a gradient"
-            if request.options.jump_t or (request.options.step_t and "times" in wanted):
-                return "the solve has prescribed jumps or steps"
-        return no_adjoint(self._field, self.plan)
-
     def _backward(self, batch: int, stages: int, arguments: dict) -> Tensor:
         """Launches the adjoint; the sums of all blocks, float64 on the device."""
         program, _ = self._program("adjoint")
+        if batch == 0:
+            return torch.zeros(program.image.sums, dtype=torch.float64, device=self.device)
         plan, blocks = self.plan_for(batch, stages, "adjoint")
         image = program.image
         sums = torch.zeros(blocks, image.sums, dtype=self.dtype, device=self.device)
@@ -488,7 +447,7 @@ class CudaEngine(Engine):
         x, grad_f = self._ready(x, "x"), self._ready(grad_f, "grad_f")
         noise = self._ready_noise(noise, x)
         grad_trace = None if grad_trace is None else grad_trace.detach().contiguous()
-        with self._on_device():
+        with self._guard():
             grad_x = torch.empty_like(x)
             time, value = self._time(t)
             sums = self._backward(x.shape[0], 1, {
@@ -503,11 +462,8 @@ class CudaEngine(Engine):
     ) -> Gradient:
         x, noise = self._ready(request.x, "y0"), self._ready_noise(request.noise, request.x)
         outputs, batch = len(request.times), x.shape[0]
-        grad_xs = self._ready(grad_xs.reshape(-1, self.dim), "grad_xs")
-        grad_ls = None if grad_ls is None or self.plan is None else grad_ls.detach().contiguous()
-        if grad_xs.shape[0] != outputs * batch or (grad_ls is not None and grad_ls.shape != (outputs, batch)):
-            raise ValueError(f"the cotangents must be shaped like the outputs, [{outputs}, {batch}, ...]")
-        with self._on_device():
+        grad_xs, grad_ls = self._ready_cotangents(request, grad_xs, grad_ls)
+        with self._guard():
             grad_x = torch.empty_like(x)
             grad_l = None if self.plan is None else x.new_empty(batch)
             times, steps = self._on_the_device(tuple(request.times.tolist())), result.steps.to(self.device)
@@ -518,17 +474,7 @@ class CudaEngine(Engine):
                 "derivatives": address(result.derivatives), "grad_xs": grad_xs.data_ptr(), "grad_ls": address(grad_ls),
                 "grad_x": grad_x.data_ptr(), "grad_l": address(grad_l),
             })  # fmt: skip
-            of_times = None
-            if "times" in wanted:
-                # An output moves along the solution with its own time; steps, with everything in them, with the first.
-                of_times = torch.zeros(outputs, dtype=torch.float64, device=self.device)
-                if result.slopes is not None:
-                    x_slopes, l_slopes = result.slopes
-                    of_times += (x_slopes * grad_xs.view_as(x_slopes)).sum((1, 2), dtype=torch.float64)
-                    if grad_ls is not None:
-                        of_times += (l_slopes * grad_ls).sum(1, dtype=torch.float64)
-                    of_times[0] = request.sign * sums[-1] - of_times[1:].sum()
-                of_times = of_times.cpu()
+            of_times = times_gradient(request, result, grad_xs, grad_ls, sums[-1]) if "times" in wanted else None
             tensors = self._tensors(sums) if "tensors" in wanted else ()
         return Gradient(tensors=tensors, x=grad_x, l=grad_l, times=of_times)
 

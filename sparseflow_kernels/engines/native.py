@@ -1,16 +1,123 @@
-"""What the engines in C++ have in common on Python's side: how a solve's plain data is handed over, and whose gradient is
-whose."""
+"""What the engines with kernels of their own have in common: what they check, which gradients they make, how a solve's
+plain data is handed over, and whose gradient is whose."""
 
 from __future__ import annotations
 
-from typing import Callable
+import contextlib
+from typing import Callable, ClassVar, Collection, Iterator
 
 import torch
 from torch import Tensor
 
+from ..divergence import DivergencePlan
 from ..field import VectorField
 from ..numerics.step_control import StepOptions
 from ..numerics.tableaus import FixedTableau, Tableau
+from .adjoint import no_adjoint
+from .base import Engine, SolveRequest, SolveResult
+
+
+class NativeEngine(Engine):
+    """An engine that runs programs (`program.py`, `adjoint.py`) over raw memory."""
+
+    contiguous: ClassVar[bool] = True  # states have to be
+
+    def __init__(self, field: VectorField, plan: DivergencePlan | None = None) -> None:
+        reason = self.unsupported(field)
+        if reason is not None:
+            raise ValueError(f"engine {self.name!r}: {reason}")
+        self.plan = plan
+        self.dim, self.dtype, self.device = field.dim, field.dtype, field.device
+        self.stamp = 0
+        self._field = field
+
+    def _takes_over(self, field: VectorField) -> bool:
+        """Whether this field is the present one but for its values."""
+        return field.dtype == self.dtype and field.device == self._field.device and all(
+            new.pattern is old.pattern for new, old in zip(field.layers, self._field.layers, strict=True)
+        )
+
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
+        """On the field's device; with ordinary tensors without a graph, because what is kept outlives an inference_mode."""
+        with contextlib.ExitStack() as stack:
+            if self.device.type == "cuda":
+                stack.enter_context(torch.cuda.device(self.device))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            yield
+
+    # ---- what every entry checks: kernels read raw memory, and nothing unchecked gets past these lines
+
+    def _ready(self, x: Tensor, name: str) -> Tensor:
+        if x.dim() != 2 or x.shape[1] != self.dim or x.dtype != self.dtype or x.device != self.device:
+            raise ValueError(
+                f"{name} must be [batch, {self.dim}], {self.dtype} on {self.device}, "
+                f"not {list(x.shape)}, {x.dtype} on {x.device}"
+            )
+        return x.detach().contiguous() if self.contiguous else x.detach()
+
+    def _ready_density(self, request: SolveRequest) -> Tensor | None:
+        """The request's log-density channel; None without a divergence."""
+        if self.plan is None:
+            return None
+        l, batch = request.l, request.x.shape[0]
+        if l is None or l.shape != (batch,) or l.dtype != self.dtype or l.device != self.device:
+            what = "absent" if l is None else f"{list(l.shape)}, {l.dtype} on {l.device}"
+            raise ValueError(f"the log-density channel must be [{batch}], {self.dtype} on {self.device}; it is {what}")
+        return l.detach().contiguous()
+
+    def _ready_noise(self, noise: Tensor | None, x: Tensor) -> Tensor | None:
+        if self.plan is None or self.plan.kind != "hutchinson":
+            return None
+        if noise is None:
+            raise ValueError("noise is missing: a hutchinson divergence needs a probe of the state's shape")
+        noise = self._ready(noise, "noise")
+        if noise.shape != x.shape:
+            raise ValueError(f"noise must have the state's shape {list(x.shape)}, not {list(noise.shape)}")
+        return noise
+
+    def _ready_cotangents(
+        self, request: SolveRequest, grad_xs: Tensor, grad_ls: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(grad_xs [outputs, batch, dim], grad_ls [outputs, batch] or None)."""
+        outputs, batch = len(request.times), request.x.shape[0]
+        grad_ls = None if grad_ls is None or self.plan is None else grad_ls.detach().contiguous()
+        if grad_xs.shape != (outputs, batch, self.dim) or (grad_ls is not None and grad_ls.shape != (outputs, batch)):
+            raise ValueError(f"the cotangents must be shaped like the outputs, [{outputs}, {batch}, ...]")
+        return self._ready(grad_xs.reshape(-1, self.dim), "grad_xs").view(outputs, batch, self.dim), grad_ls
+
+    def no_gradient(self, wanted: Collection[str], request: SolveRequest | None = None) -> str | None:
+        if "noise" in wanted:
+            return "the noise wants a gradient"
+        if request is not None:
+            if "grid" in wanted or ("times" in wanted and not isinstance(request.tableau, Tableau)):
+                return "the points of a fixed grid want a gradient"
+            if request.options.jump_t or (request.options.step_t and "times" in wanted):
+                return "the solve has prescribed jumps or steps"
+        return no_adjoint(self._field, self.plan)
+
+
+def solve_of_nothing(request: SolveRequest, x: Tensor) -> SolveResult:
+    outputs = len(request.times)
+    ls = None if request.l is None else x.new_empty(outputs, 0)
+    empty = torch.zeros(0, 2, dtype=torch.float64)
+    return SolveResult(x.new_empty(outputs, *x.shape), ls, 0, 0, 0, empty)
+
+
+def times_gradient(
+    request: SolveRequest, result: SolveResult, grad_xs: Tensor, grad_ls: Tensor | None, of_time: Tensor | float
+) -> Tensor:
+    """The gradient of the output times, float64 on the CPU: an output moves along the solution with its own time; steps,
+    with everything in them, move with the first. of_time: of the field's time, in all evaluations of the steps."""
+    found = grad_xs.new_zeros(len(request.times), dtype=torch.float64)
+    if result.slopes is not None:
+        x_slopes, l_slopes = result.slopes
+        found += (x_slopes * grad_xs).sum((1, 2), dtype=torch.float64)
+        if grad_ls is not None:
+            found += (l_slopes * grad_ls).sum(1, dtype=torch.float64)
+    found[0] = request.sign * of_time - found[1:].sum()
+    return found.cpu()
 
 
 def address(tensor: Tensor | None) -> int:

@@ -16,8 +16,9 @@ from torch import Tensor
 from ...divergence import DivergencePlan
 from ...field import VectorField
 from ...numerics.tableaus import Tableau
-from ..adjoint import no_adjoint, write_adjoint
-from ..base import Engine, Gradient, SolveRequest, SolveResult
+from ..adjoint import write_adjoint
+from ..base import Gradient, SolveRequest, SolveResult
+from ..native import NativeEngine, field_gradients, solve_of_nothing, times_gradient
 from ..program import Externals, write_program
 
 OLDEST = (3, 6)
@@ -37,7 +38,7 @@ def _no_triton() -> str | None:
     return None
 
 
-class TritonEngine(Engine):
+class TritonEngine(NativeEngine):
     """Fused sparse kernels over batch-minor buffers in device memory, a step of a solve in one CUDA graph. float32 and
     float64, CUDA tensors; with TRITON_INTERPRET=1, for tests, CPU tensors.
 
@@ -45,6 +46,7 @@ class TritonEngine(Engine):
     """
 
     name = "triton"
+    contiguous = False  # kernels take strides
 
     @staticmethod
     def unsupported(field: VectorField) -> str | None:
@@ -58,15 +60,10 @@ class TritonEngine(Engine):
 
     def __init__(self, field: VectorField, plan: DivergencePlan | None = None, form: str | None = None) -> None:
         """form: "auto", "sparse" or "dense", how matrices are multiplied; None reads SPARSEFLOW_TRITON_FORM."""
-        reason = self.unsupported(field)
-        if reason is not None:
-            raise ValueError(f"engine 'triton': {reason}")
+        super().__init__(field, plan)
         from .program import Builder  # late: without triton the class can still say why it cannot run
 
-        self.plan, self.form = plan, form
-        self.dim, self.dtype, self.device = field.dim, field.dtype, field.device
-        self.stamp, self.notes = 0, []
-        self._field = field
+        self.form, self.notes = form, []
         self._lock = threading.RLock()  # one workspace is one caller's at a time
         self._held: OrderedDict = OrderedDict()
         self._adjoint: tuple | None = None  # made when a gradient is first asked for
@@ -76,14 +73,11 @@ class TritonEngine(Engine):
             self.program = builder.compile()
 
     def describe(self) -> list[str]:
-        """A line per layer: how its matrix is multiplied, its density, why."""
-        return self.program.describe()
+        """A line per layer: how its matrix is multiplied, its density, why; and the notes."""
+        return [*self.program.describe(), *self.notes]
 
     def update(self, field: VectorField) -> bool:
-        same = field.dtype == self.dtype and field.device == self.device and all(
-            new.pattern is old.pattern for new, old in zip(field.layers, self._field.layers, strict=True)
-        )
-        if not same or self._writer.externals.functions:
+        if not self._takes_over(field) or self._writer.externals.functions:
             return False
         with self._lock, self._guard():
             self._field = field
@@ -153,31 +147,18 @@ class TritonEngine(Engine):
             )
         x = self._ready(request.x, "y0")
         batch = len(x)
-        if self.plan is not None:
-            l = request.l  # noqa: E741
-            if l is None or l.shape != (batch,) or l.dtype != self.dtype or l.device != self.device:
-                raise ValueError(f"the log-density channel must be [{batch}], {self.dtype} on {self.device}")
+        l = self._ready_density(request)  # noqa: E741
         noise = self._ready_noise(request.noise, x)
         if batch == 0:
-            return _of_nothing(request, x)
+            return solve_of_nothing(request, x)
         with self._lock, self._guard():
             solver = self._hold(
                 (request.tableau, batch, request.sign),
                 lambda: Solver(self.program, request.tableau, batch, request.sign, self._answers(), self.notes.append),
             )
-            return solver.solve(replace(request, x=x, noise=noise))
+            return solver.solve(replace(request, x=x, l=l, noise=noise))
 
     # ---- gradients
-
-    def no_gradient(self, wanted: Collection[str], request: SolveRequest | None = None) -> str | None:
-        if "noise" in wanted:
-            return "the noise wants a gradient"
-        if request is not None:
-            if "grid" in wanted or ("times" in wanted and not isinstance(request.tableau, Tableau)):
-                return "the points of a fixed grid want a gradient"
-            if request.options.jump_t or (request.options.step_t and "times" in wanted):
-                return "the solve has prescribed jumps or steps"
-        return no_adjoint(self._field, self.plan)
 
     def _adjoint_program(self):
         if self._adjoint is None:
@@ -215,26 +196,13 @@ class TritonEngine(Engine):
     ) -> Gradient:
         x, noise = self._ready(request.x, "y0"), self._ready_noise(request.noise, request.x)
         outputs, batch = len(request.times), len(x)
-        grad_ls = None if grad_ls is None or self.plan is None else grad_ls.detach()
-        if grad_xs.shape != (outputs, batch, self.dim) or (grad_ls is not None and grad_ls.shape != (outputs, batch)):
-            raise ValueError(f"the cotangents must be shaped like the outputs, [{outputs}, {batch}, ...]")
-        grad_xs = self._ready(grad_xs.reshape(-1, self.dim), "grad_xs").view(outputs, batch, self.dim)
+        grad_xs, grad_ls = self._ready_cotangents(request, grad_xs, grad_ls)
         if batch == 0:
             return self._of_no_rows(x, wanted, outputs)
         with self._lock, self._guard():
             reversal = self._reversal(request.tableau, batch, request.sign)
             raw, grad_x, grad_l = reversal.solve(replace(request, x=x, noise=noise), result, grad_xs, grad_ls)
-            times = None
-            if "times" in wanted:
-                # An output moves along the solution with its own time; steps, with everything in them, with the first.
-                of_outputs = grad_xs.new_zeros(outputs, dtype=torch.float64)
-                if result.slopes is not None:
-                    x_slopes, l_slopes = result.slopes
-                    of_outputs += (x_slopes * grad_xs).sum((1, 2), dtype=torch.float64)
-                    if grad_ls is not None:
-                        of_outputs += (l_slopes * grad_ls).sum(1, dtype=torch.float64)
-                of_outputs[0] = request.sign * raw.t - of_outputs[1:].sum()
-                times = of_outputs.cpu()
+            times = times_gradient(request, result, grad_xs, grad_ls, raw.t) if "times" in wanted else None
             return Gradient(
                 tensors=self._tensors(raw) if "tensors" in wanted else (), x=grad_x, l=grad_l, times=times
             )
@@ -250,35 +218,11 @@ class TritonEngine(Engine):
     def _tensors(self, raw) -> tuple[Tensor, ...]:
         """A program's gradient, tensor by tensor of the field."""
         _, writer = self._adjoint_program()
-        values = [raw.matrices[matrix] for matrix in writer.weights]
-        if writer.derived_from:
-            with torch.enable_grad():
-                field = self._field.map_tensors(lambda tensor: tensor.detach().requires_grad_())
-                leaves = [layer.values for layer in field.layers]
-                made = [(function(field), raw.matrices[matrix]) for matrix, function in writer.derived_from]
-                made = [(out, grad.to(self.dtype)) for out, grad in made if out.requires_grad]
-                if made:
-                    carried = torch.autograd.grad(
-                        [out for out, _ in made], leaves, [grad for _, grad in made], allow_unused=True
-                    )
-                    values = [own if more is None else own + more for own, more in zip(values, carried)]
-        found: list[Tensor] = []
-        for value, layer, modulation in zip(values, self._field.layers, raw.modulations):
-            for name, tensor in layer.tensors():
-                found.append((value if name == "values" else modulation[name]).to(self.dtype))
-        return tuple(found)
+        return field_gradients(
+            self._field, writer, raw.matrices.__getitem__, lambda number, name: raw.modulations[number][name]
+        )
 
-    # ---- what every entry checks
-
-    @contextlib.contextmanager
-    def _guard(self) -> Iterator[None]:
-        """On the field's device; with ordinary tensors without a graph, because what is kept outlives an inference_mode."""
-        with contextlib.ExitStack() as stack:
-            if self.device.type == "cuda":
-                stack.enter_context(torch.cuda.device(self.device))
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
-            yield
+    # ---- memory
 
     def _capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -300,35 +244,9 @@ class TritonEngine(Engine):
         self._held.move_to_end(key)
         return self._held[key]
 
-    def _ready_noise(self, noise: Tensor | None, x: Tensor) -> Tensor | None:
-        if self.plan is None or self.plan.kind != "hutchinson":
-            return None
-        if noise is None:
-            raise ValueError("noise is missing: a hutchinson divergence needs a probe of the state's shape")
-        noise = self._ready(noise, "noise")
-        if noise.shape != x.shape:
-            raise ValueError(f"noise must have the state's shape {list(x.shape)}, not {list(noise.shape)}")
-        return noise
-
-    def _ready(self, x: Tensor, name: str) -> Tensor:
-        """The kernels read raw memory: nothing unchecked gets past this line."""
-        if x.dim() != 2 or x.shape[1] != self.dim or x.dtype != self.dtype or x.device != self.device:
-            raise ValueError(
-                f"{name} must be [batch, {self.dim}], {self.dtype} on {self.device}, "
-                f"not {list(x.shape)}, {x.dtype} on {x.device}"
-            )
-        return x.detach()
-
 
 def _answers(
     externals: Externals, dtype: torch.dtype, device: torch.device, times: Sequence[float]
 ) -> list[list[Tensor]]:
     """By time, what every function says."""
     return [[function(torch.full((), t, dtype=dtype, device=device)) for function in externals.functions] for t in times]
-
-
-def _of_nothing(request: SolveRequest, x: Tensor) -> SolveResult:
-    outputs = len(request.times)
-    ls = None if request.l is None else x.new_empty(outputs, 0)
-    empty = torch.zeros(0, 2, dtype=torch.float64)
-    return SolveResult(x.new_empty(outputs, *x.shape), ls, 0, 0, 0, empty)
