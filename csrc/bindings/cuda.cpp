@@ -132,9 +132,12 @@ void solve(const Image<T>& self, const Plan& plan, const py::dict& a) {
   p.slots = address<double>(at("slots"));
   p.barrier = address<unsigned long long>(at("barrier"));
   p.next_tile = address<int>(at("next_tile"));
+  p.stop = address<int>(at("stop"));
+  p.step_capacity = number("step_capacity");
+  p.steps = address<double>(at("steps"));
   p.record = a["record"].cast<bool>();
   p.capacity = number("capacity");
-  p.steps = address<double>(at("steps"));
+  if (p.record && !shared) throw std::invalid_argument("solve: tiles that step on their own record no common steps");
   p.states = address<T>(at("states")), p.derivatives = address<T>(at("derivatives"));
   p.x_slopes = address<T>(at("x_slopes")), p.l_slopes = address<T>(at("l_slopes"));
   if (p.program.noise.row >= 0 && p.noise == nullptr) throw std::invalid_argument("solve: this program needs noise");

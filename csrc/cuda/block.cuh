@@ -267,30 +267,36 @@ struct Block {
   SF_DEVICE void run_dense(const DeviceOp& op) {
     constexpr int N = Tangent ? 2 * V : V;
     const T* const source = rows_of(op.source) + lane * V;
-    const int stride = samples(), tangent = slot_of(op.source), cols = op.cols;
+    const int stride = samples(), tangent = slot_of(op.source);
     T trace_part = T(0);
+    T sum[kQuad][N];
     for (int i = 0; i < op.chunks; ++i) {
       const int chunk = op.first_chunk + i;
       const Chunk c = chunks()[chunk];
       const char* const at = acquire(chunk, c, i + 1 < op.chunks ? chunk + 1 : op.next_chunk);
       const RowHead* const heads = reinterpret_cast<const RowHead*>(at);
       const T* const weights = reinterpret_cast<const T*>(at + (c.rows * sizeof(RowHead) + 15) / 16 * 16);
-      for (int base = 0; base < c.rows; base += groups) {
+      const T* const x_begin = source + c.first_column * stride;
+      for (int base = 0; base < c.rows; base += groups) {  // once, of a slab
         const bool mine = base + group < c.rows;
-        const RowHead head = mine ? heads[base + group] : RowHead{0xffffffffu, 0xffffffffu};
-        const T* const w = weights + size_t(base + group) * cols * kQuad;
-        T sum[kQuad][N] = {};
+        if (c.first_column == 0) {
+#pragma unroll
+          for (int r = 0; r < kQuad; ++r)
+#pragma unroll
+            for (int v = 0; v < N; ++v) sum[r][v] = T(0);
+        }
+        const T* const w = weights + size_t(base + group) * c.columns * kQuad;
         if (mine) {
 #pragma unroll 2
-          for (int k = part; k < cols; k += 1 << split) {
+          for (int k = part; k < c.columns; k += 1 << split) {
             const Quad<T> four = load_quad(w + k * kQuad);
-            const Samples<T, V> x = load<T, V>(source + k * stride);
+            const Samples<T, V> x = load<T, V>(x_begin + k * stride);
 #pragma unroll
             for (int r = 0; r < kQuad; ++r)
 #pragma unroll
               for (int v = 0; v < V; ++v) sum[r][v] += four.v[r] * x.v[v];
             if constexpr (Tangent) {
-              const Samples<T, V> p = load<T, V>(source + k * stride + tangent);
+              const Samples<T, V> p = load<T, V>(x_begin + k * stride + tangent);
 #pragma unroll
               for (int r = 0; r < kQuad; ++r)
 #pragma unroll
@@ -298,6 +304,8 @@ struct Block {
             }
           }
         }
+        if (!c.last) continue;
+        const RowHead head = mine ? heads[base + group] : RowHead{0xffffffffu, 0xffffffffu};
 #pragma unroll 1
         for (int r = 0; r < kQuad; ++r) {  // one copy of what follows a row
           const uint32_t two = r < 2 ? head.row_and_quads : head.first;

@@ -53,6 +53,9 @@ struct DeviceOp {
 struct Chunk {
   int32_t offset, bytes;  // in the image, multiples of 16
   int32_t rows, quads;
+  // dense: the columns it holds. A slab of some columns leaves the sums of its rows where they are, for the next one; the
+  // last is followed by what follows a row.
+  int32_t first_column = 0, columns = 0, last = 1, reserved = 0;
 };
 struct RowHead {
   uint32_t row_and_quads, first;
@@ -60,6 +63,7 @@ struct RowHead {
 // Where most entries are there, rows go by fours: a head is four row numbers of 16 bits (kNoRow: none), a quad the weights
 // of one column in the four rows, and there are no columns to read.
 inline constexpr int kNoRow = 0xffff;
+inline constexpr int kSlabGroups = 64;  // fours of rows in a slab: a block has that many groups of threads, or does not run it
 
 struct DeviceModulation {
   int32_t first, n;                                                   // rows
@@ -88,7 +92,7 @@ struct DeviceProgram {
   int32_t list[kLists + 1] = {0, 0, 0, 0, 0};  // where the lists of operations begin; the last: where they end
   int32_t modulation_rows = 0, dynamic_values = 0, workspace_rows = 0, dynamic_modulations = 0;
   int32_t lasting_sums = 0, stage_sums = 0, totals = 0;  // of a block; totals follow the lasting sums, the last one is of t
-  int32_t streams = 0, stream_bytes = 0, largest_chunk = 0;  // the chunks lie together
+  int32_t streams = 0, stream_bytes = 0, largest_chunk = 0, slabs = 0;  // the chunks lie together; dense ones are slabs
   Place input, output, noise, ones, cotangent, trace_cotangent, state_cotangent;
 };
 

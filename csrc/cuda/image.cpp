@@ -103,8 +103,8 @@ class Writer {
     for (const auto* list : p_.adjoint() ? std::vector<const std::vector<Op>*>{&p_.keep, &p_.reverse} : std::vector<const std::vector<Op>*>{&p_.body})
       for (const Op& op : *list) {
         const Matrix<T>& m = p_.matrices[op.matrix];
-        const bool whole = dense(op.matrix) && op.kind != OpKind::kGradient;
-        out_.work.push_back({double(op.transposed ? m.cols : m.rows), (whole ? double(m.rows) * m.cols : double(m.nnz())) / kQuad, op.tangent() ? 2.0 : 1.0, whole});
+        const bool whole = dense(op.matrix) && op.kind != OpKind::kGradient, gradient = op.kind == OpKind::kGradient;
+        out_.work.push_back({double(op.transposed ? m.cols : m.rows), (whole ? double(m.rows) * m.cols : double(m.nnz())) / kQuad, op.tangent() ? 2.0 : 1.0, whole, gradient});
       }
     place_streams();
     d.n_chunks = static_cast<int32_t>(chunks_.size());
@@ -323,33 +323,49 @@ class Writer {
     return !m.dynamic() && m.rows > 1 && m.cols > 1 && m.nnz() > dense_above_ * m.rows * m.cols;
   }
 
+  // All columns of some rows where they fit into a chunk; else slabs, few columns of as many rows as a block has threads for.
   void add_dense_chunks(int matrix, const Entries& m) {
-    const size_t per_group = sizeof(RowHead) + size_t(m.cols) * kQuad * sizeof(T);
-    const int groups = (m.rows + kQuad - 1) / kQuad, at_once = static_cast<int>(std::max<size_t>(1, (chunk_bytes_ - kAlign) / per_group));
+    const int groups = (m.rows + kQuad - 1) / kQuad;
+    auto bytes = [](int n, int columns) { return aligned(n * sizeof(RowHead)) + size_t(n) * columns * kQuad * sizeof(T); };
+    const bool slabs = bytes(groups, m.cols) > chunk_bytes_;
+    const int at_once = slabs ? std::min(groups, kSlabGroups) : groups;
+    const int columns = slabs ? std::max<int>(1, static_cast<int>((chunk_bytes_ - aligned(at_once * sizeof(RowHead))) / (at_once * kQuad * sizeof(T)))) : m.cols;
+    if (slabs) out_.program.slabs = 1;
     for (int begin = 0; begin < groups; begin += at_once) {
       const int n = std::min(at_once, groups - begin);
       const size_t heads = aligned(n * sizeof(RowHead));
-      std::vector<char> blob(heads + size_t(n) * m.cols * kQuad * sizeof(T), 0);
-      for (int g = 0; g < n; ++g) {
-        uint16_t rows[kQuad];
-        for (int r = 0; r < kQuad; ++r) {
-          const int row = (begin + g) * kQuad + r;
-          rows[r] = static_cast<uint16_t>(row < m.rows ? row : kNoRow);
-          if (row >= m.rows) continue;
-          for (int k = m.row_ptr[row]; k < m.row_ptr[row + 1]; ++k) {
-            const int64_t place = (int64_t(g) * m.cols + m.col[k]) * kQuad + r;
-            std::memcpy(blob.data() + heads + place * sizeof(T), &p_.matrices[matrix].values[m.entry[k]], sizeof(T));
-            pending_.push_back({matrix, static_cast<int>(chunks_.size()), int64_t(heads / sizeof(T)) + place, m.entry[k]});
+      for (int first = 0; first < m.cols; first += columns) {
+        const int width = std::min(columns, m.cols - first);
+        std::vector<char> blob(bytes(n, width), 0);
+        for (int g = 0; g < n; ++g) {
+          uint16_t rows[kQuad];
+          for (int r = 0; r < kQuad; ++r) {
+            const int row = (begin + g) * kQuad + r;
+            rows[r] = static_cast<uint16_t>(row < m.rows ? row : kNoRow);
+            if (row >= m.rows) continue;
+            const auto column = m.col.begin();
+            const int from = static_cast<int>(std::lower_bound(column + m.row_ptr[row], column + m.row_ptr[row + 1], first) - column);
+            for (int k = from; k < m.row_ptr[row + 1] && m.col[k] < first + width; ++k) {
+              const int64_t place = (int64_t(g) * width + m.col[k] - first) * kQuad + r;
+              std::memcpy(blob.data() + heads + place * sizeof(T), &p_.matrices[matrix].values[m.entry[k]], sizeof(T));
+              pending_.push_back({matrix, static_cast<int>(chunks_.size()), int64_t(heads / sizeof(T)) + place, m.entry[k]});
+            }
           }
+          std::memcpy(blob.data() + g * sizeof(RowHead), rows, sizeof(RowHead));
         }
-        std::memcpy(blob.data() + g * sizeof(RowHead), rows, sizeof(RowHead));
+        add_chunk(std::move(blob), n, n * width, -1);
+        chunks_.back().first_column = first;
+        chunks_.back().columns = width;
+        chunks_.back().last = first + width == m.cols;
       }
-      add_chunk(std::move(blob), n, n * m.cols, -1);
     }
   }
 
   void add_chunk(std::vector<char> blob, int rows, int quads, int32_t values) {
-    chunks_.push_back({0, static_cast<int32_t>(blob.size()), rows, quads});
+    Chunk chunk{};
+    chunk.bytes = static_cast<int32_t>(blob.size());
+    chunk.rows = rows, chunk.quads = quads, chunk.last = 1;
+    chunks_.push_back(chunk);
     indirect_.push_back(values);
     out_.program.largest_chunk = std::max(out_.program.largest_chunk, static_cast<int32_t>(blob.size()));
     blobs_.push_back(std::move(blob));

@@ -23,23 +23,47 @@ int occupancy_of(void (*)(P), int, int, int, int& blocks) {
 
 #else
 
-template <class P>
-int allow_shared(void (*kernel)(P), int shared_bytes) {
-  if (shared_bytes <= 48 * 1024) return 0;
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-}
-
 // Errors of these calls are taken out of the runtime's memory, so that the next call starts clean.
 inline int cleared(cudaError_t code) {
   if (code != cudaSuccess) cudaGetLastError();
   return int(code);
 }
 
+// The device that was current before is so again afterwards: it is the caller's.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    code = cleared(cudaGetDevice(&before_));
+    if (code == 0 && before_ != device) code = cleared(cudaSetDevice(device)), changed_ = code == 0;
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+  int code = 0;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+// As much shared memory as there is, whatever this launch takes: another thread may be launching the same kernel.
+template <class P>
+int allow_shared(void (*kernel)(P), int device) {
+  int most = 0;
+  if (const int code = cleared(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))) return code;
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  if (const int code = cleared(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most))) return code;
+  return cleared(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+}
+
 template <class P>
 int launch_kernel(void (*kernel)(P), const P& params, int threads, int shared_bytes, const Launch& launch) {
   static_assert(sizeof(P) <= 4096, "kernel parameters are limited to 4 KB");
-  if (const int code = cleared(cudaSetDevice(launch.device))) return code;
-  if (const int code = cleared(cudaError_t(allow_shared(kernel, shared_bytes)))) return code;
+  const OnDevice on(launch.device);
+  if (on.code) return on.code;
+  if (const int code = allow_shared(kernel, launch.device)) return code;
   P copy = params;
   void* arguments[] = {&copy};
   const dim3 grid(launch.blocks), block(threads);
@@ -50,8 +74,9 @@ int launch_kernel(void (*kernel)(P), const P& params, int threads, int shared_by
 }
 template <class P>
 int occupancy_of(void (*kernel)(P), int device, int threads, int shared_bytes, int& blocks) {
-  if (const int code = cleared(cudaSetDevice(device))) return code;
-  if (const int code = cleared(cudaError_t(allow_shared(kernel, shared_bytes)))) return code;
+  const OnDevice on(device);
+  if (on.code) return on.code;
+  if (const int code = allow_shared(kernel, device)) return code;
   return cleared(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, reinterpret_cast<const void*>(kernel), threads, size_t(shared_bytes)));
 }
 

@@ -12,6 +12,7 @@ const Shape kShapes[] = {
     {8, 4, 4, 512},  {8, 4, 4, 256},  {8, 4, 4, 128},  {8, 4, 8, 512},  {8, 4, 16, 512}, {8, 4, 8, 256},               //
     {4, 4, 4, 256},  {4, 4, 4, 128},  {4, 4, 8, 256},  {4, 4, 16, 512}, {4, 4, 32, 512},                               //
     {32, 1, 1, 512}, {16, 1, 1, 256}, {16, 1, 2, 512}, {8, 1, 1, 256},  {8, 1, 4, 512},  {4, 1, 8, 512}, {4, 1, 2, 128},  //
+    {8, 1, 1, 512},  {4, 1, 1, 256},                                                                                   //
     {1, 1, 1, 64},   {1, 1, 1, 128},  {1, 1, 4, 256},  {1, 1, 16, 512},
 };
 const int kShapeCount = int(sizeof kShapes / sizeof kShapes[0]);
@@ -25,26 +26,40 @@ int log2_of(int n) {
 }
 size_t aligned(size_t n, size_t to = 16) { return (n + to - 1) / to * to; }
 
-// A rough model of an evaluation of one tile, in cycles of a multiprocessor: what the threads wait for, operation after
-// operation, or what passes through shared memory, 128 bytes a cycle. The constants are estimates until they are measured.
+// A rough model of an evaluation of one tile, in cycles: what its threads wait for, operation after operation, and what keeps
+// the multiprocessor busy, whoever runs on it: instructions, shared memory (128 bytes a cycle), memory beyond. Counts of
+// instructions are the machine code's (bench/sass.py); the other constants are estimates until they are measured.
+struct Cost {
+  double latency = 0, busy = 0;
+};
 template <class T>
-double cycles_of_tile(const Image<T>& image, const Shape& s, bool work_in_shared, bool resident) {
-  constexpr double kBarrier = 60, kRow = 130, kQuadLatency = 14, kGlobalFactor = 4, kStreamRate = 40;
+Cost cost_of_tile(const Image<T>& image, const Shape& s, bool work_in_shared, bool resident, int blocks) {
+  constexpr double kBarrier = 60, kRowLatency = 250, kQuadLatency = 60, kRowInstructions = 90, kQuadInstructions = 39, kTangentInstructions = 24,
+                   kSharedRate = 128, kMemoryRate = 24, kSlowMemoryRate = 12, kCache = 40e6;
   // the parts of a warp read different rows at once, from different banks where the row has a choice (csrc/cuda/image.cpp)
   const double lanes = double(s.tile) / s.per_thread, conflicts = s.per_thread == 1 || lanes >= 8 ? 1.0 : lanes == 4 ? 1.1 : lanes == 2 ? 1.2 : 1.45;
-  const double groups = s.threads / (lanes * s.parts);
-  double latency = 2 * kBarrier, bytes = 0;
+  const double groups = s.threads / (lanes * s.parts), warps = s.threads / 32.0;
+  const double sums = double(image.program.lasting_sums + image.program.totals) * sizeof(T) * blocks;
+  double instructions = 0, shared = 0, memory = 0, latency = 2 * kBarrier;
   for (const auto& w : image.work) {
+    if (w.gradient) {  // an inner product for every entry, and its sum read and written
+      const double entries = w.quads * kQuad;
+      shared += 2 * entries * s.tile * sizeof(T) * w.lanes * 1.5;
+      instructions += entries / 32 * (30 + 8.0 * lanes * w.lanes);
+      memory += entries * (2 * sizeof(T) + 4) * (sums > kCache ? kMemoryRate / kSlowMemoryRate : 1);
+      latency += kBarrier + kRowLatency;
+      continue;
+    }
     const double rows = w.dense ? w.rows / kQuad : w.rows, passes = std::ceil(rows / groups), quads = rows > 0 ? std::ceil(w.quads / rows / s.parts) : 0;
-    latency += kBarrier + passes / std::max(1.0, s.threads / 128.0) * (kRow + quads * kQuadLatency * (s.per_thread == 4 ? 1.3 : 1.0)) + kRow;
+    latency += kBarrier + passes * (kRowLatency * (w.dense ? 2 : 1) + quads * kQuadLatency);
+    const double per_quad = kQuadInstructions + kTangentInstructions * (w.lanes - 1);
+    instructions += passes * warps * (kRowInstructions * (w.dense ? kQuad : 1) + quads * per_quad * (w.dense ? 0.55 : 1));
     const double products = w.quads * kQuad * s.tile * w.lanes;
-    if (w.dense) bytes += products * 128.0 / 80.0;  // four rows share an activation: 80 multiply-adds a cycle
-    else bytes += products * sizeof(T) * conflicts + w.quads * kQuad * (sizeof(T) + 2.0) + w.rows * s.tile * sizeof(T);
+    shared += (w.dense ? products / kQuad / 2 : products * conflicts) * sizeof(T) + w.quads * kQuad * (sizeof(T) + 2.0) + w.rows * s.tile * sizeof(T);
   }
-  double cycles = std::max(latency, bytes / 128.0);
-  if (!work_in_shared) cycles *= kGlobalFactor;
-  if (!resident) cycles = std::max(cycles, image.program.stream_bytes / kStreamRate) + 200.0 * image.program.n_chunks;
-  return cycles;
+  if (!resident) memory += image.program.stream_bytes, latency += 60.0 * image.program.n_chunks;
+  if (!work_in_shared) memory += shared, latency *= 2;
+  return {latency, std::max({instructions / 4, work_in_shared ? shared / kSharedRate : 0, memory / kMemoryRate})};
 }
 
 }  // namespace
@@ -69,8 +84,8 @@ Plan plan_for(const Image<T>& image, const Shape& shape, const Device& device, i
   };
   b.ops = take(aligned(p.n_ops * sizeof(DeviceOp)) + p.n_chunks * sizeof(Chunk));
   b.modulation = take(2 * size_t(p.modulation_rows) * sizeof(T));
-  // the trace and its parts, the parts of error norms, totals, the controller (csrc/cuda/solve.cuh)
-  b.reduce = take(aligned(size_t(shape.tile) * (1 + 2 * (shape.threads / 32)) * sizeof(T)) + (2 * size_t(shape.threads) + 16) * sizeof(double) + 256);
+  // the trace and its parts, the parts of error norms, totals, the controller, weights of a step (csrc/cuda/solve.cuh)
+  b.reduce = take(aligned(size_t(shape.tile) * (1 + 2 * (shape.threads / 32)) * sizeof(T)) + (2 * size_t(shape.threads) + 48) * sizeof(double) + 168 * sizeof(T));
   const size_t limit = device.shared_per_block;
   const size_t work = size_t(p.workspace_rows) * shape.tile * sizeof(T), dynamic = size_t(p.dynamic_values) * sizeof(T);
   const size_t arrays = adjoint ? 3 * size_t(stages) + 3 : 5 + size_t(stages);
@@ -107,16 +122,18 @@ Plan plan_for(const Image<T>& image, const Shape& shape, const Device& device, i
     out.reason = "one sample's activations do not fit into shared memory";
     return out;
   }
-  out.blocks_per_multiprocessor = std::max(1, std::min<int>(device.threads_per_multiprocessor / shape.threads,
-                                                            device.shared_per_multiprocessor / std::max<int>(1024, b.shared_bytes + 1024)));
-  out.blocks_per_multiprocessor = std::min(out.blocks_per_multiprocessor, 16);
+  if (p.slabs && shape.threads / (shape.tile / shape.per_thread * shape.parts) < kSlabGroups) {
+    out.reason = "it has fewer groups of threads than a slab of a dense layer has rows for";
+    return out;
+  }
+  constexpr int kRegisters = 65536 / 128;  // threads that a multiprocessor has registers for
+  out.blocks_per_multiprocessor = std::max(1, std::min({device.threads_per_multiprocessor / shape.threads, kRegisters / shape.threads,
+                                                        device.shared_per_multiprocessor / std::max<int>(1024, b.shared_bytes + 1024), 16}));
   const int most = out.blocks_per_multiprocessor * device.multiprocessors;
   out.blocks = std::max(1, std::min(out.tiles, most));
-  const double per_sm = std::ceil(double(out.tiles) / device.multiprocessors);
-  const double tile = cycles_of_tile(image, shape, out.work_in_shared, b.resident);
-  // blocks beside each other on a multiprocessor hide each other's waiting, up to a point
-  const double beside = std::min<double>(out.blocks_per_multiprocessor, per_sm), hidden = 1 + 0.6 * (std::min(beside, 4.0) - 1);
-  out.cycles = per_sm * tile / hidden;
+  const double per_sm = std::ceil(double(out.tiles) / device.multiprocessors), beside = std::min<double>(out.blocks_per_multiprocessor, per_sm);
+  const Cost tile = cost_of_tile(image, shape, out.work_in_shared, b.resident, out.blocks);
+  out.cycles = std::max(per_sm * tile.busy, std::ceil(per_sm / beside) * tile.latency);
   if (!per_tile && out.tiles > most) out.cycles *= 1.1;  // states come and go
   out.reason = std::to_string(shape.tile) + " samples to a tile, " + std::to_string(shape.threads) + " threads, " + std::to_string(shape.parts) +
                (shape.parts == 1 ? " part" : " parts") + " to a row; activations in " + (out.work_in_shared ? "shared" : "global") + " memory, weights " +

@@ -20,7 +20,12 @@ inline void commit_copies() { shim::async_commit(); }
 inline void wait_for_copies() { shim::async_wait_all(); }
 inline void spin() { __nanosleep(20); }
 inline void sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { __syncthreads(file, line); }
-inline unsigned long long load_acquire(const unsigned long long* p) { return *const_cast<const volatile unsigned long long*>(p); }
+inline void arrive(unsigned long long* counter) {
+  __threadfence();
+  atomicAdd(counter, 1ull);
+}
+inline unsigned long long look(const unsigned long long* counter) { return *const_cast<const volatile unsigned long long*>(counter); }
+inline void acquire() { __threadfence(); }
 
 }  // namespace sparseflow::cuda
 
@@ -45,11 +50,14 @@ SF_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "me
 SF_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;\n" ::: "memory"); }
 SF_DEVICE void spin() {}
 SF_DEVICE void sync() { __syncthreads(); }
-SF_DEVICE unsigned long long load_acquire(const unsigned long long* p) {
+// What this thread wrote before is seen by whoever sees the count, and acquires.
+SF_DEVICE void arrive(unsigned long long* counter) { asm volatile("red.release.gpu.global.add.u64 [%0], 1;\n" ::"l"(counter) : "memory"); }
+SF_DEVICE unsigned long long look(const unsigned long long* counter) {
   unsigned long long value;
-  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];\n" : "=l"(value) : "l"(p) : "memory");
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];\n" : "=l"(value) : "l"(counter));
   return value;
 }
+SF_DEVICE void acquire() { asm volatile("fence.acq_rel.gpu;\n" ::: "memory"); }
 
 }  // namespace sparseflow::cuda
 

@@ -27,6 +27,8 @@ struct Integration {
   double* totals;    // [kSums]: of the tile, the block, then of all blocks
   double* sum_of_block;
   StepController* control;
+  T* weights;        // of the stages in a step of the present size: a, then b, b_mid, b_error
+  static constexpr int kB = kMaxStages * (kMaxStages - 1) / 2, kBMid = kB + kMaxStages, kBError = kBMid + kMaxStages, kWeights = kBError + kMaxStages;
   int tile = 0, count = 0, first_sample = 0;
   int turn = 0;  // which of y0, y1 (f0, f1) is the old one
   unsigned long long barriers = 0;
@@ -46,6 +48,7 @@ struct Integration {
     totals = errors + 2 * blockDim.x;
     sum_of_block = totals + 8;
     control = reinterpret_cast<StepController*>(sum_of_block + 8);
+    weights = reinterpret_cast<T*>(sum_of_block + 40);
   }
 
   SF_DEVICE T* part(int which) { return state + size_t(which) * size; }
@@ -54,9 +57,21 @@ struct Integration {
   SF_DEVICE T* y1() { return part(turn ? 0 : 2); }
   SF_DEVICE T* f1() { return part(turn ? 1 : 3); }
   SF_DEVICE T* mid() { return part(4); }
-  SF_DEVICE T* k(int j) {
-    if (!tableau.adaptive) return j < 2 ? part(j == 0 ? 1 : 3) : k_inner + size_t(j - 2) * size;
-    return j == 0 ? f0() : j == stages - 1 ? f1() : k_inner + size_t(j - 1) * size;
+  SF_DEVICE T* k(int j) { return j == 0 ? f0() : tableau.adaptive && j == stages - 1 ? f1() : k_inner + size_t(j - 1) * size; }
+  SF_DEVICE void set_weights(T step) {
+    for (int i = threadIdx.x; i < kWeights; i += blockDim.x) {
+      const double* const from = i < kB ? tableau.a + i : i < kBMid ? tableau.b + (i - kB) : i < kBError ? tableau.b_mid + (i - kBMid) : tableau.b_error + (i - kBError);
+      weights[i] = T(*from) * step;
+    }
+    sync();
+  }
+  // sum of weights * k at one place; the last stage of an adaptive method is not asked for
+  SF_DEVICE T combine(const T* w, int terms, int i) {
+    if (terms == 0) return T(0);
+    T sum = w[0] * k(0)[i];
+    const T* kj = k_inner + i;
+    for (int j = 1; j < terms; ++j, kj += size) sum += w[j] * *kj;
+    return sum;
   }
   SF_DEVICE double time(int i) const { return in.times[i]; }
 
@@ -118,13 +133,15 @@ struct Integration {
     }
   }
   // y0 + sum of weights * k, the state's part of it, to where the program reads it
-  template <class Weight>
-  SF_DEVICE void stage_input(int terms, Weight weight) {
-    const T* const y = y0();
+  SF_DEVICE void stage_input(const T* w, int terms) {
+    const T *const y = y0(), *const first = k(0), *const inner = k_inner;
     T* const to = block.rows_of(program.input);
-    for (int i = threadIdx.x; i < dim * S; i += blockDim.x) {
+    const int n = dim * S, next = size;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) {
       T sum = y[i];
-      for (int j = 0; j < terms; ++j) sum += weight(j) * k(j)[i];
+      if (terms > 0) sum += w[0] * first[i];
+      const T* kj = inner + i;
+      for (int j = 1; j < terms; ++j, kj += next) sum += w[j] * *kj;
       to[i] = sum;
     }
   }
@@ -178,25 +195,31 @@ struct Integration {
     sync();
   }
 
-  // totals, summed up over all blocks; the one place where blocks wait for each other
-  SF_CALLED void meet() {
+  // The first n totals, summed up over all blocks; the one place where blocks wait for each other.
+  SF_CALLED void meet(int n) {
     if (in.control != Control::kShared || gridDim.x == 1) return;
-    double* const slots = in.slots + size_t(barriers & 1) * kSums * gridDim.x;
-    ++barriers;
+    const unsigned blocks = gridDim.x;
+    double* const slots = in.slots + size_t(barriers & 1) * kSums * blocks;
+    const unsigned long long goal = ++barriers * blocks;
     if (threadIdx.x == 0) {
-      for (int i = 0; i < kSums; ++i) slots[size_t(i) * gridDim.x + blockIdx.x] = totals[i];
-      __threadfence();
-      atomicAdd(in.barrier, 1ull);
-      while (load_acquire(in.barrier) < barriers * gridDim.x) spin();  // it counts on, so nobody can miss it
-      __threadfence();
+      unsigned long long* const counter = in.barrier;
+      for (int i = 0; i < n; ++i) slots[size_t(i) * blocks + blockIdx.x] = totals[i];
+      arrive(counter);
+      while (look(counter) < goal) spin();  // it counts on, so nobody can miss it
+      acquire();
     }
     sync();
     if (threadIdx.x < 32) {
+      double sum[kSums] = {};
+      for (unsigned b = threadIdx.x; b < blocks; b += 32)
+#pragma unroll
+        for (int i = 0; i < kSums; ++i)
+          if (i < n) sum[i] += __ldcg(slots + size_t(i) * blocks + b);
+#pragma unroll
       for (int i = 0; i < kSums; ++i) {
-        double sum = 0;
-        for (unsigned b = threadIdx.x; b < gridDim.x; b += 32) sum += __ldcg(slots + size_t(i) * gridDim.x + b);
-        for (int bit = 1; bit < 32; bit <<= 1) sum += __shfl_xor_sync(kWarp, sum, bit);
-        if (threadIdx.x == 0) totals[i] = sum;
+        if (i >= n) break;
+        for (int bit = 1; bit < 32; bit <<= 1) sum[i] += __shfl_xor_sync(kWarp, sum[i], bit);
+        if (threadIdx.x == 0) totals[i] = sum[i];
       }
     }
     sync();
@@ -290,14 +313,15 @@ struct Integration {
       measure(y, y, 2, false, [&](int i) { return f[i]; });
       count_bad();
     });
-    meet();
+    meet(5);
     if (!(in.first_step != in.first_step)) return in.first_step;
     const double d0 = mixed_norm(0), d1 = mixed_norm(2), bad = totals[4];
     const double h0 = first_trial_step(d0, d1);
+    if (threadIdx.x == 0) weights[0] = T(h0);
+    sync();
     for_each_tile([&] {
       begin_tile();
-      const T h = T(h0);
-      stage_input(1, [&](int) { return h; });
+      stage_input(weights, 1);
       evaluate(T(t0 + h0), f1());
     });
     clear_totals();
@@ -305,7 +329,7 @@ struct Integration {
       const T *const y = y0(), *const f = f0(), *const g = f1();
       measure(y, y, 0, false, [&](int i) { return g[i] - f[i]; });
     });
-    meet();
+    meet(2);
     const double d2 = fabs(mixed_norm(0) / h0);
     sync();
     if (threadIdx.x == 0) totals[4] = bad;
@@ -317,36 +341,30 @@ struct Integration {
 
   SF_CALLED double try_step(bool with_mid) {
     const double t0 = control->t1, dt = control->dt, t1 = control->end;
-    const T step = T(dt);
+    int stop = 0;
+    if (threadIdx.x == 0 && in.stop != nullptr) stop = *const_cast<const volatile int*>(in.stop);
+    set_weights(T(dt));
     clear_totals();
     for_each_tile([&] {
       begin_tile();
       for (int i = 0; i + 1 < stages; ++i) {
-        const double* const a = tableau.a + i * (i + 1) / 2;
-        stage_input(i + 1, [&](int j) { return T(a[j]) * step; });
+        stage_input(weights + i * (i + 1) / 2, i + 1);
         evaluate(stage_time(tableau.c[i], t0, dt, t1), k(i + 1));
       }
-      const T *const y = y0(), *const last = block.rows_of(program.input);
+      const T *const y = y0(), *const last = block.rows_of(program.input), *const f = f1();
       T *const end = y1(), *const middle = mid();
       for (int i = threadIdx.x; i < size; i += blockDim.x) {
-        T sum = y[i], half = y[i];
-        for (int j = 0; j < stages; ++j) {
-          const T kj = k(j)[i];
-          sum += T(tableau.b[j]) * step * kj;
-          half += T(tableau.b_mid[j]) * step * kj;
-        }
         // where the last stage is at the solution, it is the state f1 belongs to, bit for bit
-        end[i] = tableau.last_stage_is_solution && i < dim * S ? last[i] : sum;
-        if (with_mid) middle[i] = half;
+        end[i] = tableau.last_stage_is_solution && i < dim * S ? last[i] : y[i] + combine(weights + kB, stages - 1, i) + weights[kB + stages - 1] * f[i];
+        if (with_mid) middle[i] = y[i] + combine(weights + kBMid, stages - 1, i) + weights[kBMid + stages - 1] * f[i];
       }
       sync();
-      measure(y, end, 0, true, [&](int i) {
-        T error = T(0);
-        for (int j = 0; j < stages; ++j) error += T(tableau.b_error[j]) * step * k(j)[i];
-        return error;
-      });
+      measure(y, end, 0, true, [&](int i) { return combine(weights + kBError, stages - 1, i) + weights[kBError + stages - 1] * f[i]; });
     });
-    meet();
+    // with one step size for all, the first block's word counts
+    if (threadIdx.x == 0 && stop != 0 && (blockIdx.x == 0 || in.control != Control::kShared)) totals[2] = 1;
+    sync();
+    meet(3);
     return mixed_norm(0);
   }
 
@@ -386,6 +404,10 @@ struct Integration {
 
         const double ratio = try_step(control->end >= time(index));
         nfe += stages - 1;
+        if (totals[2] != 0) {
+          status = Status::kInterrupted;
+          break;
+        }
         sync();
         if (threadIdx.x == 0) said[0] = control->judge(ratio) ? 1 : 0;
         sync();
@@ -393,7 +415,7 @@ struct Integration {
           ++rejected;
           continue;
         }
-        if (in.record && accepted < in.capacity && blockIdx.x == 0 && threadIdx.x == 0) {
+        if (in.steps != nullptr && accepted < in.step_capacity && blockIdx.x == 0 && threadIdx.x == 0) {
           in.steps[2 * int(accepted)] = control->t0;
           in.steps[2 * int(accepted) + 1] = control->last_dt;
         }
@@ -404,7 +426,7 @@ struct Integration {
         if (!(ratio - ratio == 0)) {  // a step that was forced
           clear_totals();
           for_each_tile([&] { count_bad(); });
-          meet();
+          meet(5);
           all_finite = totals[4] == 0;
           checked = false;
         }
@@ -452,11 +474,12 @@ struct Integration {
       const T start = T(t0), end = T(t1), step = T(t1 - t0);
       int last = index;
       while (last < in.n_times && t1 >= time(last)) ++last;
+      sync();
+      set_weights(step);
       for_each_tile([&] {
         begin_tile();
         for (int j = 0; j < stages; ++j) {
-          const double* const a = tableau.a + (j > 0 ? (j - 1) * j / 2 : 0);
-          stage_input(j, [&](int i) { return T(a[i]) * step; });
+          stage_input(weights + (j - 1) * j / 2, j);
           const double c = j == 0 ? 0.0 : tableau.c[j - 1];
           const T t = j == 0 ? (in.perturb ? after(start) : start) : c == 1.0 ? (in.perturb ? before(end) : end) : start + T(c) * step;
           evaluate(t, k(j));
@@ -464,9 +487,7 @@ struct Integration {
         const T* const y = y0();
         T* const young = y1();
         for (int i = threadIdx.x; i < size; i += blockDim.x) {
-          T sum = y[i];
-          for (int j = 0; j < stages; ++j) sum += T(tableau.b[j]) * step * k(j)[i];
-          young[i] = sum;
+          young[i] = y[i] + combine(weights + kB, stages, i);
         }
         sync();
         for (int o = index; o < last; ++o) {
@@ -483,7 +504,7 @@ struct Integration {
           }
         }
       });
-      if (in.record && n < in.capacity && blockIdx.x == 0 && threadIdx.x == 0) in.steps[2 * n] = t0, in.steps[2 * n + 1] = t1 - t0;
+      if (in.steps != nullptr && n < in.step_capacity && blockIdx.x == 0 && threadIdx.x == 0) in.steps[2 * n] = t0, in.steps[2 * n + 1] = t1 - t0;
       index = last;
       turn_states();
       record_state(n + 1);

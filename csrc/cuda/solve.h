@@ -7,7 +7,7 @@
 namespace sparseflow::cuda {
 
 enum class Control : int { kShared = 0, kPerTile = 1 };
-enum class Status : int { kOk = 0, kUnderflow = 1, kNonFinite = 2, kMaxNumSteps = 3 };
+enum class Status : int { kOk = 0, kUnderflow = 1, kNonFinite = 2, kMaxNumSteps = 3, kInterrupted = 4 };
 
 // Of a solve, or of one tile that steps on its own.
 struct SolveStats {
@@ -44,11 +44,13 @@ struct SolveParams {
   double* slots = nullptr;               // [2][kSums][blocks]
   unsigned long long* barrier = nullptr;  // zero at the start
   int* next_tile = nullptr;               // zero at the start
+  const int* stop = nullptr;              // zero; the host may write another number, and the solve ends
 
-  // with `record`: for `capacity` steps; a longer solve goes on without
+  // (t, dt) of accepted steps, and with `record` what a gradient needs of them; a longer solve goes on without
+  int32_t step_capacity = 0;
+  double* steps = nullptr;  // [step_capacity][2]; null: not wanted
   bool record = false;
   int32_t capacity = 0;
-  double* steps = nullptr;  // [capacity][2]
   T *states = nullptr, *derivatives = nullptr;  // [capacity + 1][batch][dim]; of the first stage of every step
   T *x_slopes = nullptr, *l_slopes = nullptr;   // [times][batch][dim], [times][batch]
 };

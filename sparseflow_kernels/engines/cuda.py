@@ -6,6 +6,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import time
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, ClassVar, Collection
 
@@ -22,13 +24,17 @@ from .native import NativeEngine, address, field_gradients, native_options, nati
 from .program import Writer, write_program
 
 LEAST_CAPABILITY = (8, 0)  # asynchronous copies, and what the kernels are compiled for at the least
-FIRST_CAPACITY = 64  # steps that a solve can record at first; a longer one is run again with room for them
+FIRST_CAPACITY = 24  # steps that a solve can record at first; a longer one is run again with room for them
+RECORD_BYTES = 256 << 20  # but no more than fit in here, at first
+STEP_CAPACITY = 4096  # steps whose times and sizes are kept for the statistics
+READ_AT_ONCE = 64  # of them, those that come along with the counts
+SUMS_BYTES = 1 << 30  # memory for the gradients that blocks add up, each in a place of its own
 # Rows of a nearly dense layer share activations (csrc/cuda/block.cuh). By wavefronts of shared memory: a sparse row reaches
 # 0.22 of the multiply-add rate, four dense ones about 0.6. Not yet measured on a GPU.
 DENSE_ABOVE = float(os.environ.get("SPARSEFLOW_CUDA_DENSE_ABOVE", "0.37"))
 
 _DTYPES = {torch.float32: "F32", torch.float64: "F64"}
-_STATUS = ("ok", "underflow", "non_finite", "max_num_steps")
+_STATUS = ("ok", "underflow", "non_finite", "max_num_steps", "interrupted")
 
 
 class DeviceError(RuntimeError):
@@ -144,6 +150,7 @@ class CudaEngine(NativeEngine):
         self._limits = self._limits_of(field.device)
         self._programs: dict[str, tuple[_Program, Writer]] = {}
         self._plans: dict[tuple, tuple[Any, int]] = {}
+        self._streams: list[Any] = []
         self._tableaus: dict[int, tuple] = {}
         self._points: tuple[tuple[float, ...], Tensor] = (), torch.empty(0)
         self._capacity = FIRST_CAPACITY
@@ -171,8 +178,14 @@ class CudaEngine(NativeEngine):
         self._field = field
         self.stamp += 1
         with self._guard():
+            present = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+            others = [stream for stream in self._streams if stream != present]
+            for other in others:  # what was launched there reads the old numbers
+                present.wait_stream(other)
             for program, writer in self._programs.values():
                 program.renew(writer, field)
+            for other in others:
+                other.wait_stream(present)
         return True
 
     def _stream(self) -> int:
@@ -210,11 +223,18 @@ class CudaEngine(NativeEngine):
             at_once = self._program(kind)[0].image.occupancy(plan, self._index)
         except RuntimeError as error:
             raise DeviceError(str(error)) from error
-        return min(plan.tiles, at_once * self._limits["multiprocessors"])
+        blocks = min(plan.tiles, at_once * self._limits["multiprocessors"])
+        if kind == "adjoint":
+            per_block = self._program(kind)[0].image.sums * self.dtype.itemsize
+            blocks = max(min(blocks, 1), min(blocks, SUMS_BYTES // max(1, per_block)))
+        return blocks
 
     def use(self, plan: Any, batch: int, stages: int, kind: str = "forward", step_control: str = "shared") -> None:
         """Run batches of this size in this shape from now on."""
-        self._plans[kind, batch, stages, step_control] = plan, self._blocks(plan, kind)
+        blocks = self._blocks(plan, kind)
+        if blocks == 0:
+            raise DeviceError(f"engine 'cuda': the shape {plan.shape} does not run on {self._limits['name']}")
+        self._plans[kind, batch, stages, step_control] = plan, blocks
 
     def tune(self, request: SolveRequest, repeats: int = 3) -> list[tuple[tuple[int, ...], float]]:
         """Solve `request` in every shape that fits, and use the quickest from then on. Returns (shape, seconds), the
@@ -226,16 +246,16 @@ class CudaEngine(NativeEngine):
         for plan in self.candidates(batch, stages, "forward", control):
             if self._blocks(plan, "forward") == 0:
                 continue
+            request = replace(request, record=False)
             self.use(plan, batch, stages, "forward", control)
-            self.solve(request)
+            x, l, noise = self._ready(request.x, "y0"), self._ready_density(request), self._ready_noise(request.noise, request.x)
             best = math.inf
-            for _ in range(repeats):
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                self.solve(request)
-                end.record()
-                end.synchronize()
-                best = min(best, begin.elapsed_time(end) * 1e-3)
+            with self._guard():
+                for repeat in range(repeats + 1):  # the first one warms up
+                    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                    self._solve(request, x, l, noise, self._capacity, STEP_CAPACITY, events)
+                    if repeat > 0:
+                        best = min(best, events[0].elapsed_time(events[1]) * 1e-3)
             found.append((plan, best))
         found.sort(key=lambda pair: pair[1])
         self.use(found[0][0], batch, stages, "forward", control)
@@ -285,11 +305,11 @@ class CudaEngine(NativeEngine):
                 return f, trace
             plan, blocks = self.plan_for(batch, 1)
             memory = self._bytes(blocks * plan.global_bytes)
-            time, value = self._time(t)
+            at, value = self._time(t)
             self._launch(
                 program.image.evaluate, plan=plan, image=program.memory.data_ptr(), device=self._index, blocks=blocks,
                 stream=self._stream(), global_memory=address(memory), batch=batch, x=x.data_ptr(), noise=address(noise),
-                time_value=value, time=address(time), f=f.data_ptr(), trace=address(trace),
+                time_value=value, time=address(at), f=f.data_ptr(), trace=address(trace),
             )
         return f, trace
 
@@ -300,13 +320,65 @@ class CudaEngine(NativeEngine):
         return None, float(t)
 
     def _launch(self, function: Any, *arguments: Any, **more: Any) -> None:
+        self._on_this_stream()
         try:
             function(*arguments, **more)
         except RuntimeError as error:
             raise DeviceError(f"engine 'cuda': {error}") from error
 
+    def _read(self, memory: Tensor) -> Tensor:
+        """Memory of the device, on the host. What went wrong in a kernel is heard of here."""
+        try:
+            return memory.cpu()
+        except RuntimeError as error:
+            raise DeviceError(
+                f"engine 'cuda': a kernel failed on {self._limits['name']}: {error}; the device's state in this process is "
+                "lost if the error is a memory fault or a failed launch: then start the process anew"
+            ) from error
+
+    def _wait(self, stop: Tensor) -> None:
+        """Until the present stream is done, with an ear for the keyboard: a solve may take long, and an interruption ends
+        it at its next step."""
+        if self.device.type != "cuda":
+            return
+        done = torch.cuda.Event()
+        done.record()
+        began = time.monotonic()
+        try:
+            while not done.query():
+                if time.monotonic() - began > 0.02:
+                    time.sleep(0.001)
+        except KeyboardInterrupt:
+            word = torch.ones(4, dtype=torch.uint8).pin_memory()
+            with torch.cuda.stream(torch.cuda.Stream(self.device)):
+                stop.copy_(word, non_blocking=True)  # by the copy engine: the kernel may hold all multiprocessors
+            done.synchronize()
+            raise
+        except RuntimeError as error:
+            raise DeviceError(f"engine 'cuda': a kernel failed on {self._limits['name']}: {error}") from error
+
     def _bytes(self, count: int) -> Tensor | None:
-        return torch.empty(count, dtype=torch.uint8, device=self.device) if count > 0 else None
+        return self._memory(count, "the blocks' workspaces") if count > 0 else None
+
+    def _memory(self, count: int, what: str) -> Tensor:
+        try:
+            return torch.empty(count, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                f"engine 'cuda': {what} needs {count / 2**20:.0f} MB of memory for its solve; use a smaller batch ({error})"
+            ) from error
+
+    def _on_this_stream(self) -> None:
+        """The present stream joins those that read the images: memory is not given away, and new numbers wait for them."""
+        if self.device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self.device)
+        if stream not in self._streams:
+            for other in self._streams:
+                stream.wait_stream(other)  # an update there may still be writing
+            self._streams.append(stream)
+            for program, _ in self._programs.values():
+                program.memory.record_stream(stream)
 
     # ------------------------------------------------------------------------------------------------- solves
 
@@ -333,18 +405,25 @@ class CudaEngine(NativeEngine):
             )
         l = self._ready_density(request)
         noise = self._ready_noise(request.noise, x)
+        if request.record and request.step_control != "shared":
+            raise ValueError(f"step_control={request.step_control!r} records no common steps for a gradient")
         if batch == 0:
             return solve_of_nothing(request, x)
         with self._guard():
-            result, wanted = self._solve(request, x, l, noise, self._capacity)
-            if wanted > self._capacity:  # the same solve again, with room for what it turned out to take
-                self._capacity = wanted
-                result, _ = self._solve(request, x, l, noise, wanted)
+            room = max(FIRST_CAPACITY, RECORD_BYTES // (2 * x.nbytes)) if x.nbytes else FIRST_CAPACITY
+            capacity, step_capacity = min(self._capacity, room), STEP_CAPACITY
+            result, accepted = self._solve(request, x, l, noise, capacity, step_capacity)
+            if accepted > (capacity if request.record else step_capacity):  # again, with room for what it turned out to take
+                result, _ = self._solve(request, x, l, noise, accepted, max(accepted, step_capacity))
+            if request.record:
+                self._capacity = max(FIRST_CAPACITY, accepted + accepted // 4)
         return result
 
     def _solve(
-        self, request: SolveRequest, x: Tensor, l: Tensor | None, noise: Tensor | None, capacity: int
+        self, request: SolveRequest, x: Tensor, l: Tensor | None, noise: Tensor | None, capacity: int, step_capacity: int,
+        timed: list | None = None,
     ) -> tuple[SolveResult, int]:  # fmt: skip
+        """The result, and how many steps were accepted; with fewer places some of them were not recorded."""
         program, _ = self._program("forward")
         batch, dim, outputs = x.shape[0], self.dim, len(request.times)
         adaptive = isinstance(request.tableau, Tableau)
@@ -359,10 +438,10 @@ class CudaEngine(NativeEngine):
         rows = dim + (l is not None)
         several = shared and plan.tiles > blocks
         if request.grid is not None:
-            capacity = len(request.grid) - 1
+            capacity = step_capacity = len(request.grid) - 1
         parts = {
-            "barrier": 64, "next_tile": 64,  # these two begin at zero
-            "stats": 64 * (1 if shared else plan.tiles), "steps": 16 * capacity if shared else 0, "blame": 16 * batch,
+            "barrier": 64, "next_tile": 64, "stop": 64,  # these begin at zero
+            "stats": 64 * (1 if shared else plan.tiles), "steps": 16 * step_capacity if shared else 0, "blame": 16 * batch,
             "slots": 16 * self._module.SUMS * blocks, "global": blocks * plan.global_bytes,
             "tile_state": plan.tiles * 5 * rows * plan.shape[0] * x.element_size() if several else 0,
         }
@@ -370,7 +449,7 @@ class CudaEngine(NativeEngine):
         for name, count in parts.items():
             offsets[name] = size
             size += (count + 127) // 128 * 128
-        scratch = torch.empty(size, dtype=torch.uint8, device=self.device)
+        scratch = self._memory(size, f"a batch of {batch}")
         scratch[: offsets["stats"]].zero_()
 
         recorded: dict[str, Tensor] = {}
@@ -387,16 +466,21 @@ class CudaEngine(NativeEngine):
             "batch": batch, "x": x.data_ptr(), "l": address(l), "noise": address(noise), "shared": shared, "tableau": self._tableau(request.tableau),
             "rtol": (*request.rtol, 0.0)[:2], "atol": (*request.atol, 0.0)[:2], "options": options, "sign": request.sign,
             "perturb": request.perturb, "n_times": outputs, "n_grid": len(points) - outputs, "times": times.data_ptr(),
-            "xs": xs.data_ptr(), "ls": address(ls), "record": request.record, "capacity": capacity,
+            "xs": xs.data_ptr(), "ls": address(ls), "record": request.record, "capacity": capacity, "step_capacity": step_capacity,
             **{name: address(recorded.get(name)) for name in names},
             **{name: scratch.data_ptr() + offset if parts[name] else 0 for name, offset in offsets.items()},
         }
+        if timed is not None:
+            timed[0].record()
         self._launch(program.image.solve, plan, arguments)
+        if timed is not None:
+            timed[1].record()
+        self._wait(scratch[offsets["stop"] : offsets["stop"] + 4])
 
-        # the one wait; of the steps, as many come along as most solves take
-        first_steps = min(capacity, FIRST_CAPACITY)
+        # the one read; of the steps, as many come along as most solves take
+        first_steps = min(step_capacity, READ_AT_ONCE)
         end = offsets["steps"] + 16 * first_steps if shared else offsets["steps"]
-        told = scratch[offsets["stats"] : end].cpu()
+        told = self._read(scratch[offsets["stats"] : end])
         said = told[: parts["stats"]].view(torch.float64).view(-1, 8).tolist()
         nfe, accepted, rejected = (sum(column) for column in list(zip(*said))[:3])
         failed = [tile for tile, one in enumerate(said) if one[3]]
@@ -406,7 +490,7 @@ class CudaEngine(NativeEngine):
             status = _STATUS[int(code)]
             blame = scratch[offsets["blame"] : offsets["blame"] + 16 * batch].view(torch.float64).view(2, batch).cpu()
             bad = _offending(blame if l is not None else blame[:1], dim, None if shared else failed, plan.shape[0])
-        kept = min(int(accepted), capacity) if shared else 0
+        kept = min(int(accepted), step_capacity) if shared else 0
         steps = told[told.numel() - 16 * first_steps :] if shared else told[:0]
         if kept > first_steps:
             steps = scratch[offsets["steps"] : offsets["steps"] + 16 * kept].cpu()
@@ -415,11 +499,14 @@ class CudaEngine(NativeEngine):
             steps=steps.view(torch.float64).view(-1, 2)[:kept].clone(), status=status, t=t, dt=dt, rows=bad,
         )
         if request.record:
+            kept = min(kept, capacity)
             result.states = recorded["states"][: kept + 1]
             result.derivatives = recorded["derivatives"][: kept + 1] if adaptive else x.new_empty(0, batch, dim)
+            if 2 * kept < capacity:  # a gradient may be long in coming
+                result.states, result.derivatives = result.states.clone(), result.derivatives.clone()
             if adaptive:
                 result.slopes = recorded["x_slopes"], recorded.get("l_slopes")
-        return result, int(accepted) if shared and adaptive else 0
+        return result, int(accepted) if shared else 0
 
     # ------------------------------------------------------------------------------------------------- gradients
 
@@ -449,10 +536,10 @@ class CudaEngine(NativeEngine):
         grad_trace = None if grad_trace is None else grad_trace.detach().contiguous()
         with self._guard():
             grad_x = torch.empty_like(x)
-            time, value = self._time(t)
+            at, value = self._time(t)
             sums = self._backward(x.shape[0], 1, {
                 "evaluate": True, "x": x.data_ptr(), "noise": address(noise), "grad_f": grad_f.data_ptr(),
-                "grad_trace": address(grad_trace), "time": address(time), "time_value": value, "grad_x": grad_x.data_ptr(), "grad_l": 0,
+                "grad_trace": address(grad_trace), "time": address(at), "time_value": value, "grad_x": grad_x.data_ptr(), "grad_l": 0,
             })  # fmt: skip
             tensors = self._tensors(sums) if "tensors" in wanted else ()
         return Gradient(tensors=tensors, x=grad_x, t=sums[-1].to(self.dtype) if "t" in wanted else None)
