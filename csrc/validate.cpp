@@ -204,6 +204,8 @@ void validate(const Program<T>& p) {
       fail("the prologue holds products of constant matrices only");
   }
   for (size_t i = 0; i < p.body.size(); ++i) validate_op(p.body[i], p, "operation " + std::to_string(i));
+  for (int id : {p.trace_cotangent, p.state_cotangent})
+    if (id >= n_buffers) fail("a cotangent names buffer " + std::to_string(id) + ", and there are " + std::to_string(n_buffers));
   if (!p.adjoint()) return;
   check_buffer(p.cotangent, "cotangent", false);
   check_buffer(p.state_cotangent, "state cotangent", false);

@@ -285,7 +285,7 @@ def test_empty_batch_views_and_strides():
 )  # fmt: skip
 def test_wrong_states_are_refused(y):
     field = random_field((3, 8, 3), 0.6)
-    with pytest.raises(ValueError, match=r"y must be \[batch, 3\], torch.float64 on the CPU"):
+    with pytest.raises(ValueError, match=r"y must be \[batch, 3\], torch.float64 on cpu"):
         CpuEngine(field).evaluate(T, y)
     engine = CpuEngine(field, divergence.plan(field, "hutchinson"))
     with pytest.raises(ValueError, match=r"x must be \[batch, 3\]"):

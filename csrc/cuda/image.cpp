@@ -194,7 +194,7 @@ class Writer {
       out_.modulations.push_back({m.n, at(to.bias), at(to.gate_slope), at(to.gate_offset), at(to.shift_slope), at(to.shift_offset)});
       to.shift_sum = to.gate_sum = to.totals = -1;
       if (m.dynamic()) ++d.dynamic_modulations;
-      if (m.dynamic() && m.shift_sum >= 0) {
+      if (p_.adjoint() && m.dynamic() && m.shift_sum >= 0) {
         to.shift_sum = sums_[m.shift_sum];
         if (m.gate_sum >= 0) to.gate_sum = sums_[m.gate_sum];
         to.totals = static_cast<int32_t>(out_.bias_gradients[i].first - d.lasting_sums);
@@ -230,7 +230,7 @@ class Writer {
       to.gate = first_row_[m.gate_modulation];
       to.gates = gates;
       to.sum = to.totals = to.gate_ptr = to.gate_path = to.path_entry = -1;
-      if (m.sum >= 0) {
+      if (p_.adjoint() && m.sum >= 0) {
         to.sum = sums_[m.sum];
         to.totals = static_cast<int32_t>(out_.matrix_gradients[i].first - d.lasting_sums);
         std::vector<int32_t> by_gate(paths);
@@ -273,7 +273,7 @@ class Writer {
     to.factor = place(op.factor), to.factor2 = place(op.factor2), to.addend = place(op.addend), to.kept = place(op.kept);
     to.slope_cotangent = place(op.slope_cotangent), to.value = place(op.value);
     if (op.kind == OpKind::kReduction) to.target = {};  // only the CPU waits there
-    if (op.modulation >= 0) to.modulation = first_row_[op.modulation];
+    if (layer && op.modulation >= 0) to.modulation = first_row_[op.modulation];
     if (!op.factor_row.empty()) to.factor_row = append(op.factor_row);
     if (!op.factor2_row.empty()) to.factor2_row = append(op.factor2_row);
     if (op.coefficient_matrix >= 0) {

@@ -127,8 +127,8 @@ class CpuEngine(NativeEngine):
         wanted: Collection[str],
     ) -> Gradient:  # fmt: skip
         program, _ = self._adjoint_program()
-        x, grad_f, noise = self._ready(x, "x"), self._ready(grad_f, "grad_f"), self._ready_noise(noise, x)
-        grad_trace = None if grad_trace is None else grad_trace.detach().contiguous()
+        x, grad_f, noise = self._ready(x, "x"), self._ready_like(grad_f, x, "grad_f"), self._ready_noise(noise, x)
+        grad_trace = self._ready_channel(grad_trace, x.shape[:1], "grad_trace")
         grad_x = torch.empty_like(x)
         raw = program.evaluate(
             t=float(t), x=x.data_ptr(), noise=address(noise), batch=x.shape[0], threads=get_num_threads(),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..divergence import DivergencePlan
-from ..field import TimeFunction, VectorField
+from ..field import TimeFunction, UnsupportedFieldError, VectorField
 from ..numerics.tableaus import FixedTableau, Tableau
 from . import shapes
 from .adjoint import write_adjoint
@@ -165,6 +165,11 @@ class CudaEngine(NativeEngine):
             builder = getattr(self._module, f"Builder{_DTYPES[self.dtype]}")()
             write = write_program if kind == "forward" else write_adjoint
             writer = write(builder, self._field, self.plan)
+            if writer.externals.functions:
+                raise UnsupportedFieldError(
+                    "engine 'cuda': the exact divergence of this field has too many paths to list, and an output gate: take "
+                    "the Hutchinson estimate, or engine='triton'"
+                )
             image = builder.image(cut=False, dense_above=DENSE_ABOVE)
             if image.stream_bytes > self._limits["shared_per_block"] // 2:
                 image = builder.image(cut=True, dense_above=DENSE_ABOVE)
@@ -531,9 +536,9 @@ class CudaEngine(NativeEngine):
         self, t: Tensor | float, x: Tensor, noise: Tensor | None, grad_f: Tensor, grad_trace: Tensor | None,
         wanted: Collection[str],
     ) -> Gradient:  # fmt: skip
-        x, grad_f = self._ready(x, "x"), self._ready(grad_f, "grad_f")
+        x, grad_f = self._ready(x, "x"), self._ready_like(grad_f, x, "grad_f")
         noise = self._ready_noise(noise, x)
-        grad_trace = None if grad_trace is None else grad_trace.detach().contiguous()
+        grad_trace = self._ready_channel(grad_trace, x.shape[:1], "grad_trace")
         with self._guard():
             grad_x = torch.empty_like(x)
             at, value = self._time(t)
@@ -557,7 +562,7 @@ class CudaEngine(NativeEngine):
             sums = self._backward(batch, _stages(request), {
                 "evaluate": False, "x": 0, "noise": address(noise), "tableau": self._tableau(request.tableau),
                 "sign": request.sign, "perturb": request.perturb, "n_times": outputs, "n_steps": len(steps),
-                "times": times.data_ptr(), "steps": address(steps), "states": result.states.data_ptr(),
+                "times": times.data_ptr(), "steps": address(steps), "states": address(result.states),
                 "derivatives": address(result.derivatives), "grad_xs": grad_xs.data_ptr(), "grad_ls": address(grad_ls),
                 "grad_x": grad_x.data_ptr(), "grad_l": address(grad_l),
             })  # fmt: skip

@@ -33,8 +33,11 @@ class NativeEngine(Engine):
 
     def _takes_over(self, field: VectorField) -> bool:
         """Whether this field is the present one but for its values."""
-        return field.dtype == self.dtype and field.device == self._field.device and all(
-            new.pattern is old.pattern for new, old in zip(field.layers, self._field.layers, strict=True)
+        old = self._field
+        return (field.dtype, field.device, len(field.layers)) == (old.dtype, old.device, len(old.layers)) and all(
+            new.pattern is now.pattern and new.activation == now.activation
+            and (type(new.gate), type(new.shift)) == (type(now.gate), type(now.shift))
+            for new, now in zip(field.layers, old.layers)
         )
 
     @contextlib.contextmanager
@@ -61,31 +64,43 @@ class NativeEngine(Engine):
         """The request's log-density channel; None without a divergence."""
         if self.plan is None:
             return None
-        l, batch = request.l, request.x.shape[0]
-        if l is None or l.shape != (batch,) or l.dtype != self.dtype or l.device != self.device:
-            what = "absent" if l is None else f"{list(l.shape)}, {l.dtype} on {l.device}"
-            raise ValueError(f"the log-density channel must be [{batch}], {self.dtype} on {self.device}; it is {what}")
-        return l.detach().contiguous()
+        if request.l is None:
+            raise ValueError("the log-density channel is missing: this engine was packed with a divergence")
+        return self._ready_channel(request.l, (request.x.shape[0],), "the log-density channel")
 
     def _ready_noise(self, noise: Tensor | None, x: Tensor) -> Tensor | None:
         if self.plan is None or self.plan.kind != "hutchinson":
             return None
         if noise is None:
             raise ValueError("noise is missing: a hutchinson divergence needs a probe of the state's shape")
-        noise = self._ready(noise, "noise")
-        if noise.shape != x.shape:
-            raise ValueError(f"noise must have the state's shape {list(x.shape)}, not {list(noise.shape)}")
-        return noise
+        return self._ready_like(noise, x, "noise")
+
+    def _ready_like(self, other: Tensor, x: Tensor, name: str) -> Tensor:
+        other = self._ready(other, name)
+        if other.shape != x.shape:
+            raise ValueError(f"{name} must have the state's shape {list(x.shape)}, not {list(other.shape)}")
+        return other
+
+    def _ready_channel(self, values: Tensor | None, shape: tuple[int, ...], name: str) -> Tensor | None:
+        """A channel beside the state; None, or without a divergence: None."""
+        if values is None or self.plan is None:
+            return None
+        if values.shape != shape or values.dtype != self.dtype or values.device != self.device:
+            raise ValueError(
+                f"{name} must be {list(shape)}, {self.dtype} on {self.device}, not {list(values.shape)}, {values.dtype} on "
+                f"{values.device}"
+            )
+        return values.detach().contiguous()
 
     def _ready_cotangents(
         self, request: SolveRequest, grad_xs: Tensor, grad_ls: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """(grad_xs [outputs, batch, dim], grad_ls [outputs, batch] or None)."""
         outputs, batch = len(request.times), request.x.shape[0]
-        grad_ls = None if grad_ls is None or self.plan is None else grad_ls.detach().contiguous()
-        if grad_xs.shape != (outputs, batch, self.dim) or (grad_ls is not None and grad_ls.shape != (outputs, batch)):
-            raise ValueError(f"the cotangents must be shaped like the outputs, [{outputs}, {batch}, ...]")
-        return self._ready(grad_xs.reshape(-1, self.dim), "grad_xs").view(outputs, batch, self.dim), grad_ls
+        if grad_xs.shape != (outputs, batch, self.dim):
+            raise ValueError(f"grad_xs must be shaped like the outputs, [{outputs}, {batch}, {self.dim}], not {list(grad_xs.shape)}")
+        grad_xs = self._ready(grad_xs.reshape(-1, self.dim), "grad_xs").view(outputs, batch, self.dim)
+        return grad_xs, self._ready_channel(grad_ls, (outputs, batch), "grad_ls")
 
     def no_gradient(self, wanted: Collection[str], request: SolveRequest | None = None) -> str | None:
         if "noise" in wanted:

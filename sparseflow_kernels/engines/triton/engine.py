@@ -181,7 +181,8 @@ class TritonEngine(NativeEngine):
         self, t: Tensor | float, x: Tensor, noise: Tensor | None, grad_f: Tensor, grad_trace: Tensor | None,
         wanted: Collection[str],
     ) -> Gradient:  # fmt: skip
-        x, grad_f, noise = self._ready(x, "x"), self._ready(grad_f, "grad_f"), self._ready_noise(noise, x)
+        x, grad_f, noise = self._ready(x, "x"), self._ready_like(grad_f, x, "grad_f"), self._ready_noise(noise, x)
+        grad_trace = self._ready_channel(grad_trace, x.shape[:1], "grad_trace")
         if len(x) == 0:
             return self._of_no_rows(x, wanted)
         with self._lock, self._guard():
