@@ -85,6 +85,19 @@ def _absent_entries(
     return absent
 
 
+def _zeroing(mask: Tensor) -> Callable[[Tensor], Tensor]:
+    """A hook that zeroes the gradient under the mask, which goes to the gradient's device once, not every time."""
+
+    def hook(grad: Tensor) -> Tensor:
+        nonlocal mask
+        here = mask.to(grad.device)
+        if not torch.compiler.is_compiling():  # what is copied there has no values
+            mask = here
+        return grad.masked_fill(here, 0)
+
+    return hook
+
+
 class _LayerParameters(nn.Module):
     """One layer's tensors as parameters: values, bias, gate.slope, gate.offset, shift.slope, shift.offset; and the
     modules of its functions of time."""
@@ -149,7 +162,7 @@ class CompiledField(nn.Module):
         for (number, name), mask in self._frozen.items():
             parameter = self.layers[number].get_parameter(name)
             if parameter.requires_grad:
-                parameter.register_hook(lambda grad, mask=mask: grad.masked_fill(mask.to(grad.device), 0))
+                parameter.register_hook(_zeroing(mask))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packing": Packing(self.requested), "_slots": None, "_live": None}
@@ -291,7 +304,7 @@ class CompiledField(nn.Module):
             return t.reshape(()).to(like)
         if isinstance(t, bool) or not isinstance(t, (int, float)):
             raise TypeError(f"t: must be a number or a tensor, not {type(t).__name__}")
-        return torch.as_tensor(float(t), dtype=like.dtype, device=like.device)
+        return torch.full((), float(t), dtype=like.dtype, device=like.device)  # no copy, which would wait for a GPU
 
     def _check_state(self, name: str, y: Tensor) -> None:
         like = self.layers[0].values

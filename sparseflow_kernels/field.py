@@ -144,8 +144,12 @@ class TimeFunction:
     rows: Tensor | None = None
 
     def at(self, t: Tensor) -> Tensor:
-        value = self.function(t)
-        return value if self.rows is None else value[self.rows.to(value.device)]
+        value, rows = self.function(t), self.rows
+        if rows is not None and rows.device != value.device:
+            rows = rows.to(value.device)
+            if not torch.compiler.is_compiling():  # what is copied there has no values
+                self.rows = rows  # a copy at every evaluation would make the host wait for a GPU
+        return value if rows is None else value[rows]
 
 
 Gate = SigmoidGate | TimeFunction | None

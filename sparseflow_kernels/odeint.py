@@ -210,7 +210,9 @@ def odeint_dense(
     options: dict | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """Solve from t0 to t1 by dopri5 and return the solution as a function of t. Runs in torchdiffeq."""
-    return torchdiffeq.odeint_dense(func, y0, t0, t1, rtol=rtol, atol=atol, method=method, options=options)
+    solution = torchdiffeq.odeint_dense(func, y0, t0, t1, rtol=rtol, atol=atol, method=method, options=options)
+    # which keeps the steps' times on the CPU, wherever y0 is
+    return lambda t: solution(t.to("cpu") if isinstance(t, Tensor) else t)
 
 
 # -------------------------------------------------------------------------------------------------------- who runs it

@@ -87,14 +87,23 @@ class _FoldedShift:
 
     def __init__(self, shift: TimeFunction, weight: Tensor, neurons: Layer) -> None:
         self._shift, self._weight, self._neurons = shift, weight, neurons
+        self._moved: tuple | None = None  # dtype and device of the last t, and what is below in these
+
+    def _in(self, t: Tensor) -> tuple:
+        moved, place = self._moved, (t.dtype, t.device)
+        if moved is None or moved[0] != place:
+            own = self._neurons
+            parts = (_each(part, lambda x: x.to(t)) for part in (own.gate, own.shift))
+            moved = (place, self._weight.to(t), own.bias.to(t), *parts)
+            if not torch.compiler.is_compiling():  # what is copied there has no values
+                self._moved = moved
+        return moved[1:]
 
     def __call__(self, t: Tensor) -> Tensor:
-        move = lambda part: _each(part, lambda x: x.to(t))
-        gate, shift = move(self._neurons.gate), move(self._neurons.shift)
-        z = self._neurons.bias.to(t)
+        weight, z, gate, shift = self._in(t)
         z = z if gate is None else gate.at(t) * z
         z = z if shift is None else z + shift.at(t)
-        return self._shift.at(t) + self._weight.to(t) @ activations.apply(self._neurons.activation, z)
+        return self._shift.at(t) + weight @ activations.apply(self._neurons.activation, z)
 
 
 def _each(part: Gate | Shift, function) -> Gate | Shift:

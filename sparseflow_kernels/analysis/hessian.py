@@ -66,12 +66,16 @@ class LossHessian:
             self._kept = self._gradient(self._parts[0], True)
         yield self._kept
 
+    @property
+    def device(self) -> torch.device:
+        return self._parameters[0].device
+
     def gradient(self) -> Tensor:
         """[size]: the gradient of the mean loss."""
         return sum(self._gradient(part, False) for part in self._parts)
 
     def product(self, vector: Tensor) -> Tensor:
-        """H v for v [size], or H V for the columns of V [size, k]."""
+        """H v for v [size], or H V for the columns of V [size, k]; on the flow's device."""
         columns = vector.reshape(self.size, -1).to(self._parameters[0])
         out = torch.zeros_like(columns)
         for gradient in self._gradients():
@@ -84,7 +88,7 @@ class LossHessian:
 
     def dense(self) -> Tensor:
         """The matrix [size, size], by as many products; symmetrised. Minutes for some hundreds of parameters."""
-        matrix = self.product(torch.eye(self.size, dtype=self._parameters[0].dtype))
+        matrix = self.product(torch.eye(self.size, dtype=self._parameters[0].dtype, device=self.device))
         return (matrix + matrix.T) / 2
 
 
@@ -119,21 +123,24 @@ def lanczos(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> t
     return values, vectors[0].square()
 
 
-def trace_estimate(product: Callable[[Tensor], Tensor], size: int, products: int = TRACE_PRODUCTS) -> float:
+def _probe(size: int, *columns: int, device: torch.device | str = "cpu") -> Tensor:
+    """Rademacher, float64, from torch's global CPU generator, so that they are the same on every device."""
+    return (torch.randint(0, 2, (size, *columns), device="cpu").double() * 2 - 1).to(device)
+
+
+def trace_estimate(
+    product: Callable[[Tensor], Tensor], size: int, products: int = TRACE_PRODUCTS, device: torch.device | str = "cpu"
+) -> float:
     """The trace of a symmetric matrix by Hutch++: a third of the products finds the space where most of it is, whose
     trace is taken exactly, and Hutchinson's estimator sees only the rest. Exact if products >= size.
 
-    product: columns [size, k] -> [size, k]. Probes are Rademacher, from torch's global generator.
+    product: columns [size, k] -> [size, k], float64 on `device`. Probes are Rademacher, from torch's global generator.
     """
     if products >= size:
-        return float(torch.trace(product(torch.eye(size, dtype=torch.float64))))
+        return float(torch.trace(product(torch.eye(size, dtype=torch.float64, device=device))))
     third = max(1, products // 3)
-
-    def probes() -> Tensor:
-        return torch.randint(0, 2, (size, third)).double() * 2 - 1
-
-    basis = torch.linalg.qr(product(probes())).Q
-    rest = probes()
+    basis = torch.linalg.qr(product(_probe(size, third, device=device))).Q
+    rest = _probe(size, third, device=device)
     rest = rest - basis @ (basis.T @ rest)
     return float((basis * product(basis)).sum() + (rest * product(rest)).sum() / third)
 
@@ -186,14 +193,15 @@ def curvature(hessian: LossHessian, *, steps: int = STEPS, probes: int = PROBES,
     if steps < 1 or probes < 1:
         raise ValueError(f"steps and probes must be at least 1; got {steps} and {probes}")
     values, weights = [], []
-    with torch.random.fork_rng(devices=[]):
+    device = hessian.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for _ in range(probes):
-            probe = torch.randint(0, 2, (hessian.size,)).double() * 2 - 1
+            probe = _probe(hessian.size, device=device)
             found = lanczos(lambda v: hessian.product(v).double(), probe, steps)
             values.append(found[0])
             weights.append(found[1])
-        trace = trace_estimate(lambda v: hessian.product(v).double(), hessian.size)
+        trace = trace_estimate(lambda v: hessian.product(v).double(), hessian.size, device=device)
     ritz, weight = torch.stack(values), torch.stack(weights)
     negative = float((weight * (ritz < 0)).sum(1).mean())
     return Curvature(

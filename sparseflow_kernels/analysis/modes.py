@@ -46,9 +46,10 @@ class Modes:
         return len(self.means)
 
     def distances(self, samples: Tensor) -> Tensor:
-        """float64 [n, modes]: from samples [n, dim] to every mode, in standard deviations along the joining direction;
-        0 at a mode itself, infinite for samples that are not finite and where the mode has no spread."""
-        offset = samples.double()[:, None, :] - self.means
+        """float64 [n, modes], on the modes' device: from samples [n, dim] to every mode, in standard deviations along
+        the joining direction; 0 at a mode itself, infinite for samples that are not finite and where the mode has no
+        spread."""
+        offset = samples.to(self.means)[:, None, :] - self.means
         spread = torch.einsum("nki,kij,nkj->nk", offset, self.covariances, offset).clamp(min=0).sqrt()
         square = offset.square().sum(-1)
         return torch.where(square == 0, 0.0, square / spread).nan_to_num(nan=torch.inf, posinf=torch.inf)
@@ -82,7 +83,7 @@ def mode_coverage(
     """
     if samples < 1 or repeats < 1:
         raise ValueError(f"samples and repeats must be at least 1; got {samples} and {repeats}")
-    limits = torch.tensor(thresholds, dtype=torch.float64)
+    limits = torch.tensor(thresholds, dtype=torch.float64, device=modes.means.device)
     quality, captured = [], []
     for _ in range(repeats):
         nearest = modes.distances(sample(samples)).min(1)

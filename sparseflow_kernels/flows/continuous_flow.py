@@ -114,7 +114,7 @@ class ContinuousFlow(nn.Module):
             return logdet
         if self.base is None:  # the standard normal: torch's own class takes a dozen operations for it
             return logdet - 0.5 * (z.square().sum(1) + self.dim * math.log(2.0 * math.pi))
-        return self.base.log_prob(z) + logdet
+        return self._base_log_prob(z) + logdet
 
     def forward(self, x: Tensor) -> Tensor:
         """`log_prob`, so that a flow can be called and wrapped (DistributedDataParallel) as any module."""
@@ -202,7 +202,10 @@ class ContinuousFlow(nn.Module):
 
     def _times(self, index: int, like: Tensor) -> Tensor:
         if self.sqrt_end_time is None:
-            return torch.tensor([self.t0, self.t1], dtype=like.dtype, device=like.device)
+            # an engine is told the times by the host; torchdiffeq wants them where the state is
+            hosted = isinstance(self.vector_fields[index], CompiledField) and self.gradient == "discrete"
+            device = torch.device("cpu") if hosted else like.device
+            return torch.tensor([self.t0, self.t1], dtype=like.dtype, device=device)
         end = self.t0 + self.sqrt_end_time[index] ** 2
         return torch.stack([torch.full_like(end, self.t0), end])
 
@@ -222,6 +225,18 @@ class ContinuousFlow(nn.Module):
             ys = solution.ys
         return tuple(part[-1] for part in ys) if isinstance(state, tuple) else ys[-1]
 
+    def _base_log_prob(self, z: Tensor) -> Tensor:
+        try:
+            return self.base.log_prob(z)
+        except RuntimeError as error:
+            place = self.base.sample(()).device
+            if place == z.device:
+                raise
+            raise ValueError(
+                f"base: its tensors are on {place}, the flow on {z.device}; a distribution is no module, so flow.to() "
+                f"leaves it behind: make it anew with tensors on {z.device}"
+            ) from error
+
     def _base(self, like: Tensor) -> Distribution:
         if self.base is not None:
             return self.base
@@ -239,9 +254,13 @@ class ContinuousFlow(nn.Module):
             raise ValueError(f"{name} must be a tensor [n, {self.dim}], one sample per row; got {got}")
         like = next(self._tensors())
         if x.dtype != like.dtype or x.device != like.device:
+            to = [(str(mine), str(theirs)) for mine, theirs in ((x.dtype, like.dtype), (x.device, like.device))]
+            mine, theirs = next(pair for pair in to if pair[0] != pair[1])
+            if x.dtype == like.dtype:
+                mine, theirs = f"{mine!r}", f"{theirs!r}"
             raise TypeError(
                 f"{name} is {x.dtype} on {x.device}, the flow's parameters are {like.dtype} on {like.device}; "
-                f"move one of them, for example {name}.to({like.dtype}) or flow.to({x.dtype})"
+                f"move one of them, for example {name}.to({theirs}) or flow.to({mine})"
             )
         if torch.compiler.is_compiling():  # a question about values
             return

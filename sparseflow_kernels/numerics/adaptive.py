@@ -167,11 +167,7 @@ class _Solver:
         self.nfe += tableau.stages_per_step
         with torch.no_grad():
             error = combine(k, tableau.b_error, dt) / (self.atol + self.rtol * torch.maximum(y.abs(), y1.abs()))
-            ratio_tensor = torch.as_tensor(self.norm(error), device=y.device).abs()
-            # one transfer for both answers
-            ratio, is_finite = torch.stack(
-                (ratio_tensor.to(torch.float64), torch.isfinite(y1).all().to(torch.float64))
-            ).tolist()
+            ratio, is_finite = _read(y.device, self.norm(error), torch.isfinite(y1).all().to(torch.uint8))
         self.suspects = [y, y1, error]
         self.tried = _Step(t, t1, length, shift, y, y1, k, tableau.b_mid)
         return ratio, bool(is_finite)
@@ -189,16 +185,21 @@ class _Solver:
         self.ys.append(self.step.output(time, self.times, index))
 
 
+def _read(device: torch.device, *values: Tensor | float) -> list[float]:
+    """Absolute values of 0-d tensors and numbers, in one transfer."""
+    return torch.stack([torch.as_tensor(value, device=device).abs().to(torch.float64) for value in values]).tolist()
+
+
 def choose_first_step(
     f: Function, clock: Clock, t0: float, y0: Tensor, f0: Tensor, order: int,
     rtol: float | Tensor, atol: float | Tensor, norm: Norm,
 ) -> float:  # fmt: skip
     """The first step's size (step_control.initial_step), which costs one evaluation; y0, f0 of any shape."""
     scale = atol + y0.abs() * rtol
-    d0, d1 = (abs(float(norm(value / scale))) for value in (y0, f0))
+    d0, d1 = _read(y0.device, norm(y0 / scale), norm(f0 / scale))
     h0 = trial_step(d0, d1)
     f1 = f(clock.tell(t0 + h0), y0 + h0 * f0)
-    difference = abs(float(norm((f1 - f0) / scale)))
+    (difference,) = _read(y0.device, norm((f1 - f0) / scale))
     d2 = difference / h0 if h0 != 0.0 else math.copysign(math.inf, difference) if difference else math.nan
     return initial_step(h0, d1, d2, order)
 
@@ -267,7 +268,9 @@ def _request_tolerance(values: Sequence[float], like: Tensor) -> float | Tensor:
     if len(values) == 1:
         return float(values[0])
     dim = like.shape[1] - 1
-    return torch.tensor([values[0]] * dim + [values[1]], dtype=like.dtype, device=like.device)
+    tolerance = like.new_full((dim + 1,), values[0])  # a copy from the host would wait for a GPU
+    tolerance[dim:].fill_(values[1])
+    return tolerance
 
 
 @dataclass

@@ -66,10 +66,11 @@ def _prune_and_propagate_(flow: _Flow, keep: float, rows: Tensor, method: str, o
     else:
         prune_neurons_(flow, keep, **options)
     parameters = {name: p for name, p in flow.named_parameters() if p.requires_grad}
-    with torch.random.fork_rng(devices=[rows.device] if rows.device.type == "cuda" else []):
+    like = next(iter(parameters.values()))
+    with torch.random.fork_rng(devices=[like.device] if like.device.type == "cuda" else []):
         torch.manual_seed(0)
         with torch.enable_grad():
-            loss = flow.log_prob(rows.to(next(iter(parameters.values())))).mean()
+            loss = flow.log_prob(rows.to(like)).mean()
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     for name, gradient in zip(parameters, gradients):
         if gradient is None:

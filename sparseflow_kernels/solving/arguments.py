@@ -32,15 +32,16 @@ def upward(t: Tensor, device: torch.device) -> tuple[Tensor, int]:
         raise AssertionError(f"t must be one dimensional, not of shape {list(t.shape)}")
     if len(t) == 0:
         raise IndexError("t is empty; it must hold the initial time, and the times to solve for")
-    if t.device != device:
+    if t.device != device and t.device.type != "cpu":  # the host reads the times: the CPU is where they are best
         warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=4)
+    t = t.to("cpu")
     values = t.detach().tolist()  # plain floats: a dozen tensor operations would cost as much as a small solve
     sign = -1 if len(values) > 1 and values[0] > values[1] else 1
     if not all(sign * before < sign * after for before, after in zip(values, values[1:])):
         raise AssertionError("t must be strictly increasing or decreasing")
     if not all(map(math.isfinite, values)):
         raise AssertionError("t must be finite")
-    times = (t if sign > 0 else -t).to("cpu", torch.float64)
+    times = (t if sign > 0 else -t).to(torch.float64)
     return times, sign
 
 

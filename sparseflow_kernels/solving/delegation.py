@@ -38,7 +38,7 @@ class _Observed:
     def __init__(self, func: Callable, with_callbacks: bool) -> None:
         self._func = func
         self.nfe = 0
-        self.accepted: list[tuple[float, float]] = []
+        self.accepted: list[tuple[Tensor, Tensor]] = []  # (t, dt), left where they are: reading waits for a GPU
         self.rejected = 0
         if with_callbacks:
             self.callback_accept_step = self._accept
@@ -54,7 +54,7 @@ class _Observed:
         raise AttributeError(name)
 
     def _accept(self, t0: Tensor, y0: Any, dt: Tensor) -> None:
-        self.accepted.append((float(t0.detach()), float(dt.detach())))
+        self.accepted.append((t0.detach(), dt.detach()))
         if (callback := getattr(self._func, "callback_accept_step", None)) is not None:
             callback(t0, y0, dt)
 
@@ -77,7 +77,10 @@ def solve_by_torchdiffeq(
     event_t = None
     if event_fn is not None:
         event_t, ys = ys
-    steps = torch.tensor(observed.accepted, dtype=torch.float64).reshape(-1, 2) if tells_steps else None
+    steps = None
+    if tells_steps:
+        flat = [value.reshape(()) for step in observed.accepted for value in step]
+        steps = (torch.stack(flat) if flat else torch.empty(0)).to("cpu", torch.float64).reshape(-1, 2)
     stats = Stats(
         observed.nfe,
         len(observed.accepted) if tells_steps else None,

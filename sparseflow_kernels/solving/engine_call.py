@@ -66,6 +66,8 @@ class EngineCall:
         dtype, device = field.dtype, field.device
         if len({part.dtype for part in parts}) > 1:
             raise TypeError(f"y0: x is {x.dtype} and l is {parts[1].dtype}; the field wants {dtype} for both")
+        if len({part.device for part in parts}) > 1:
+            raise ValueError(f"y0: x is on {x.device} and l on {parts[1].device}; the field wants both on {device}")
         for part in parts:
             if part.dtype != dtype or part.device != device:
                 return (

@@ -161,6 +161,7 @@ class _Training:
     def run_epoch(self, progress: Progress | None) -> None:
         epoch = len(self.history)
         order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(_mix(*self.seeds, epoch, 0)))
+        order = order.to(self.device)
         torch.manual_seed(_mix(*self.seeds, epoch, 1 + rank()))  # Hutchinson noise: each rank's own
         started, nlls, nfes, times, skipped = time.perf_counter(), [], [], [], 0
         self.model.train()
@@ -169,7 +170,7 @@ class _Training:
             lr = self.settings.learning_rate(epoch, self.step, self.total)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            x = self.rows[order[index * self.batch : (index + 1) * self.batch].to(self.device)]
+            x = self.rows[order[index * self.batch : (index + 1) * self.batch]]
             nll, nfe, problem = self._gradient(x)
             self.step += 1
             if problem:
@@ -184,8 +185,8 @@ class _Training:
                 self.failures = 0
                 self.optimizer.step()
                 with torch.no_grad():
-                    for parameter, mask, values in self.held:
-                        parameter[mask] = values
+                    for parameter, entries, values in self.held:
+                        parameter[entries] = values
                 nlls.append(nll)
                 times.append(time.perf_counter() - began)
                 if nfe is not None:
@@ -231,11 +232,12 @@ class _Training:
         if failed:
             return math.nan, nfe, problem or f"{failed:.0f} of {world_size()} ranks could not compute theirs"
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        total_norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        norm = float(total_norm)
         if not math.isfinite(norm):
             return value, nfe, f"the gradient's norm is {norm}"
         if self.settings.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, torch.tensor(norm))
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, total_norm)
         return value, nfe, ""
 
     @torch.no_grad()
@@ -316,17 +318,17 @@ class _Training:
 
 
 def _held_entries(model: ContinuousFlow) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(parameter, mask, values) of entries that are not trained in a parameter that is: weight decay is not to move
+    """(parameter, numbers, values) of entries that are not trained in a parameter that is: weight decay is not to move
     what has no gradient either."""
     held = []
     for field in model.vector_fields:
         if isinstance(field, CompiledField):
             for (number, name), mask in field.frozen_entries().items():
                 parameter = field.layers[number].get_parameter(name)
-                mask = mask.to(parameter.device)
-                values = parameter.detach()[mask].clone()
+                entries = mask.nonzero()[:, 0].to(parameter.device)
+                values = parameter.detach()[entries]
                 if parameter.requires_grad and bool(values.any()):
-                    held.append((parameter, mask, values))
+                    held.append((parameter, entries, values))
     return held
 
 
