@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import gradients, operators
 from .capture import Sources, capture_with_sources, write_back
+from .devices import factories_on_cpu
 from .divergence import DivergencePlan
 from .engines import choose
 from .engines.base import Engine
@@ -27,6 +28,7 @@ KINDS = ("exact", "hutchinson")
 NOISES = ("rademacher", "gaussian")
 
 
+@factories_on_cpu
 def compile(  # noqa: A001 (the field's own word; the builtin is not needed here)
     module_or_field: nn.Module | VectorField, engine: str = "auto", dim: int | None = None
 ) -> "CompiledField":
@@ -230,6 +232,7 @@ class CompiledField(nn.Module):
 
     # ------------------------------------------------------------------------------------------------- running it
 
+    @factories_on_cpu
     def divergence_plan(self, kind: Literal["exact", "hutchinson"] = "exact") -> DivergencePlan:
         """How the divergence is computed (`divergence.plan`), counted once."""
         return self._packing.plan(kind, self._live_field)
@@ -268,6 +271,7 @@ class CompiledField(nn.Module):
                     found += [part.slope, part.offset]
         return found
 
+    @factories_on_cpu
     def packed(self, kind: Literal["exact", "hutchinson"] | None = None) -> Engine:
         """An engine that holds the current values, with the divergence of this kind; kept until a parameter changes."""
         return self._packing.engine(kind, list(self._tensors()), self._live_field)
@@ -285,6 +289,7 @@ class CompiledField(nn.Module):
         (out,) = self._run(None, t, y.reshape(-1, self.dim).contiguous(), None)
         return out.view(y.shape)
 
+    @factories_on_cpu
     def _run(self, kind: str | None, t: Tensor, x: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
         """(dx,) or (dx, trace) by the engine, for checked x [batch, dim]; with a graph where one is wanted."""
         if torch.compiler.is_compiling():
@@ -320,6 +325,7 @@ class CompiledField(nn.Module):
     # ------------------------------------------------------------------------------------------------- the way back
 
     @torch.no_grad()
+    @factories_on_cpu
     def copy_to(self, module: nn.Module) -> None:
         """Write the current values into the parameters of the module this was compiled from.
 
@@ -359,6 +365,7 @@ class CompiledField(nn.Module):
 
     # ------------------------------------------------------------------------------------------------- telling of it
 
+    @factories_on_cpu
     def report(self) -> str:
         """For people: the layers that remain, what was removed, the engine and the divergence, each with its reason."""
         field = self.vector_field

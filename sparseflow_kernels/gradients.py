@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .devices import factories_on_cpu
 from .engines.base import Engine, Gradient, SolveRequest, SolveResult
 from .engines.reference import ReferenceEngine
 from .solution import GradientError
@@ -67,6 +68,7 @@ def solve(engine: Engine, live: Callable[[], ReferenceEngine], request: SolveReq
     return result
 
 
+@factories_on_cpu
 def evaluate_backward(
     engine: Engine, reference: ReferenceEngine, t: Tensor, x: Tensor, noise: Tensor | None, grad_f: Tensor,
     grad_trace: Tensor | None, wanted: Collection[str],
@@ -77,6 +79,7 @@ def evaluate_backward(
     return maker.evaluate_backward(t, x, noise, grad_f.contiguous(), grad_trace, wanted)
 
 
+@factories_on_cpu
 def solve_backward(
     engine: Engine, reference: ReferenceEngine, request: SolveRequest, result: SolveResult, grad_xs: Tensor,
     grad_ls: Tensor | None, wanted: Collection[str], graph: bool = False,

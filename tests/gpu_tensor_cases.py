@@ -340,3 +340,20 @@ def test_waits_of_a_training_step(waits, gpu):
         ("item", "flows/continuous_flow.py"): 1, ("item", "gradients.py"): 1, ("item", "training/loop.py"): 2,
         ("copy to the device", "field.py"): 3,
     }, waits.places  # fmt: skip
+
+
+def test_a_default_device_of_the_callers_changes_nothing(gpu):
+    """torch.set_default_device, or a block with torch.device, puts the caller's tensors there, and not our own."""
+    with torch.device(gpu):
+        odefunc = mlp_field(2, (8, 8), "concatsquash").to(gpu)
+        sfk.prune_weights_(odefunc, keep=0.7)
+        sfk.prune_neurons_(odefunc, keep=0.9)
+        compiled = sfk.compile(odefunc, "reference")
+        assert compiled.device == gpu and "reference" in compiled.report()
+        y0 = torch.ones(6, 2, requires_grad=True)
+        solution = sfk.solve(sfk.with_divergence(compiled, "exact"), (y0, torch.zeros(6)), T.to(gpu), **LOOSE)
+        assert solution.ys[0].device == gpu
+        (solution.ys[0].sum() + solution.ys[1].sum()).backward()
+        compiled(0.5, y0).sum().backward()
+        compiled.copy_to(odefunc)
+    assert bool(torch.isfinite(y0.grad).all().cpu())

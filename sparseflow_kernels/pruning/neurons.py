@@ -15,6 +15,7 @@ from typing import Iterable, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..devices import factories_on_cpu
 from .chain import Chain, broadcast_rows, row_parameters, trace_chain, vector_fields
 from .masks import check_keep, effective, live_mask, prunable_layers, set_mask_
 from .size import dense_size, size
@@ -22,6 +23,7 @@ from .size import dense_size, size
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
+@factories_on_cpu
 def prune_neurons_(
     module: _Module,
     keep: float,

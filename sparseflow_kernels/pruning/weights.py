@@ -9,6 +9,7 @@ from typing import Iterable, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..devices import factories_on_cpu
 from .chain import (
     Chain,
     NotAChain,
@@ -26,6 +27,7 @@ from .size import dense_size, size
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
+@factories_on_cpu
 def prune_weights_(
     module: _Module,
     keep: float,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import gradients, operators
 from ..compiled_field import CompiledField, DivergenceField
+from ..devices import factories_on_cpu
 from ..field import UnsupportedFieldError
 from ..numerics.tableaus import ADAPTIVE
 from ..solution import Solution, SolverError, Stats
@@ -91,6 +92,7 @@ class EngineCall:
             return f"options['interp'] is {options['interp']!r}; engines interpolate linearly on a fixed grid"
         return EngineCall(func, y0, t, *tolerances, method, options, step_control)
 
+    @factories_on_cpu
     def run(self) -> Solution:
         """Raises SolverError where the solve cannot go on."""
         parts = (self.y0,) if isinstance(self.y0, Tensor) else self.y0
