@@ -17,6 +17,7 @@
 #include "cpu/solve.h"
 #include "cuda/launch.h"
 #include "cuda/plan.h"
+#include "cuda/tableau.h"
 #include "random_program.h"
 
 using namespace sparseflow;
@@ -45,21 +46,6 @@ struct Memory {
     return static_cast<char*>(p);
   }
 };
-
-cuda::DeviceTableau device_tableau(const Tableau& t) {
-  cuda::DeviceTableau out{};
-  out.adaptive = t.adaptive;
-  out.order = t.order;
-  out.stages = t.stages();
-  out.last_stage_is_solution = t.adaptive && t.last_stage_is_solution();
-  std::copy(t.c.begin(), t.c.end(), out.c);
-  std::copy(t.b.begin(), t.b.end(), out.b);
-  std::copy(t.b_error.begin(), t.b_error.end(), out.b_error);
-  std::copy(t.b_mid.begin(), t.b_mid.end(), out.b_mid);
-  double* a = out.a;
-  for (const auto& row : t.a) a = std::copy(row.begin(), row.end(), a);
-  return out;
-}
 
 // Its last stage is not at the solution, so that a step's first derivative is not the field's at the state.
 Tableau heun() {
@@ -241,7 +227,7 @@ Solved<T> solve(const Loaded<T>& on, const cuda::Plan& plan, int blocks, const S
   p.program = on.program, p.plan = plan.block, p.batch = batch, p.tiles = plan.tiles;
   p.x = x.data(), p.l = on.program.divergence ? l.data() : nullptr, p.noise = noise.data(), p.global = global.data();
   p.control = shared ? cuda::Control::kShared : cuda::Control::kPerTile;
-  p.tableau = device_tableau(problem.tableau);
+  p.tableau = cuda::device_tableau(problem.tableau);
   for (int c = 0; c < 2; ++c) p.rtol[c] = p.atol[c] = problem.tolerance;
   p.rule.max_num_steps = problem.max_num_steps;
   p.first_step = std::nan("");
@@ -498,7 +484,7 @@ void test_adjoint(Random& random, const Program<double>& meaning, const std::str
     plan = plan_of(on.image, all[i], states.batch, problem.tableau.stages(), true, false);
     what += " solve, " + std::to_string(out.steps.size()) + " steps of " + std::to_string(problem.tableau.stages());
     const Pulled<T> found = backward<T>(on, plan, std::min(plan.tiles, 2), states, [&](cuda::AdjointParams<T>& p) {
-      p.tableau = device_tableau(problem.tableau);
+      p.tableau = cuda::device_tableau(problem.tableau);
       p.sign = problem.sign, p.perturb = problem.perturb, p.n_times = static_cast<int>(outputs), p.n_steps = static_cast<int>(out.steps.size());
       p.times = times.data(), p.steps = of_steps.data(), p.states = kept_states.data(), p.derivatives = derivatives.data();
       p.grad_xs = of_xs.data(), p.grad_ls = meaning.divergence ? of_ls.data() : nullptr;
