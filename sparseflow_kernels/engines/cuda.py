@@ -253,7 +253,8 @@ class CudaEngine(NativeEngine):
                 continue
             request = replace(request, record=False)
             self.use(plan, batch, stages, "forward", control)
-            x, l, noise = self._ready(request.x, "y0"), self._ready_density(request), self._ready_noise(request.noise, request.x)
+            x, l = self._ready(request.x, "y0"), self._ready_density(request)
+            noise = self._ready_noise(request.noise, x)
             best = math.inf
             with self._guard():
                 for repeat in range(repeats + 1):  # the first one warms up
@@ -272,7 +273,8 @@ class CudaEngine(NativeEngine):
         """What a tuned shape holds for."""
         layers = "-".join(f"{layer.out_features}x{layer.in_features}:{layer.pattern.nnz}" for layer in self._field.layers)
         form = "none" if self.plan is None else type(self.plan.form).__name__
-        return f"{layers} {form} {str(self.dtype).removeprefix('torch.')} {kind} batch {batch} stages {stages} {step_control}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{layers} {form} {dtype} {kind} batch {batch} stages {stages} {step_control}"
 
     def describe(self, batch: int = 1000) -> list[str]:
         """The form of each layer, and how a batch of this size would run."""
@@ -301,7 +303,9 @@ class CudaEngine(NativeEngine):
         x = self._ready(x, "x")
         return self._evaluate(t, x, self._ready_noise(noise, x), True)
 
-    def _evaluate(self, t: Tensor | float, x: Tensor, noise: Tensor | None, with_trace: bool) -> tuple[Tensor, Tensor | None]:
+    def _evaluate(
+        self, t: Tensor | float, x: Tensor, noise: Tensor | None, with_trace: bool
+    ) -> tuple[Tensor, Tensor | None]:
         program, _ = self._program("forward")
         batch = x.shape[0]
         with self._guard():
@@ -468,10 +472,12 @@ class CudaEngine(NativeEngine):
         names = ("states", "derivatives", "x_slopes", "l_slopes")
         arguments = {
             "image": program.memory.data_ptr(), "device": self._index, "blocks": blocks, "stream": self._stream(),
-            "batch": batch, "x": x.data_ptr(), "l": address(l), "noise": address(noise), "shared": shared, "tableau": self._tableau(request.tableau),
+            "batch": batch, "x": x.data_ptr(), "l": address(l), "noise": address(noise), "shared": shared,
+            "tableau": self._tableau(request.tableau),
             "rtol": (*request.rtol, 0.0)[:2], "atol": (*request.atol, 0.0)[:2], "options": options, "sign": request.sign,
             "perturb": request.perturb, "n_times": outputs, "n_grid": len(points) - outputs, "times": times.data_ptr(),
-            "xs": xs.data_ptr(), "ls": address(ls), "record": request.record, "capacity": capacity, "step_capacity": step_capacity,
+            "xs": xs.data_ptr(), "ls": address(ls), "record": request.record, "capacity": capacity,
+            "step_capacity": step_capacity,
             **{name: address(recorded.get(name)) for name in names},
             **{name: scratch.data_ptr() + offset if parts[name] else 0 for name, offset in offsets.items()},
         }
@@ -544,7 +550,8 @@ class CudaEngine(NativeEngine):
             at, value = self._time(t)
             sums = self._backward(x.shape[0], 1, {
                 "evaluate": True, "x": x.data_ptr(), "noise": address(noise), "grad_f": grad_f.data_ptr(),
-                "grad_trace": address(grad_trace), "time": address(at), "time_value": value, "grad_x": grad_x.data_ptr(), "grad_l": 0,
+                "grad_trace": address(grad_trace), "time": address(at), "time_value": value, "grad_x": grad_x.data_ptr(),
+                "grad_l": 0,
             })  # fmt: skip
             tensors = self._tensors(sums) if "tensors" in wanted else ()
         return Gradient(tensors=tensors, x=grad_x, t=sums[-1].to(self.dtype) if "t" in wanted else None)

@@ -98,7 +98,8 @@ class NativeEngine(Engine):
         """(grad_xs [outputs, batch, dim], grad_ls [outputs, batch] or None)."""
         outputs, batch = len(request.times), request.x.shape[0]
         if grad_xs.shape != (outputs, batch, self.dim):
-            raise ValueError(f"grad_xs must be shaped like the outputs, [{outputs}, {batch}, {self.dim}], not {list(grad_xs.shape)}")
+            wanted = [outputs, batch, self.dim]
+            raise ValueError(f"grad_xs must be shaped like the outputs, {wanted}, not {list(grad_xs.shape)}")
         grad_xs = self._ready(grad_xs.reshape(-1, self.dim), "grad_xs").view(outputs, batch, self.dim)
         return grad_xs, self._ready_channel(grad_ls, (outputs, batch), "grad_ls")
 
