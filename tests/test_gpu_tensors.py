@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from cpu_cases import isolated_environment
 
 if torch.cuda.is_available():
     from gpu_tensor_cases import *  # noqa: F403
@@ -20,5 +21,6 @@ else:
         cases = Path(__file__).with_name("gpu_tensor_cases.py")
         arguments = [str(cases), "-q", "-x", "-p", "no:cacheprovider", "--no-header", "--tb=short"]
         code = f"import os, sys, pytest; r = pytest.main({arguments!r}); sys.stdout.flush(); os._exit(r)"
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+        command = [sys.executable, "-P", "-c", code]
+        result = subprocess.run(command, env=isolated_environment(), capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
