@@ -81,6 +81,31 @@ def _cuda_trouble(runtime: int, driver: int, error: str, devices: list[dict[str,
     return None
 
 
+def _usable(found: dict[str, Any], facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Name, compute capability and whether the kernels run there, of every device of a probe."""
+    archs, ptx = facts.get("archs", []), facts.get("ptx", "")
+    if found["driver"] < found["runtime"]:
+        ptx = ""  # a driver does not know the PTX of a toolkit that is newer than itself
+    return [
+        {
+            "name": device["name"], "capability": f"{device['major']}.{device['minor']}",
+            "usable": device["major"] >= 8 and (not archs or _runs(archs, ptx, device["major"], device["minor"])),
+        }
+        for device in found["devices"]
+    ]  # fmt: skip
+
+
+def cuda_obstacle(found: dict[str, Any], index: int) -> str | None:
+    """Why the CUDA module's kernels cannot run on a device, by what its `probe` found; None if they can."""
+    facts = _build_facts().get("cuda", {})
+    devices = _usable(found, facts)
+    if devices and index >= len(devices):
+        return f"there is no device {index}; the driver shows {len(devices)}"
+    return _cuda_trouble(
+        found["runtime"], found["driver"], found["error"], devices[index : index + 1], facts.get("archs", [])
+    )
+
+
 def cuda_info() -> dict[str, Any]:
     """The CUDA extension as it was built and what it finds here; the `cuda` entry of `build_info`. Never raises.
 
@@ -102,15 +127,9 @@ def cuda_info() -> dict[str, Any]:
     try:
         found = module.probe()
         info["runtime"], info["driver"] = _version(found["runtime"]), _version(found["driver"])
-        if found["driver"] < found["runtime"]:
-            ptx = ""  # a driver does not know the PTX of a toolkit that is newer than itself
         info["devices"] = [
-            {
-                "name": device["name"], "capability": f"{device['major']}.{device['minor']}",
-                **{key: device[key] for key in ("multiprocessors", "shared_per_block", "memory")},
-                "usable": not archs or _runs(archs, ptx, device["major"], device["minor"]),
-            }
-            for device in found["devices"]
+            {**usable, **{key: device[key] for key in ("multiprocessors", "shared_per_block", "memory")}}
+            for usable, device in zip(_usable(found, facts), found["devices"])
         ]
         trouble = _cuda_trouble(found["runtime"], found["driver"], found["error"], info["devices"], archs)
     except Exception as error:  # a module of another version of the package, for example

@@ -352,16 +352,20 @@ def test_what_is_wrong_with_a_machine_is_said():
     error = "cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version"
     no_driver = engine_of(Broken(runtime=13000, driver=0, code=35, error=error, devices=[]))
     message = no_driver.unsupported(field)
-    assert "version 13.0" in message and error in message and "supports none" in message and "install a driver" in message
-    with pytest.raises(ValueError, match="engine 'cuda': the CUDA runtime .* finds no device"):
+    assert "no NVIDIA driver was found" in message and error in message and "install one" in message
+    with pytest.raises(ValueError, match="engine 'cuda': no NVIDIA driver was found"):
         no_driver(field)
     old_driver = engine_of(Broken(runtime=13000, driver=12080, code=35, error=error, devices=[])).unsupported(field)
-    assert "supports 12.8" in old_driver
+    assert "too old: it knows CUDA 12.8, the module was built with CUDA 13.0" in old_driver
+    assert "install a driver for CUDA 13.0" in old_driver
     missing = engine_of(Broken(runtime=13000, driver=13000, code=0, error="", devices=[])).unsupported(field)
-    assert "there is no device 0" in missing
+    assert "the driver (CUDA 13.0) shows no device" in missing
     old = {"name": "an old one", "major": 7, "minor": 5}
     message = engine_of(Broken(runtime=13000, driver=13000, code=0, error="", devices=[old])).unsupported(field)
-    assert "an old one has compute capability 7.5, the kernels need 8.0" in message
+    assert "need compute capability 8.0" in message and "found: an old one (compute capability 7.5)" in message
+    new = {"name": "a new one", "major": 9, "minor": 0}
+    two = engine_of(Broken(runtime=13000, driver=13000, code=0, error="", devices=[new, old]))
+    assert two.unsupported(field) is None  # the first is the field's
 
 
 def test_too_little_shared_memory_is_said():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import replace
 
@@ -428,3 +429,23 @@ def test_bad_requests_are_refused():
             hutchinson.solve(replace(good, noise=bad))
     with pytest.raises(ValueError, match="step_control must be one of"):
         plain.solve(replace(request_of(plain, x), step_control="per_moon"))
+
+
+@pytest.mark.skipif(ON_GPU, reason="the word is written before the launch, where the host can write")
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+@pytest.mark.parametrize("control", ["shared", "per_tile", "per_sample"])
+def test_an_interrupted_solve_ends(method, control, monkeypatch):
+    """What Ctrl-C does (CudaEngine._wait), with the word there from the beginning: no step is taken further."""
+    field = field_of()
+    engine = engine_on(multiprocessors=2)(field)
+    launch = engine._launch
+
+    def interrupted(function, plan, arguments):
+        ctypes.c_int.from_address(arguments["stop"]).value = 1
+        launch(function, plan, arguments)
+
+    monkeypatch.setattr(engine, "_launch", interrupted)
+    x, noise = states(40, 3)
+    result = engine.solve(request_of(engine, x, noise, method, step_control=control))
+    assert result.status == "interrupted" and result.accepted == 0
+    assert bool(torch.isnan(result.xs[-1]).all()) and torch.equal(result.xs[0], x)

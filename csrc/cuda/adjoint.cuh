@@ -10,9 +10,8 @@ namespace sparseflow::cuda {
 
 template <class T, int V, bool Shared>
 struct Reversal {
-  using B = Block<T, V, Shared>;
   const AdjointParams<T>& in;
-  B block;
+  Block<T, V, Shared> block;
   const DeviceProgram& program;
   const DeviceTableau& tableau;
   const int S, dim, rows, size, stages;

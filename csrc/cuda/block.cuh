@@ -42,16 +42,6 @@ SF_DEVICE Samples<T, V> load(const T* p) {
   }
   return x;
 }
-template <class T, int V>
-SF_DEVICE void store(T* p, const Samples<T, V>& x) {
-  if constexpr (V == 4 && sizeof(T) == 4) {
-    *reinterpret_cast<float4*>(p) = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < V; ++i) p[i] = x.v[i];
-  }
-}
-
 constexpr unsigned kWarp = 0xffffffffu;
 
 // T: float or double.  V: neighbouring samples of a thread.  Shared: the workspace is in shared memory.

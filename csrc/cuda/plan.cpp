@@ -1,5 +1,7 @@
 #include "plan.h"
 
+#include "solve.h"
+
 #include <algorithm>
 #include <cmath>
 
@@ -84,8 +86,8 @@ Plan plan_for(const Image<T>& image, const Shape& shape, const Device& device, i
   };
   b.ops = take(aligned(p.n_ops * sizeof(DeviceOp)) + p.n_chunks * sizeof(Chunk));
   b.modulation = take(2 * size_t(p.modulation_rows) * sizeof(T));
-  // the trace and its parts, the parts of error norms, totals, the controller, weights of a step (csrc/cuda/solve.cuh)
-  b.reduce = take(aligned(size_t(shape.tile) * (1 + 2 * (shape.threads / 32)) * sizeof(T)) + (2 * size_t(shape.threads) + 48) * sizeof(double) + 168 * sizeof(T));
+  // the trace and its parts, the parts of error norms, what the block knows in common (csrc/cuda/solve.cuh)
+  b.reduce = take(aligned(size_t(shape.tile) * (1 + 2 * (shape.threads / 32)) * sizeof(T)) + 2 * size_t(shape.threads) * sizeof(double) + sizeof(Common<T>));
   const size_t limit = device.shared_per_block;
   const size_t work = size_t(p.workspace_rows) * shape.tile * sizeof(T), dynamic = size_t(p.dynamic_values) * sizeof(T);
   const size_t arrays = adjoint ? 3 * size_t(stages) + 3 : 5 + size_t(stages);
@@ -115,8 +117,8 @@ Plan plan_for(const Image<T>& image, const Shape& shape, const Device& device, i
   place(state, b.state, b.state_global);
   place(dynamic, b.dynamic, b.dynamic_global);
   b.resident = at + all <= limit;
-  b.streams = take(b.resident ? all : ring);
-  b.shared_bytes = static_cast<int32_t>(at);
+  b.streams = static_cast<int32_t>(at);
+  b.shared_bytes = static_cast<int32_t>(at + (b.resident ? all : ring));
 
   if (shape.per_thread == 1 && shape.tile == 1 && !out.work_in_shared) {
     out.reason = "one sample's activations do not fit into shared memory";

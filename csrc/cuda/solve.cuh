@@ -15,20 +15,18 @@ SF_DEVICE T after(T t) { return nextafter(t, t + T(1)); }
 
 template <class T, int V, bool Shared>
 struct Integration {
-  using B = Block<T, V, Shared>;
   const SolveParams<T>& in;
-  B block;
+  Block<T, V, Shared> block;
   const DeviceProgram& program;
   const DeviceTableau& tableau;
   const int S, dim, rows, size, stages;  // size of a tile's state
   T* state;          // y0, f0, y1, f1, mid of the tile
   T* k_inner;        // the stages between the first and the last
   double* errors;    // [2][threads]
-  double* totals;    // [kSums]: of the tile, the block, then of all blocks
-  double* sum_of_block;
+  Common<T>* common;
+  double* totals;    // the common one's
   StepController* control;
-  T* weights;        // of the stages in a step of the present size: a, then b, b_mid, b_error
-  static constexpr int kB = kMaxStages * (kMaxStages - 1) / 2, kBMid = kB + kMaxStages, kBError = kBMid + kMaxStages, kWeights = kBError + kMaxStages;
+  T* weights;
   int tile = 0, count = 0, first_sample = 0;
   int turn = 0;  // which of y0, y1 (f0, f1) is the old one
   unsigned long long barriers = 0;
@@ -45,10 +43,8 @@ struct Integration {
     char* const scratch = shared_memory() + params.plan.reduce;  // behind the trace and its parts
     const size_t parts = (size_t(S) * (1 + 2 * (blockDim.x / 32)) * sizeof(T) + 15) / 16 * 16;
     errors = reinterpret_cast<double*>(scratch + parts);
-    totals = errors + 2 * blockDim.x;
-    sum_of_block = totals + 8;
-    control = reinterpret_cast<StepController*>(sum_of_block + 8);
-    weights = reinterpret_cast<T*>(sum_of_block + 40);
+    common = reinterpret_cast<Common<T>*>(errors + 2 * blockDim.x);
+    totals = common->totals, control = &common->control, weights = common->weights;
   }
 
   SF_DEVICE T* part(int which) { return state + size_t(which) * size; }
@@ -60,7 +56,8 @@ struct Integration {
   SF_DEVICE T* k(int j) { return j == 0 ? f0() : tableau.adaptive && j == stages - 1 ? f1() : k_inner + size_t(j - 1) * size; }
   SF_DEVICE void set_weights(T step) {
     for (int i = threadIdx.x; i < kWeights; i += blockDim.x) {
-      const double* const from = i < kB ? tableau.a + i : i < kBMid ? tableau.b + (i - kB) : i < kBError ? tableau.b_mid + (i - kBMid) : tableau.b_error + (i - kBError);
+      const double* const from = i < kWeightsB ? tableau.a + i : i < kWeightsMid ? tableau.b + (i - kWeightsB)
+                                   : i < kWeightsError ? tableau.b_mid + (i - kWeightsMid) : tableau.b_error + (i - kWeightsError);
       weights[i] = T(*from) * step;
     }
     sync();
@@ -339,10 +336,12 @@ struct Integration {
 
   SF_DEVICE T stage_time(double c, double t0, double dt, double t1) const { return c == 1.0 ? before(T(t1)) : T(t0) + T(c) * T(dt); }
 
+  // By the first thread: whether the host wants the solve to end.
+  SF_DEVICE int asked_to_stop() const { return threadIdx.x == 0 && in.stop != nullptr ? *const_cast<const volatile int*>(in.stop) : 0; }
+
   SF_CALLED double try_step(bool with_mid) {
     const double t0 = control->t1, dt = control->dt, t1 = control->end;
-    int stop = 0;
-    if (threadIdx.x == 0 && in.stop != nullptr) stop = *const_cast<const volatile int*>(in.stop);
+    const int stop = asked_to_stop();  // early: the answer takes a while
     set_weights(T(dt));
     clear_totals();
     for_each_tile([&] {
@@ -355,11 +354,11 @@ struct Integration {
       T *const end = y1(), *const middle = mid();
       for (int i = threadIdx.x; i < size; i += blockDim.x) {
         // where the last stage is at the solution, it is the state f1 belongs to, bit for bit
-        end[i] = tableau.last_stage_is_solution && i < dim * S ? last[i] : y[i] + combine(weights + kB, stages - 1, i) + weights[kB + stages - 1] * f[i];
-        if (with_mid) middle[i] = y[i] + combine(weights + kBMid, stages - 1, i) + weights[kBMid + stages - 1] * f[i];
+        end[i] = tableau.last_stage_is_solution && i < dim * S ? last[i] : y[i] + combine(weights + kWeightsB, stages - 1, i) + weights[kWeightsB + stages - 1] * f[i];
+        if (with_mid) middle[i] = y[i] + combine(weights + kWeightsMid, stages - 1, i) + weights[kWeightsMid + stages - 1] * f[i];
       }
       sync();
-      measure(y, end, 0, true, [&](int i) { return combine(weights + kBError, stages - 1, i) + weights[kBError + stages - 1] * f[i]; });
+      measure(y, end, 0, true, [&](int i) { return combine(weights + kWeightsError, stages - 1, i) + weights[kWeightsError + stages - 1] * f[i]; });
     });
     // with one step size for all, the first block's word counts
     if (threadIdx.x == 0 && stop != 0 && (blockIdx.x == 0 || in.control != Control::kShared)) totals[2] = 1;
@@ -386,15 +385,14 @@ struct Integration {
     sync();
     Status status = Status::kOk;
     int index = 1, written = 1;
-    double* const said = sum_of_block;  // by the thread that decides, to the others
     for (; index < in.n_times; ++index) {
       if (threadIdx.x == 0) control->next_output();
       sync();
       while (time(index) > control->t1) {
         sync();  // all have read what was decided last
-        if (threadIdx.x == 0) said[0] = double(int(control->propose()));
+        if (threadIdx.x == 0) common->proposal = int(control->propose());
         sync();
-        const Proposal proposal = Proposal(int(said[0]));
+        const Proposal proposal = Proposal(common->proposal);
         if (proposal != Proposal::kTry) status = proposal == Proposal::kUnderflow ? Status::kUnderflow : Status::kMaxNumSteps;
         if (proposal == Proposal::kTry && !checked) {
           if (!all_finite) status = Status::kNonFinite;
@@ -409,9 +407,9 @@ struct Integration {
           break;
         }
         sync();
-        if (threadIdx.x == 0) said[0] = control->judge(ratio) ? 1 : 0;
+        if (threadIdx.x == 0) common->accepted = control->judge(ratio);
         sync();
-        if (said[0] == 0) {
+        if (!common->accepted) {
           ++rejected;
           continue;
         }
@@ -468,14 +466,20 @@ struct Integration {
     const double* const grid = in.times + in.n_times;
     write_start();
     record_state(0);
-    int index = 1;
-    for (int n = 0; n + 1 < in.n_grid; ++n) {
+    int index = 1, n = 0;
+    Status status = Status::kOk;
+    for (; n + 1 < in.n_grid; ++n) {
       const double t0 = grid[n], t1 = grid[n + 1];
       const T start = T(t0), end = T(t1), step = T(t1 - t0);
       int last = index;
       while (last < in.n_times && t1 >= time(last)) ++last;
       sync();
+      if (threadIdx.x == 0) common->stop = asked_to_stop();
       set_weights(step);
+      if (common->stop != 0) {  // blocks end where they are: nobody reads what an interrupted solve leaves
+        status = Status::kInterrupted;
+        break;
+      }
       for_each_tile([&] {
         begin_tile();
         for (int j = 0; j < stages; ++j) {
@@ -487,7 +491,7 @@ struct Integration {
         const T* const y = y0();
         T* const young = y1();
         for (int i = threadIdx.x; i < size; i += blockDim.x) {
-          young[i] = y[i] + combine(weights + kB, stages, i);
+          young[i] = y[i] + combine(weights + kWeightsB, stages, i);
         }
         sync();
         for (int o = index; o < last; ++o) {
@@ -509,8 +513,8 @@ struct Integration {
       turn_states();
       record_state(n + 1);
     }
-    const double steps = in.n_grid - 1;
-    tell(stats, steps * stages, steps, 0, Status::kOk, 0, 0);
+    leave_nothing(status == Status::kOk ? in.n_times : index);
+    tell(stats, double(n) * stages, n, 0, status, status == Status::kOk ? 0.0 : grid[n], 0);
   }
   // y1 becomes y0; the stages of a fixed step are not carried over
   SF_CALLED void turn_states() {
@@ -530,12 +534,11 @@ struct Integration {
   }
   SF_CALLED void solve_tiles() {
     block.begin();
-    int* const mine = reinterpret_cast<int*>(sum_of_block + 4);
     for (;;) {
       sync();
-      if (threadIdx.x == 0) *mine = atomicAdd(in.next_tile, 1);
+      if (threadIdx.x == 0) common->next_tile = atomicAdd(in.next_tile, 1);
       sync();
-      const int which = *mine;
+      const int which = common->next_tile;
       if (which >= in.tiles) return;
       select(which);
       turn = 0;

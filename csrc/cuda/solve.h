@@ -57,4 +57,18 @@ struct SolveParams {
 
 inline constexpr int kSums = 5;  // numbers that blocks add up together
 
+// Where a step's weights begin: a, then b, b_mid, b_error.
+inline constexpr int kWeightsB = kMaxStages * (kMaxStages - 1) / 2, kWeightsMid = kWeightsB + kMaxStages, kWeightsError = kWeightsMid + kMaxStages,
+                     kWeights = kWeightsError + kMaxStages;
+
+// What a block knows in common, in shared memory behind the trace and the threads' parts of error norms.
+template <class T>
+struct Common {
+  double totals[kSums];      // of the tile, the block, then of all blocks
+  int proposal, accepted;    // said by the thread that decides
+  int stop, next_tile;
+  StepController control;
+  T weights[kWeights];       // of the stages in a step of the present size
+};
+
 }  // namespace sparseflow::cuda

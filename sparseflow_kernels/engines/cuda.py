@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Collection
 import torch
 from torch import Tensor
 
+from ..build_info import cuda_obstacle
 from ..divergence import DivergencePlan
 from ..field import TimeFunction, UnsupportedFieldError, VectorField
 from ..numerics.tableaus import FixedTableau, Tableau
@@ -23,7 +24,6 @@ from .base import Gradient, SolveRequest, SolveResult
 from .native import NativeEngine, address, field_gradients, native_options, native_tableau, solve_of_nothing, times_gradient
 from .program import Writer, write_program
 
-LEAST_CAPABILITY = (8, 0)  # asynchronous copies, and what the kernels are compiled for at the least
 FIRST_CAPACITY = 24  # steps that a solve can record at first; a longer one is run again with room for them
 RECORD_BYTES = 256 << 20  # but no more than fit in here, at first
 STEP_CAPACITY = 4096  # steps whose times and sizes are kept for the statistics
@@ -31,7 +31,7 @@ READ_AT_ONCE = 64  # of them, those that come along with the counts
 SUMS_BYTES = 1 << 30  # memory for the gradients that blocks add up, each in a place of its own
 # Rows of a nearly dense layer share activations (csrc/cuda/block.cuh). By wavefronts of shared memory: a sparse row reaches
 # 0.22 of the multiply-add rate, four dense ones about 0.6. Not yet measured on a GPU.
-DENSE_ABOVE = float(os.environ.get("SPARSEFLOW_CUDA_DENSE_ABOVE", "0.37"))
+DENSE_ABOVE = 0.37
 
 _DTYPES = {torch.float32: "F32", torch.float64: "F64"}
 _STATUS = ("ok", "underflow", "non_finite", "max_num_steps", "interrupted")
@@ -49,6 +49,7 @@ class _Program:
         self.image = image
         self.memory = torch.from_numpy(image.bytes).to(device)
         self._numbers = self.memory.view(dtype)  # the image's size is a multiple of 16
+        self.streams: list[Any] = []  # that have used it
         self._map: tuple[Tensor, Tensor] | None = None  # where in it, and which of all numbers in the order they come
         self._collected: list[Tensor] = []
         self._places: list[tuple[Tensor, Tensor]] = []
@@ -113,7 +114,7 @@ class CudaEngine(NativeEngine):
             return f"the field is on {field.device}, the cuda engine needs it on a GPU: call .cuda()"
         if field.dtype not in _DTYPES:
             return f"the cuda engine computes in float32 and float64, not {field.dtype}: call .float() or .double()"
-        obstacle = no_device(native, field.device)
+        obstacle = cuda_obstacle(_probe(native), field.device.index or 0)
         if obstacle is not None:
             return obstacle
         for layer in field.layers:
@@ -170,11 +171,12 @@ class CudaEngine(NativeEngine):
                     "engine 'cuda': the exact divergence of this field has too many paths to list, and an output gate: take "
                     "the Hutchinson estimate, or engine='triton'"
                 )
-            image = builder.image(cut=False, dense_above=DENSE_ABOVE)
+            image = builder.image(cut=False, dense_above=_dense_above())
             if image.stream_bytes > self._limits["shared_per_block"] // 2:
-                image = builder.image(cut=True, dense_above=DENSE_ABOVE)
+                image = builder.image(cut=True, dense_above=_dense_above())
             writer.array = Tensor.detach  # from now on numbers stay where they are
             self._programs[kind] = _Program(image, self.device, self.dtype), writer
+            self._on_this_stream()  # which writes the image
         return self._programs[kind]
 
     def update(self, field: VectorField) -> bool:
@@ -183,6 +185,7 @@ class CudaEngine(NativeEngine):
         self._field = field
         self.stamp += 1
         with self._guard():
+            self._on_this_stream()
             present = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
             others = [stream for stream in self._streams if stream != present]
             for other in others:  # what was launched there reads the old numbers
@@ -247,11 +250,12 @@ class CudaEngine(NativeEngine):
         if self.device.type != "cuda":
             raise ValueError(f"tune: times are taken on a GPU, and this engine is on {self.device}")
         stages, batch, control = _stages(request), request.x.shape[0], request.step_control
+        request = replace(request, record=False)
+        self.plan_for(batch, stages, "forward", control)  # raises where no shape fits
         found = []
         for plan in self.candidates(batch, stages, "forward", control):
             if self._blocks(plan, "forward") == 0:
                 continue
-            request = replace(request, record=False)
             self.use(plan, batch, stages, "forward", control)
             x, l = self._ready(request.x, "y0"), self._ready_density(request)
             noise = self._ready_noise(request.noise, x)
@@ -259,7 +263,7 @@ class CudaEngine(NativeEngine):
             with self._guard():
                 for repeat in range(repeats + 1):  # the first one warms up
                     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-                    self._solve(request, x, l, noise, self._capacity, STEP_CAPACITY, events)
+                    self._solve(request, x, l, noise, 0, STEP_CAPACITY, events)
                     if repeat > 0:
                         best = min(best, events[0].elapsed_time(events[1]) * 1e-3)
             found.append((plan, best))
@@ -288,7 +292,7 @@ class CudaEngine(NativeEngine):
         key = self._signature("forward", batch, 7, "shared")
         source = "tuned" if shapes.tuned(self._limits["name"], key) == plan.shape else "by estimate"
         return [
-            f"layers on the GPU: {', '.join(forms)} [dense from {DENSE_ABOVE:.0%} on]",
+            f"layers on the GPU: {', '.join(forms)} [dense from {_dense_above():.0%} on]",
             f"a solve of {batch} samples: one launch of {blocks} blocks; {plan.reason} [{source}]",
         ]
 
@@ -378,15 +382,17 @@ class CudaEngine(NativeEngine):
             ) from error
 
     def _on_this_stream(self) -> None:
-        """The present stream joins those that read the images: memory is not given away, and new numbers wait for them."""
+        """The present stream joins those that use the images: their memory is not given away, and new numbers wait."""
         if self.device.type != "cuda":
             return
         stream = torch.cuda.current_stream(self.device)
         if stream not in self._streams:
             for other in self._streams:
-                stream.wait_stream(other)  # an update there may still be writing
+                stream.wait_stream(other)  # what was written there may still be on its way
             self._streams.append(stream)
-            for program, _ in self._programs.values():
+        for program, _ in self._programs.values():
+            if stream not in program.streams:
+                program.streams.append(stream)
                 program.memory.record_stream(stream)
 
     # ------------------------------------------------------------------------------------------------- solves
@@ -592,6 +598,14 @@ class CudaEngine(NativeEngine):
         return field_gradients(self._field, writer, of_matrix, of_modulation)
 
 
+def _dense_above() -> float:
+    text = os.environ.get("SPARSEFLOW_CUDA_DENSE_ABOVE", DENSE_ABOVE)
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"SPARSEFLOW_CUDA_DENSE_ABOVE must be a density, like 0.37 (above 1: never), not {text!r}") from None
+
+
 def _stages(request: SolveRequest) -> int:
     return len(request.tableau.b)
 
@@ -613,27 +627,3 @@ def _offending(blame: Tensor, dim: int, tiles: list[int] | None, width: int) -> 
 @lru_cache
 def _probe(native: Any) -> dict:
     return native.probe()
-
-
-def no_device(native: Any, device: torch.device) -> str | None:
-    """Why the kernels cannot run on this device; None if they can."""
-    found = _probe(native)
-    if found["error"]:
-        return (
-            f"the CUDA runtime (version {_version(found['runtime'])}) finds no device: {found['error']} (the driver "
-            f"supports {_version(found['driver'])}); install a driver that supports it, or rebuild with an older toolkit"
-        )
-    index = 0 if device.index is None else device.index
-    if index >= len(found["devices"]):
-        return f"there is no device {index}, only {len(found['devices'])}"
-    one = found["devices"][index]
-    if (one["major"], one["minor"]) < LEAST_CAPABILITY:
-        return (
-            f"{one['name']} has compute capability {one['major']}.{one['minor']}, the kernels need "
-            f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}; use engine='triton' or 'reference'"
-        )
-    return None
-
-
-def _version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}" if number else "none"
