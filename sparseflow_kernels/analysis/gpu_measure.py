@@ -20,12 +20,11 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..build_info import build_info
-from ..compiled_field import CompiledField, with_divergence
+from ..compiled_field import CompiledField
 from ..compiled_field import compile as compile_field
 from ..engines.base import Engine, SolveRequest
 from ..field import VectorField
 from ..flows import ContinuousFlow, mlp_field
-from ..odeint import solve
 from ..solving.arguments import request_of
 from . import gpu_diffrax, gpu_sanitize, peers, training_peers
 from .bench import processor
@@ -356,20 +355,6 @@ def _request(
 # ---------------------------------------------------------------------------------------------------------------- solves
 
 
-def forward_run(compiled: CompiledField, problem: Problem) -> Callable[[], Outcome]:
-    """A whole solve with divergence, as a user calls it."""
-    augmented = with_divergence(compiled, problem.spec.divergence, problem.noise)
-    state, times = problem.state(), problem.times
-
-    def run() -> Outcome:
-        with torch.no_grad():
-            solution = solve(augmented, state, times, rtol=problem.rtol, atol=problem.atol, method="dopri5")
-        xs, ls = solution.ys
-        return Outcome(xs[-1], ls[-1], solution.stats.nfe)
-
-    return run
-
-
 def training_run(compiled: CompiledField, problem: Problem) -> Callable[[], StepOutcome]:
     """As `training_peers.sparseflow_step`, on a field that is compiled (and tuned) already."""
     flow = ContinuousFlow(
@@ -519,7 +504,7 @@ def measure_solve(
             "error": gradient_error(setting, shop, spec, keep, engine) if few else None,
         }
 
-    ours, base = partial(forward_run, compiled, problem), partial(peers.torchdiffeq_dense, problem)
+    ours, base = partial(peers.run_of, compiled, problem), partial(peers.torchdiffeq_dense, problem)
     rows_of("forward", {engine: ours, BASELINE: base}, judge_forward)
     contenders: dict[str, Callable] = {engine: partial(training_run, compiled, problem)}
     if keep == 1.0:
@@ -623,7 +608,7 @@ def measure_launches(setting: Setting, shop: Workshop, spec: FieldSpec, seconds:
     problem, found = shop.problem(spec, keep, batch), []
     runs: list[tuple[str, str, Callable]] = []
     for engine in setting.engines:
-        runs += [(engine, "forward", lambda e=engine: forward_run(shop.compiled(spec, keep, e), problem))]
+        runs += [(engine, "forward", lambda e=engine: peers.run_of(shop.compiled(spec, keep, e), problem))]
         runs += [(engine, "train", lambda e=engine: training_run(shop.compiled(spec, keep, e), problem))]
     runs.append((BASELINE, "forward", lambda: peers.torchdiffeq_dense(problem)))
     for engine, task, prepare in runs:

@@ -62,7 +62,7 @@ def main(engine: str) -> None:
     import torch
 
     from ..compiled_field import compile as compile_field
-    from . import gpu_measure
+    from . import gpu_measure, peers
     from .problems import FIELDS, make_problem
 
     device = torch.device("cpu" if engine in ("cpu", "reference") else "cuda")
@@ -71,7 +71,7 @@ def main(engine: str) -> None:
     compiled = compile_field(field.map_tensors(lambda tensor: tensor.detach().to(device)), engine)
     there = problem.on(device)
     there = dataclasses.replace(there, rtol=1e-3, atol=1e-3)
-    gpu_measure.forward_run(compiled, there)()
+    peers.run_of(compiled, there)()
     gpu_measure.training_run(compiled, there)()
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -22,7 +22,7 @@ import torchdiffeq
 from torch import Tensor, nn
 
 from ..capture import capture
-from ..compiled_field import compile as compile_field, with_divergence
+from ..compiled_field import CompiledField, compile as compile_field, with_divergence
 from ..field import Activation, VectorField
 from ..odeint import solve
 from ..threads import get_num_threads, set_num_threads
@@ -101,7 +101,12 @@ def float64_reference(problem: Problem, rows: int) -> Outcome:
 
 
 def sparseflow(problem: Problem, engine: str = "auto") -> Run:
-    augmented = with_divergence(compile_field(problem.module, engine=engine), problem.spec.divergence, problem.noise)
+    return run_of(compile_field(problem.module, engine=engine), problem)
+
+
+def run_of(field: CompiledField, problem: Problem) -> Run:
+    """A whole solve with divergence of a field that is compiled already, as a user calls it."""
+    augmented = with_divergence(field, problem.spec.divergence, problem.noise)
     state, times = problem.state(), problem.times
 
     def run() -> Outcome:
