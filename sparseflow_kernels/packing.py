@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Callable, Sequence
 
+import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import divergence
 from .divergence import DivergencePlan
@@ -15,16 +13,55 @@ from .engines import choose
 from .engines.base import Engine
 from .field import VectorField
 
-
-def _tell_of_fused_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    """torch's fused optimizers change parameters without raising their version counters, as every other change in place
-    does; a packed field would go on with the old values."""
-    fused = [group["params"] for group in optimizer.param_groups if group.get("fused")]
-    if fused:
-        increment_version([parameter for group in fused for parameter in group])
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-register_optimizer_step_post_hook(_tell_of_fused_step)
+class Snapshot:
+    """What tensors held at one moment. Comparing the numbers themselves sees every change: of `.data`, through numpy or
+    by another process too, which no version counter tells."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._what = [(t.shape, t.dtype, t.device) for t in tensors]
+        self._native = self._kept = self._where = None
+        if all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors):
+            try:
+                from . import _cpu
+            except ImportError:  # a checkout without the extension
+                pass
+            else:
+                self._native = _cpu.Snapshot([t.data_ptr() for t in tensors], [t.nbytes for t in tensors])
+                self._where = _memory(tensors)
+        if self._native is None:
+            self._kept = _together(tensors)
+
+    def same(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these tensors hold what those did, bit for bit, in the same shapes, dtypes and devices."""
+        if self._native is not None:
+            where = _memory(tensors)
+            if where != self._where:  # other tensors, or the same ones with other memory
+                if self._what != [(t.shape, t.dtype, t.device) for t in tensors] or not all(w[-1] for w in where):
+                    return False
+                self._where = where
+            return self._native.same([address for address, *_ in where])
+        if self._what != [(t.shape, t.dtype, t.device) for t in tensors]:
+            return False
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return True  # the host must not wait here: a graph is recorded with the values of now
+        return all(map(torch.equal, self._kept, _together(tensors)))
+
+
+def _memory(tensors: Sequence[Tensor]) -> list[tuple]:
+    """What can be read there, in few words: this is asked at every call."""
+    return [(t.data_ptr(), t.nbytes, t.dtype, t.is_contiguous()) for t in tensors]
+
+
+def _together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """One tensor of bits for every dtype and device: a comparison makes the host wait for a GPU, so one is to do."""
+    groups: dict[tuple, list[Tensor]] = {}
+    for tensor in tensors:
+        bits = tensor.detach().reshape(-1).view(_BITS[tensor.element_size()])
+        groups.setdefault((bits.dtype, bits.device), []).append(bits)
+    return [torch.cat(group) for group in groups.values()]
 
 
 class Packing:
@@ -36,13 +73,13 @@ class Packing:
     def __init__(self, requested: str) -> None:
         self.requested = requested
         self._plans: dict[str, DivergencePlan] = {}
-        self._engines: dict[str | None, tuple[Any, Engine, list[Tensor]]] = {}
+        self._engines: dict[str | None, tuple[Snapshot, Engine]] = {}
 
     def __len__(self) -> int:
         return len(self._engines)
 
     def clear(self) -> None:
-        """Forget what was packed (a change that went past torch's version counters)."""
+        """Forget what was packed."""
         self._engines.clear()
 
     def plan(self, kind: str | None, field: Callable[[], VectorField]) -> DivergencePlan | None:
@@ -52,17 +89,14 @@ class Packing:
         return None if kind is None else self._plans[kind]
 
     def engine(self, kind: str | None, tensors: Sequence[Tensor], field: Callable[[], VectorField]) -> Engine:
-        """An engine that holds the present values; `field` gives the program over `tensors`."""
-        # An inference tensor counts no versions; an object equal to nothing says "always changed".
-        key = [(p.data_ptr(), object() if p.is_inference() else p._version) for p in tensors]
+        """An engine that holds the present values; `field` gives the program over `tensors`, or made from them."""
         known = self._engines.get(kind)
-        if known is None or known[0] != key:
-            program = field()
+        if known is None or not known[0].same(tensors):
+            # Copied before it is packed: a change in between (of another thread) is seen at the next call.
+            program, snapshot = field(), Snapshot(tensors)
             engine = None if known is None else known[1]
             if engine is None or not engine.update(program):
                 engine_class, _ = choose(program, self.requested)
                 engine = engine_class(program, self.plan(kind, field))
-            # The aliases keep the old memory from being given to a new parameter, which the key could not tell. Another
-            # dtype or device is other memory.
-            known = self._engines[kind] = (key, engine, [p.detach() for p in tensors])
+            known = self._engines[kind] = (snapshot, engine)
         return known[1]

@@ -349,7 +349,8 @@ double activation_rate(int id, int repeats) {
 
 }  // namespace
 
-void bind_linear(py::module_& m);  // linear.cpp
+void bind_linear(py::module_& m);    // linear.cpp
+void bind_snapshot(py::module_& m);  // snapshot.cpp
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The CPU engine: sparse vector fields, tile by tile.";
@@ -364,6 +365,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind<float>(m, "BuilderF32", "ProgramF32", "AdjointF32");
   bind<double>(m, "BuilderF64", "ProgramF64", "AdjointF64");
   bind_linear(m);
+  bind_snapshot(m);
   m.def("activation_f32", [](int id, double a, double b, const Array<float>& z, const std::string& isa) {
     return activation_with<float>(*find_set(isa).f32, id, a, b, z); },
     py::arg("id"), py::arg("a"), py::arg("b"), py::arg("z"), py::arg("isa") = "", "(value, slope) of an activation");

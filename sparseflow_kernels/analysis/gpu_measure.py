@@ -17,7 +17,6 @@ from typing import Any, Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from ..build_info import build_info
 from ..compiled_field import CompiledField
@@ -32,7 +31,7 @@ from .floor import Work
 from .gpu_suite import Item, Sections, first_line
 from .peers import Outcome
 from .problems import FIELDS, FieldSpec, Problem, make_problem
-from .training_peers import StepOutcome
+from .training_peers import StepOutcome, small_steps
 
 FIELD_NAMES = ("toy", "power", "hepmass", "miniboone", "bsds300")
 KEEPS = (0.1, 1.0, 0.02, 0.5, 0.2)  # the most wanted first
@@ -363,12 +362,13 @@ def training_run(compiled: CompiledField, problem: Problem) -> Callable[[], Step
     if problem.noise is not None:
         flow.noise = problem.noise
     parameters = list(compiled.parameters())
+    step = small_steps(parameters)
 
     def gradient() -> Tensor:
         return torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
 
     def run() -> StepOutcome:
-        increment_version(parameters)  # as an optimizer's step: the engine takes over the values
+        step()
         flow.zero_grad(set_to_none=True)
         loss = -flow.log_prob(problem.x).mean()
         loss.backward()
