@@ -6,23 +6,29 @@ Both are nn.Modules that go wherever the original `f(t, y)` went. Values come fr
 
 from __future__ import annotations
 
-import copy
+import hashlib
 import operator
+import warnings
+from dataclasses import replace
 from typing import Any, Callable, Iterator, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from . import gradients, operators
-from .capture import Sources, capture_with_sources, write_back
+from .capture import capture_with_origins
+from .capture.replay import TimeProgram
 from .devices import factories_on_cpu
 from .divergence import DivergencePlan
 from .engines import choose
 from .engines.base import Engine
 from .engines.reference import ReferenceEngine
 from .field import Layer, LinearShift, SigmoidGate, TimeFunction, VectorField
+from .origin import CONSTANT, Derivation, Key, Origin
 from .packing import Packing
 from .simplify import simplify
+from .trained import Entries, Held, Shares, starts_at_zero
 
 KINDS = ("exact", "hutchinson")
 NOISES = ("rademacher", "gaussian")
@@ -38,53 +44,26 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
     VectorField; or a CompiledField, to compile its current values again (after pruning them, or for another engine).
     engine: "auto" (by device and fit), "reference", "cpu", "cuda", "triton".  dim: size of the state, where capture cannot tell.
 
-    The result keeps the module's dtype and device and shares no memory with it. What the module does not have (a bias
-    left out, a masked entry of a bias) is not trained either: its gradient is zero, or `requires_grad` False.
+    The result keeps the module's dtype and device and shares no memory with it. It trains what the module trains and
+    nothing else (`trained`): buffers and constants of the code are fixed, parameters used in several places are one.
 
     Raises UnsupportedFieldError for what cannot be expressed, or not run by the engine asked for; ValueError for an
     unknown engine or a `dim` that does not fit; TypeError for other objects.
     """
     if isinstance(module_or_field, CompiledField):
-        field = module_or_field.vector_field
-        frozen = module_or_field.frozen_entries()
+        field, held = module_or_field.vector_field, module_or_field.held()
+        present = zip(module_or_field.origins.items(), field.tensors())
+        origins = {key: replace(origin, value=tensor.detach()) for (key, origin), (_, tensor) in present}
     elif isinstance(module_or_field, VectorField):
-        field, frozen = module_or_field, {}
+        field = module_or_field
+        origins, held = Held.by_tensors(field)
     else:
-        field, sources = capture_with_sources(module_or_field, dim)
-        frozen = _absent_entries(field, sources, dict(module_or_field.named_parameters()))
+        field, origins = capture_with_origins(module_or_field, dim)
+        held = Held.by_module(module_or_field)
     if dim is not None and field.dim != dim:
         raise ValueError(f"compile: dim is {dim}, but the field's state has {field.dim} components")
-    simplified, report = simplify(field.map_tensors(torch.Tensor.detach))
-    kept_frozen = {}
-    for number, original in enumerate(report.kept_layers):
-        for name, tensor in simplified.layers[number].tensors():
-            if (original, name) in frozen:
-                kept = (report.kept_values if name == "values" else report.kept_rows)[original]
-                kept_frozen[number, name] = frozen[original, name][kept]
-    return CompiledField(simplified, engine, frozen=kept_frozen, simplification=str(report))
-
-
-def _absent_entries(
-    field: VectorField, sources: Sources, parameters: dict[str, nn.Parameter]
-) -> dict[tuple[int, str], Tensor]:
-    """bool masks of the entries that are not trained: zero because the module has nothing there (a bias left out, a
-    masked weight of the time), or parameters that require no grad. Entries computed from parameters in other ways are
-    not among them, unless no parameter of the module requires grad."""
-    untrained = bool(parameters) and not any(parameter.requires_grad for parameter in parameters.values())
-    absent = {}
-    for number, layer in enumerate(field.layers):
-        for name, tensor in layer.tensors():
-            source, none = sources.get((number, name)), (tensor == 0).cpu()
-            if untrained:
-                none = torch.ones_like(none)
-            elif source is not None:
-                fixed = torch.tensor([not parameters[name].requires_grad for name in source.parameters] + [False])
-                none = torch.where(source.parameter < 0, none, fixed[source.parameter])
-            elif not bool(none.all()):
-                continue
-            if bool(none.any()):
-                absent[number, name] = none
-    return absent
+    simplified, report = simplify(field, origins, starts_at_zero(origins, held))
+    return CompiledField(simplified, engine, origins=report.origins, held=held, simplification=str(report))
 
 
 def _zeroing(mask: Tensor) -> Callable[[Tensor], Tensor]:
@@ -101,28 +80,88 @@ def _zeroing(mask: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 class _LayerParameters(nn.Module):
-    """One layer's tensors as parameters: values, bias, gate.slope, gate.offset, shift.slope, shift.offset; and the
-    modules of its functions of time."""
+    """One layer's tensors, as parameters if they are trained and else as buffers: values, bias, gate.slope, gate.offset,
+    shift.slope, shift.offset, without those that are made from `entries`; and the modules of its functions of time.
 
-    def __init__(self, tensors: dict[str, Tensor], functions: dict[str, nn.Module]) -> None:
+    Its state holds a digest of the layer's pattern: values in CSR order are another matrix under another pattern.
+    """
+
+    def __init__(
+        self, layer: Layer, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor],
+        functions: dict[str, nn.Module],
+    ) -> None:  # fmt: skip
         super().__init__()
-        for name, tensor in tensors.items():
+        self.layer_name = layer.name
+        self._pattern = layer.pattern
+        for name, tensor in (parameters | buffers).items():
             owner, _, leaf = name.rpartition(".")
             if owner and owner not in self._modules:
                 self.add_module(owner, nn.Module())
             target = self.get_submodule(owner)
-            with torch.inference_mode(False):  # a field compiled there is a field elsewhere
-                target.register_parameter(leaf, nn.Parameter(tensor.detach().clone()))
+            if isinstance(tensor, nn.Parameter):
+                target.register_parameter(leaf, tensor)
+            else:
+                target.register_buffer(leaf, tensor)
         for name, function in functions.items():
             self.add_module(name, function)
+        self._complete = True
+
+    def register_parameter(self, name: str, parameter: nn.Parameter | None) -> None:
+        if self.__dict__.get("_complete"):  # torch.nn.utils.prune, parametrizations
+            raise TypeError(
+                f"{name!r} cannot be added to a layer of a compiled field: its engine would not see it. Prune or "
+                "parametrize the module, then compile it"
+            )
+        super().register_parameter(name, parameter)
+
+    def tensor(self, name: str) -> Tensor | None:
+        """The tensor of this name; None if it is made from `entries`."""
+        owner, _, leaf = name.rpartition(".")
+        module = self._modules.get(owner) if owner else self
+        if module is None:
+            return None
+        return module._parameters.get(leaf, module._buffers.get(leaf))
+
+    def _digest(self) -> Tensor:
+        pattern = self._pattern
+        found = hashlib.sha256(repr(pattern.shape).encode())
+        for part in (pattern.row_ptr, pattern.col):
+            found.update(part.numpy().tobytes())
+        return torch.frombuffer(bytearray(found.digest()), dtype=torch.int64).clone()
+
+    def get_extra_state(self) -> Tensor:
+        return self._digest()
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing to set: what does not fit was refused before."""
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
+        key = prefix + _EXTRA_STATE_KEY_SUFFIX
+        if key not in state_dict:
+            warnings.warn(
+                f"{prefix}: this state does not say for which pattern of weights it is (it was saved by version 0.1.0, "
+                "or parts of it are missing); it is right only if the field was compiled from the same masks",
+                stacklevel=2,
+            )
+            state_dict = {**state_dict, key: self._digest()}
+        elif not torch.equal(torch.as_tensor(state_dict[key]).cpu(), self._digest()):
+            errors.append(
+                f"layer {self.layer_name!r} ({prefix.rstrip('.')}) has other masks: its weights stand elsewhere than those "
+                "of the field that this state was saved from. Compile a module with those masks, then load"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
+        )  # fmt: skip
 
 
 class CompiledField(nn.Module):
     """A compiled vector field, `field(t, y) -> dy/dt`. Made by `compile`.
 
     Its parameters are the remaining weights (`layers.<l>.values`, in CSR order of the layer's pattern), biases and time
-    parameters, so an optimizer holds state for nothing else. The state dict holds values only: load it into a field
-    compiled from the same masks.
+    parameters, so an optimizer holds state for nothing else. Where a tensor of the program is no plain piece of the
+    module's parameters (scaled, shared, computed, folded), its parameters are the entries it is made from, `entries.<name
+    in the module>`. What the module does not train is a buffer. A state dict fits a field compiled from the same masks.
 
     torch.compile and torch.export see one opaque operator per evaluation or solve, with its gradient (`operators`); an
     exported program runs wherever this package was imported. Fields with functions of time that are Python break a
@@ -132,75 +171,105 @@ class CompiledField(nn.Module):
     """
 
     def __init__(
-        self, field: VectorField, engine: str = "auto", *, frozen: dict[tuple[int, str], Tensor] | None = None,
-        simplification: str = "",
+        self, field: VectorField, engine: str = "auto", *, origins: dict[Key, Origin] | None = None,
+        held: dict[str, Held] | None = None, simplification: str = "",
     ) -> None:  # fmt: skip
+        """origins, held: of the field's tensors, and of the parameters these name; None: the tensors are parameters."""
         super().__init__()
         choose(field, engine)  # says now what would go wrong later
-        self._program = field  # patterns, activations and functions of time; its tensors are replaced by parameters
         self.requested = engine
         self._simplification = simplification
-        self.layers = nn.ModuleList()
-        for layer in field.layers:
-            functions = {
-                f"{kind}_function": part.function
-                for kind, part in (("gate", layer.gate), ("shift", layer.shift))
-                if isinstance(part, TimeFunction) and isinstance(part.function, nn.Module)
-            }
-            self.layers.append(_LayerParameters(dict(layer.tensors()), functions))
+        if origins is None:
+            origins, held = Held.by_tensors(field)
+        programs = [part.function for _, _, part in _time_functions(field) if isinstance(part.function, TimeProgram)]
+        self.origins = origins
+        self.shares = Shares(origins, held, (name for program in programs for name in program.names))
+        with torch.inference_mode(False):  # a field compiled there is a field elsewhere
+            self._make_parameters(field, held)
         # The parameters hold the numbers from here on; keep no second copy of them.
         self._program = field.map_tensors(lambda tensor: tensor.detach().to("meta"))
         self._packing = Packing(engine)
         self.described = operators.describe(field, engine)
-        self._slots: list[tuple[nn.Module, str]] | None = None
+        self._slots: list[tuple[nn.Module, str, str]] | None = None
         self._live: tuple[list[Tensor], VectorField] | None = None
-        self._frozen = frozen or {}  # (layer, tensor's name) -> bool mask of entries that are not trained
-        for (number, name), mask in self._frozen.items():
-            if bool(mask.all()):
-                self.layers[number].get_parameter(name).requires_grad_(False)
+
+    def _make_parameters(self, field: VectorField, held: dict[str, Held]) -> None:
+        recipe = self.shares.recipe
+        entries = {
+            name: nn.Parameter((held[name].values if e is None else held[name].take(e)).clone(), held[name].trained)
+            for name, e in recipe.held.items()
+        }
+        if entries:
+            self.entries = Entries(entries)
+        functions: dict[int, dict[str, nn.Module]] = {number: {} for number in range(len(field.layers))}
+        for number, kind, part in _time_functions(field):
+            function = part.function
+            if isinstance(function, TimeProgram):
+                function = function.over(entries.__getitem__)
+            if isinstance(function, nn.Module):
+                functions[number][f"{kind}_function"] = function
+        self.layers = nn.ModuleList()
+        for number, layer in enumerate(field.layers):
+            parameters, buffers = {}, {}
+            for name, tensor in layer.tensors():
+                tensor, key = tensor.detach().clone(), (number, name)
+                if key in self.shares.own:
+                    trained = next(held[parameter].trained for parameter, _ in self.origins[key].elements())
+                    parameters[name] = nn.Parameter(tensor, trained)
+                elif key in self.shares.fixed:
+                    buffers[name] = tensor
+            self.layers.append(_LayerParameters(layer, parameters, buffers, functions[number]))
         self._mask_gradients()
 
     def _mask_gradients(self) -> None:
-        for (number, name), mask in self._frozen.items():
-            parameter = self.layers[number].get_parameter(name)
-            if parameter.requires_grad:
-                parameter.register_hook(_zeroing(mask))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packing": Packing(self.requested), "_slots": None, "_live": None}
+        """Zeros that the module does not have between a tensor's entries have no gradient."""
+        for number, name in self.shares.own:
+            absent = self.origins[number, name].parameter == CONSTANT
+            if bool(absent.any()):
+                parameter = self.layers[number].tensor(name)
+                wanted = parameter.requires_grad
+                parameter.requires_grad_(True).register_hook(_zeroing(absent))  # torch hooks no others
+                parameter.requires_grad_(wanted)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._mask_gradients()  # copies and pickles of a parameter lose its hooks
 
-    def frozen_entries(self) -> dict[tuple[int, str], Tensor]:
-        """(layer number, tensor's name) -> bool mask, on the CPU, of the entries that are not trained; all of a tensor
-        whose requires_grad is False. Tensors trained as a whole are left out."""
-        frozen = dict(self._frozen)
-        for number, layer in enumerate(self.vector_field.layers):
-            for name, tensor in layer.tensors():
-                if not tensor.requires_grad:
-                    frozen[number, name] = torch.ones(tensor.shape, dtype=torch.bool)
-        return frozen
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packing": Packing(self.requested), "_slots": None, "_live": None}
+
+    def held(self, of: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Held]:
+        """The elements of the module's parameters that this field holds, by the parameters' names in the module, with
+        their values, or what else `of` gives of a parameter (its gradient, say)."""
+        parts: dict[str, list[Held]] = {}
+        for name, elements in self.shares.recipe.held.items():
+            parameter = self._entry(name)
+            parts.setdefault(name, []).append(Held(elements, of(parameter), parameter.requires_grad))
+        for key in self.shares.own:
+            origin, tensor = self.origins[key], self.layers[key[0]].tensor(key[1])
+            for number, name in enumerate(origin.parameters):
+                own = (origin.parameter == number).nonzero()[:, 0]
+                elements, order = origin.index[own].sort()
+                values = of(tensor)[own[order].to(tensor.device)]
+                parts.setdefault(name, []).append(Held(elements, values, tensor.requires_grad))
+        return {name: Held.together(several) for name, several in parts.items()}
+
+    def _entry(self, name: str) -> nn.Parameter:
+        owner, _, leaf = name.rpartition(".")
+        return self.entries.get_submodule(owner)._parameters[leaf]
 
     # ------------------------------------------------------------------------------------------------- what it is
 
     @property
     def vector_field(self) -> VectorField:
-        """The program over the live parameters: changes of either are changes of both."""
-        layers = []
-        for layer, own in zip(self._program.layers, self.layers):
-            layer = copy.copy(layer)
-            layer.values, layer.bias = own.values, own.bias
-            for kind in ("gate", "shift"):
-                part = getattr(layer, kind)
-                if isinstance(part, (SigmoidGate, LinearShift)):
-                    live = getattr(own, kind)
-                    setattr(layer, kind, type(part)(live.slope, live.offset))
-                elif isinstance(part, TimeFunction) and isinstance(part.function, nn.Module):
-                    setattr(layer, kind, TimeFunction(getattr(own, f"{kind}_function"), part.rows))
-            layers.append(layer)
-        return VectorField(layers, self._program.notes)
+        """The program over the live parameters: changes of these are changes of it. Differentiable in them."""
+        given = iter(self.ordered())
+        field = self._program.map_tensors(lambda _: next(given))
+        for number, kind, part in _time_functions(field):
+            if isinstance(part.function, nn.Module):
+                own = self.layers[number]._modules[f"{kind}_function"]
+                setattr(field.layers[number], kind, TimeFunction(own, part.rows))
+        return field
 
     @property
     def dim(self) -> int:
@@ -249,26 +318,43 @@ class CompiledField(nn.Module):
 
     def _live_field(self) -> VectorField:
         """`vector_field`, made once for the same parameters: it takes as long as a small solve. To be left as it is."""
+        if self.shares.derived:  # what is made of parameters has a graph and values of its own at every call
+            return self.vector_field
         tensors = list(self._tensors())
         if self._live is None or not all(map(operator.is_, self._live[0], tensors)):
             self._live = tensors, self.vector_field
         return self._live[1]
 
     def _tensors(self) -> Iterator[Tensor]:
-        """The parameters as they are now, without walking the module tree: that would cost as much as a small solve."""
+        """All parameters and buffers as they are now, without walking the module tree: that would cost as much as a
+        small solve. Raises RuntimeError if one was taken out."""
         if self._slots is None:
-            self._slots = [(m, name) for m in self.modules() for name in m._parameters]
-        return (tensor for m, name in self._slots if (tensor := m._parameters[name]) is not None)
+            self._slots = [
+                (m, kind, name) for m in self.modules() for kind in ("_parameters", "_buffers")
+                for name in m.__dict__[kind]
+            ]  # fmt: skip
+        for module, kind, name in self._slots:
+            try:
+                tensor = module.__dict__[kind][name]
+            except KeyError:
+                raise RuntimeError(
+                    f"the compiled field has lost its parameter {name!r} (torch.nn.utils.prune and parametrizations put "
+                    "others in its place); prune or parametrize the module, then compile it"
+                ) from None
+            if tensor is not None:
+                yield tensor
 
     def ordered(self) -> list[Tensor]:
-        """The parameters in the order of `VectorField.tensors()`; plainly enough for torch.compile to read."""
+        """The program's tensors in the order of `VectorField.tensors()`, differentiable in the parameters; plainly
+        enough for torch.compile to read."""
+        derivation = None
+        if self.shares.derived:
+            recipe = self.shares.recipe
+            derivation = Derivation(recipe, {name: self._entry(name) for name in recipe.held})
         found = []
-        for own in self.layers:
-            found += [own.values, own.bias]
-            for kind in ("gate", "shift"):
-                if kind in own._modules:
-                    part = getattr(own, kind)
-                    found += [part.slope, part.offset]
+        for number, name in self.origins:
+            tensor = self.layers[number].tensor(name)
+            found.append(derivation.tensor(self.origins[number, name]) if tensor is None else tensor)
         return found
 
     @factories_on_cpu
@@ -300,7 +386,7 @@ class CompiledField(nn.Module):
         return gradients.evaluate(self.runner(kind), lambda: self.reference(kind), t, x, noise)
 
     def _check_time(self, t: Tensor | float) -> Tensor:
-        like = self.layers[0].values
+        like = next(self._tensors())
         if isinstance(t, Tensor):
             if t.numel() != 1 or t.dim() > 2:
                 raise ValueError(f"t: must be a number or a tensor of one element, at most 2 axes, not {list(t.shape)}")
@@ -312,7 +398,7 @@ class CompiledField(nn.Module):
         return torch.full((), float(t), dtype=like.dtype, device=like.device)  # no copy, which would wait for a GPU
 
     def _check_state(self, name: str, y: Tensor) -> None:
-        like = self.layers[0].values
+        like = next(self._tensors())
         if not isinstance(y, Tensor):
             raise TypeError(f"{name}: must be a tensor, not {type(y).__name__}")
         if y.dim() < 1 or y.shape[-1] != self.dim:
@@ -330,38 +416,36 @@ class CompiledField(nn.Module):
         """Write the current values into the parameters of the module this was compiled from.
 
         Entries that simplify took out keep what the module holds, and so do entries behind a pruning mask. Raises
-        ValueError, and writes nothing, where the module's masks are not this field's, or where a value that changed is
-        no plain entry of a parameter (a constant of the module's code, a product of two parameters).
+        ValueError, and writes nothing, where the module's masks are not this field's.
         """
-        original, sources = capture_with_sources(module, self.dim)
-        simplified, report = simplify(original)
-        mine = self.vector_field
-        for number, (theirs, ours) in enumerate(zip(simplified.layers, mine.layers)):
-            if not _same_layout(theirs, ours):
+        original, origins = capture_with_origins(module, self.dim)
+        theirs = Held.by_module(module)
+        simplified, report = simplify(original, origins, starts_at_zero(origins, theirs))
+        for number, (other, mine) in enumerate(zip(simplified.layers, self._program.layers)):
+            if not _same_layout(other, mine):
                 raise ValueError(
-                    f"copy_to: layer {number} ({ours.name!r}) of the compiled field is {_layout(ours)}, the module now "
-                    f"gives {_layout(theirs)}; it is not the module this was compiled from, or its masks have changed"
+                    f"copy_to: layer {number} ({mine.name!r}) of the compiled field is {_layout(mine)}, the module now "
+                    f"gives {_layout(other)}; it is not the module this was compiled from, or its masks have changed"
                 )
-        if len(simplified.layers) != len(mine.layers):
+        if len(simplified.layers) != len(self._program.layers):
             raise ValueError(
-                f"copy_to: the compiled field has {len(mine.layers)} layers, the module {len(simplified.layers)}"
+                f"copy_to: the compiled field has {len(self._program.layers)} layers, the module {len(simplified.layers)}"
             )
-        for number, theirs, ours in zip(report.kept_layers, simplified.layers, mine.layers):
-            whole = dict(original.layers[number].tensors())
-            now = dict(theirs.tensors())
-            for name, new in ours.tensors():
-                new = new.to(now[name])
-                if name not in whole:  # a shift that simplify folded in
-                    if not torch.equal(new, now[name]):
-                        raise ValueError(
-                            f"copy_to: layer {number} ({ours.name!r}): {name} changed, which the module does not have"
-                        )
-                    continue
-                kept = (report.kept_values if name == "values" else report.kept_rows)[number].to(new.device)
-                old = whole[name][kept]
-                # What simplify folded into this tensor stays out of the module's: it is still there, a layer earlier.
-                whole[name][kept] = torch.where(now[name] == old, new, old + (new - now[name]))
-        write_back(module, original, sources)
+        programs = [p.function for _, _, p in _time_functions(simplified) if isinstance(p.function, TimeProgram)]
+        shares = Shares(report.origins, theirs, (name for program in programs for name in program.names))
+        if shares != self.shares:
+            raise ValueError(
+                "copy_to: the module computes its field from its parameters in another way than the one this was compiled "
+                "from (shared, scaled or computed weights, or constants that were none)"
+            )
+        parameters = dict(module.named_parameters())
+        for mine, (name, elements) in zip(self.shares.recipe.held, shares.recipe.held.items()):
+            _write(parameters[name], elements, self._entry(mine))
+        for number, name in self.shares.own:
+            origin, tensor = report.origins[number, name], self.layers[number].tensor(name)
+            for which, parameter in enumerate(origin.parameters):
+                own = origin.parameter == which
+                _write(parameters[parameter], origin.index[own], tensor[own.to(tensor.device)])
 
     # ------------------------------------------------------------------------------------------------- telling of it
 
@@ -404,6 +488,25 @@ class CompiledField(nn.Module):
         if len(told) == 1:
             return [f"gradient: {who}" for who in told]
         return [f"gradient ({', '.join(kinds)}): {who}" for who, kinds in told.items()]
+
+
+def _write(parameter: nn.Parameter, elements: Tensor | None, values: Tensor) -> None:
+    values = values.detach().to(parameter)
+    if elements is None:
+        parameter.copy_(values)
+    else:
+        where = torch.unravel_index(elements.to(parameter.device), parameter.shape)
+        parameter.index_put_(where, values)
+
+
+def _time_functions(field: VectorField) -> list[tuple[int, str, TimeFunction]]:
+    """(layer number, "gate" or "shift", function)."""
+    return [
+        (number, kind, part)
+        for number, layer in enumerate(field.layers)
+        for kind in ("gate", "shift")
+        if isinstance(part := getattr(layer, kind), TimeFunction)
+    ]
 
 
 def _layout(layer: Layer) -> str:

@@ -1,24 +1,29 @@
 """Exact rewriting of a VectorField: what cannot change the result is taken out, nothing is approximated.
 
-- zero weights go;
+- zero weights go, but for those of a matrix that training is to start from zero;
 - hidden neurons nobody reads go, and with them what only they read (to a fixed point);
 - a hidden neuron without inputs is a function of t only. If it is constant, W[:, j] * act(z_j) goes into the next
-  layer's bias (summed in float64). If it varies with t, it goes into the next layer's shift where that costs no affine
-  shift its form and no gate stands before it; else it stays, and a note says so;
+  layer's bias. If it varies with t, it goes into the next layer's shift where both are affine in t and no gate stands
+  before it; else it stays, and a note says so;
 - layers before one that has no neurons left go altogether: f does not depend on y there.
 
 The state's own rows (the first layer's inputs, the last layer's outputs) always stay.
+
+Training changes numbers, and what was taken out has to stay right: a number counts as zero for good only if nothing
+trains it, and what was folded is a formula of the parameters it came from (`folding`), not a number.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field as dataclass_field
+from typing import Mapping
 
 import torch
 from torch import Tensor
 
-from . import activations
-from .field import Gate, Layer, LinearShift, Pattern, Shift, SigmoidGate, TimeFunction, VectorField
+from .field import Layer, LinearShift, Pattern, SigmoidGate, TimeFunction, VectorField
+from .folding import Fold, Folding
+from .origin import CONSTANT, Key, Origin
 
 
 @dataclass
@@ -45,6 +50,7 @@ class SimplifyReport:
     kept_layers: numbers of the input field's layers that remain, in order.
     kept_rows[l], kept_values[l]: int64, indices into input layer l's rows and values that remain, in the order of the
         new layer (empty for a layer that went).
+    origins: of the new field's tensors, in terms of the input field's.
     str(report) gives a table.
     """
 
@@ -52,6 +58,7 @@ class SimplifyReport:
     kept_layers: list[int]
     kept_rows: list[Tensor]
     kept_values: list[Tensor]
+    origins: dict[Key, Origin]
     notes: list[str] = dataclass_field(default_factory=list)
 
     @property
@@ -82,52 +89,23 @@ class SimplifyReport:
         return "\n".join([*lines, *self.notes])
 
 
-class _FoldedShift:
-    """c(t) + W act(s(t) * b + c(t)) over folded neurons, in t's dtype and device; `weight` [out, neurons]."""
-
-    def __init__(self, shift: TimeFunction, weight: Tensor, neurons: Layer) -> None:
-        self._shift, self._weight, self._neurons = shift, weight, neurons
-        self._moved: tuple | None = None  # dtype and device of the last t, and what is below in these
-
-    def _in(self, t: Tensor) -> tuple:
-        moved, place = self._moved, (t.dtype, t.device)
-        if moved is None or moved[0] != place:
-            own = self._neurons
-            parts = (_each(part, lambda x: x.to(t)) for part in (own.gate, own.shift))
-            moved = (place, self._weight.to(t), own.bias.to(t), *parts)
-            if not torch.compiler.is_compiling():  # what is copied there has no values
-                self._moved = moved
-        return moved[1:]
-
-    def __call__(self, t: Tensor) -> Tensor:
-        weight, z, gate, shift = self._in(t)
-        z = z if gate is None else gate.at(t) * z
-        z = z if shift is None else z + shift.at(t)
-        return self._shift.at(t) + weight @ activations.apply(self._neurons.activation, z)
-
-
-def _each(part: Gate | Shift, function) -> Gate | Shift:
-    if isinstance(part, (SigmoidGate, LinearShift)):
-        return type(part)(function(part.slope), function(part.offset))
-    return part
-
-
-def _rows_of(part: Gate | Shift, rows: Tensor) -> Gate | Shift:
-    if isinstance(part, TimeFunction):
-        return TimeFunction(part.function, rows if part.rows is None else part.rows.cpu()[rows])
-    return _each(part, lambda x: x.detach()[rows.to(x.device)])
-
-
 class _Work:
     """One layer under the knife, in the input field's numbering."""
 
-    def __init__(self, layer: Layer) -> None:
-        self.layer = layer
+    def __init__(self, number: int, layer: Layer, origins: Mapping[Key, Origin], starts_at_zero: Tensor | None) -> None:
+        self.layer, self.number = layer, number
         self.row, self.col = layer.pattern.row, layer.pattern.col
         self.entries = (layer.values.detach() != 0).cpu()
+        if starts_at_zero is not None:
+            self.entries |= starts_at_zero
         self.neurons = torch.ones(layer.out_features, dtype=torch.bool)
-        self.bias = layer.bias.detach().cpu().to(torch.float64, copy=True)
-        self.shift: Shift = _each(layer.shift, Tensor.detach)
+        self.affine_shift = isinstance(layer.shift, LinearShift)
+
+        def zero_for_good(name: str) -> Tensor:
+            return (dict(layer.tensors())[name].detach() == 0).cpu() & (origins[number, name].parameter == CONSTANT)
+
+        self.no_bias = zero_for_good("bias")
+        self.no_slope = zero_for_good("shift.slope") if self.affine_shift else torch.ones_like(self.no_bias)
         self.dropped = self.folded = 0
 
     def inputs(self) -> Tensor:
@@ -135,22 +113,6 @@ class _Work:
 
     def readers(self) -> Tensor:
         return torch.bincount(self.col[self.entries], minlength=self.layer.in_features)
-
-    def columns(self, neurons: Tensor) -> Tensor:
-        """float64 CPU [out, len(neurons)] of the remaining weights."""
-        layer = self.layer
-        dense = torch.zeros(layer.out_features, layer.in_features, dtype=torch.float64)
-        dense[self.row[self.entries], self.col[self.entries]] = layer.values.detach().cpu().double()[self.entries]
-        return dense[:, neurons]
-
-    def neurons_without_inputs(self, neurons: Tensor) -> Layer:
-        """The given rows as a layer of their own without inputs, folded constants included."""
-        pattern = Pattern((neurons.numel(), 0), torch.zeros(neurons.numel() + 1, dtype=torch.int64), neurons[:0])
-        values = self.layer.values.detach()
-        return Layer(
-            pattern, values[:0], self.bias[neurons].to(values), _rows_of(self.layer.gate, neurons),
-            _rows_of(self.shift, neurons), self.layer.activation, self.layer.name,
-        )
 
 
 def _drop_unread(work: _Work, after: _Work) -> bool:
@@ -161,90 +123,99 @@ def _drop_unread(work: _Work, after: _Work) -> bool:
     return bool(unread.any())
 
 
-def _fold(work: _Work, after: _Work) -> bool:
-    """Folds neurons of `work` that are read but have no inputs into `after`; True if anything went."""
+def _fold(work: _Work, after: _Work) -> list[Fold]:
+    """Takes neurons of `work` that are read but have no inputs out of it; what is to be added to `after` for them."""
     free = work.neurons & (work.inputs() == 0) & (after.readers() > 0)
-    indices = free.nonzero()[:, 0]
-    if not indices.numel():
-        return False
-    layer, shift = work.layer, work.shift
-    # b = 0 behind a gate is 0 at all times; a shift whose slope is 0 is a constant.
-    constant = free & ((work.bias == 0) if layer.gate is not None else True)
-    if isinstance(shift, LinearShift):
-        constant &= (shift.slope == 0).cpu()
-    elif shift is not None:
+    gate, shift = work.layer.gate, work.layer.shift
+    # No bias behind a gate is 0 at all times.
+    constant = free & work.no_slope & (work.no_bias if gate is not None else True)
+    if isinstance(shift, TimeFunction):
         constant &= False
-    now = constant.nonzero()[:, 0]
-    gone = now
-    if now.numel():
-        z = work.bias[now] if layer.gate is None else torch.zeros(now.numel(), dtype=torch.float64)
-        if shift is not None:
-            z = z + shift.offset.cpu().double()[now]
-        after.bias += after.columns(now) @ activations.apply(layer.activation, z)
-    varying = (free & ~constant).nonzero()[:, 0]
-    if varying.numel() and after.layer.gate is None:
-        neurons = work.neurons_without_inputs(varying)
-        weight = after.columns(varying)
-        like = after.layer.values.detach()
-        affine = layer.gate is None and layer.activation.name == "identity" and isinstance(neurons.shift, LinearShift)
-        if affine and not isinstance(after.shift, TimeFunction):
-            slope = weight @ neurons.shift.slope.cpu().double()
-            offset = weight @ neurons.shift.offset.cpu().double()
-            if after.shift is not None:
-                slope, offset = slope + after.shift.slope.cpu().double(), offset + after.shift.offset.cpu().double()
-            after.shift = LinearShift(slope.to(like), offset.to(like))
-            after.bias += weight @ work.bias[varying]
-            gone = torch.cat([gone, varying])
-        elif isinstance(after.shift, TimeFunction):
-            after.shift = TimeFunction(_FoldedShift(after.shift, weight.to(like), neurons))
-            gone = torch.cat([gone, varying])
-    if not gone.numel():
-        return False
-    removed = torch.zeros_like(work.neurons)
-    removed[gone] = True
-    work.neurons &= ~removed
-    work.folded += gone.numel()
-    after.entries &= ~removed[after.col]
-    return True
+    varying = free & ~constant
+    affine = work.affine_shift and gate is None and work.layer.activation.name == "identity"
+    if not affine or after.layer.gate is not None or isinstance(after.layer.shift, TimeFunction):
+        varying &= False
+    folds = []
+    for kind, neurons in (("constant", constant), ("affine", varying)):
+        if not bool(neurons.any()):
+            continue
+        entries = after.entries & neurons[after.col]
+        folds.append(Fold(kind, work.number, neurons.nonzero()[:, 0], entries.nonzero()[:, 0]))
+        work.neurons &= ~neurons
+        work.folded += int(neurons.sum())
+        after.entries &= ~entries
+        reached = torch.zeros_like(after.no_bias)
+        reached[after.row[entries]] = True
+        after.no_bias &= ~reached
+        if kind == "affine":
+            after.no_slope &= ~reached
+            after.affine_shift = True
+    return folds
 
 
-def _rebuild(work: _Work, columns: Tensor) -> tuple[Layer, Tensor, Tensor]:
-    """(new layer, kept rows, kept values); columns: bool [in], the inputs that remain."""
-    layer = work.layer
+def _rebuild(work: _Work, columns: Tensor, origins: Mapping[Key, Origin], folding: Folding) -> tuple:
+    """(new layer, its tensors' origins, kept rows, kept values); columns: bool [in], the inputs that remain."""
+    layer, number = work.layer, work.number
     rows, values = work.neurons.nonzero()[:, 0], work.entries.nonzero()[:, 0]
     new_row, new_col = torch.cumsum(work.neurons, 0) - 1, torch.cumsum(columns, 0) - 1
     row_ptr = torch.zeros(rows.numel() + 1, dtype=torch.int64)
     row = new_row[work.row[values]]
     torch.cumsum(torch.bincount(row, minlength=rows.numel()), 0, out=row_ptr[1:])
     pattern = Pattern((rows.numel(), int(columns.sum())), row_ptr, new_col[work.col[values]])
-    old = layer.values.detach()
+    found = {"values": origins[number, "values"].take(values)}
+    names = ["bias", *(name for name, _ in layer.tensors() if name.startswith("gate."))]
+    names += ["shift.slope", "shift.offset"] if work.affine_shift else []
+    for name in names:
+        found[name] = folding.origin((number, name), rows) or origins[number, name].take(rows)
+
+    def part(kind: str, native: type, whole) -> SigmoidGate | LinearShift | TimeFunction | None:
+        if f"{kind}.slope" in found:
+            return native(found[f"{kind}.slope"].value.clone(), found[f"{kind}.offset"].value.clone())
+        if not isinstance(whole, TimeFunction):
+            return None
+        return TimeFunction(whole.function, rows if whole.rows is None else whole.rows.cpu()[rows])
+
     new = Layer(
-        pattern, old[values.to(old.device)], work.bias[rows].to(old), _rows_of(layer.gate, rows),
-        _rows_of(work.shift, rows), layer.activation, layer.name,
-    )
-    return new, rows, values
+        pattern, found["values"].value.clone(), found["bias"].value.clone(), part("gate", SigmoidGate, layer.gate),
+        part("shift", LinearShift, layer.shift), layer.activation, layer.name,
+    )  # fmt: skip
+    return new, found, rows, values
 
 
-def simplify(field: VectorField) -> tuple[VectorField, SimplifyReport]:
+def simplify(
+    field: VectorField, origins: Mapping[Key, Origin] | None = None,
+    starts_at_zero: Mapping[int, Tensor] | None = None,
+) -> tuple[VectorField, SimplifyReport]:  # fmt: skip
     """The same f, without what does not matter (module docstring), and a report with the way back.
 
+    origins: of the field's tensors, which say what is never trained; None: nothing is.  starts_at_zero: layer ->
+    bool [nnz], weights that stay though they are zero.
     Works on detached copies; the input field is not changed. The result differs from the input by rounding only.
     """
-    works = [_Work(layer) for layer in field.layers]
-    pairs = list(zip(works, works[1:]))
-    changed = True
+    detached = field.map_tensors(Tensor.detach)
+    if origins is None:
+        origins = {
+            (number, name): Origin.of_constant(tensor)
+            for number, layer in enumerate(detached.layers) for name, tensor in layer.tensors()
+        }
+    works = [
+        _Work(number, layer, origins, (starts_at_zero or {}).get(number)) for number, layer in enumerate(detached.layers)
+    ]
+    pairs, folds, changed = list(zip(works, works[1:])), [], True
     while changed:
         changed = False
         for work, after in reversed(pairs):
             changed |= _drop_unread(work, after)
         for work, after in pairs:
-            changed |= _fold(work, after)
+            found = _fold(work, after)
+            folds, changed = folds + found, changed or bool(found)
 
     notes = []
     first = max((i + 1 for i, work in enumerate(works[:-1]) if not bool(work.neurons.any())), default=0)
     if first:
         notes.append(f"simplify: layer {first - 1} has no neurons left; f does not depend on the state")
-    layers, reports, kept_rows, kept_values = [], [], [], []
+    folding = Folding(detached, origins, folds, {work.number: work.neurons.nonzero()[:, 0] for work in works})
+    layers, reports, kept_rows, kept_values, new_origins = [], [], [], [], {}
     columns = torch.ones(field.dim, dtype=torch.bool)
     for number, work in enumerate(works):
         remains = number >= first
@@ -252,8 +223,10 @@ def simplify(field: VectorField) -> tuple[VectorField, SimplifyReport]:
         if remains:
             if number == first and first:
                 # The first layer left reads the state, in form; it has no entries.
-                work.row, work.col, work.entries = work.row[:0], work.col[:0], work.entries[:0]
-            new, rows, values = _rebuild(work, columns)
+                work.entries &= False
+                work.col = torch.zeros_like(work.col)
+            new, found, rows, values = _rebuild(work, columns, origins, folding)
+            new_origins |= {(len(layers), name): origin for name, origin in found.items()}
             layers.append(new)
             columns = work.neurons
         else:
@@ -271,5 +244,5 @@ def simplify(field: VectorField) -> tuple[VectorField, SimplifyReport]:
             number, work.layer.name, work.layer.pattern.nnz, values.numel(), work.layer.out_features, rows.numel(),
             work.dropped, work.folded, free, layers[-1].pattern.density if remains else 0.0,
         ))
-    report = SimplifyReport(reports, list(range(first, len(works))), kept_rows, kept_values, notes)
+    report = SimplifyReport(reports, list(range(first, len(works))), kept_rows, kept_values, new_origins, notes)
     return VectorField(layers, [*field.notes, *notes]), report

@@ -194,9 +194,7 @@ def test_trained_entries_are_found_in_every_layout(spec, keep):
     renewed = compile_field(module)
     for parameter in renewed.parameters():
         parameter.grad = parameter.detach().clone()
-    same = entries.of_field(renewed) == of_module
-    # a bias that took in a constant is another number, but the gradient is the same; weights are what they are
-    assert bool(same[: field.layers[0].values.numel()].all()) and same.float().mean() > 0.75
+    assert torch.equal(entries.of_field(renewed), of_module)
 
 
 def test_a_step_of_ours_takes_over_the_values(monkeypatch):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fields import ACTS, FIELDS, KINDS, TimeFullLike, make_ffjord
 from random_fields import plain_forward
-from sparseflow_kernels.capture import capture, capture_with_sources, write_back
+from sparseflow_kernels.capture import capture, capture_with_origins
 from sparseflow_kernels.field import LinearShift, SigmoidGate, TimeFunction, UnsupportedFieldError, VectorField
 
 TIMES = (-1.0, 0.0, 0.3, 1.9)
@@ -388,13 +388,11 @@ def test_sources_say_where_entries_came_from(name: str, masked: bool) -> None:
     module = build(name, torch.float64)
     if masked and linears(module):
         prune.global_unstructured(linears(module), pruning_method=prune.L1Unstructured, amount=0.5)
-    field, sources = capture_with_sources(module)
+    field, sources = capture_with_origins(module)
     parameters = {k: v.detach().reshape(-1) for k, v in module.named_parameters()}
     for index, layer in enumerate(field.layers):
         for key, tensor in layer.tensors():
             source = sources[index, key]
-            if source is None:
-                continue
             for i in range(tensor.numel()):
                 if source.parameter[i] >= 0:
                     entry = parameters[source.parameters[source.parameter[i]]][source.index[i]]
@@ -409,48 +407,6 @@ def test_sources_say_where_entries_came_from(name: str, masked: bool) -> None:
 
 def test_sources_keep_the_sign() -> None:
     module = module_of(lambda m, t, y: F.linear(y, torch.zeros_like(m.a.weight) - m.a.weight, -m.a.bias), a=L(2, 2))
-    _, sources = capture_with_sources(module)
+    _, sources = capture_with_origins(module)
     assert sources[0, "values"].complete and sources[0, "values"].scale.tolist() == [-1.0] * 4
     assert sources[0, "bias"].complete and sources[0, "bias"].scale.tolist() == [-1.0] * 2
-
-
-@pytest.mark.parametrize(
-    "name", ["ffjord_concat", "ffjord_concatsquash", "negated", "split_state", "stacked_columns", "raw_parameters"]
-)
-def test_write_back(name: str) -> None:
-    module = build(name, torch.float64)
-    if linears(module):
-        prune.l1_unstructured(linears(module)[0][0], "weight", amount=0.4)
-    field, sources = capture_with_sources(module)
-    generator = torch.Generator().manual_seed(2)
-    for index, layer in enumerate(field.layers):
-        for key, tensor in layer.tensors():
-            if sources[index, key] is not None:
-                free = sources[index, key].parameter >= 0
-                tensor[free] += 0.1 * torch.rand(int(free.sum()), generator=generator, dtype=torch.float64)
-    write_back(module, field, sources)
-    assert_equal(module, field)
-    assert_equal(module, capture(module))
-
-
-def test_write_back_refuses_what_the_module_cannot_hold() -> None:
-    module = build("ode_demo", torch.float64)
-    field, sources = capture_with_sources(module)
-    before = {k: v.clone() for k, v in module.state_dict().items()}
-    assert sources[0, "values"] is None
-    field.layers[1].values += 1.0
-    field.layers[0].values *= 2.0
-    with pytest.raises(ValueError, match="layer 0.*cannot be written back"):
-        write_back(module, field, sources)
-    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
-
-
-def test_write_back_refuses_shared_entries_that_disagree() -> None:
-    module = module_of(lambda m, t, y: m.a(torch.tanh(m.a(y))), a=L(2, 2))
-    field, sources = capture_with_sources(module)
-    field.layers[0].values[0] += 1.0
-    with pytest.raises(ValueError, match="'a.weight'.*several places"):
-        write_back(module, field, sources)
-    field.layers[1].values[0] = field.layers[0].values[0]
-    write_back(module, field, sources)
-    assert_equal(module, field)

@@ -134,10 +134,10 @@ def test_time_only_neuron_stays_before_a_gate() -> None:
     assert_same(field, new, 0.0)
 
 
-def test_time_only_neuron_joins_a_time_function() -> None:
+def test_time_only_neuron_stays_before_a_time_function() -> None:
     field = time_only(after_shift=TimeFunction(lambda t: torch.sin(t * vec(1, 2, 3).to(t)), rows=torch.tensor([2, 0])))
     new, report = simplify(field)
-    assert new.hidden == [1] and report.layers[0].folded == 1
+    assert new.hidden == [2] and report.layers[0].time_only == 1
     assert_same(field, new)
 
 

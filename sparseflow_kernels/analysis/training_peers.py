@@ -21,7 +21,7 @@ import torch
 import torchdiffeq
 from torch import Tensor, nn
 
-from ..capture import capture_with_sources
+from ..capture import capture_with_origins
 from ..compiled_field import CompiledField
 from ..flows import ContinuousFlow
 from ..simplify import simplify
@@ -53,20 +53,21 @@ class TrainedEntries:
     gradients, in one order, from each contender's own layout."""
 
     def __init__(self, module: nn.Module, dim: int) -> None:
-        captured, sources = capture_with_sources(module, dim)
-        simplified, report = simplify(captured)
+        captured, origins = capture_with_origins(module, dim)
+        simplified, report = simplify(captured, origins)
         self._parameters = [name for name, _ in module.named_parameters()]
-        starts, start = {}, 0
+        starts, self._size = {}, 0
         for name, parameter in module.named_parameters():
-            starts[name] = start
-            start += parameter.numel()
+            starts[name] = self._size
+            self._size += parameter.numel()
+        self._starts = starts
         self._matrices = {n: (layer.pattern.row, layer.pattern.col) for n, layer in enumerate(captured.layers)}
-        # (layer of the simplified field, of the captured one, tensor, entries of one, of the other, of the module)
+        # (layer of the captured field, tensor, its entries, those of the module)
         self._entries = []
         for number, original in enumerate(report.kept_layers):
             for name, _ in simplified.layers[number].tensors():
-                source = sources.get((original, name))
-                if source is None:
+                source = origins.get((original, name))
+                if source is None or not source.parameters:
                     continue
                 kept = (report.kept_values if name == "values" else report.kept_rows)[original]
                 plain = (source.parameter[kept] >= 0).nonzero()[:, 0]
@@ -75,7 +76,7 @@ class TrainedEntries:
                 in_module = offsets[source.parameter[entries]] + source.index[entries]
                 if not bool((source.scale[entries] == 1).all()):
                     raise ValueError("benchmark fields use their parameters as they are, not scaled")
-                self._entries.append((number, original, name, plain, entries, in_module))
+                self._entries.append((original, name, entries, in_module))
 
     def of_module(self, gradients: dict[str, Tensor]) -> Tensor:
         """From the module's parameters: name -> gradient."""
@@ -85,7 +86,7 @@ class TrainedEntries:
     def of_captured(self, gradients: list[dict[str, Tensor]]) -> Tensor:
         """From the captured field's layers: tensor's name -> gradient; "weight" [out, in] for its values."""
         found = []
-        for _, original, name, _, entries, _ in self._entries:
+        for original, name, entries, _ in self._entries:
             if name == "values":
                 row, col = self._matrices[original]
                 found.append(gradients[original]["weight"][row[entries], col[entries]])
@@ -95,8 +96,10 @@ class TrainedEntries:
 
     def of_field(self, field: CompiledField) -> Tensor:
         """From the compiled field's parameters."""
-        found = [field.layers[n].get_parameter(name).grad[plain] for n, _, name, plain, _, _ in self._entries]
-        return torch.cat(found)
+        flat = torch.zeros(self._size, dtype=field.dtype)
+        for name, held in field.held(lambda parameter: parameter.grad).items():
+            flat[self._starts[name] + held.elements] = held.values
+        return flat[torch.cat([in_module for *_, in_module in self._entries])]
 
 
 def trainable(problem: Problem) -> nn.Module:

@@ -20,13 +20,13 @@ import torch
 from torch import nn
 
 from ..field import VectorField
+from ..origin import Key, Origin
 from .probe import check_arguments, find_probe, untouched
 from .program import assemble
-from .provenance import Provenance, Sources
 from .tracer import Tracer
 from .verify import verify
 
-__all__ = ["Provenance", "Sources", "capture", "capture_with_sources", "write_back"]
+__all__ = ["capture", "capture_with_origins"]
 
 
 def capture(module: nn.Module, dim: int | None = None) -> VectorField:
@@ -42,58 +42,17 @@ def capture(module: nn.Module, dim: int | None = None) -> VectorField:
     remedy), or where it differs from what was read; ValueError for NaN or infinite weights and for a `dim` that does
     not fit or cannot be inferred; TypeError for something that is no nn.Module with a forward of two arguments.
     """
-    return capture_with_sources(module, dim)[0]
+    return capture_with_origins(module, dim)[0]
 
 
-def capture_with_sources(module: nn.Module, dim: int | None = None) -> tuple[VectorField, Sources]:
-    """capture(), and for every tensor of the field the parameter entries it was read from (see `write_back`)."""
+def capture_with_origins(module: nn.Module, dim: int | None = None) -> tuple[VectorField, dict[Key, Origin]]:
+    """capture(), and for every tensor of the field where its entries come from, parameters named as by the module."""
     check_arguments(module, dim)
     module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
     with untouched(module), torch.no_grad():
         probe = find_probe(module, dim)
         tracer = Tracer(module, probe)
-        field, sources = assemble(tracer, *tracer.read(*probe.point()))
+        field, origins = assemble(tracer, *tracer.read(*probe.point()))
     with untouched(module), torch.no_grad():  # restored: the calls above may have made it another module
         verify(module, field, probe)
-    return field, sources
-
-
-def write_back(module: nn.Module, field: VectorField, sources: Sources) -> None:
-    """Copies the field's tensors into the parameters they were captured from; masked entries keep what they hold.
-
-    field: in the layout that capture gave (not simplified). Raises ValueError if a changed entry cannot be expressed by
-    the module (a constant of its code), or if one parameter entry would need two values; nothing is written then.
-    """
-    parameters = dict(module.named_parameters())
-    before = dict(capture(module, field.dim).tensors())
-    after = {name: p.detach().clone() for name, p in parameters.items()}
-    written = {name: torch.zeros(p.numel(), dtype=torch.bool) for name, p in parameters.items()}
-    for index, layer in enumerate(field.layers):
-        for name, tensor in layer.tensors():
-            source = sources.get((index, name))
-            old, new = before[f"{index}.{name}"].detach(), tensor.detach()
-            free = torch.ones(new.numel(), dtype=torch.bool) if source is None else source.parameter < 0
-            if old.shape != new.shape:
-                raise ValueError(f"field: {index}.{name} is {list(new.shape)}, the module gives {list(old.shape)}")
-            if bool((old != new).cpu()[free].any()):
-                raise ValueError(
-                    f"field: layer {index} ({layer.name!r}), {name}: an entry changed that is no plain entry of a "
-                    "parameter of the module, so it cannot be written back"
-                )
-            if source is None:
-                continue
-            value = new.cpu().double() / source.scale
-            for number, parameter in enumerate(source.parameters):
-                own = source.parameter == number
-                at, flat = source.index[own], after[parameter].view(-1)
-                wanted = value[own].to(flat)
-                clash = written[parameter][at] & ~torch.isclose(flat[at], wanted, rtol=1e-6).cpu()
-                if bool(clash.any()):
-                    raise ValueError(
-                        f"parameter {parameter!r}: an entry is used in several places of the field, which disagree now"
-                    )
-                flat[at] = wanted
-                written[parameter][at] = True
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(after[name])
+    return field, origins

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from .operations import ADDITIVE, BILINEAR, JOINTLY_LINEAR, STRUCTURAL, SUMMAND_FIRST, aten, base_name, call
 from .provenance import trace
-from .time_program import Node
+from .replay import Node
 from .values import Constant, TimeValue
 
 
@@ -32,15 +32,27 @@ def evaluate(func, args, kwargs, value=None) -> Any:
 
 
 def _of_constants(func, args, kwargs, values: list) -> list[Constant]:
-    return [Constant(v, *origin) for v, origin in zip(values, trace(func, args, kwargs, values))]
+    origins = trace(func, args, kwargs, values)
+    nodes = [None] * len(values) if all(source is None for source, _ in origins) else _nodes(func, args, kwargs, values)
+    return [Constant(v, *origin, None if origin[0] is None else node) for v, origin, node in zip(values, origins, nodes)]
+
+
+def _nodes(func, args, kwargs, values: list) -> list[Node]:
+    """The operation's results as nodes of a graph over t and the parameters."""
+
+    def to_node(a):
+        if isinstance(a, Constant):
+            return a.value if a.node is None else a.node
+        return a.node if isinstance(a, TimeValue) else a
+
+    node = Node(func, tree_map(to_node, tuple(args)), tree_map(to_node, kwargs))
+    if len(values) == 1 and isinstance(values[0], Tensor) and _single(func):
+        return [node]
+    return [Node(operator.getitem, (node, i)) for i in range(len(values))]
 
 
 def _of_time(func, args, kwargs, values: list) -> list[TimeValue]:
-    to_node = lambda a: a.node if isinstance(a, TimeValue) else a.value if isinstance(a, Constant) else a
-    node = Node(func, tree_map(to_node, args), tree_map(to_node, kwargs))
-    nodes = [node] if len(values) == 1 and isinstance(values[0], Tensor) and _single(func) else [
-        Node(operator.getitem, (node, i)) for i in range(len(values))
-    ]
+    nodes = _nodes(func, args, kwargs, values)
     affine, sigmoid = ([None] * len(values) if pair is None else list(zip(*map(tree_leaves, pair)))
                        for pair in (_affine(func, args, kwargs), _sigmoid(func, args, kwargs)))
     return [TimeValue(*parts) for parts in zip(values, nodes, affine, sigmoid)]
@@ -119,4 +131,5 @@ def take(a, index: Tensor):
 
 
 def as_time(a: Constant) -> TimeValue:
-    return TimeValue(a.value, Node(aten.clone.default, (a.value,)), (Constant(torch.zeros_like(a.value)), a))
+    node = Node(aten.clone.default, (a.value if a.node is None else a.node,))
+    return TimeValue(a.value, node, (Constant(torch.zeros_like(a.value)), a))

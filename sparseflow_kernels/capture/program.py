@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from ..field import IDENTITY, Activation, Layer, LinearShift, Pattern, SigmoidGate, TimeFunction, VectorField
-from .provenance import Sources
+from ..origin import Key, Origin
+from .algebra import apply
+from .operations import aten
+from .replay import TimeProgram
 from .rows import Affine, Hidden
-from .time_program import TimeProgram
 from .tracer import Tracer
 from .values import Constant
 
 
-def assemble(tracer: Tracer, last: Affine, root: Hidden) -> tuple[VectorField, Sources]:
+def assemble(tracer: Tracer, last: Affine, root: Hidden) -> tuple[VectorField, dict[Key, Origin]]:
     chain: list[tuple[Affine, Activation]] = []
     affine, activation = last, IDENTITY
     while True:
@@ -22,29 +24,25 @@ def assemble(tracer: Tracer, last: Affine, root: Hidden) -> tuple[VectorField, S
         if parent is root:
             break
         affine, activation = parent.pre, parent.activation
-    layers, notes, sources = [], [], {}
+    layers, notes, origins = [], [], {}
     for index, (affine, activation) in enumerate(reversed(chain)):
         name = affine.name or (f"layer {index}" if affine.weight is not None else f"layer {index} (diagonal)")
         layer, constants = _layer(tracer, affine, activation, name)
         layers.append(layer)
-        sources.update({(index, key): tracer.parameters.provenance(value) for key, value in constants.items()})
+        origins.update({(index, key): tracer.parameters.origin(value) for key, value in constants.items()})
         if layer.pattern.nnz == 0:
             notes.append(f"capture: layer {index} ({name}) has no weights left")
         for kind in ("gate", "shift"):
             if isinstance(getattr(layer, kind), TimeFunction):
-                notes.append(
-                    f"capture: the {kind} of layer {index} ({name}) is kept as a general function of t, with fixed "
-                    "parameters"
-                )
-    return VectorField(layers, notes), sources
+                notes.append(f"capture: the {kind} of layer {index} ({name}) is kept as a general function of t")
+    return VectorField(layers, notes), origins
 
 
 def _layer(tracer: Tracer, a: Affine, activation: Activation, name: str) -> tuple[Layer, dict[str, Constant]]:
     weight = tracer.table.dense(a)
-    mask = weight.value != 0
-    entries = mask.cpu()
-    values = Constant(weight.value[mask], weight.sources[entries], weight.factors[entries])
-    constants = {"values": values, "bias": a.bias}
+    mask = (weight.value != 0).cpu() | tracer.parameters.starts_at_zero(weight)
+    entries = [Constant(index.to(weight.value.device)) for index in mask.nonzero().unbind(1)]
+    constants = {"values": apply(aten.index.Tensor, weight, entries), "bias": a.bias}
 
     def own(key: str) -> Tensor:
         value = constants[key].value
@@ -59,7 +57,7 @@ def _layer(tracer: Tracer, a: Affine, activation: Activation, name: str) -> tupl
             continue
         pair = getattr(part, form)
         if pair is None:
-            modulation[kind] = TimeFunction(TimeProgram(part.node, tracer.table.dtype))
+            modulation[kind] = TimeFunction(TimeProgram(part.node, tracer.table.dtype, tracer.parameters.value))
         else:
             constants[f"{kind}.slope"], constants[f"{kind}.offset"] = pair
             modulation[kind] = native(own(f"{kind}.slope"), own(f"{kind}.offset"))

@@ -1,31 +1,34 @@
-"""Which parameter entry each entry of a constant is: followed through the operations, so that a changed field can be
-written back into its module."""
+"""Which parameter entry each entry of a constant is: followed through the operations, so that a compiled field trains
+what its module trains, and can be written back into it."""
 
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .operations import STRUCTURAL, base_name
+from ..origin import Origin
+from .operations import STRUCTURAL, aten, base_name
+from .refusal import refuse
+from .replay import Computed, Leaf, Node
 from .values import NOT_A_PARAMETER, NOT_PLAIN, Constant
 
-Origin = tuple[Tensor | None, Tensor | None]  # source and factor, as in Constant
+Traced = tuple[Tensor | None, Tensor | None]  # source and factor, as in Constant
 
 
-def trace(func, args, kwargs, values: list) -> list[Origin]:
+def trace(func, args, kwargs, values: list) -> list[Traced]:
     """The origin of every result of an operation on constants."""
     constants = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Constant)]
     if all(a.source is None for a in constants):
         return [(None, None)] * len(values)
     base = base_name(func)
-    if base == "_to_copy":
+    if base == "_to_copy" and values[0].is_floating_point():
         return [(constants[0].source, constants[0].factor)]
-    if base in STRUCTURAL and base != "copy":
+    # What is detached is no parameter to the gradient, and yet moves with it.
+    if base in STRUCTURAL and base not in ("copy", "_to_copy", "detach"):
         moved = (tree_leaves(_moved(func, args, kwargs, part)) for part in ("sources", "factors"))
         return list(zip(*moved))
     origin = _of_arithmetic(base, args, kwargs)
@@ -43,7 +46,7 @@ def _moved(func, args, kwargs, part: str) -> Any:
     return func(*tree_map(swap, args), **tree_map(swap, kwargs))
 
 
-def _of_arithmetic(base: str, args, kwargs) -> Origin | None:
+def _of_arithmetic(base: str, args, kwargs) -> Traced | None:
     if base not in ("neg", "add", "sub", "mul", "div", "mm", "mv", "addmm"):
         return None
     if any(v != 1 for v in kwargs.values()):  # alpha, beta, rounding_mode
@@ -72,7 +75,7 @@ def _of_arithmetic(base: str, args, kwargs) -> Origin | None:
     return None
 
 
-def _sum(a: Constant, b: Constant) -> Origin:
+def _sum(a: Constant, b: Constant) -> Traced:
     """Plain where the other summand is zero."""
     constant = (a.sources == NOT_A_PARAMETER) & (b.sources == NOT_A_PARAMETER)
     source = torch.where(constant, NOT_A_PARAMETER, NOT_PLAIN)
@@ -80,17 +83,17 @@ def _sum(a: Constant, b: Constant) -> Origin:
     return source, torch.where(b.zeros, a.factors, b.factors)
 
 
-def _product(a: Constant, b: Constant) -> Origin:
+def _product(a: Constant, b: Constant) -> Traced:
     """Plain where the other factor has nothing to do with a parameter."""
-    if a.source is None:
-        a, b = b, a
-    other = b.value.detach().cpu().double()
+    left, right = a.sources == NOT_A_PARAMETER, b.sources == NOT_A_PARAMETER
+    source = torch.where(right, a.sources, torch.where(left, b.sources, NOT_PLAIN))
     # A zero that no parameter can change (a mask) has no source.
-    source = torch.where(b.zeros, NOT_A_PARAMETER, torch.where(b.sources == NOT_A_PARAMETER, a.sources, NOT_PLAIN))
-    return source, a.factors * other
+    source = torch.where(a.zeros | b.zeros, NOT_A_PARAMETER, source)
+    one, other = (x.value.detach().cpu().double() for x in (a, b))
+    return source, torch.where(right, a.factors * other, b.factors * one)
 
 
-def _matrix_product(a: Constant, b: Constant) -> Origin:
+def _matrix_product(a: Constant, b: Constant) -> Traced:
     """Plain where exactly one entry of the parameter-free factor is not zero."""
     if a.source is None:
         source, factor = _matrix_product(Constant(b.value.mT, b.sources.mT, b.factors.mT), Constant(a.value.mT))
@@ -104,63 +107,77 @@ def _matrix_product(a: Constant, b: Constant) -> Origin:
     return source, a.factors[:, k] * other.gather(0, k[None])
 
 
-@dataclass(eq=False)
-class Provenance:
-    """Where the entries of one tensor of a captured field came from: entry i is scale[i] times element index[i] of the
-    flattened parameter parameters[parameter[i]]. parameter[i] = -1: a constant of the module's code, or computed from
-    parameters in a way that cannot be written back."""
-
-    parameters: tuple[str, ...]
-    parameter: Tensor
-    index: Tensor
-    scale: Tensor
-
-    @property
-    def complete(self) -> bool:
-        """Every entry can be written back."""
-        return bool((self.parameter >= 0).all())
-
-
-# (layer number, tensor name as in Layer.tensors()) -> where it came from; None: no entry can be written back.
-Sources = dict[tuple[int, str], Provenance | None]
-
-
 class ParameterNumbers:
     """The numbering behind Constant.source: all parameters of a module laid end to end."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         self.names: list[str] = []
+        self._parameters: list[nn.Parameter] = []
         self._starts: list[int] = []
-        self._start_of: dict[int, int] = {}
+        self._number_of: dict[int, int] = {}
+        self._memory: dict[int, int] = {}
         start = 0
-        for name, parameter in module.named_parameters():
+        for number, (name, parameter) in enumerate(module.named_parameters()):
             self.names.append(name)
+            self._parameters.append(parameter)
             self._starts.append(start)
-            self._start_of[id(parameter)] = start
+            self._number_of[id(parameter)] = number
+            if parameter.numel():
+                self._memory.setdefault(parameter.untyped_storage()._cdata, number)
             start += parameter.numel()
 
     def constant(self, tensor: Tensor) -> Constant:
         """A tensor that the trace meets for the first time."""
-        start = self._start_of.get(id(tensor))
-        if start is not None:
-            return Constant(tensor.detach(), torch.arange(start, start + tensor.numel()).view(tensor.shape))
-        computed = torch.full(tensor.shape, NOT_PLAIN) if tensor.requires_grad else None
-        return Constant(tensor.detach(), computed)
+        number = self._number_of.get(id(tensor))
+        if number is not None:
+            numbers = torch.arange(self._starts[number], self._starts[number] + tensor.numel()).view(tensor.shape)
+            return Constant(tensor.detach(), numbers, None, Leaf(self.names[number]))
+        number = self._memory.get(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else None
+        if number is not None:  # parameter.data: it moves with the parameter, and has no gradient
+            parameter = self._parameters[number]
+            offset = tensor.storage_offset() - parameter.storage_offset()
+            node = Node(aten.as_strided.default, (Leaf(self.names[number]), tensor.shape, tensor.stride(), offset))
+            return Constant(
+                tensor.detach(), torch.full(tensor.shape, NOT_PLAIN), None, Node(aten.detach.default, (node,))
+            )  # fmt: skip
+        if tensor.requires_grad:
+            refuse(
+                f"a tensor of shape {list(tensor.shape)} that requires a gradient and is no parameter of the module",
+                "Register it (self.name = nn.Parameter(...), or the module that owns it as a submodule) so that it is "
+                "trained with the field, or use it detached, as a constant",
+            )
+        return Constant(tensor.detach())
 
     def first_name(self, value: Constant) -> str | None:
         """The parameter of the first plain entry."""
         plain = value.sources[value.sources >= 0]
         return self.names[bisect.bisect_right(self._starts, int(plain[0])) - 1] if plain.numel() else None
 
-    def provenance(self, value: Constant) -> Provenance | None:
+    def value(self, name: str) -> Tensor:
+        return self._parameters[self.names.index(name)].detach()
+
+    def starts_at_zero(self, value: Constant) -> Tensor:
+        """bool of its shape: zeros that are no pruned weights, for their whole parameter is zero and trained (the usual
+        start of a last layer)."""
+        fresh = torch.tensor([p.requires_grad and not bool(p.detach().any()) for p in self._parameters] + [False])
+        if not bool(fresh.any()):
+            return torch.zeros(value.shape, dtype=torch.bool)
+        which = torch.searchsorted(torch.tensor(self._starts), value.sources.contiguous(), right=True) - 1
+        return torch.where((value.sources >= 0) & (value.factors != 0), fresh[which], False)
+
+    def origin(self, value: Constant) -> Origin:
         source, scale = value.sources.reshape(-1).contiguous(), value.factors.reshape(-1)
-        plain = (source >= 0) & (scale != 0)
-        if not bool(plain.any()):
-            return None
-        starts = torch.tensor(self._starts)
-        which = torch.where(plain, torch.searchsorted(starts, source, right=True) - 1, -1)
-        index = torch.where(plain, source - starts[which.clamp(min=0)], -1)
+        source = torch.where((source >= 0) & (scale == 0), NOT_A_PARAMETER, source)
+        plain = source >= 0
+        starts = torch.tensor(self._starts or [0])
+        which = torch.where(plain, torch.searchsorted(starts, source, right=True) - 1, source)
+        index = torch.where(plain, source - starts[which.clamp(min=0)], torch.arange(source.numel()))
         used = which[plain].unique()
-        compact = torch.full((len(starts) + 1,), -1)
+        compact = torch.full((len(starts),), -1)
         compact[used] = torch.arange(used.numel())
-        return Provenance(tuple(self.names[i] for i in used.tolist()), compact[which], index, scale)
+        expression = Computed(value.node, self._dtype) if bool((source == NOT_PLAIN).any()) else None
+        return Origin(
+            tuple(self.names[i] for i in used.tolist()), torch.where(plain, compact[which.clamp(min=0)], which), index,
+            torch.where(plain, scale, 1.0), value.value.detach().reshape(-1), expression,
+        )  # fmt: skip

@@ -21,7 +21,7 @@ from .refusal import REMEDY, refuse
 from .rows import Affine, Hidden, RowTable
 from .rules import Reading, apply_to_state
 from .samples import Samples
-from .time_program import Node
+from .replay import Node
 from .values import Constant, Overwritten, StateValue, TimeValue
 
 
@@ -70,7 +70,7 @@ class Tracer(TorchDispatchMode):
 
     def __init__(self, module: nn.Module, probe: Probe) -> None:
         super().__init__()
-        self.module, self.stack, self.parameters = module, ModuleStack(module), ParameterNumbers(module)
+        self.module, self.stack, self.parameters = module, ModuleStack(module), ParameterNumbers(module, probe.dtype)
         self.probe, self.table, self.samples = probe, RowTable(probe.dtype, probe.device), Samples(probe.batch)
         self.reading = Reading(self.table, self.samples, self.layer_name)
         self.values: dict[int, Any] = {}
@@ -175,7 +175,7 @@ class Tracer(TorchDispatchMode):
         if has_state:
             return apply_to_state(self.reading, func, args, kwargs, out)
         if not has_time and written(func):
-            return tree_map(lambda v: Constant(v.clone()), out)  # its tensor may change again
+            out = tree_map(torch.clone, out)  # its tensor may change again
         if base in ADDITIVE | BILINEAR and func._overloadname == "Scalar" and number is not None:
             func = getattr(aten, base).Tensor  # its number was read out of t
         return evaluate(func, args, kwargs, out)

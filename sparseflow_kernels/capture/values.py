@@ -7,20 +7,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .time_program import Node
+from ..origin import COMPUTED, CONSTANT
+from .replay import Leaf, Node
 
-NOT_A_PARAMETER, NOT_PLAIN = -1, -2
+NOT_A_PARAMETER, NOT_PLAIN = CONSTANT, COMPUTED
 
 
 @dataclass(eq=False)
 class Constant:
     """A tensor independent of t and y. source: int64 of its shape, an index into all parameters laid end to end, or
     NOT_A_PARAMETER, or NOT_PLAIN (computed from parameters); value = factor * parameter where source >= 0. None: no
-    entry has anything to do with a parameter (source), all factors are 1 (factor)."""
+    entry has anything to do with a parameter (source), all factors are 1 (factor). node: how it is computed from
+    parameters, where it has a source."""
 
     value: Tensor
     source: Tensor | None = None
     factor: Tensor | None = None
+    node: Node | Leaf | None = None
 
     @property
     def shape(self) -> torch.Size:

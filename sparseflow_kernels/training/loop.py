@@ -142,7 +142,6 @@ class _Training:
         # In the order of names: that of registration depends on when masks came, and the norm's rounding on the order.
         self.names = sorted(named)
         self.parameters = [named[name] for name in self.names]
-        self.held = _held_entries(self.model)
         self.device = self.parameters[0].device
         self.rows = rows.to(self.parameters[0])
         self.batch = n = min(settings.batch, len(rows))
@@ -184,9 +183,6 @@ class _Training:
             else:
                 self.failures = 0
                 self.optimizer.step()
-                with torch.no_grad():
-                    for parameter, entries, values in self.held:
-                        parameter[entries] = values
                 nlls.append(nll)
                 times.append(time.perf_counter() - began)
                 if nfe is not None:
@@ -315,21 +311,6 @@ class _Training:
         if facts["best"] is not None:
             training.best = (facts["best"], {name: t.to(training.device) for name, t in part("best").items()})
         return training
-
-
-def _held_entries(model: ContinuousFlow) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(parameter, numbers, values) of entries that are not trained in a parameter that is: weight decay is not to move
-    what has no gradient either."""
-    held = []
-    for field in model.vector_fields:
-        if isinstance(field, CompiledField):
-            for (number, name), mask in field.frozen_entries().items():
-                parameter = field.layers[number].get_parameter(name)
-                entries = mask.nonzero()[:, 0].to(parameter.device)
-                values = parameter.detach()[entries]
-                if parameter.requires_grad and bool(values.any()):
-                    held.append((parameter, entries, values))
-    return held
 
 
 # --------------------------------------------------------------------------------------------- what a run is known by

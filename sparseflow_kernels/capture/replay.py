@@ -1,0 +1,142 @@
+"""What is computed from t and from parameters, in any form, kept as the graph of the operations that computed it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field as dataclass_field
+from typing import Any, Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..origin import Derivation, Origin
+from .operations import call
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A parameter of the module, by name."""
+
+    name: str
+
+
+@dataclass(eq=False)
+class Node:
+    """One replayable operation; arguments are nodes, leaves, tensors and plain values. operation None: t itself, 0-d."""
+
+    operation: Callable | None = None
+    args: tuple = ()
+    kwargs: dict = dataclass_field(default_factory=dict)
+
+    def __getstate__(self) -> dict:
+        # An operator pickles by name.
+        state, operation = dict(self.__dict__), self.operation
+        if isinstance(operation, torch._ops.OpOverload):
+            state["operation"] = (*operation._schema.name.split("::"), operation._overloadname)
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        if isinstance(self.operation, tuple):
+            namespace, name, overload = self.operation
+            self.operation = getattr(getattr(getattr(torch.ops, namespace), name), overload or "default")
+
+
+class Replay:
+    """Runs a graph again, in the dtype and on the device that are wanted. dtype: the one it was traced in."""
+
+    def __init__(self, node: Node | Leaf, dtype: torch.dtype) -> None:
+        self._node, self._dtype = node, dtype
+        self._place: tuple | None = None
+        self._moved: dict[int, Tensor] = {}  # the graph's tensors in the last dtype and device
+
+    def __getstate__(self) -> dict:
+        # The cache is keyed by identity, which a copy does not keep.
+        return {**self.__dict__, "_place": None, "_moved": {}}
+
+    def leaves(self) -> frozenset[str]:
+        """Names of the parameters that are read."""
+        found, seen, waiting = set(), set(), [self._node]
+        while waiting:
+            a = waiting.pop()
+            if isinstance(a, Leaf):
+                found.add(a.name)
+            elif isinstance(a, Node) and id(a) not in seen:
+                seen.add(id(a))
+                waiting += tree_leaves((a.args, a.kwargs))
+        return frozenset(found)
+
+    def run(self, like: Tensor, t: Tensor | None, parameter: Callable[[str], Tensor]) -> Tensor:
+        if (like.dtype, like.device) != self._place:
+            self._moved, self._place = {}, (like.dtype, like.device)
+        done: dict[int, Any] = {}
+
+        def value(a: Any) -> Any:
+            if isinstance(a, Node):
+                if a.operation is None:
+                    return t
+                if id(a) not in done:
+                    done[id(a)] = call(a.operation, tree_map(value, a.args), tree_map(value, a.kwargs))
+                return done[id(a)]
+            if isinstance(a, Leaf):
+                return parameter(a.name)
+            if isinstance(a, Tensor):
+                if id(a) not in self._moved:
+                    self._moved[id(a)] = a.to(like.device, like.dtype if a.is_floating_point() else None)
+                return self._moved[id(a)]
+            if isinstance(a, torch.dtype):
+                return like.dtype if a == self._dtype else a
+            return like.device if isinstance(a, torch.device) else a
+
+        return value(self._node)
+
+
+class Computed:
+    """An `origin.Expression`: what a module computes from its parameters in ways that are no plain entries of them."""
+
+    def __init__(self, node: Node | Leaf, dtype: torch.dtype) -> None:
+        self._replay = Replay(node, dtype)
+
+    def evaluate(self, derivation: Derivation) -> Tensor:
+        values = {name: derivation.whole(name) for name in self.whole()}
+        return self._replay.run(next(iter(values.values())), None, values.__getitem__).reshape(-1)
+
+    def origins(self) -> Iterator[Origin]:
+        return iter(())
+
+    def whole(self) -> frozenset[str]:
+        return self._replay.leaves()
+
+
+class TimeProgram(nn.Module):
+    """A function of t of any form: `program(t) -> [n]` for a 0-d t, in t's dtype and device.
+
+    The module's parameters that it reads are given by `over`, and are this module's parameters then.
+    """
+
+    def __init__(self, node: Node, dtype: torch.dtype, value: Callable[[str], Tensor]) -> None:
+        """value: what a parameter that the graph reads, by name, holds now."""
+        super().__init__()
+        self._replay = Replay(node, dtype)
+        self.names = tuple(sorted(self._replay.leaves()))
+        for number, name in enumerate(self.names):
+            self.register_parameter(str(number), nn.Parameter(value(name).detach().clone()))
+
+    def over(self, parameters: Callable[[str], nn.Parameter]) -> "TimeProgram":
+        """The same function of other parameters, by name."""
+        other = TimeProgram.__new__(TimeProgram)
+        nn.Module.__init__(other)
+        other._replay, other.names = self._replay, self.names
+        for number, name in enumerate(self.names):
+            other.register_parameter(str(number), parameters(name))
+        return other
+
+    def forward(self, t: Tensor) -> Tensor:
+        numbers = {name: str(number) for number, name in enumerate(self.names)}
+        return self._replay.run(t, t, lambda name: self._parameters[numbers[name]].to(t))
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        """A compiled field saves the parameters, which may be used elsewhere too."""
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """See above."""

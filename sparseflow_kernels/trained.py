@@ -1,0 +1,135 @@
+"""What a compiled field trains: the entries of its module's parameters that the field reads, and nothing else.
+
+A tensor of the field whose entries are entries of parameters, each used once and as it is, is trained itself; zeros
+between them (of masks) have no gradient and stay. All others are made anew from held elements of the parameters
+(`origin`): entries that are scaled, shared between places, computed from parameters, or mixed with other constants. What
+has nothing to do with a parameter is fixed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .field import VectorField
+from .origin import CONSTANT, Key, Origin, Recipe
+
+
+@dataclass
+class Held:
+    """Elements of one parameter of a module. elements: int64 [n], ascending; None for all of them, `values` in the
+    parameter's own shape then.  values: what they are.  trained: the parameter requires a gradient."""
+
+    elements: Tensor | None
+    values: Tensor
+    trained: bool
+
+    def take(self, elements: Tensor) -> Tensor:
+        where = elements if self.elements is None else torch.searchsorted(self.elements, elements)
+        return self.values.reshape(-1)[where.to(self.values.device)]
+
+    @staticmethod
+    def together(parts: list["Held"]) -> "Held":
+        """Of different elements of one parameter."""
+        if len(parts) == 1:
+            return parts[0]
+        elements, order = torch.cat([part.elements for part in parts]).sort()
+        values = torch.cat([part.values for part in parts])
+        return Held(elements, values[order.to(values.device)], parts[0].trained)
+
+    @staticmethod
+    def by_module(module: nn.Module) -> dict[str, "Held"]:
+        return {name: Held(None, p.detach(), p.requires_grad) for name, p in module.named_parameters()}
+
+    @staticmethod
+    def by_tensors(field: VectorField) -> tuple[dict[Key, Origin], dict[str, "Held"]]:
+        """A field that is data is its own module: each of its tensors is a parameter, named as in tensors()."""
+        named = dict(field.tensors())
+        origins = {key: Origin.of_parameter(name, named[name]) for key, name in zip(keys_of(field), named)}
+        return origins, {name: Held(None, tensor.detach(), True) for name, tensor in named.items()}
+
+
+def keys_of(field: VectorField) -> list[Key]:
+    """Of all tensors, in the order of VectorField.tensors()."""
+    return [(number, name) for number, layer in enumerate(field.layers) for name, _ in layer.tensors()]
+
+
+def starts_at_zero(origins: Mapping[Key, Origin], held: Mapping[str, Held]) -> dict[int, Tensor]:
+    """Layer -> bool [nnz]: weights that are zero because their whole parameter is, and that is trained. They have not
+    been pruned: training starts from there."""
+    found = {}
+    for (number, name), origin in origins.items():
+        if name == "values" and origin.parameters:
+            fresh = [held[p].trained and not bool(held[p].values.any()) for p in origin.parameters]
+            found[number] = torch.tensor([*fresh, False, False])[origin.parameter]  # -1 and -2: no plain entries
+    return found
+
+
+class Shares:
+    """Which tensors of a field are trained themselves (`own`), which are `fixed`, and which are `derived`: made by
+    `recipe`, from elements that are held for them."""
+
+    def __init__(self, origins: Mapping[Key, Origin], held: Mapping[str, Held], whole: Iterable[str] = ()) -> None:
+        """origins: of all tensors of the field.  held: every parameter that they name.  whole: names of parameters that
+        are held whole in any case."""
+        whole = sorted({*whole, *(name for origin in origins.values() for name in origin.needs_whole())})
+        uses: dict[str, list[Tensor]] = {}
+        for origin in origins.values():
+            for part in origin.read():
+                for name, elements in part.elements():
+                    uses.setdefault(name, []).append(elements)
+        shared = {}  # name -> elements that are used more than once
+        for name, several in uses.items():
+            elements, counts = torch.cat(several).unique(return_counts=True)
+            shared[name] = elements[counts > 1]
+
+        def itself(origin: Origin) -> bool:
+            return (
+                not origin.computed and bool(origin.scale[origin.parameter != CONSTANT].eq(1).all())
+                and not bool(origin.value[(origin.parameter == CONSTANT).to(origin.value.device)].any())
+                and len({held[name].trained for name, _ in origin.elements()}) == 1
+                and not any(
+                    name in whole or bool(torch.isin(elements, shared[name]).any()) for name, elements in origin.elements()
+                )
+            )  # fmt: skip
+
+        self.fixed = [key for key, origin in origins.items() if origin.constant]
+        self.own = [key for key, origin in origins.items() if not origin.constant and itself(origin)]
+        taken = {*self.fixed, *self.own}
+        self.derived = [key for key in origins if key not in taken]
+        needed: dict[str, list[Tensor]] = {}
+        for key in self.derived:
+            for part in origins[key].read():
+                for name, elements in part.elements():
+                    needed.setdefault(name, []).append(elements)
+        self.recipe = Recipe({
+            **{name: torch.cat(several).unique() for name, several in needed.items() if name not in whole},
+            **dict.fromkeys(whole),
+        })  # fmt: skip
+
+    def __eq__(self, other: object) -> bool:
+        """Alike but for the names of parameters."""
+        if not isinstance(other, Shares) or (self.own, self.fixed) != (other.own, other.fixed):
+            return False
+        mine, theirs = list(self.recipe.held.values()), list(other.recipe.held.values())
+        return len(mine) == len(theirs) and all(
+            a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(mine, theirs)
+        )
+
+
+class Entries(nn.Module):
+    """Parameters in a tree of modules, under the dotted names that they have in the module they come from."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        for name, parameter in parameters.items():
+            owner: nn.Module = self
+            *path, leaf = name.split(".")
+            for part in path:
+                if part not in owner._modules:
+                    owner.add_module(part, nn.Module())
+                owner = owner._modules[part]
+            owner.register_parameter(leaf, parameter)

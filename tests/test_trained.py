@@ -1,0 +1,259 @@
+"""A compiled field trains what its module trains, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.utils.prune as prune
+import torchdiffeq
+from fields import FIELDS
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import sparseflow_kernels as sfk
+
+F64 = torch.float64
+T = torch.tensor([0.0, 0.4, 1.0], dtype=F64)
+FIRST_STEP = {"options": {"first_step": 0.05}}  # torchdiffeq differentiates the one that it chooses
+
+
+class Made(nn.Module):
+    def __init__(self, make, run) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        make(self)
+        self.run = run
+
+    def forward(self, t, y):
+        return self.run(self, t, y)
+
+
+def linears(**sizes):
+    def make(m):
+        for name, (a, b) in sizes.items():
+            setattr(m, name, nn.Linear(a, b))
+
+    return make
+
+
+def with_buffer(m):
+    m.register_buffer("B", torch.randn(8, 2))
+    m.out = nn.Linear(8, 2)
+
+
+def frozen_first(m):
+    linears(a=(2, 8), b=(8, 2))(m)
+    m.a.requires_grad_(False)
+
+
+def frozen_bias(m):
+    linears(a=(2, 8), b=(8, 2))(m)
+    m.a.bias.requires_grad_(False)
+
+
+def pruned_rows(m):
+    """Neurons without inputs: constants, which are folded into the next bias."""
+    linears(a=(2, 8), b=(8, 8), c=(8, 2))(m)
+    prune.custom_from_mask(m.a, "weight", (torch.arange(8) > 3)[:, None].expand(8, 2))
+    prune.custom_from_mask(m.b, "weight", (torch.arange(8) % 3 > 0)[:, None].expand(8, 8))
+    prune.custom_from_mask(m.c, "bias", torch.tensor([1.0, 0.0]))
+
+
+def output_row_pruned(m):
+    linears(a=(2, 2))(m)
+    prune.custom_from_mask(m.a, "weight", torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
+
+
+def zero_start(m):
+    linears(a=(2, 8), b=(8, 2))(m)
+    nn.init.zeros_(m.b.weight)
+    nn.init.zeros_(m.b.bias)
+
+
+def normed(norm):
+    def make(m):
+        linears(a=(2, 8), b=(8, 2))(m)
+        norm(m.a)
+        m.eval()
+
+    return make
+
+
+def time_network(m):
+    linears(a=(2, 8), b=(8, 2), e=(2, 8))(m)
+
+
+two = lambda m, t, y: m.b(torch.tanh(m.a(y)))
+wave = lambda t: torch.stack([torch.sin(t), torch.cos(3.0 * t)])
+three = lambda m, t, y: m.c(torch.tanh(m.b(torch.tanh(m.a(y)))))
+small = linears(a=(2, 8), b=(8, 2))
+MADE = {
+    "buffer": (with_buffer, lambda m, t, y: m.out(torch.tanh(y @ m.B.T))),
+    "scales in the code": (small, lambda m, t, y: 0.5 * m.b(torch.tanh(2.0 * m.a(y)))),
+    "constants in the code": (small, lambda m, t, y: m.b(torch.tanh(m.a(y) + 1.0)) + 0.1 * t),
+    "powers of the state": (small, lambda m, t, y: m.b(torch.tanh(m.a(y**3)))),
+    "normalised state": (small, lambda m, t, y: m.b(torch.tanh(m.a((y - y.new_tensor([0.3, -0.2])) / 1.7)))),
+    "frozen layer": (frozen_first, two),
+    "frozen bias": (frozen_bias, two),
+    "two biases, one frozen": (frozen_bias, lambda m, t, y: m.b(torch.tanh(m.a(y) + m.b.bias.sum()))),
+    "used twice": (linears(a=(2, 2)), lambda m, t, y: m.a(torch.tanh(m.a(y)))),
+    "transpose of the first": (linears(a=(2, 8)), lambda m, t, y: torch.tanh(m.a(y)) @ m.a.weight),
+    "one row shared": (small, lambda m, t, y: m.b(torch.tanh(m.a(y) + m.b.weight[0]))),
+    "folded": (pruned_rows, three),
+    "folded, with time": (pruned_rows, lambda m, t, y: m.c(torch.tanh(m.b(m.a(y) + t)))),
+    "output row pruned": (output_row_pruned, lambda m, t, y: torch.tanh(m.a(y))),
+    "zero start": (zero_start, two),
+    "weight norm": (normed(parametrizations.weight_norm), two),
+    "old weight norm": (normed(torch.nn.utils.weight_norm), two),
+    "spectral norm": (normed(parametrizations.spectral_norm), two),
+    "product of two parameters": (linears(a=(2, 8), b=(8, 2), s=(1, 8)), lambda m, t, y: m.b(torch.tanh(m.a(y) * m.s.bias * m.s.weight[:, 0]))),
+    "low rank": (linears(a=(2, 3), b=(3, 8), c=(8, 2)), lambda m, t, y: m.c(torch.tanh(nn.functional.linear(y, m.b.weight @ m.a.weight)))),
+    "antisymmetric": (linears(a=(2, 2)), lambda m, t, y: torch.tanh(y @ (m.a.weight - m.a.weight.T) + m.a.bias)),
+    "written in place": (small, lambda m, t, y: m.b(torch.tanh(nn.functional.linear(y, m.a.weight.clone().mul_(2.0).add_(0.1), m.a.bias)))),
+    "detached twin": (linears(a=(2, 2)), lambda m, t, y: torch.tanh(m.a(y) + 0.5 * m.a.bias.detach())),
+    "data of a parameter": (linears(a=(2, 2)), lambda m, t, y: torch.tanh(m.a(y) + m.a.bias.data)),
+    "network of time": (time_network, lambda m, t, y: m.b(torch.tanh(m.a(y) + m.e(wave(t))))),
+    "gate of time": (time_network, lambda m, t, y: m.b(torch.tanh(m.a(y)) * m.e(wave(t)).exp())),
+    "time network shared": (time_network, lambda m, t, y: m.b(torch.tanh(m.a(y) + m.e(wave(t)) + m.e.bias))),
+}  # fmt: skip
+
+
+def made(name: str) -> nn.Module:
+    module = Made(*MADE[name]) if name in MADE else FIELDS[name]()
+    module = module.double()
+    module.dim = 2 if name in MADE else module.dim
+    return module
+
+
+def loss_of(ys: torch.Tensor) -> torch.Tensor:
+    weights = torch.randn(ys[-1].shape, generator=torch.Generator().manual_seed(5), dtype=F64)
+    return (ys[-1] * weights).sum() + ys[1].square().sum()
+
+
+def start(module: nn.Module) -> torch.Tensor:
+    return 0.5 * torch.randn(4, module.dim, generator=torch.Generator().manual_seed(3), dtype=F64)
+
+
+def pruned(name: str) -> nn.Module:
+    module = made(name)
+    torch.manual_seed(2)
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear) and "weight" in layer._parameters:
+            prune.l1_unstructured(layer, "weight", amount=0.6)
+    return module.eval()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", [*MADE, *FIELDS])
+def test_gradients_and_a_step_are_the_modules(name: str, masked: bool) -> None:
+    module = pruned(name) if masked else made(name)
+    field = sfk.compile(module)
+    y0 = start(module)
+    loss_of(torchdiffeq.odeint(module, y0, T, rtol=1e-7, atol=1e-7, **FIRST_STEP)).backward()
+    parameters = dict(module.named_parameters())
+    trained = [p for p in field.parameters() if p.requires_grad]
+    assert bool(trained) == any(p.grad is not None and bool(p.grad.any()) for p in parameters.values())
+    if not trained:
+        return
+    loss_of(sfk.odeint(field, y0, T, rtol=1e-7, atol=1e-7, **FIRST_STEP)).backward()
+    scale = max(float(p.grad.abs().max()) for p in parameters.values() if p.grad is not None)
+    rest = {name: (torch.zeros_like(p) if p.grad is None else p.grad.clone()) for name, p in parameters.items()}
+    for name, held in field.held(lambda p: torch.zeros_like(p) if p.grad is None else p.grad).items():
+        theirs = rest[name].view(-1)
+        elements = torch.arange(theirs.numel()) if held.elements is None else held.elements
+        torch.testing.assert_close(held.values.reshape(-1), theirs[elements], rtol=1e-6, atol=1e-9 * scale)
+        theirs[elements] = 0
+    for name, gradient in rest.items():  # what the field does not hold has no gradient in the module either
+        assert float(gradient.abs().max()) <= 1e-9 * scale, name
+
+    own = copy.deepcopy(module)
+    for p, q in zip(own.parameters(), module.parameters()):
+        p.grad = q.grad
+    torch.optim.SGD([p for p in own.parameters() if p.requires_grad], lr=0.05).step()
+    torch.optim.SGD(trained, lr=0.05).step()
+    field.copy_to(module)
+    for (name, p), q in zip(module.named_parameters(), own.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8, msg=lambda text: f"{name}: {text}")
+    t = torch.tensor(0.7, dtype=F64)
+    torch.testing.assert_close(field(t, y0), module(t, y0), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["scales in the code", "folded", "weight norm", "used twice", "network of time"])
+def test_made_tensors_go_wherever_a_field_goes(name: str) -> None:
+    module = made(name)
+    field, y = sfk.compile(module), start(module)
+    buffer = io.BytesIO()
+    torch.save(field, buffer)
+    buffer.seek(0)
+    others = [copy.deepcopy(field), torch.load(buffer, weights_only=False), sfk.compile(field), sfk.compile(module)]
+    with torch.no_grad():
+        for p in field.parameters():
+            p.mul_(1.1)
+        for other in others:
+            assert not torch.allclose(other(0.3, y), field(0.3, y))
+            other.load_state_dict(field.state_dict())
+            torch.testing.assert_close(other(0.3, y), field(0.3, y))
+        again = sfk.compile(field, "reference")
+        torch.testing.assert_close(again(0.3, y), field(0.3, y))
+        assert {n for n, _ in again.named_parameters()} == {n for n, _ in field.named_parameters()}
+        torch.testing.assert_close(copy.deepcopy(field).float()(0.3, y.float()).double(), field(0.3, y), rtol=1e-4, atol=1e-5)
+        again.copy_to(module)
+        torch.testing.assert_close(module(torch.tensor(0.3, dtype=F64), y), field(0.3, y))
+
+
+def test_freezing_a_field_and_thawing_it_trains_no_more_than_the_module_has() -> None:
+    field = sfk.compile(made("constants in the code"))
+    before = {name: b.clone() for name, b in field.named_buffers()}
+    assert before
+    field.requires_grad_(False).requires_grad_(True)
+    field(0.3, start(made("buffer"))).sum().backward()
+    torch.optim.SGD(field.parameters(), lr=1.0, weight_decay=0.5).step()
+    assert all(torch.equal(b, before[name]) for name, b in field.named_buffers())
+
+
+def test_a_tensor_of_outside_that_is_trained_is_refused() -> None:
+    outside = nn.Parameter(torch.ones(2, dtype=F64))
+    module = Made(linears(a=(2, 2)), lambda m, t, y: m.a(y) * outside).double()
+    with pytest.raises(sfk.UnsupportedFieldError, match="requires a gradient and is no parameter.*Register it"):
+        sfk.compile(module, dim=2)
+    outside.requires_grad_(False)
+    assert len(list(sfk.compile(module, dim=2).parameters())) == 2
+
+
+def with_masks(seed: int) -> nn.Module:
+    module = made("powers of the state")
+    torch.manual_seed(seed)
+    prune.random_unstructured(module.a, "weight", amount=4)
+    return module
+
+
+def test_a_state_dict_of_other_masks_is_refused() -> None:
+    one, other = sfk.compile(with_masks(0)), sfk.compile(with_masks(1))
+    assert [p.shape for p in one.parameters()] == [p.shape for p in other.parameters()]
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(RuntimeError, match="layer 'a'.*other masks"):
+        other.load_state_dict(one.state_dict())
+    assert all(torch.equal(b, before[name]) for name, b in other.state_dict().items())
+    sfk.compile(with_masks(0)).load_state_dict(one.state_dict())
+    old = {name: tensor for name, tensor in one.state_dict().items() if "_extra_state" not in name}
+    with pytest.warns(UserWarning, match="does not say for which pattern"):
+        sfk.compile(with_masks(0)).load_state_dict(old)
+
+
+def test_pruning_or_parametrizing_a_compiled_field_says_what_to_do() -> None:
+    field, y = sfk.compile(made("folded")), start(made("folded"))
+    before = field(0.2, y)
+    for call in (
+        lambda: prune.l1_unstructured(field.layers[0], "values", amount=0.5),
+        lambda: prune.global_unstructured([(field.layers[0], "values")], prune.L1Unstructured, amount=0.5),
+        lambda: prune.identity(field.layers[1], "values"),
+    ):
+        with pytest.raises(TypeError, match="Prune or parametrize the module, then compile it"):
+            call()
+        assert torch.equal(field(0.2, y), before)
+    parametrizations.weight_norm(field.layers[0], "values", dim=None)
+    with pytest.raises(RuntimeError, match="prune or parametrize the module, then compile"):
+        field(0.2, y)
