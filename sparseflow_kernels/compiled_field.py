@@ -79,6 +79,13 @@ def _zeroing(mask: Tensor) -> Callable[[Tensor], Tensor]:
     return hook
 
 
+def _lost(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"the compiled field has lost its parameter {name!r} (torch.nn.utils.prune, weight_norm and parametrizations put "
+        "others in its place); prune or parametrize the module, then compile it"
+    )
+
+
 class _LayerParameters(nn.Module):
     """One layer's tensors, as parameters if they are trained and else as buffers: values, bias, gate.slope, gate.offset,
     shift.slope, shift.offset, without those that are made from `entries`; and the modules of its functions of time.
@@ -93,6 +100,7 @@ class _LayerParameters(nn.Module):
         super().__init__()
         self.layer_name = layer.name
         self._pattern = layer.pattern
+        self._made = {name for name, _ in layer.tensors()} - parameters.keys() - buffers.keys()
         for name, tensor in (parameters | buffers).items():
             owner, _, leaf = name.rpartition(".")
             if owner and owner not in self._modules:
@@ -115,12 +123,15 @@ class _LayerParameters(nn.Module):
         super().register_parameter(name, parameter)
 
     def tensor(self, name: str) -> Tensor | None:
-        """The tensor of this name; None if it is made from `entries`."""
-        owner, _, leaf = name.rpartition(".")
-        module = self._modules.get(owner) if owner else self
-        if module is None:
+        """The tensor of this name; None if it is made from `entries`. Raises RuntimeError if it was taken out."""
+        if name in self._made:
             return None
-        return module._parameters.get(leaf, module._buffers.get(leaf))
+        owner, _, leaf = name.rpartition(".")
+        module = self._modules[owner] if owner else self
+        found = module._parameters.get(leaf, module._buffers.get(leaf))
+        if found is None:
+            raise _lost(name)
+        return found
 
     def _digest(self) -> Tensor:
         pattern = self._pattern
@@ -337,10 +348,7 @@ class CompiledField(nn.Module):
             try:
                 tensor = module.__dict__[kind][name]
             except KeyError:
-                raise RuntimeError(
-                    f"the compiled field has lost its parameter {name!r} (torch.nn.utils.prune and parametrizations put "
-                    "others in its place); prune or parametrize the module, then compile it"
-                ) from None
+                raise _lost(name) from None
             if tensor is not None:
                 yield tensor
 

@@ -146,37 +146,44 @@ def pruned(name: str) -> nn.Module:
     return module.eval()
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", [*MADE, *FIELDS])
+# A pruned layer's plain attribute `weight` is made anew by the layer's own forward alone, which these do not call.
+PAST_FORWARD = {"product of two parameters", "one row shared", "low rank", "antisymmetric", "written in place"}
+CASES = [(name, masked) for name in (*MADE, *FIELDS) for masked in (False, True) if not masked or name not in PAST_FORWARD]
+
+
+@pytest.mark.parametrize("name", sorted(PAST_FORWARD))
+def test_attributes_that_masks_left_behind_are_refused(name: str) -> None:
+    with pytest.raises(sfk.UnsupportedFieldError, match="requires a gradient and is no parameter"):
+        sfk.compile(pruned(name))
+
+
+@pytest.mark.parametrize("name, masked", CASES)
 def test_gradients_and_a_step_are_the_modules(name: str, masked: bool) -> None:
     module = pruned(name) if masked else made(name)
     field = sfk.compile(module)
     y0 = start(module)
-    loss_of(torchdiffeq.odeint(module, y0, T, rtol=1e-7, atol=1e-7, **FIRST_STEP)).backward()
     parameters = dict(module.named_parameters())
     trained = [p for p in field.parameters() if p.requires_grad]
-    assert bool(trained) == any(p.grad is not None and bool(p.grad.any()) for p in parameters.values())
+    assert bool(trained) == any(p.requires_grad for p in parameters.values())
     if not trained:
         return
+    loss_of(torchdiffeq.odeint(module, y0, T, rtol=1e-7, atol=1e-7, **FIRST_STEP)).backward()
     loss_of(sfk.odeint(field, y0, T, rtol=1e-7, atol=1e-7, **FIRST_STEP)).backward()
     scale = max(float(p.grad.abs().max()) for p in parameters.values() if p.grad is not None)
     rest = {name: (torch.zeros_like(p) if p.grad is None else p.grad.clone()) for name, p in parameters.items()}
     for name, held in field.held(lambda p: torch.zeros_like(p) if p.grad is None else p.grad).items():
         theirs = rest[name].view(-1)
         elements = torch.arange(theirs.numel()) if held.elements is None else held.elements
-        torch.testing.assert_close(held.values.reshape(-1), theirs[elements], rtol=1e-6, atol=1e-9 * scale)
+        torch.testing.assert_close(held.values.reshape(-1), theirs[elements], rtol=1e-5, atol=1e-7 * scale)
         theirs[elements] = 0
     for name, gradient in rest.items():  # what the field does not hold has no gradient in the module either
         assert float(gradient.abs().max()) <= 1e-9 * scale, name
 
-    own = copy.deepcopy(module)
-    for p, q in zip(own.parameters(), module.parameters()):
-        p.grad = q.grad
-    torch.optim.SGD([p for p in own.parameters() if p.requires_grad], lr=0.05).step()
+    stepped = {name: p.detach() - (0.0 if p.grad is None else 0.05 * p.grad) for name, p in parameters.items()}
     torch.optim.SGD(trained, lr=0.05).step()
     field.copy_to(module)
-    for (name, p), q in zip(module.named_parameters(), own.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8, msg=lambda text: f"{name}: {text}")
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(p.detach(), stepped[name], rtol=1e-5, atol=1e-8 * scale, msg=lambda text: f"{name}: {text}")
     t = torch.tensor(0.7, dtype=F64)
     torch.testing.assert_close(field(t, y0), module(t, y0), rtol=1e-9, atol=1e-10)
 
@@ -223,11 +230,11 @@ def test_a_tensor_of_outside_that_is_trained_is_refused() -> None:
     assert len(list(sfk.compile(module, dim=2).parameters())) == 2
 
 
-def with_masks(seed: int) -> nn.Module:
+def with_masks(row: int) -> nn.Module:
     module = made("powers of the state")
-    torch.manual_seed(seed)
-    prune.random_unstructured(module.a, "weight", amount=4)
-    return module
+    mask = torch.ones(8, 2)
+    mask[row, 1] = 0
+    return prune.custom_from_mask(module.a, "weight", mask) and module
 
 
 def test_a_state_dict_of_other_masks_is_refused() -> None:
@@ -254,6 +261,7 @@ def test_pruning_or_parametrizing_a_compiled_field_says_what_to_do() -> None:
         with pytest.raises(TypeError, match="Prune or parametrize the module, then compile it"):
             call()
         assert torch.equal(field(0.2, y), before)
-    parametrizations.weight_norm(field.layers[0], "values", dim=None)
+    with pytest.raises(TypeError, match="Prune or parametrize the module"), pytest.warns(FutureWarning):
+        torch.nn.utils.weight_norm(field.layers[0], "bias", dim=None)
     with pytest.raises(RuntimeError, match="prune or parametrize the module, then compile"):
         field(0.2, y)

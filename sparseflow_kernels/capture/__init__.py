@@ -51,8 +51,9 @@ def capture_with_origins(module: nn.Module, dim: int | None = None) -> tuple[Vec
     module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
     with untouched(module), torch.no_grad():
         probe = find_probe(module, dim)
+    with untouched(module), torch.no_grad():  # restored: a module may keep what a call has computed
         tracer = Tracer(module, probe)
         field, origins = assemble(tracer, *tracer.read(*probe.point()))
-    with untouched(module), torch.no_grad():  # restored: the calls above may have made it another module
+    with untouched(module), torch.no_grad():
         verify(module, field, probe)
     return field, origins
