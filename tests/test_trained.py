@@ -265,3 +265,21 @@ def test_pruning_or_parametrizing_a_compiled_field_says_what_to_do() -> None:
         torch.nn.utils.weight_norm(field.layers[0], "bias", dim=None)
     with pytest.raises(RuntimeError, match="prune or parametrize the module, then compile"):
         field(0.2, y)
+
+
+def test_a_field_used_twice_in_a_flow_stays_one() -> None:
+    torch.manual_seed(1)
+    field = sfk.flows.mlp_field(2, (8,)).double()
+    flow = sfk.ContinuousFlow([field, field], 2)
+    compiled, x = flow.compile(), start(made("buffer"))
+    assert compiled.vector_fields[0] is compiled.vector_fields[1]
+    for one in (flow, compiled):
+        one.log_prob(x).mean().backward()
+        torch.optim.SGD(one.parameters(), lr=0.1).step()
+    torch.testing.assert_close(compiled.log_prob(x), flow.log_prob(x), rtol=1e-5, atol=1e-5)
+    compiled.copy_to(flow)
+    torch.testing.assert_close(compiled.log_prob(x), flow.log_prob(x), rtol=1e-5, atol=1e-5)
+    other = sfk.flows.mlp_field(2, (8,)).double()
+    other.layers[0] = field.layers[0]
+    with pytest.raises(ValueError, match=r"vector_fields\[1\] shares its parameter"):
+        sfk.ContinuousFlow([field, other], 2).compile()

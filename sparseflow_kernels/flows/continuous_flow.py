@@ -155,9 +155,25 @@ class ContinuousFlow(nn.Module):
 
     def compile(self, engine: str = "auto") -> "ContinuousFlow":  # noqa: A003 - nn.Module.compile is torch.compile's
         """A new flow of the same settings over `sparseflow_kernels.compile`d fields; this one is left as it is. The
-        parameters are copies. (This takes the place of nn.Module.compile; for that one call torch.compile(flow).)"""
+        parameters are copies; a field that is used several times is one field there too. Raises ValueError for different
+        fields that share parameters. (This takes the place of nn.Module.compile; for that one call
+        torch.compile(flow).)"""
+        compiled: dict[int, nn.Module] = {}
+        owners: dict[int, int] = {}
+        for number, field in enumerate(self.vector_fields):
+            if id(field) in compiled:
+                continue
+            for name, parameter in field.named_parameters():
+                owner = owners.setdefault(id(parameter), number)
+                if owner != number:
+                    raise ValueError(
+                        f"compile: vector_fields[{number}] shares its parameter {name!r} with vector_fields[{owner}], and "
+                        "compiled fields share nothing. Use one and the same field in both places, or give each parameters "
+                        "of its own"
+                    )
+            compiled[id(field)] = compile_field(field, engine=engine, dim=self.dim)
         flow = ContinuousFlow(
-            [compile_field(f, engine=engine, dim=self.dim) for f in self.vector_fields],
+            [compiled[id(field)] for field in self.vector_fields],
             self.dim,
             base=self.base,
             divergence=self.divergence,
