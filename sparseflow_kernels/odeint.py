@@ -15,7 +15,7 @@ does); failed solves say where.
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import torchdiffeq
 from torch import Tensor
@@ -24,6 +24,7 @@ from .compiled_field import CompiledField, DivergenceField
 from .field import VectorField
 from .numerics.tableaus import METHODS
 from .solution import Solution
+from .solving.adjoint_call import watched
 from .solving.arguments import State
 from .solving.delegation import begin, solve_by_torchdiffeq, with_own_noise
 from .solving.engine_call import EngineCall
@@ -175,10 +176,19 @@ def odeint_adjoint(
         return odeint(func, y0, t, rtol=rtol, atol=atol, method=method, options=options)
     _refuse_tsit5(method, "the continuous adjoint")
     _refuse_tsit5(adjoint_method, "the continuous adjoint")
-    return torchdiffeq.odeint_adjoint(
-        with_own_noise(func, y0), y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn,
-        **adjoint,
-    )
+    func = with_own_noise(func, y0)
+    if isinstance(adjoint_params, Iterator):
+        adjoint["adjoint_params"] = adjoint_params = tuple(adjoint_params)
+
+    def run(y0: State, t: Tensor) -> Any:
+        return torchdiffeq.odeint_adjoint(
+            func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn, **adjoint
+        )
+
+    if not isinstance(func, (CompiledField, DivergenceField)) or event_fn is not None:
+        return run(y0, t)
+    trained = func.parameters() if adjoint_params is None else adjoint_params
+    return watched(run, y0, t, [parameter for parameter in trained if parameter.requires_grad])
 
 
 def odeint_event(
