@@ -12,6 +12,7 @@ from typing import Any, Callable, Iterator, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
 from . import gradients, operators
 from .capture import Sources, capture_with_sources, write_back
@@ -19,13 +20,21 @@ from .devices import factories_on_cpu
 from .divergence import DivergencePlan
 from .engines import choose
 from .engines.base import Engine
-from .engines.reference import ReferenceEngine
+from .engines.reference import ReferenceEngine, is_autocast_enabled, layer_output, own_precision
 from .field import Layer, LinearShift, SigmoidGate, TimeFunction, VectorField
 from .packing import Packing
 from .simplify import simplify
 
 KINDS = ("exact", "hutchinson")
 NOISES = ("rademacher", "gaussian")
+
+_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(getattr(nn_module, f"_global_{kind}") for kind in _HOOKS)
+
+
+def hooks_of(module: nn.Module) -> tuple[dict, ...]:
+    """The dicts that hold the hooks of a module's calls and of their gradients; they live as long as the module."""
+    return tuple(getattr(module, f"_{kind}") for kind in _HOOKS)
 
 
 @factories_on_cpu
@@ -116,6 +125,10 @@ class _LayerParameters(nn.Module):
         for name, function in functions.items():
             self.add_module(name, function)
 
+    def forward(self, t: Tensor, h: Tensor, layer: Layer) -> Tensor:
+        """The layer's output, for those who hook it; engines do not come here."""
+        return layer_output(layer, layer.weight, t, h)[0]
+
 
 class CompiledField(nn.Module):
     """A compiled vector field, `field(t, y) -> dy/dt`. Made by `compile`.
@@ -154,6 +167,7 @@ class CompiledField(nn.Module):
         self.described = operators.describe(field, engine)
         self._slots: list[tuple[nn.Module, str]] | None = None
         self._live: tuple[list[Tensor], VectorField] | None = None
+        self._inner_hooks: list[dict] | None = None
         self._frozen = frozen or {}  # (layer, tensor's name) -> bool mask of entries that are not trained
         for (number, name), mask in self._frozen.items():
             if bool(mask.all()):
@@ -167,7 +181,7 @@ class CompiledField(nn.Module):
                 parameter.register_hook(_zeroing(mask))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packing": Packing(self.requested), "_slots": None, "_live": None}
+        return {**self.__dict__, "_packing": Packing(self.requested), "_slots": None, "_live": None, "_inner_hooks": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -260,6 +274,13 @@ class CompiledField(nn.Module):
             self._slots = [(m, name) for m in self.modules() for name in m._parameters]
         return (tensor for m, name in self._slots if (tensor := m._parameters[name]) is not None)
 
+    def hooked_inside(self) -> bool:
+        """Are there hooks of torch's on the field's layers, or on all modules?"""
+        if self._inner_hooks is None:
+            layers = [module for layer in self.layers for module in layer.modules()]
+            self._inner_hooks = [hooks for module in layers for hooks in hooks_of(module)]
+        return any(_GLOBAL_HOOKS) or any(self._inner_hooks)
+
     def ordered(self) -> list[Tensor]:
         """The parameters in the order of `VectorField.tensors()`; plainly enough for torch.compile to read."""
         found = []
@@ -279,15 +300,31 @@ class CompiledField(nn.Module):
     def forward(self, t: Tensor | float, y: Tensor) -> Tensor:
         """dy/dt, shaped like y.
 
-        t: a number, or a tensor of one element in at most two axes.  y: [..., dim] in the field's dtype and device.
+        t: a number, or a tensor of one element in at most two axes.  y: [..., dim] in the field's dtype and device; under
+        torch.autocast it may have another floating point dtype, and dy/dt has the field's.
         Differentiable in t, y and the parameters. Raises TypeError or ValueError for other t, y.
         """
-        t = self._check_time(t)
+        t, y = self._check_time(t), self.in_own_dtype(y)
         self._check_state("y", y)
         if y.numel() == 0:
             return y.clone()
-        (out,) = self._run(None, t, y.reshape(-1, self.dim).contiguous(), None)
-        return out.view(y.shape)
+        x = y.reshape(-1, self.dim).contiguous()
+        out = self._layer_by_layer(t, x) if self.hooked_inside() else self._run(None, t, x, None)[0]
+        return out if out.shape == y.shape else out.view(y.shape)
+
+    def _layer_by_layer(self, t: Tensor, x: Tensor) -> Tensor:
+        """f(t, x) in torch, every layer called as a module."""
+        with own_precision(x):
+            for own, layer in zip(self.layers, self.vector_field.layers):
+                x = own(t, x, layer)
+        return x
+
+    def in_own_dtype(self, y: Tensor) -> Tensor:
+        """y in the field's dtype where torch.autocast is on, which makes states of other dtypes; else y as it is."""
+        dtype = self.layers[0].values.dtype
+        if isinstance(y, Tensor) and y.dtype != dtype and y.is_floating_point() and is_autocast_enabled(y):
+            return y.to(dtype)
+        return y
 
     @factories_on_cpu
     def _run(self, kind: str | None, t: Tensor, x: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
@@ -484,6 +521,13 @@ class DivergenceField(nn.Module):
         self.register_buffer("noise", noise if isinstance(noise, Tensor) else None, persistent=False)
         self._drawn: Tensor | None = None
 
+    def hooked_inside(self) -> bool:
+        """Are there hooks of torch's on the field below, or on all modules?"""
+        field = self.field
+        if not isinstance(field, CompiledField):
+            return any(_GLOBAL_HOOKS)
+        return field.hooked_inside() or any(hooks_of(field))
+
     def extra_repr(self) -> str:
         return f"kind={self.kind!r}" + (f", noise={self.distribution!r}" if self.kind == "hutchinson" else "")
 
@@ -525,17 +569,18 @@ class DivergenceField(nn.Module):
         if not isinstance(state, (tuple, list)) or len(state) != 2 or not all(isinstance(p, Tensor) for p in state):
             raise TypeError("state: must be a tuple (x, l) of two tensors")
         x, l = state  # noqa: E741
-        if isinstance(self.field, CompiledField):
-            t = self.field._check_time(t)
+        compiled = isinstance(self.field, CompiledField)
+        if compiled:
+            t, x = self.field._check_time(t), self.field.in_own_dtype(x)
             self.field._check_state("x", x)
         elif x.dim() < 1 or not x.is_floating_point():
             raise TypeError(f"x: must be a real floating point tensor [..., dim], not {x.dtype} {list(x.shape)}")
         if l.shape not in (x.shape[:-1], x.shape[:-1] + (1,)):
             raise ValueError(f"l: must be {list(x.shape[:-1])} or {[*x.shape[:-1], 1]}, not {list(l.shape)}")
         noise = self._probe(x)
-        if isinstance(self.field, CompiledField):
-            if x.numel() == 0:
-                return x.clone(), torch.zeros_like(l)
+        if compiled and x.numel() == 0:
+            return x.clone(), torch.zeros_like(l)
+        if compiled and not self.hooked_inside():
             flat = None if noise is None else noise.reshape(-1, self.field.dim).contiguous()
             dx, trace = self.field._run(self.kind, t, x.reshape(-1, self.field.dim).contiguous(), flat)
             return dx.view(x.shape), -trace.view(l.shape)

@@ -25,7 +25,7 @@ from .field import VectorField
 from .numerics.tableaus import METHODS
 from .solution import Solution
 from .solving.adjoint_call import watched
-from .solving.arguments import State
+from .solving.arguments import State, check_not_negative, checked_options
 from .solving.delegation import begin, solve_by_torchdiffeq, with_own_noise
 from .solving.engine_call import EngineCall
 from .solving.torch_call import TorchCall
@@ -62,12 +62,14 @@ def odeint(
     event_fn: (t, y) -> tensor; ends the solve where it first changes sign.
 
     Returns [n, *y0.shape], or a tuple of such; with an event (event_t, the same with n = 2). Differentiable in y0, t
-    and the parameters of func: the exact gradient of the accepted steps, step sizes held fixed. It raises GradientError
-    where it is not finite (compiled fields).
+    and the parameters of func: the exact gradient of the accepted steps, step sizes held fixed. Where it is not finite
+    (compiled fields), its backward pass does as `set_nonfinite_gradients` says. Under torch.autocast a compiled field's
+    y0 may have any floating point dtype: it is converted to the field's, which the result has.
 
     Raises ValueError for an unknown method, TypeError for a `t` that is not floating point, AssertionError for other
     bad input, and SolverError (an AssertionError) when a solve of ours cannot go on.
     """
+    options, y0 = _checked(rtol, atol, method, options), _in_own_dtype(func, y0)
     if event_fn is not None:
         begin(func, y0)
         _refuse_tsit5(method, "events")
@@ -101,6 +103,7 @@ def solve(
     """
     if step_control not in ("shared", "per_tile", "per_sample"):
         raise ValueError(f"step_control must be 'shared', 'per_tile' or 'per_sample', not {step_control!r}")
+    options, y0 = _checked(rtol, atol, method, options), _in_own_dtype(func, y0)
     if event_fn is not None:
         call: EngineCall | TorchCall | str = "events need Python at every step"
         _refuse_tsit5(method, "events")
@@ -163,6 +166,10 @@ def odeint_adjoint(
         "adjoint_options": adjoint_options,
         "adjoint_params": adjoint_params,
     }
+    options, y0 = _checked(rtol, atol, method, options), _in_own_dtype(func, y0)
+    check_not_negative("adjoint_rtol", adjoint_rtol)
+    check_not_negative("adjoint_atol", adjoint_atol)
+    adjoint["adjoint_options"] = _known(adjoint_options, adjoint_method or method, "adjoint_options")
     given = [name for name, value in adjoint.items() if value is not None]
     obstacle = (
         f"{given[0]} is the adjoint's" if given
@@ -220,6 +227,7 @@ def odeint_dense(
     options: dict | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """Solve from t0 to t1 by dopri5 and return the solution as a function of t. Runs in torchdiffeq."""
+    options, y0 = _checked(rtol, atol, method, options), _in_own_dtype(func, y0)
     solution = torchdiffeq.odeint_dense(func, y0, t0, t1, rtol=rtol, atol=atol, method=method, options=options)
     # which keeps the steps' times on the CPU, wherever y0 is
     return lambda t: solution(t.to("cpu") if isinstance(t, Tensor) else t)
@@ -233,6 +241,27 @@ def _refuse_tsit5(method: str | None, what: str) -> None:
         raise ValueError(f"method 'tsit5' does not support {what} here; use 'dopri5', which is of the same order")
 
 
+def _in_own_dtype(func: Callable, y0: State) -> State:
+    """A state of another dtype in the field's, under torch.autocast (`CompiledField.in_own_dtype`)."""
+    field = func.field if isinstance(func, DivergenceField) else func
+    if not isinstance(field, CompiledField):
+        return y0
+    return tuple(map(field.in_own_dtype, y0)) if isinstance(y0, tuple) else field.in_own_dtype(y0)
+
+
+def _checked(rtol: Any, atol: Any, method: str | None, options: dict | None) -> dict | None:
+    """`options`, checked like the tolerances before anything runs (`arguments.checked_options`)."""
+    check_not_negative("rtol", rtol)
+    check_not_negative("atol", atol)
+    return _known(options, method, "options")
+
+
+def _known(options: dict | None, method: str | None, name: str) -> dict | None:
+    if options is None or not (method is None or method in METHODS or method in _OTHER_METHODS):
+        return options  # an unknown method is refused later
+    return checked_options(options, method, name)
+
+
 def _plan_call(
     func: Callable, y0: State, t: Tensor, rtol: Any, atol: Any, method: str | None, options: dict | None,
     step_control: str = "shared",
@@ -242,8 +271,6 @@ def _plan_call(
     if not callable(func):
         remedy = "; compile(field) it first" if isinstance(func, VectorField) else ""
         raise TypeError(f"func must be a compiled field or a callable f(t, y), not {type(func).__name__}{remedy}")
-    if not isinstance(options, (dict, type(None))):
-        raise TypeError(f"options must be a dict, not {type(options).__name__}")
     method = "dopri5" if method is None else method
     if not compiled and method != "tsit5":
         if method not in METHODS and method not in _OTHER_METHODS:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from .. import activations
 from ..divergence import DivergencePlan
-from ..field import TimeFunction, UnsupportedFieldError, VectorField
+from ..field import Layer, TimeFunction, UnsupportedFieldError, VectorField
 from ..numerics.adaptive import solve_request
 from .base import Engine, Gradient, SolveRequest, SolveResult
 
@@ -165,12 +165,8 @@ class ReferenceEngine(Engine):
         t = torch.as_tensor(t, dtype=y.dtype, device=y.device)
         trail = []
         for layer, weight in zip(self.field.layers, weights):
-            scale, shift = layer.modulation(t)
-            z = functional.linear(y, weight, layer.bias)
-            z = z if scale is None else scale * z
-            z = z if shift is None else z + shift
+            y, scale, z = layer_output(layer, weight, t, y)
             trail.append((scale, z))
-            y = activations.apply(layer.activation, z)
         return y, trail
 
     def _with_divergence(
@@ -202,6 +198,15 @@ class ReferenceEngine(Engine):
         return dx, trace
 
 
+def layer_output(layer: Layer, weight: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(act(z), s or None, z = s(t) * (W y + b) + c(t)) of one layer."""
+    scale, shift = layer.modulation(t)
+    z = functional.linear(y, weight, layer.bias)
+    z = z if scale is None else scale * z
+    z = z if shift is None else z + shift
+    return activations.apply(layer.activation, z), scale, z
+
+
 def _time_modules(field: VectorField) -> list[tuple[int, str, nn.Module]]:
     """(layer number, "gate" or "shift", module) of every function of time that is a module."""
     return [
@@ -222,8 +227,12 @@ class _Lent:
         return torch.func.functional_call(self._module, self._parameters, (t,))
 
 
+def is_autocast_enabled(like: Tensor) -> bool:
+    """On this tensor's device."""
+    kind = like.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def own_precision(like: Tensor) -> contextlib.AbstractContextManager:
     """Autocast off: a field computes in its own dtype, as native engines do."""
-    kind = like.device.type
-    active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if active else contextlib.nullcontext()
+    return torch.autocast(like.device.type, enabled=False) if is_autocast_enabled(like) else contextlib.nullcontext()

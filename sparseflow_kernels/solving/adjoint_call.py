@@ -26,6 +26,8 @@ def watched(run: Callable[[State, Tensor], State], y0: State, t: Tensor, paramet
     """
     parts = y0 if isinstance(y0, tuple) else (y0,)
     inputs = (t, *parts, *parameters)
+    if not all(isinstance(tensor, Tensor) for tensor in inputs):
+        return run(y0, t)  # which refuses it
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs):
         return run(y0, t)
 
@@ -93,8 +95,8 @@ def _gradient(ctx: Any, wanted: Sequence[Tensor], grads: Sequence[Tensor]) -> Se
 
 
 def _of_what_arrived(times: Tensor, grads: Sequence[Tensor]) -> GradientError:
+    batch = grads[0][0].numel() // grads[0].shape[-1]
     for index, time in enumerate(times.tolist()):
-        batch = grads[0].shape[1] if grads[0].dim() > 2 else 1
         rows = {row for grad in grads for row in bad_rows(grad[index], batch)}
         if rows:
             return GradientError.of_what_arrived(time, sorted(rows), 0)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from .. import gradients, operators
-from ..compiled_field import CompiledField, DivergenceField
+from ..compiled_field import CompiledField, DivergenceField, hooks_of
 from ..devices import factories_on_cpu
 from ..field import UnsupportedFieldError
 from ..numerics.tableaus import ADAPTIVE
 from ..solution import Solution, SolverError, Stats
 from .arguments import (
-    CALLBACKS, GRID_OPTIONS, STEP_OPTIONS, State, check_tolerance, numbers_of, request_of, upward,
+    CALLBACKS, State, check_tolerance, numbers_of, request_of, upward,
 )  # fmt: skip
 
 
@@ -47,8 +47,8 @@ class EngineCall:
         places = (func.__dict__, func._modules, type(func).__dict__)
         if any(place.get(name) is not None for name in CALLBACKS for place in places):
             return "func has callbacks, which need Python at every step"
-        if func._forward_hooks or func._forward_pre_hooks:
-            return "func has forward hooks, which need Python at every evaluation"
+        if any(hooks_of(func)) or func.hooked_inside():
+            return "func has forward hooks or backward hooks, or its parts or all modules do: they need Python at every evaluation"
         if isinstance(func, DivergenceField):
             field = func.field
             if not isinstance(field, CompiledField):
@@ -80,12 +80,8 @@ class EngineCall:
         tolerances = numbers_of(rtol, len(parts)), numbers_of(atol, len(parts))
         if None in tolerances:
             return "rtol and atol differ from element to element"
-        known = STEP_OPTIONS | {"dtype"} if adaptive else GRID_OPTIONS | {"norm"}
         if "norm" in options and adaptive:
             return "options['norm'] is Python at every step"
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            return f"unknown options {unknown}"
         if options.get("dtype", torch.float64) != torch.float64:
             return f"options['dtype'] is {options['dtype']}; engines keep time in float64"
         if options.get("interp", "linear") != "linear":

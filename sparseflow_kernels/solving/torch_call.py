@@ -12,7 +12,7 @@ from torch import Tensor
 from ..numerics.adaptive import offending_rows, rms_norm, solve_adaptive
 from ..numerics.tableaus import ADAPTIVE
 from ..solution import Solution, SolverError, Stats
-from .arguments import CALLBACKS, STEP_OPTIONS, State, check_tolerance, is_sequence, step_options, upward
+from .arguments import CALLBACKS, State, check_tolerance, is_sequence, step_options, upward
 from .delegation import begin
 
 
@@ -42,9 +42,6 @@ class TorchCall:
         callbacks = {name for name in CALLBACKS if getattr(func, name, None) is not None}
         if callbacks:
             warnings.warn(f"Solver 'tsit5' does not support callbacks {callbacks}", stacklevel=4)
-        unused = {name: value for name, value in options.items() if name not in STEP_OPTIONS | {"norm"}}
-        if unused:
-            warnings.warn(f"tsit5: Unexpected arguments {unused}", stacklevel=4)
         count = None if isinstance(y0, Tensor) else len(parts)
         check_tolerance("rtol", rtol, count)
         check_tolerance("atol", atol, count)
