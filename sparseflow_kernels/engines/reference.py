@@ -126,7 +126,10 @@ class ReferenceEngine(Engine):
         def stand_in(tensor: Tensor | None, want: bool) -> Tensor | None:
             if tensor is None:
                 return None
-            return tensor.view_as(tensor) if graph and tensor.requires_grad else tensor.detach().requires_grad_(want)
+            if graph and tensor.requires_grad:
+                return tensor.view_as(tensor)
+            # a leaf; requires_grad_ is refused under torch.func, where a vmap over cotangents may bring us
+            return Tensor._make_subclass(Tensor, tensor.detach(), want)
 
         with torch.enable_grad(), own_precision(inputs["x"]):
             lent = {name: stand_in(tensor, name in wanted) for name, tensor in inputs.items()}

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import nonfinite
-from ..gradients import all_finite, bad_rows, is_batched
+from ..gradients import all_finite, bad_rows, is_batched, only_torch
 from ..solution import GradientError
 from .arguments import State
 
@@ -28,6 +28,8 @@ def watched(run: Callable[[State, Tensor], State], y0: State, t: Tensor, paramet
     inputs = (t, *parts, *parameters)
     if not all(isinstance(tensor, Tensor) for tensor in inputs):
         return run(y0, t)  # which refuses it
+    if only_torch():
+        raise RuntimeError("the continuous adjoint cannot be transformed by torch.func; use gradient='discrete'")
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs):
         return run(y0, t)
 

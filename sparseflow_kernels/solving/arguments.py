@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
 from ..engines.base import SolveRequest
 from ..numerics.step_control import StepOptions, StopPoints
@@ -105,6 +106,8 @@ def upward(t: Tensor, device: torch.device) -> tuple[Tensor, int]:
         raise IndexError("t is empty; it must hold the initial time, and the times to solve for")
     if t.device != device and t.device.type != "cpu":  # the host reads the times: the CPU is where they are best
         warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=4)
+    if is_batchedtensor(t):
+        raise ValueError("t cannot be vmapped: all items share the times; solve for all of them in one t, and pick afterwards")
     t = t.to("cpu")
     values = t.detach().tolist()  # plain floats: a dozen tensor operations would cost as much as a small solve
     sign = -1 if len(values) > 1 and values[0] > values[1] else 1

@@ -102,8 +102,6 @@ class EngineCall:
             empty = torch.zeros(0, 2, dtype=torch.float64)
             ys = tuple(part[None].expand(len(self.t), *part.shape).clone() for part in parts)
             return self._solution(ys, Stats(0, 0, 0, empty, field.engine_name, self.method, self.step_control))
-        if torch._C._functorch.is_batchedtensor(x0):
-            raise ValueError("a solve cannot be vmapped: it takes whole batches, so give it y0 [batch, dim]")
         noise = None if kind is None else func.begin_solve(x0)
         engine, options = field.runner(kind), self.options
         if (constructor := options.get("grid_constructor")) is not None:
