@@ -23,6 +23,7 @@ from .devices import factories_on_cpu
 from .engines.base import Engine, Gradient, SolveRequest, SolveResult
 from .engines.reference import ReferenceEngine
 from .solution import GradientError
+from .solving import memory
 
 SOLVE_INPUTS = ("x", "l", "times", "grid", "noise")
 EVALUATE_INPUTS = ("t", "x", "noise")
@@ -94,7 +95,13 @@ def solve_backward(
         gradient = reference.solve_backward(request, result, grad_xs, grad_ls, wanted, graph=graph)
     else:
         grad_xs, grad_ls = grad_xs.contiguous(), None if grad_ls is None else grad_ls.contiguous()
-        gradient = engine.solve_backward(request, result, grad_xs, grad_ls, wanted)
+        try:
+            gradient = engine.solve_backward(request, result, grad_xs, grad_ls, wanted)
+        except (MemoryError, RuntimeError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            parts = (request.x,) if request.l is None else (request.x, request.l)
+            memory.explain(error, parts, len(request.times), request.tableau.stages_per_step)
     if many or not nonfinite.is_watched():
         return gradient
     if not all_finite([*gradient.tensors, *(getattr(gradient, name) for name in SOLVE_INPUTS)]):

@@ -19,6 +19,7 @@ from ..compiled_field import CompiledField
 from ..compiled_field import compile as compile_field
 from ..compiled_field import with_divergence
 from ..engines.reference import is_autocast_enabled
+from ..finite import refuse_not_finite
 from ..numerics.host import plain
 from ..odeint import odeint_adjoint, solve
 from ..solution import Stats
@@ -267,13 +268,6 @@ class ContinuousFlow(nn.Module):
                 f"{name} is {x.dtype} on {x.device}, the flow's parameters are {like.dtype} on {like.device}; "
                 f"move one of them, for example {name}.to({theirs}) or flow.to({mine})"
             )
-        if torch.compiler.is_compiling() or plain(x) is not x:  # a question about values, which torch.func hides
-            return x
-        if math.isfinite(x.detach().sum()):  # one operation; a sum of finite entries may overflow, so it does not decide
-            return x
-        finite = torch.isfinite(x).all(1)
-        if not bool(finite.all()):
-            rows = (~finite).nonzero().flatten().tolist()
-            shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-            raise ValueError(f"{name} has NaN or infinite entries in {len(rows)} of {x.shape[0]} rows: {shown}")
+        if not torch.compiler.is_compiling() and plain(x) is x:  # a question about values, which torch.func hides
+            refuse_not_finite(x, name)
         return x

@@ -2,7 +2,8 @@
 
 Step sizes are chosen on the host in double precision, one read of the device per step; f sees time in the state's real
 dtype. Stages at the end of a step see the time one unit in the last place early, in case f jumps there. The solver
-steps over output times (f may be called beyond the last one) and reads the outputs off a quartic.
+steps over output times (f may be called beyond the last one) and reads the outputs off a quartic, or ends its steps at
+them if asked (`StepOptions.stop_at_outputs`).
 
 Autograd flows through the accepted steps, with the step sizes held fixed; also from the outputs to `times`, if those
 require gradients.
@@ -216,7 +217,7 @@ def replay_adaptive(
     jumps = {float(t) for t in options.jump_t or ()}
     stops = {float(t) for t in options.step_t or ()} | jumps
     recorded = steps.tolist()
-    ends = [t for t, _ in recorded[1:]] + [t + dt for t, dt in recorded[-1:]]
+    ends = [t for t, _ in recorded[1:]] + [_end(t, dt, points[-1]) for t, dt in recorded[-1:]]
 
     shift, y, ys = clock.origin, y0, [y0]
     states: list[Tensor] = []
@@ -239,6 +240,11 @@ def replay_adaptive(
         states.append(y)
     nfe = tableau.stages_per_step * len(recorded) + 1
     return Trajectory(torch.stack(ys), nfe, len(recorded), 0, steps, states=states)
+
+
+def _end(t: float, dt: float, last: float) -> float:
+    """The end of a step; one that was cut at the last output ends there, which t + dt may miss by its rounding."""
+    return last if abs(t + dt - last) <= math.ulp(max(abs(t), abs(last))) else t + dt
 
 
 # ---------------------------------------------------------------------------------- the request an engine is handed

@@ -20,7 +20,7 @@ from ..numerics.tableaus import ADAPTIVE, METHODS, Tableau
 State = Tensor | tuple[Tensor, ...]
 
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
-STEP_OPTIONS = frozenset(option.name for option in fields(StepOptions))
+STEP_OPTIONS = frozenset(option.name for option in fields(StepOptions)) - {"stop_at_outputs"}  # the caller's
 GRID_OPTIONS = frozenset(("step_size", "grid_constructor", "interp", "perturb"))
 
 _MOST_STEPS = 2**31 - 1  # what torchdiffeq can count to
@@ -174,6 +174,8 @@ def step_options(options: dict, sign: int) -> StepOptions:
     """StepOptions in upward time, from the user's dict (names outside it ignored)."""
     given: dict[str, Any] = {}
     for name, value in options.items():
+        if name == "stop_at_outputs":
+            given[name] = bool(value)
         if name not in STEP_OPTIONS or (value is None and name in ("first_step", "step_t", "jump_t")):
             continue
         if name in ("step_t", "jump_t"):
@@ -200,6 +202,8 @@ def grid_of(t: Tensor, times: Tensor, sign: int, options: dict) -> Tensor:
         # the caller's dtype decides how many steps there are, as it does in torchdiffeq
         span = t.detach()[-1] * sign - t.detach()[0] * sign
         count = int(torch.ceil(span / size + 1).item())
+        if count > _MOST_STEPS:
+            raise ValueError(f"options['step_size'] of {size:g} makes {count} points, for a span of {span.item():g}: too many")
         inner = torch.arange(0, max(count - 1, 0), dtype=torch.float64) * size + start
         grid = torch.cat((inner, end[None])) if len(times) > 1 else times
     else:

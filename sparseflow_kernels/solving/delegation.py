@@ -64,6 +64,16 @@ class _Observed:
             callback(t0, y0, dt)
 
 
+def with_stops(t: Tensor, options: dict) -> dict:
+    """The options of a solve whose steps end at the times of t, beside the caller's own stops."""
+    own = [points for name in ("step_t", "jump_t") if (points := options.get(name)) is not None]
+    known = [torch.as_tensor(points, dtype=torch.float64).reshape(-1).tolist() for points in own]
+    stops = [time for time in t.detach().to(torch.float64).tolist()[1:] if not any(time in points for points in known)]
+    if (given := options.get("step_t")) is not None:
+        stops += torch.as_tensor(given, dtype=torch.float64).reshape(-1).tolist()
+    return {**options, "step_t": torch.tensor(stops, dtype=torch.float64)}
+
+
 def solve_by_torchdiffeq(
     func: Callable, y0: State, t: Tensor, rtol: Any, atol: Any, method: str | None, options: dict | None,
     event_fn: Callable | None, reason: str,

@@ -12,8 +12,9 @@ from .. import gradients, operators
 from ..compiled_field import CompiledField, DivergenceField, hooks_of
 from ..devices import factories_on_cpu
 from ..field import UnsupportedFieldError
-from ..numerics.tableaus import ADAPTIVE
+from ..numerics.tableaus import ADAPTIVE, METHODS
 from ..solution import Solution, SolverError, Stats
+from . import memory
 from .arguments import (
     CALLBACKS, State, check_tolerance, numbers_of, request_of, upward,
 )  # fmt: skip
@@ -90,18 +91,27 @@ class EngineCall:
 
     @factories_on_cpu
     def run(self) -> Solution:
-        """Raises SolverError where the solve cannot go on."""
+        """Raises SolverError where the solve cannot go on, MemoryError, with the sizes, where it does not fit."""
         parts = (self.y0,) if isinstance(self.y0, Tensor) else self.y0
-        x0, l0 = parts[0], (parts[1] if len(parts) > 1 else None)
         func = self.func
         field, kind = (func.field, func.kind) if isinstance(func, DivergenceField) else (func, None)
         if torch.compiler.is_compiling():
-            return self._run_compiled(field, kind, x0, l0)
+            return self._run_compiled(field, kind, *parts)
+        try:
+            return self._run(field, kind, *parts)
+        except (MemoryError, RuntimeError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            memory.explain(error, parts, len(self.t), METHODS[self.method].stages_per_step)
+
+    def _run(self, field: CompiledField, kind: str | None, x0: Tensor, l0: Tensor | None = None) -> Solution:
+        func, parts = self.func, (x0,) if l0 is None else (x0, l0)
         times, sign = upward(self.t, x0.device)
         if any(part.numel() == 0 for part in parts):
             empty = torch.zeros(0, 2, dtype=torch.float64)
             ys = tuple(part[None].expand(len(self.t), *part.shape).clone() for part in parts)
             return self._solution(ys, Stats(0, 0, 0, empty, field.engine_name, self.method, self.step_control))
+        memory.refuse_what_never_fits(parts, len(times), METHODS[self.method].stages_per_step)
         noise = None if kind is None else func.begin_solve(x0)
         engine, options = field.runner(kind), self.options
         if (constructor := options.get("grid_constructor")) is not None:
@@ -122,7 +132,7 @@ class EngineCall:
         ))
 
     def _run_compiled(
-        self, field: CompiledField, kind: str | None, x0: Tensor, l0: Tensor | None
+        self, field: CompiledField, kind: str | None, x0: Tensor, l0: Tensor | None = None
     ) -> Solution:  # fmt: skip
         """The solve as one operator in the graph; its statistics are tensors."""
         obstacle = operators.no_solve(field, self.t, self.options, self.step_control)
