@@ -26,7 +26,7 @@ from .numerics.tableaus import METHODS
 from .solution import Solution
 from .solving.adjoint_call import watched
 from .solving.arguments import State, check_not_negative, checked_options
-from .solving.delegation import begin, solve_by_torchdiffeq, with_own_noise, with_stops
+from .solving.delegation import begin, handed_over, solve_by_torchdiffeq, with_own_noise
 from .solving.engine_call import EngineCall
 from .solving.torch_call import TorchCall, callbacks_of
 
@@ -62,7 +62,7 @@ def odeint(
     method: "dopri5" (None), "dopri8", "tsit5", "bosh3", "fehlberg2", "adaptive_heun"; "euler", "midpoint", "heun2",
     "heun3", "rk4" (3/8 rule); torchdiffeq's "explicit_adams", "implicit_adams", "scipy_solver".
     options: `StepOptions` by name, plus norm and dtype (adaptive); step_size, grid_constructor, interp, perturb
-    (fixed).
+    (fixed). Those that a method does not know are ignored, with a warning.
     event_fn: (t, y) -> tensor; ends the solve where it first changes sign.
 
     Returns [n, *y0.shape], or a tuple of such; with an event (event_t, the same with n = 2). Differentiable in y0, t
@@ -70,7 +70,7 @@ def odeint(
     (compiled fields), its backward pass does as `set_nonfinite_gradients` says. Under torch.autocast a compiled field's
     y0 may have any floating point dtype: it is converted to the field's, which the result has.
 
-    Raises ValueError for an unknown method, TypeError for a `t` that is not floating point, AssertionError for other
+    Raises ValueError for an unknown method, tolerances and options that no solve can use, TypeError for a `t` that is not floating point, AssertionError for other
     bad input, and SolverError (an AssertionError) when a solve of ours cannot go on.
     """
     options, y0 = _checked(rtol, atol, method, options), _in_own_dtype(func, y0)
@@ -78,11 +78,12 @@ def odeint(
         begin(func, y0)
         _refuse_tsit5(method, "events")
         return torchdiffeq.odeint(
-            func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn
+            func, y0, t, rtol=rtol, atol=atol, method=method, options=handed_over(options, None), event_fn=event_fn
         )
     call = _plan_call(func, y0, t, rtol, atol, method, options)
     if isinstance(call, str):
         begin(func, y0)
+        options = handed_over(options, t)
         return torchdiffeq.odeint(func, y0, t, rtol=rtol, atol=atol, method=method, options=options)
     return call.run().ys
 
@@ -103,8 +104,8 @@ def solve(
 
     With one exception. torchdiffeq, and therefore `odeint`, reads outputs off a quartic through the step that passes
     them, which for method "dopri8" is far less accurate than the step (y' = 7 t^6 at 1.3: 10770, right is 6.27). Here
-    dopri8's steps end at the output times, and the outputs are as accurate as the steps. An event is still read off the
-    quartic.
+    dopri8's steps end at the output times, and the outputs are as accurate as the steps, unless
+    options["stop_at_outputs"] is False. An event is still read off the quartic.
 
     step_control: "shared", one step size for the batch as in torchdiffeq; "per_tile": each tile of samples chooses its
         own (the cpu and cuda engines); "per_sample": each sample does (the cuda engine). The latter two are for compiled
@@ -117,16 +118,15 @@ def solve(
         call: EngineCall | TorchCall | str = "events need Python at every step"
         _refuse_tsit5(method, "events")
     else:
-        call = _plan_call(func, y0, t, rtol, atol, method, options, step_control, stop_at_outputs=True)
+        call = _plan_call(func, y0, t, rtol, atol, method, options, step_control, stop=method in _COARSE_OUTPUTS)
     if not isinstance(call, str):
         return call.run()
-    if method in _COARSE_OUTPUTS and event_fn is None:
-        options = with_stops(t, options or {})
     if step_control != "shared":
         raise ValueError(
             f"step_control={step_control!r} is for solves that an engine runs, and here: {call}"
         )
     begin(func, y0)
+    options = handed_over(options, t if event_fn is None else None, method in _COARSE_OUTPUTS)
     return solve_by_torchdiffeq(func, y0, t, rtol, atol, method, options, event_fn, reason=call)
 
 
@@ -200,7 +200,7 @@ def odeint_adjoint(
 
     def run(y0: State, t: Tensor) -> Any:
         return torchdiffeq.odeint_adjoint(
-            func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn, **adjoint
+            func, y0, t, rtol=rtol, atol=atol, method=method, options=handed_over(options, t), event_fn=event_fn, **adjoint
         )
 
     if not isinstance(func, (CompiledField, DivergenceField)) or event_fn is not None:
@@ -238,7 +238,7 @@ def odeint_dense(
     options: dict | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """Solve from t0 to t1 by dopri5 and return the solution as a function of t. Runs in torchdiffeq."""
-    options, y0 = _checked(rtol, atol, method, options), _in_own_dtype(func, y0)
+    options, y0 = handed_over(_checked(rtol, atol, method, options), None), _in_own_dtype(func, y0)
     solution = torchdiffeq.odeint_dense(func, y0, t0, t1, rtol=rtol, atol=atol, method=method, options=options)
     # which keeps the steps' times on the CPU, wherever y0 is
     return lambda t: solution(t.to("cpu") if isinstance(t, Tensor) else t)
@@ -275,11 +275,11 @@ def _known(options: dict | None, method: str | None, name: str) -> dict | None:
 
 def _plan_call(
     func: Callable, y0: State, t: Tensor, rtol: Any, atol: Any, method: str | None, options: dict | None,
-    step_control: str = "shared", stop_at_outputs: bool = False,
+    step_control: str = "shared", stop: bool = False,
 ) -> EngineCall | TorchCall | str:  # fmt: skip
     """The call an engine (or numerics) will run, or the reason why torchdiffeq has to.
 
-    stop_at_outputs: for the methods that need it (`_COARSE_OUTPUTS`).
+    stop: at outputs, where the options do not say.
     """
     compiled = isinstance(func, (CompiledField, DivergenceField))
     if not callable(func):
@@ -287,9 +287,9 @@ def _plan_call(
         raise TypeError(f"func must be a compiled field or a callable f(t, y), not {type(func).__name__}{remedy}")
     method = "dopri5" if method is None else method
     options = dict(options or {})
-    stop = stop_at_outputs and method in _COARSE_OUTPUTS
-    if stop:
-        options["stop_at_outputs"] = True
+    stop = options.setdefault("stop_at_outputs", stop)
+    if not stop:
+        del options["stop_at_outputs"]
     # what torchdiffeq lacks
     by_numerics = method == "tsit5" or (stop and not callbacks_of(func) and "dtype" not in options)
     if not compiled and not by_numerics:

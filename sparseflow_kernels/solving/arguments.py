@@ -20,7 +20,7 @@ from ..numerics.tableaus import ADAPTIVE, METHODS, Tableau
 State = Tensor | tuple[Tensor, ...]
 
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
-STEP_OPTIONS = frozenset(option.name for option in fields(StepOptions)) - {"stop_at_outputs"}  # the caller's
+STEP_OPTIONS = frozenset(option.name for option in fields(StepOptions))
 GRID_OPTIONS = frozenset(("step_size", "grid_constructor", "interp", "perturb"))
 
 _MOST_STEPS = 2**31 - 1  # what torchdiffeq can count to
@@ -174,15 +174,13 @@ def step_options(options: dict, sign: int) -> StepOptions:
     """StepOptions in upward time, from the user's dict (names outside it ignored)."""
     given: dict[str, Any] = {}
     for name, value in options.items():
-        if name == "stop_at_outputs":
-            given[name] = bool(value)
         if name not in STEP_OPTIONS or (value is None and name in ("first_step", "step_t", "jump_t")):
             continue
         if name in ("step_t", "jump_t"):
             flat = torch.as_tensor(value, dtype=torch.float64).detach().reshape(-1).tolist()
             given[name] = tuple(sign * point for point in flat)
-        elif name == "max_num_steps":
-            given[name] = int(value)
+        elif name in ("max_num_steps", "stop_at_outputs"):
+            given[name] = int(value) if name == "max_num_steps" else bool(value)
         else:
             given[name] = float(value)
     return StepOptions(**given)
