@@ -28,13 +28,15 @@ from .simplify import simplify
 KINDS = ("exact", "hutchinson")
 NOISES = ("rademacher", "gaussian")
 
-_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(getattr(nn_module, f"_global_{kind}") for kind in _HOOKS)
+_GLOBAL_HOOKS = (
+    nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks, nn_module._global_backward_hooks,
+    nn_module._global_backward_pre_hooks,
+)  # fmt: skip
 
 
 def hooks_of(module: nn.Module) -> tuple[dict, ...]:
     """The dicts that hold the hooks of a module's calls and of their gradients; they live as long as the module."""
-    return tuple(getattr(module, f"_{kind}") for kind in _HOOKS)
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 @factories_on_cpu
@@ -321,9 +323,8 @@ class CompiledField(nn.Module):
 
     def in_own_dtype(self, y: Tensor) -> Tensor:
         """y in the field's dtype where torch.autocast is on, which makes states of other dtypes; else y as it is."""
-        dtype = self.layers[0].values.dtype
-        if isinstance(y, Tensor) and y.dtype != dtype and y.is_floating_point() and is_autocast_enabled(y):
-            return y.to(dtype)
+        if isinstance(y, Tensor) and is_autocast_enabled(y) and y.is_floating_point():
+            return y.to(self.layers[0].values.dtype)
         return y
 
     @factories_on_cpu

@@ -21,6 +21,7 @@ import torchdiffeq
 from torch import Tensor
 
 from .compiled_field import CompiledField, DivergenceField
+from .engines.reference import is_autocast_enabled
 from .field import VectorField
 from .numerics.tableaus import METHODS
 from .solution import Solution
@@ -254,6 +255,9 @@ def _refuse_tsit5(method: str | None, what: str) -> None:
 
 def _in_own_dtype(func: Callable, y0: State) -> State:
     """A state of another dtype in the field's, under torch.autocast (`CompiledField.in_own_dtype`)."""
+    first = y0[0] if isinstance(y0, tuple) and y0 else y0
+    if not isinstance(first, Tensor) or not is_autocast_enabled(first):
+        return y0
     field = func.field if isinstance(func, DivergenceField) else func
     if not isinstance(field, CompiledField):
         return y0

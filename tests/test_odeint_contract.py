@@ -11,6 +11,7 @@ import torchdiffeq
 from engine_fields import PlainField, OpaqueEngine, compiled
 from torch import nn
 
+from sparseflow_kernels.engines.reference import ReferenceEngine
 from sparseflow_kernels.field import Activation, Layer, Pattern, VectorField
 from sparseflow_kernels.odeint import odeint, odeint_adjoint, odeint_dense, odeint_event
 
@@ -200,6 +201,33 @@ def test_adjoints_are_checked_too():
         odeint_dense(decay, Y0[0], T[0], T[-1], rtol=-1.0)
     with pytest.raises(ValueError, match="^atol must be"):
         odeint_event(decay, Y0, T[0], event_fn=lambda t, y: y.sum() - 1, atol=-1.0)
+
+
+def test_memory_that_is_not_there_is_told_in_sizes():
+    field = compiled(engine=ReferenceEngine)
+    words = r"outputs take 24000000000000 bytes \(21\.8 TiB\), 2 time\(s\) of .* 500000000000 row\(s\) of 3"
+    with pytest.raises(MemoryError, match=words):  # nothing is made of the rows, which share one memory
+        odeint(field, Y0[:1].expand(500_000_000_000, 3), T[[0, 2]])
+    with pytest.raises(MemoryError, match=r"^a solve does not fit into memory: its outputs take 48000000000000000 bytes"):
+        odeint(field, Y0[:1].expand(1_000_000_000_000, 3), torch.linspace(0, 1, 2000, dtype=F64))
+    with pytest.raises(ValueError, match="step_size.* makes .* points"):
+        odeint(field, Y0, T, method="rk4", options={"step_size": 1e-15})
+
+
+def test_memory_that_runs_out_on_the_way_is_told_in_sizes(monkeypatch):
+    """In the solve as in its gradient, whatever of torch or of C++ notices it."""
+    field, y0 = compiled(engine=OpaqueEngine), Y0.clone().requires_grad_()
+    failures = [MemoryError("std::bad_alloc"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")]
+    for failure in failures:
+        with monkeypatch.context() as patch:
+            patch.setattr(OpaqueEngine, "solve", lambda self, request: (_ for _ in ()).throw(failure))
+            with pytest.raises(MemoryError, match=f"its outputs take 144 bytes.*{failure}"):
+                odeint(field, y0, T)
+        ys = odeint(field, y0, T)
+        with monkeypatch.context() as patch:
+            patch.setattr(ReferenceEngine, "solve_backward", lambda *a, **k: (_ for _ in ()).throw(failure))
+            with pytest.raises(MemoryError, match=f"its outputs take 144 bytes.*{failure}"):
+                ys.sum().backward()
 
 
 # ------------------------------------------------------------------------------------------------------------ failures

@@ -132,6 +132,8 @@ def check_tolerance(name: str, tolerance: Any, parts: int | None) -> None:
 
 def check_not_negative(name: str, tolerance: Any) -> None:
     """Raises ValueError for a tolerance with a number below 0, or with NaN; other nonsense is for `check_tolerance`."""
+    if type(tolerance) is float and tolerance >= 0.0:  # nearly always
+        return
     if isinstance(tolerance, Tensor):
         # one that is being traced has no values
         bad = not torch.compiler.is_compiling() and not tolerance.is_complex() and not bool((tolerance >= 0).all())

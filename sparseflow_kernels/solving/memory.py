@@ -31,6 +31,8 @@ def explain(error: BaseException, parts: Sequence[Tensor], outputs: int, stages:
     parts: the state.  outputs: how many times of output.  stages: of the method.
     """
     text = _told(parts, outputs, stages)
+    if str(error).startswith(text):  # `refuse_what_never_fits`
+        raise error
     if isinstance(error, torch.OutOfMemoryError):
         error.add_note(text)
         raise error
