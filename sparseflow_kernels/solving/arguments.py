@@ -67,10 +67,10 @@ def checked_options(options: dict, method: str | None, name: str) -> dict:
         elif option in ("step_t", "jump_t") and value is not None and _has_nan(value):
             raise ValueError(f"{name}[{option!r}] must hold points of time, and one is NaN: {value}")
     if "min_step" in options and "max_step" in options:
-        least, most = _number(options["min_step"]), _number(options["max_step"])
+        least, most = _option_number(options["min_step"]), _option_number(options["max_step"])
         if least > most:
             raise ValueError(f"{name}: min_step must be at most max_step, and they are {least:g} and {most:g}")
-    if "max_num_steps" in options and _number(options["max_num_steps"]) > _MOST_STEPS:
+    if "max_num_steps" in options and _option_number(options["max_num_steps"]) > _MOST_STEPS:
         options["max_num_steps"] = _MOST_STEPS
     return options
 
@@ -82,10 +82,18 @@ def _has_nan(points: Any) -> bool:
     return any(point != point for point in points)
 
 
+def _option_number(value: Any) -> float | None:
+    """A float out of whatever stands for one: a number, an array or tensor of one element."""
+    try:
+        return None if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
 def _check_option(name: str, option: str, value: Any) -> None:
     if value is None and option in ("first_step", "step_size"):
         return
-    number, (holds, wanted) = _number(value), _RULES[option]
+    number, (holds, wanted) = _option_number(value), _RULES[option]
     if number is None:
         raise TypeError(f"{name}[{option!r}] must be {wanted}, not {value!r}")
     if not holds(number):
