@@ -183,7 +183,8 @@ class CompiledField(nn.Module):
                 parameter.register_hook(_zeroing(mask))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packing": Packing(self.requested), "_slots": None, "_live": None, "_inner_hooks": None}
+        forgotten = dict.fromkeys(("_slots", "_live", "_inner_hooks"))
+        return {**self.__dict__, "_packing": Packing(self.requested), **forgotten}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -302,8 +303,8 @@ class CompiledField(nn.Module):
     def forward(self, t: Tensor | float, y: Tensor) -> Tensor:
         """dy/dt, shaped like y.
 
-        t: a number, or a tensor of one element in at most two axes.  y: [..., dim] in the field's dtype and device; under
-        torch.autocast it may have another floating point dtype, and dy/dt has the field's.
+        t: a number, or a tensor of one element in at most two axes.  y: [..., dim] in the field's dtype and device;
+        under torch.autocast it may have another floating point dtype, and dy/dt has the field's.
         Differentiable in t, y and the parameters. Raises TypeError or ValueError for other t, y.
         """
         t, y = self._check_time(t), self.in_own_dtype(y)

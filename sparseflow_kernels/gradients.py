@@ -48,8 +48,9 @@ def evaluate(
 def solve(engine: Engine, live: Callable[[], ReferenceEngine], request: SolveRequest) -> SolveResult:
     """engine.solve(request), with a graph where one is wanted; `live` as in `evaluate`.
 
-    The gradient is the exact one of the accepted steps, step sizes held fixed. Where it is not finite, its backward pass
-    raises GradientError, or hands it on (`nonfinite`). Raises ValueError where a gradient is wanted and every tile has steps of its own.
+    The gradient is the exact one of the accepted steps, step sizes held fixed. Where it is not finite, its backward
+    pass raises GradientError, or hands it on (`nonfinite`). Raises ValueError where a gradient is wanted and every tile
+    has steps of its own.
     """
     if not torch.is_grad_enabled():
         return engine.solve(request)
@@ -88,8 +89,8 @@ def solve_backward(
     engine: Engine, reference: ReferenceEngine, request: SolveRequest, result: SolveResult, grad_xs: Tensor,
     grad_ls: Tensor | None, wanted: Collection[str], graph: bool = False,
 ) -> Gradient:  # fmt: skip
-    """Engine.solve_backward of the engine, which said it can; the reference's if it is to be differentiable (`graph`) or
-    holds for many cotangents at once (vmap). What is not finite goes to `nonfinite`."""
+    """Engine.solve_backward of the engine, which said it can; the reference's if it is to be differentiable (`graph`)
+    or holds for many cotangents at once (vmap). What is not finite goes to `nonfinite`."""
     many = is_batched(grad_xs, grad_ls)
     if graph or many:
         gradient = reference.solve_backward(request, result, grad_xs, grad_ls, wanted, graph=graph)
@@ -125,8 +126,8 @@ def only_torch() -> bool:
 
 
 def is_batched(*tensors: Tensor | None) -> bool:
-    """Does one of them stand for many (vmap, or torch.autograd.grad with is_grads_batched)? Then it has no memory that an
-    engine could read."""
+    """Does one of them stand for many (vmap, or torch.autograd.grad with is_grads_batched)? Then it has no memory that
+    an engine could read."""
     return any(t is not None and (is_batchedtensor(t) or is_legacy_batchedtensor(t)) for t in tensors)
 
 

@@ -33,8 +33,8 @@ from .solving.torch_call import TorchCall, callbacks_of
 
 __all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event", "solve"]
 
-# Their steps are of a much higher order than the quartic that outputs are read from, and as long as that order allows: in
-# the worst case the outputs have no correct digit. `solve` ends their steps at the outputs.
+# Their steps are of a much higher order than the quartic that outputs are read from, and as long as that order allows:
+# in the worst case the outputs have no correct digit. `solve` ends their steps at the outputs.
 _COARSE_OUTPUTS = ("dopri8",)
 
 _OTHER_METHODS = ("explicit_adams", "implicit_adams", "fixed_adams", "scipy_solver")  # torchdiffeq's, no tableaus
@@ -71,8 +71,9 @@ def odeint(
     (compiled fields), its backward pass does as `set_nonfinite_gradients` says. Under torch.autocast a compiled field's
     y0 may have any floating point dtype: it is converted to the field's, which the result has.
 
-    Raises ValueError for an unknown method, tolerances and options that no solve can use, TypeError for a `t` that is not floating point, AssertionError for other
-    bad input, and SolverError (an AssertionError) when a solve of ours cannot go on.
+    Raises ValueError for an unknown method, tolerances and options that no solve can use, TypeError for a `t` that is
+    not floating point, AssertionError for other bad input, and SolverError (an AssertionError) when a solve of ours
+    cannot go on.
     """
     options, y0 = _checked(rtol, atol, method, options), _in_own_dtype(func, y0)
     if event_fn is not None:
@@ -201,7 +202,8 @@ def odeint_adjoint(
 
     def run(y0: State, t: Tensor) -> Any:
         return torchdiffeq.odeint_adjoint(
-            func, y0, t, rtol=rtol, atol=atol, method=method, options=handed_over(options, t), event_fn=event_fn, **adjoint
+            func, y0, t, rtol=rtol, atol=atol, method=method, options=handed_over(options, t), event_fn=event_fn,
+            **adjoint,
         )
 
     if not isinstance(func, (CompiledField, DivergenceField)) or event_fn is not None:

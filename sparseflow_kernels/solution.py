@@ -60,8 +60,8 @@ class _Written(NamedTuple):
 
 
 def _written(value: Any) -> Any:
-    """Tensors, also in a tuple, as bytes: what torch would send between processes instead is a handle of memory that goes
-    with the process that failed."""
+    """Tensors, also in a tuple, as bytes: what torch would send between processes instead is a handle of memory that
+    goes with the process that failed."""
     if isinstance(value, tuple) and not hasattr(value, "_fields"):
         return tuple(map(_written, value))
     if not isinstance(value, Tensor):
@@ -84,8 +84,8 @@ def _restored(kind: type[BaseException], args: tuple, attributes: dict[str, Any]
 
 
 class _Portable(Exception):
-    """An exception made of more than its message. It can be pickled and copied, so that a pool of processes hands it on;
-    its tensors are on the CPU then."""
+    """An exception made of more than its message. It can be pickled and copied, so that a pool of processes hands it
+    on; its tensors are on the CPU then."""
 
     def __reduce__(self) -> tuple:
         return _restored, (type(self), self.args, {name: _written(value) for name, value in self.__dict__.items()})

@@ -648,12 +648,13 @@ def rising(t, y):
 def rising_field(engine):
     nothing = Pattern.from_mask(torch.zeros(1, 1, dtype=torch.bool))
     shift = TimeFunction(lambda t: (7 * t**6).reshape(1))
-    return PlainField(VectorField([Layer(nothing, torch.zeros(0, dtype=F64), torch.zeros(1, dtype=F64), shift=shift)]), engine)
+    layer = Layer(nothing, torch.zeros(0, dtype=F64), torch.zeros(1, dtype=F64), shift=shift)
+    return PlainField(VectorField([layer]), engine)
 
 
 RISING = {
-    "plain": lambda: rising, "opaque": lambda: rising_field(OpaqueEngine), "reference": lambda: rising_field(ReferenceEngine),
-    "native": lambda: rising_field(native_engine()),
+    "plain": lambda: rising, "opaque": lambda: rising_field(OpaqueEngine),
+    "reference": lambda: rising_field(ReferenceEngine), "native": lambda: rising_field(native_engine()),
 }  # fmt: skip
 
 
@@ -696,10 +697,11 @@ def test_dopri8_by_solve(kind, options):
     times = torch.tensor([1.5, 1.2, 0.5, 0.499, -0.3], dtype=F64)
     tight = solve(func, y0, times, method="dopri5", rtol=1e-12, atol=1e-12)
     found, steps = {}, {}
-    for name, field in {"opaque": func, "reference": compiled(kind=kind, engine=ReferenceEngine), "native": native}.items():
+    reference = compiled(kind=kind, engine=ReferenceEngine)
+    for name, field in {"opaque": func, "reference": reference, "native": native}.items():
         state = tuple(p.clone().requires_grad_() for p in (y0 if kind else (y0,)))
-        call = lambda f, state: solve(f, state if kind else state[0], times, rtol=1e-6, atol=1e-6, method="dopri8", options=options)  # noqa: E731, E501
-        solution = call(field, state)
+        tolerances = {"rtol": 1e-6, "atol": 1e-6}
+        solution = solve(field, state if kind else state[0], times, method="dopri8", options=options, **tolerances)
         ys = solution.ys if kind else (solution.ys,)
         for ours, right in zip(ys, tight.ys if kind else (tight.ys,)):
             torch.testing.assert_close(ours, right, rtol=2e-5, atol=2e-5)
@@ -716,9 +718,8 @@ def test_dopri8_of_solves_that_no_engine_runs():
     """A norm of one's own, a tuple and complex numbers: by numerics; callbacks: by torchdiffeq."""
     times, y0 = torch.tensor([0.0, 1.3, 2.0], dtype=F64), torch.zeros(2, 1, dtype=F64)
     expected = times.pow(7)[:, None, None].expand(-1, 2, 1)
-    calls = [(rising, y0, {"norm": lambda y: y.abs().max()}), (rising_field(OpaqueEngine), y0, {"norm": lambda y: y.abs().max()})]
-    for func, state, options in calls:
-        solution = solve(func, state, times, method="dopri8", options=options)
+    for func in (rising, rising_field(OpaqueEngine)):
+        solution = solve(func, y0, times, method="dopri8", options={"norm": lambda y: y.abs().max()})
         assert solution.stats.engine == "numerics"
         torch.testing.assert_close(solution.ys, expected, rtol=1e-9, atol=1e-11)
     solution = solve(lambda t, y: (rising(t, y[0]), -y[1]), (y0, torch.ones(1, dtype=F64)), times, method="dopri8")
@@ -731,7 +732,8 @@ def test_dopri8_of_solves_that_no_engine_runs():
         torch.testing.assert_close(solution.ys, expected, rtol=1e-9, atol=1e-11)
     asked = {"stop_at_outputs": True}  # which every adaptive method and every call understands
     for ys in (
-        odeint(rising, y0, times, method="dopri8", options=asked), solve(rising, y0, times, method="bosh3", options=asked).ys,
+        odeint(rising, y0, times, method="dopri8", options=asked),
+        solve(rising, y0, times, method="bosh3", options=asked).ys,
     ):  # fmt: skip
         torch.testing.assert_close(ys, expected, rtol=1e-5, atol=1e-6)
 

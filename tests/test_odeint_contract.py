@@ -217,8 +217,7 @@ def test_memory_that_is_not_there_is_told_in_sizes():
 def test_memory_that_runs_out_on_the_way_is_told_in_sizes(monkeypatch):
     """In the solve as in its gradient, whatever of torch or of C++ notices it."""
     field, y0 = compiled(engine=OpaqueEngine), Y0.clone().requires_grad_()
-    failures = [MemoryError("std::bad_alloc"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")]
-    for failure in failures:
+    for failure in (MemoryError("std::bad_alloc"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")):
         with monkeypatch.context() as patch:
             patch.setattr(OpaqueEngine, "solve", lambda self, request: (_ for _ in ()).throw(failure))
             with pytest.raises(MemoryError, match=f"its outputs take 144 bytes.*{failure}"):

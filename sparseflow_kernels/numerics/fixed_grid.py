@@ -38,8 +38,8 @@ class Trajectory:
 def combine(k: Sequence[Tensor], weights: Sequence[float], dt: float | Tensor) -> Tensor:
     """dt * sum_i weights[i] k[i], skipping zero weights; dt a number or a 0-d tensor."""
     scale = 1.0 if isinstance(dt, Tensor) else dt
-    # add_ is safe under autograd: neither a scaled sum nor its terms are saved for backward. Under vmap a stage may stand
-    # for many where the sum does not yet.
+    # add_ is safe under autograd: neither a scaled sum nor its terms are saved for backward. Under vmap a stage may
+    # stand for many where the sum does not yet.
     add = Tensor.add if torch._C._are_functorch_transforms_active() else Tensor.add_
     total = None
     for stage, weight in zip(k, weights):

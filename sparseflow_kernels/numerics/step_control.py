@@ -22,8 +22,8 @@ class StepOptions:
     safety, ifactor, dfactor: the next step is dt * safety / ratio^(1/order), at most ifactor and at least dfactor
         times dt.
     max_num_steps: bound on the steps within one output interval.
-    stop_at_outputs: end steps at the output times, and do not read outputs off inside a step: for methods whose steps are
-        of a higher order than their interpolant. Not torchdiffeq's.
+    stop_at_outputs: end steps at the output times, and do not read outputs off inside a step: for methods whose steps
+        are of a higher order than their interpolant. Not torchdiffeq's.
     """
 
     min_step: float = 0.0

@@ -13,7 +13,7 @@ from ..gradients import all_finite, bad_rows, is_batched, only_torch
 from ..solution import GradientError
 from .arguments import State
 
-# What torchdiffeq says of a step size that became NaN, and of a state that did. One that is too small is another matter.
+# What torchdiffeq says of a step size that became NaN, and of a state that did; one that is too small is another matter
 _OVERFLOWS = ("underflow in dt 0.0", "underflow in dt nan", "non-finite values")
 
 
@@ -45,7 +45,9 @@ class _Watched(torch.autograd.Function):
     """torchdiffeq's graph, inside one node of ours."""
 
     @staticmethod
-    def forward(ctx: Any, run: Callable, parts: int, parameters: Sequence[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, run: Callable, parts: int, parameters: Sequence[Tensor], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         with torch.enable_grad():  # on stand-ins, which gradients stop at; the parameters are the field's own
             leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(inputs, ctx.needs_input_grad[3:])]
             lent = leaves[: 1 + parts]

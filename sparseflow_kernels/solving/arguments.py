@@ -29,7 +29,7 @@ _RULES = {  # option -> (is it one?, what it has to be)
     "max_step": (lambda v: v > 0.0, "a positive number"),
     "first_step": (lambda v: 0.0 <= v < math.inf, "a finite positive number, or None to have it chosen"),
     "step_size": (lambda v: 0.0 < v < math.inf, "a finite positive number"),
-    "safety": (lambda v: 0.0 < v <= 1.0, "above 0 and at most 1: it makes the next step smaller than the error asks for"),
+    "safety": (lambda v: 0.0 < v <= 1.0, "above 0 and at most 1: it makes a step smaller than the error asks for"),
     "ifactor": (lambda v: 1.0 <= v < math.inf, "a finite number, 1 or more: the most that a step may grow by"),
     "dfactor": (lambda v: 0.0 < v < 1.0, "between 0 and 1: a step that was rejected must shrink"),
     "max_num_steps": (lambda v: 0.0 <= v < math.inf, "a finite number of steps, 0 or more"),
@@ -59,7 +59,8 @@ def checked_options(options: dict, method: str | None, name: str) -> dict:
             for option in unknown
             for near in [difflib.get_close_matches(str(option), sorted(known), 1)]
         ]
-        warnings.warn(f"{method or 'dopri5'}: Unexpected arguments {unknown} are ignored. {'; '.join(hints)}", stacklevel=5)
+        text = f"{method or 'dopri5'}: Unexpected arguments {unknown} are ignored. {'; '.join(hints)}"
+        warnings.warn(text, stacklevel=5)
     options = {option: value for option, value in options.items() if option in known}
     for option, value in options.items():
         if option in _RULES:
@@ -115,7 +116,7 @@ def upward(t: Tensor, device: torch.device) -> tuple[Tensor, int]:
     if t.device != device and t.device.type != "cpu":  # the host reads the times: the CPU is where they are best
         warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=4)
     if is_batchedtensor(t):
-        raise ValueError("t cannot be vmapped: all items share the times; solve for all of them in one t, and pick afterwards")
+        raise ValueError("t cannot be vmapped: all items share the times; put all of them in one t, and pick afterwards")
     t = t.to("cpu")
     values = t.detach().tolist()  # plain floats: a dozen tensor operations would cost as much as a small solve
     sign = -1 if len(values) > 1 and values[0] > values[1] else 1
@@ -211,7 +212,8 @@ def grid_of(t: Tensor, times: Tensor, sign: int, options: dict) -> Tensor:
         span = t.detach()[-1] * sign - t.detach()[0] * sign
         count = int(torch.ceil(span / size + 1).item())
         if count > _MOST_STEPS:
-            raise ValueError(f"options['step_size'] of {size:g} makes {count} points, for a span of {span.item():g}: too many")
+            span = span.item()
+            raise ValueError(f"options['step_size'] of {size:g} makes {count} points, for a span of {span:g}: too many")
         inner = torch.arange(0, max(count - 1, 0), dtype=torch.float64) * size + start
         grid = torch.cat((inner, end[None])) if len(times) > 1 else times
     else:

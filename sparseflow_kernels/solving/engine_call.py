@@ -49,7 +49,7 @@ class EngineCall:
         if any(place.get(name) is not None for name in CALLBACKS for place in places):
             return "func has callbacks, which need Python at every step"
         if any(hooks_of(func)) or func.hooked_inside():
-            return "func has forward hooks or backward hooks, or its parts or all modules do: they need Python at every evaluation"
+            return "func, its parts or all modules have forward hooks or others, which need Python at every evaluation"
         if isinstance(func, DivergenceField):
             field = func.field
             if not isinstance(field, CompiledField):

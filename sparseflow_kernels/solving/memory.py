@@ -18,8 +18,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def refuse_what_never_fits(parts: Sequence[Tensor], outputs: int, stages: int) -> None:
-    """Raises MemoryError for outputs larger than this machine's memory: it would be promised, and the process killed when
-    it is used."""
+    """Raises MemoryError for outputs larger than this machine's memory: it would be promised, and the process killed
+    when it is used."""
     size = sum(part.numel() * part.element_size() for part in parts) * outputs
     if size > _WORTH_A_LOOK and parts[0].device.type == "cpu" and size > _physical():
         raise MemoryError(_told(parts, outputs, stages))
@@ -44,10 +44,10 @@ def _told(parts: Sequence[Tensor], outputs: int, stages: int) -> str:
     one = sum(part.numel() * part.element_size() for part in parts)
     rows = math.prod(shape[:-1])
     return (
-        f"a solve does not fit into memory: its outputs take {_size(outputs * one)}, {outputs} time(s) of {_size(one)} for "
-        f"a state of {rows} row(s) of {shape[-1]} ({parts[0].dtype}); its workspace takes about as much as {stages + 6} "
-        f"such states, {_size((stages + 6) * one)}, and a gradient keeps up to {stages} more, {_size(stages * one)}, for every "
-        "accepted step. Solve for fewer rows or fewer times at once"
+        f"a solve does not fit into memory: its outputs take {_size(outputs * one)}, {outputs} time(s) of {_size(one)} "
+        f"for a state of {rows} row(s) of {shape[-1]} ({parts[0].dtype}); its workspace takes about as much as "
+        f"{stages + 6} such states, {_size((stages + 6) * one)}, and a gradient keeps up to {stages} more, "
+        f"{_size(stages * one)}, for every accepted step. Solve for fewer rows or fewer times at once"
     )
 
 

@@ -44,7 +44,8 @@ class TorchCall:
         if not (parts[0].is_floating_point() or parts[0].is_complex()):
             raise TypeError(f"y0 must be floating point or complex, not {parts[0].dtype}")
         if options.pop("dtype", torch.float64) != torch.float64:
-            raise ValueError(f"options['dtype']: {method} keeps time in float64 here; use 'dopri5' for another time dtype")
+            remedy = "use 'dopri5' for another time dtype"
+            raise ValueError(f"options['dtype']: {method} keeps time in float64 here; {remedy}")
         if callbacks := callbacks_of(func):
             warnings.warn(f"Solver {method!r} does not support callbacks {callbacks}", stacklevel=4)
         count = None if isinstance(y0, Tensor) else len(parts)
