@@ -16,6 +16,7 @@ struct StepRule {
   double max_step = std::numeric_limits<double>::infinity();
   double safety = 0.9, ifactor = 10.0, dfactor = 0.2;
   long long max_num_steps = 2147483647LL;  // per output interval
+  bool stop_at_outputs = false;            // steps end at output times, instead of passing over them
 };
 
 struct StepOptions : StepRule {
@@ -65,6 +66,8 @@ struct StepController {
   double dt = 0;   // of the step to try
   double end = 0;  // where it ends; a step that was cut does not end at t1 + (the size wished for)
   bool at_step = false, at_jump = false;  // it was cut at one of the points
+  double output = std::numeric_limits<double>::infinity();  // where no step may pass
+  double wished = 0;  // the step's size before it was cut at an output; 0 if it was not
   int next_step_t = 0, next_jump_t = 0;
   long long taken = 0;  // towards the present output
 
@@ -75,7 +78,10 @@ struct StepController {
     next_jump_t = jump_t.first_after(t);
     taken = 0;
   }
-  SF_HD void next_output() { taken = 0; }
+  SF_HD void next_output(double t) {
+    taken = 0;
+    if (rule.stop_at_outputs) output = t;
+  }
 
   SF_HD Proposal propose() {
     if (taken >= rule.max_num_steps) return Proposal::kTooManySteps;
@@ -85,6 +91,8 @@ struct StepController {
     if (dt > rule.max_step) dt = rule.max_step;
     if (!(t1 + dt > t1)) return Proposal::kUnderflow;
     end = t1 + dt;
+    wished = 0;
+    const double whole = dt;
     at_step = at_jump = false;
     if (step_t.count > 0 && t1 < step_t.at[next_step_t] && step_t.at[next_step_t] < t1 + dt) {
       at_step = true;
@@ -96,6 +104,12 @@ struct StepController {
       at_step = false;
       end = jump_t.at[next_jump_t];
       dt = end - t1;
+    }
+    if (end > output) {
+      at_step = at_jump = false;
+      end = output;
+      dt = end - t1;
+      wished = whole;
     }
     return Proposal::kTry;
   }
@@ -113,6 +127,7 @@ struct StepController {
       if (at_jump && next_jump_t + 1 < jump_t.count) ++next_jump_t;
     }
     dt = next_step(dt, ratio, rule, order);
+    if (accept && wished > dt) dt = wished;  // an output says nothing about the step after it
     return accept;
   }
 };

@@ -11,6 +11,7 @@ from .build_info import build_info
 from .compiled_field import CompiledField, DivergenceField, compile, with_divergence  # noqa: A004
 from .field import UnsupportedFieldError, VectorField
 from .flows import ContinuousFlow
+from .nonfinite import get_nonfinite_gradients, set_nonfinite_gradients
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 from .pruning import prune_neurons_, prune_weights_
 from .solution import GradientError, Solution, SolverError
@@ -22,7 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CompiledField", "ContinuousFlow", "DivergenceField", "GradientError", "Solution", "SolverError", "SparseLinear",
-    "UnsupportedFieldError", "VectorField", "build_info", "compile", "get_num_threads", "odeint", "odeint_adjoint",
-    "odeint_dense", "odeint_event", "prune_neurons_", "prune_weights_", "set_num_threads", "solve", "sparse_flow",
-    "sparsify_", "with_divergence",
+    "UnsupportedFieldError", "VectorField", "build_info", "compile", "get_nonfinite_gradients", "get_num_threads",
+    "odeint", "odeint_adjoint", "odeint_dense", "odeint_event", "prune_neurons_", "prune_weights_",
+    "set_nonfinite_gradients", "set_num_threads", "solve", "sparse_flow", "sparsify_", "with_divergence",
 ]

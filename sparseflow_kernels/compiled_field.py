@@ -14,7 +14,7 @@ from typing import Any, Callable, Iterator, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
+from torch.nn.modules import module as nn_module
 
 from . import gradients, operators
 from .capture import capture_with_origins
@@ -23,7 +23,7 @@ from .devices import factories_on_cpu
 from .divergence import DivergencePlan
 from .engines import choose
 from .engines.base import Engine
-from .engines.reference import ReferenceEngine
+from .engines.reference import ReferenceEngine, is_autocast_enabled, layer_output, own_precision
 from .field import Layer, LinearShift, SigmoidGate, TimeFunction, VectorField
 from .origin import CONSTANT, Derivation, Key, Origin
 from .packing import Packing
@@ -32,6 +32,16 @@ from .trained import Entries, Held, Shares, starts_at_zero
 
 KINDS = ("exact", "hutchinson")
 NOISES = ("rademacher", "gaussian")
+
+_GLOBAL_HOOKS = (
+    nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks, nn_module._global_backward_hooks,
+    nn_module._global_backward_pre_hooks,
+)  # fmt: skip
+
+
+def hooks_of(module: nn.Module) -> tuple[dict, ...]:
+    """The dicts that hold the hooks of a module's calls and of their gradients; they live as long as the module."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 @factories_on_cpu
@@ -147,7 +157,7 @@ class _LayerParameters(nn.Module):
         """Nothing to set: what does not fit was refused before."""
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
-        key = prefix + _EXTRA_STATE_KEY_SUFFIX
+        key = prefix + nn_module._EXTRA_STATE_KEY_SUFFIX
         if key not in state_dict:
             warnings.warn(
                 f"{prefix}: this state does not say for which pattern of weights it is (it was saved by version 0.1.0, "
@@ -164,6 +174,10 @@ class _LayerParameters(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
         )  # fmt: skip
+
+    def forward(self, t: Tensor, h: Tensor, layer: Layer) -> Tensor:
+        """The layer's output, for those who hook it; engines do not come here."""
+        return layer_output(layer, layer.weight, t, h)[0]
 
 
 class CompiledField(nn.Module):
@@ -203,6 +217,7 @@ class CompiledField(nn.Module):
         self.described = operators.describe(field, engine)
         self._slots: list[tuple[nn.Module, str, str]] | None = None
         self._live: tuple[list[Tensor], VectorField] | None = None
+        self._inner_hooks: list[dict] | None = None
 
     def _make_parameters(self, field: VectorField, held: dict[str, Held]) -> None:
         recipe = self.shares.recipe
@@ -247,7 +262,8 @@ class CompiledField(nn.Module):
         self._mask_gradients()  # copies and pickles of a parameter lose its hooks
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packing": Packing(self.requested), "_slots": None, "_live": None}
+        forgotten = dict.fromkeys(("_slots", "_live", "_inner_hooks"))
+        return {**self.__dict__, "_packing": Packing(self.requested), **forgotten}
 
     def held(self, of: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Held]:
         """The elements of the module's parameters that this field holds, by the parameters' names in the module, with
@@ -352,6 +368,13 @@ class CompiledField(nn.Module):
             if tensor is not None:
                 yield tensor
 
+    def hooked_inside(self) -> bool:
+        """Are there hooks of torch's on the field's layers, or on all modules?"""
+        if self._inner_hooks is None:
+            layers = [module for layer in self.layers for module in layer.modules()]
+            self._inner_hooks = [hooks for module in layers for hooks in hooks_of(module)]
+        return any(_GLOBAL_HOOKS) or any(self._inner_hooks)
+
     def ordered(self) -> list[Tensor]:
         """The program's tensors in the order of `VectorField.tensors()`, differentiable in the parameters; plainly
         enough for torch.compile to read."""
@@ -373,15 +396,30 @@ class CompiledField(nn.Module):
     def forward(self, t: Tensor | float, y: Tensor) -> Tensor:
         """dy/dt, shaped like y.
 
-        t: a number, or a tensor of one element in at most two axes.  y: [..., dim] in the field's dtype and device.
+        t: a number, or a tensor of one element in at most two axes.  y: [..., dim] in the field's dtype and device;
+        under torch.autocast it may have another floating point dtype, and dy/dt has the field's.
         Differentiable in t, y and the parameters. Raises TypeError or ValueError for other t, y.
         """
-        t = self._check_time(t)
+        t, y = self._check_time(t), self.in_own_dtype(y)
         self._check_state("y", y)
         if y.numel() == 0:
             return y.clone()
-        (out,) = self._run(None, t, y.reshape(-1, self.dim).contiguous(), None)
-        return out.view(y.shape)
+        x = y.reshape(-1, self.dim).contiguous()
+        out = self._layer_by_layer(t, x) if self.hooked_inside() else self._run(None, t, x, None)[0]
+        return out if out.shape == y.shape else out.view(y.shape)
+
+    def _layer_by_layer(self, t: Tensor, x: Tensor) -> Tensor:
+        """f(t, x) in torch, every layer called as a module."""
+        with own_precision(x):
+            for own, layer in zip(self.layers, self.vector_field.layers):
+                x = own(t, x, layer)
+        return x
+
+    def in_own_dtype(self, y: Tensor) -> Tensor:
+        """y in the field's dtype where torch.autocast is on, which makes states of other dtypes; else y as it is."""
+        if isinstance(y, Tensor) and is_autocast_enabled(y) and y.is_floating_point():
+            return y.to(self.dtype)
+        return y
 
     @factories_on_cpu
     def _run(self, kind: str | None, t: Tensor, x: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
@@ -595,6 +633,13 @@ class DivergenceField(nn.Module):
         self.register_buffer("noise", noise if isinstance(noise, Tensor) else None, persistent=False)
         self._drawn: Tensor | None = None
 
+    def hooked_inside(self) -> bool:
+        """Are there hooks of torch's on the field below, or on all modules?"""
+        field = self.field
+        if not isinstance(field, CompiledField):
+            return any(_GLOBAL_HOOKS)
+        return field.hooked_inside() or any(hooks_of(field))
+
     def extra_repr(self) -> str:
         return f"kind={self.kind!r}" + (f", noise={self.distribution!r}" if self.kind == "hutchinson" else "")
 
@@ -636,17 +681,18 @@ class DivergenceField(nn.Module):
         if not isinstance(state, (tuple, list)) or len(state) != 2 or not all(isinstance(p, Tensor) for p in state):
             raise TypeError("state: must be a tuple (x, l) of two tensors")
         x, l = state  # noqa: E741
-        if isinstance(self.field, CompiledField):
-            t = self.field._check_time(t)
+        compiled = isinstance(self.field, CompiledField)
+        if compiled:
+            t, x = self.field._check_time(t), self.field.in_own_dtype(x)
             self.field._check_state("x", x)
         elif x.dim() < 1 or not x.is_floating_point():
             raise TypeError(f"x: must be a real floating point tensor [..., dim], not {x.dtype} {list(x.shape)}")
         if l.shape not in (x.shape[:-1], x.shape[:-1] + (1,)):
             raise ValueError(f"l: must be {list(x.shape[:-1])} or {[*x.shape[:-1], 1]}, not {list(l.shape)}")
         noise = self._probe(x)
-        if isinstance(self.field, CompiledField):
-            if x.numel() == 0:
-                return x.clone(), torch.zeros_like(l)
+        if compiled and x.numel() == 0:
+            return x.clone(), torch.zeros_like(l)
+        if compiled and not self.hooked_inside():
             flat = None if noise is None else noise.reshape(-1, self.field.dim).contiguous()
             dx, trace = self.field._run(self.kind, t, x.reshape(-1, self.field.dim).contiguous(), flat)
             return dx.view(x.shape), -trace.view(l.shape)

@@ -15,12 +15,15 @@ from typing import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
+from . import nonfinite
 from .devices import factories_on_cpu
 from .engines.base import Engine, Gradient, SolveRequest, SolveResult
 from .engines.reference import ReferenceEngine
 from .solution import GradientError
+from .solving import memory
 
 SOLVE_INPUTS = ("x", "l", "times", "grid", "noise")
 EVALUATE_INPUTS = ("t", "x", "noise")
@@ -45,8 +48,9 @@ def evaluate(
 def solve(engine: Engine, live: Callable[[], ReferenceEngine], request: SolveRequest) -> SolveResult:
     """engine.solve(request), with a graph where one is wanted; `live` as in `evaluate`.
 
-    The gradient is the exact one of the accepted steps, step sizes held fixed. Its backward pass raises GradientError
-    where it is not finite. Raises ValueError where a gradient is wanted and every tile has steps of its own.
+    The gradient is the exact one of the accepted steps, step sizes held fixed. Where it is not finite, its backward
+    pass raises GradientError, or hands it on (`nonfinite`). Raises ValueError where a gradient is wanted and every tile
+    has steps of its own.
     """
     if not torch.is_grad_enabled():
         return engine.solve(request)
@@ -74,7 +78,8 @@ def evaluate_backward(
     grad_trace: Tensor | None, wanted: Collection[str],
 ) -> Gradient:  # fmt: skip
     """Engine.evaluate_backward of the engine, or of the reference where that one cannot."""
-    maker = engine if engine.no_gradient(wanted) is None else reference
+    can = engine.no_gradient(wanted) is None and not is_batched(grad_f, grad_trace)
+    maker = engine if can else reference
     grad_trace = None if grad_trace is None else grad_trace.contiguous()
     return maker.evaluate_backward(t, x, noise, grad_f.contiguous(), grad_trace, wanted)
 
@@ -84,15 +89,24 @@ def solve_backward(
     engine: Engine, reference: ReferenceEngine, request: SolveRequest, result: SolveResult, grad_xs: Tensor,
     grad_ls: Tensor | None, wanted: Collection[str], graph: bool = False,
 ) -> Gradient:  # fmt: skip
-    """Engine.solve_backward of the engine, which said it can; the reference's if it is to be differentiable (`graph`).
-    Raises GradientError where it is not finite."""
-    if graph:
-        gradient = reference.solve_backward(request, result, grad_xs, grad_ls, wanted, graph=True)
+    """Engine.solve_backward of the engine, which said it can; the reference's if it is to be differentiable (`graph`)
+    or holds for many cotangents at once (vmap). What is not finite goes to `nonfinite`."""
+    many = is_batched(grad_xs, grad_ls)
+    if graph or many:
+        gradient = reference.solve_backward(request, result, grad_xs, grad_ls, wanted, graph=graph)
     else:
         grad_xs, grad_ls = grad_xs.contiguous(), None if grad_ls is None else grad_ls.contiguous()
-        gradient = engine.solve_backward(request, result, grad_xs, grad_ls, wanted)
-    if not _finite([*gradient.tensors, *(getattr(gradient, name) for name in SOLVE_INPUTS)]):
-        raise _explained(reference, request, result, grad_xs, grad_ls, gradient.x)
+        try:
+            gradient = engine.solve_backward(request, result, grad_xs, grad_ls, wanted)
+        except (MemoryError, RuntimeError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            parts = (request.x,) if request.l is None else (request.x, request.l)
+            memory.explain(error, parts, len(request.times), request.tableau.stages_per_step)
+    if many or not nonfinite.is_watched():
+        return gradient
+    if not all_finite([*gradient.tensors, *(getattr(gradient, name) for name in SOLVE_INPUTS)]):
+        nonfinite.refuse(lambda: _explained(reference, request, result, grad_xs, grad_ls, gradient.x))
     return gradient
 
 
@@ -109,6 +123,12 @@ def only_torch() -> bool:
     differentiation, torch.jit.trace and torch.export."""
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     return transformed or torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+def is_batched(*tensors: Tensor | None) -> bool:
+    """Does one of them stand for many (vmap, or torch.autograd.grad with is_grads_batched)? Then it has no memory that
+    an engine could read."""
+    return any(t is not None and (is_batchedtensor(t) or is_legacy_batchedtensor(t)) for t in tensors)
 
 
 def _any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
@@ -208,10 +228,11 @@ def _solve_watched(engine: ReferenceEngine, request: SolveRequest) -> SolveResul
             outputs.register_hook(partial(arrived.__setitem__, name))
 
     def check(found: Sequence[Tensor | None]) -> None:
-        if not _finite(found):
-            grads = (arrived.get(n) for n in ("xs", "ls"))
-            x = named["x"]
-            raise _explained(engine, request, steps, *grads, dict(zip(map(id, watched), found)).get(id(x)))
+        if not nonfinite.is_watched() or is_batched(*found) or all_finite(found):
+            return
+        grads = (arrived.get(n) for n in ("xs", "ls"))
+        of_x = dict(zip(map(id, watched), found)).get(id(named["x"]))
+        nonfinite.refuse(lambda: _explained(engine, request, steps, *grads, of_x))
 
     torch.autograd.graph.register_multi_grad_hook(watched, check)
     return result
@@ -221,7 +242,7 @@ def _solve_watched(engine: ReferenceEngine, request: SolveRequest) -> SolveResul
 
 
 @torch.no_grad()
-def _finite(found: Sequence[Tensor | None]) -> bool:
+def all_finite(found: Sequence[Tensor | None]) -> bool:
     by_device: dict[torch.device, list[Tensor]] = {}
     for value in found:
         if value is not None:
@@ -234,7 +255,7 @@ def _finite(found: Sequence[Tensor | None]) -> bool:
     return True
 
 
-def _bad_rows(values: Tensor, batch: int) -> tuple[int, ...]:
+def bad_rows(values: Tensor, batch: int) -> tuple[int, ...]:
     """Rows of the batch with an entry that is not finite, of [batch, ...]."""
     bad = ~torch.isfinite(values.detach()).reshape(batch, -1).all(1)
     return tuple(bad.nonzero().flatten().tolist())
@@ -256,10 +277,8 @@ def _explained(
 
     for index, time in enumerate(request.times.tolist()):
         arrived = grad_xs[index] if grad_ls is None else torch.cat((grad_xs[index], grad_ls[index][:, None]), 1)
-        if rows := _bad_rows(arrived, batch):
-            what = f"the gradient that arrives at the solve's output for t = {request.sign * time:.9g} is not finite"
-            advice = "The loss, or what is computed between the solve and it, is not finite there."
-            return error(what, advice, None, rows)
+        if rows := bad_rows(arrived, batch):
+            return GradientError.of_what_arrived(request.sign * time, rows, len(steps))
 
     detached = {n: None if (v := getattr(request, n)) is None else v.detach() for n in SOLVE_INPUTS}
     request = replace(request, **detached)
@@ -268,7 +287,7 @@ def _explained(
         with torch.no_grad():
             states = reference.solve(replace(request, replay=result.steps, record=True)).states
     for end, state in enumerate(states):
-        if rows := _bad_rows(state, batch):
+        if rows := bad_rows(state, batch):
             what = "the state that the solve had come to is not finite"
             advice = "Fixed grids are not checked on the way forwards: look at the parameters, or use a smaller step."
             return error(what, advice, max(end - 1, 0) if steps else None, rows)
@@ -286,7 +305,7 @@ def _explained(
             part, replace(result, steps=result.steps[step:]), torch.cat((zeros, grad_xs[later])),
             None if grad_ls is None else torch.cat((zeros[..., 0], grad_ls[later])), ("x",),
         )  # fmt: skip
-        return () if found.x is None else _bad_rows(found.x, batch)
+        return () if found.x is None else bad_rows(found.x, batch)
 
     advice = (
         "The derivatives of the field overflow there: look at the rows named and at the parameters; smaller weights, "
@@ -298,5 +317,5 @@ def _explained(
         low, high = (middle + 1, high) if rows_at(middle) else (low, middle)
     if low > 0:
         return error("the gradient of a solve is not finite", advice, low - 1, rows_at(low - 1))
-    rows = () if grad_x is None else _bad_rows(grad_x, batch)
+    rows = () if grad_x is None else bad_rows(grad_x, batch)
     return error("the gradient of a solve is not finite", advice, None, rows)

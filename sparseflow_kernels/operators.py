@@ -210,6 +210,7 @@ _SOLVE = (
 )
 _NUMBERS = frozenset((
     "min_step", "max_step", "first_step", "safety", "ifactor", "dfactor", "max_num_steps", "step_size", "perturb",
+    "stop_at_outputs",
 ))  # fmt: skip
 _LISTS = frozenset(("step_t", "jump_t"))
 _IGNORED = frozenset(("dtype", "interp", "norm"))  # float64, "linear" and, on a fixed grid, any norm

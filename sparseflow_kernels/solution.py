@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Sequence
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -51,7 +53,45 @@ class Solution:
         return f"Solution(ys={ys}, {event}{self.stats})"
 
 
-class SolverError(AssertionError):
+class _Written(NamedTuple):
+    """A tensor as bytes."""
+
+    content: bytes
+
+
+def _written(value: Any) -> Any:
+    """Tensors, also in a tuple, as bytes: what torch would send between processes instead is a handle of memory that
+    goes with the process that failed."""
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(map(_written, value))
+    if not isinstance(value, Tensor):
+        return value
+    buffer = io.BytesIO()
+    torch.save(value.detach().to("cpu", copy=True), buffer)
+    return _Written(buffer.getvalue())
+
+
+def _read(value: Any) -> Any:
+    if isinstance(value, _Written):
+        return torch.load(io.BytesIO(value.content), weights_only=True)
+    return tuple(map(_read, value)) if isinstance(value, tuple) and not hasattr(value, "_fields") else value
+
+
+def _restored(kind: type[BaseException], args: tuple, attributes: dict[str, Any]) -> BaseException:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update({name: _read(value) for name, value in attributes.items()})
+    return error
+
+
+class _Portable(Exception):
+    """An exception made of more than its message. It can be pickled and copied, so that a pool of processes hands it
+    on; its tensors are on the CPU then."""
+
+    def __reduce__(self) -> tuple:
+        return _restored, (type(self), self.args, {name: _written(value) for name, value in self.__dict__.items()})
+
+
+class SolverError(_Portable, AssertionError):
     """A solve could not go on. An AssertionError that begins with torchdiffeq's words, then says where and what to do.
 
     status: "underflow", "non_finite" or "max_num_steps".  t, dt: where it stopped, in the caller's time, and the step
@@ -100,8 +140,9 @@ class SolverError(AssertionError):
         )  # fmt: skip
 
 
-class GradientError(RuntimeError):
-    """The gradient of a solve is not finite. Raised by the backward pass, in place of handing NaN to an optimizer.
+class GradientError(_Portable, RuntimeError):
+    """The gradient of a solve is not finite. Raised by the backward pass, in place of handing NaN to an optimizer, but
+    where `set_nonfinite_gradients` or a GradScaler lets it through.
 
     step: number of the accepted step where it happened, counted from 0, or None where no single step is to blame (the
     gradient that arrived was not finite).  t, dt: that step, in the caller's time, or None.  rows: offending rows of
@@ -115,6 +156,13 @@ class GradientError(RuntimeError):
         self.step, self.t, self.dt, self.rows = step, t, dt, tuple(rows)
         where = "" if step is None else f", in step {step} of {steps} (t = {t:.9g}, dt = {dt:.9g})"
         super().__init__(f"{what}{where}{_rows_text(self.rows)}. {advice}")
+
+    @staticmethod
+    def of_what_arrived(time: float, rows: Sequence[int], steps: int) -> "GradientError":
+        """The error of a cotangent, of the output at `time`, that is not finite in these rows."""
+        what = f"the gradient that arrives at the solve's output for t = {time:.9g} is not finite"
+        advice = "The loss, or what is computed between the solve and it, is not finite there."
+        return GradientError(what, advice, None, None, None, rows, steps)
 
 
 def _rows_text(rows: tuple[int, ...]) -> str:

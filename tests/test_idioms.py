@@ -290,7 +290,6 @@ def field() -> sfk.CompiledField:
     (lambda f, y: sfk.ContinuousFlow(f, dim=0), ValueError, "dim must be"),
     (lambda f, y: sfk.ContinuousFlow(f, 2).sample(-1), ValueError, "shape must be"),
     (lambda f, y: sfk.ContinuousFlow(f, 2).sample(2.5), ValueError, "shape must be"),
-    (lambda f, y: torch.vmap(lambda v: sfk.odeint(f, v, T))(y), ValueError, "vmapped"),
 ])
 def test_bad_calls_are_named(field, call, error, words) -> None:
     with pytest.raises(error, match=words):

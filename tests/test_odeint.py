@@ -9,12 +9,13 @@ import pytest
 import sparseflow_kernels
 import torch
 import torchdiffeq
-from engine_fields import OpaqueEngine, compiled
+from engine_fields import OpaqueEngine, PlainField, compiled
 from torch import nn
 
 from sparseflow_kernels import engines
 from sparseflow_kernels.compiled_field import with_divergence
 from sparseflow_kernels.engines.reference import ReferenceEngine
+from sparseflow_kernels.field import Layer, Pattern, TimeFunction, VectorField
 from sparseflow_kernels.numerics.adaptive import replay_adaptive, solve_adaptive
 from sparseflow_kernels.numerics.step_control import StepOptions, initial_step, next_step_size, trial_step
 from sparseflow_kernels.numerics.tableaus import ADAPTIVE, FIXED
@@ -182,7 +183,8 @@ def test_compiled_field_against_torchdiffeq(method, times, kind):
     tol = TOLERANCE.get(method, 1e-3)
     options = {} if method in ADAPTIVE else {"step_size": 0.13}
     with torch.no_grad():
-        solution = solve(func, y0, times, rtol=tol, atol=tol, method=method, options=options)
+        ours = {**options, "stop_at_outputs": False} if method == "dopri8" else options  # `solve` differs there
+        solution = solve(func, y0, times, rtol=tol, atol=tol, method=method, options=ours)
         watched = Watched(func) if method in ADAPTIVE else func  # begin_solve is not called again: the same noise
         expected = torchdiffeq.odeint(watched, y0, times, rtol=tol, atol=tol, method=method, options=options)
     stats = solution.stats
@@ -633,3 +635,113 @@ def test_failure_names_time_rows_and_keeps_what_was_reached():
     assert 0.0 < error.t < 0.9 and error.ys[0].shape == (3, 6, 3) and not error.ys[0].requires_grad
     finite = [bool(torch.isfinite(part).all()) for part in error.ys[0]]
     assert finite == [True, True, False]
+
+
+# ----------------------------------------------------------------------------------------- outputs of dopri8, by solve
+
+
+def rising(t, y):
+    """y' = 7 t^6 in every component: dopri8 makes no error in it, and steps as far as it may."""
+    return 7 * t**6 + 0 * y
+
+
+def rising_field(engine):
+    nothing = Pattern.from_mask(torch.zeros(1, 1, dtype=torch.bool))
+    shift = TimeFunction(lambda t: (7 * t**6).reshape(1))
+    layer = Layer(nothing, torch.zeros(0, dtype=F64), torch.zeros(1, dtype=F64), shift=shift)
+    return PlainField(VectorField([layer]), engine)
+
+
+RISING = {
+    "plain": lambda: rising, "opaque": lambda: rising_field(OpaqueEngine),
+    "reference": lambda: rising_field(ReferenceEngine), "native": lambda: rising_field(native_engine()),
+}  # fmt: skip
+
+
+def native_engine():
+    pytest.importorskip("sparseflow_kernels._cpu")
+    from sparseflow_kernels.engines.cpu import CpuEngine
+
+    return CpuEngine
+
+
+@pytest.mark.parametrize("make", RISING.values(), ids=RISING)
+@pytest.mark.parametrize("times", [[0.0, 1.3], [0.0, 0.2, 1.3, 1.3 + 1e-9, 4.0], [1.3, 1.0, 0.0], [-2.0, -1.9, 1.0]])
+def test_outputs_of_dopri8_are_as_accurate_as_its_steps(make, times):
+    times = torch.tensor(times, dtype=F64, requires_grad=True)
+    y0 = torch.full((2, 1), times[0].item() ** 7, dtype=F64, requires_grad=True)
+    solution = solve(make(), y0, times, method="dopri8")
+    expected = times.detach().pow(7)[:, None, None].expand(-1, 2, 1)
+    torch.testing.assert_close(solution.ys, expected, rtol=1e-9, atol=1e-11)
+    ends = solution.stats.steps[:, 0].tolist() + [times[-1].item()]
+    assert set(times.tolist()) <= set(ends)
+    solution.ys.sum().backward()
+    torch.testing.assert_close(y0.grad, torch.full_like(y0, len(times)))
+    torch.testing.assert_close(times.grad[1:], 2 * 7 * times.detach()[1:].pow(6), rtol=1e-6, atol=1e-9)
+
+
+def test_odeint_reads_dopri8_as_torchdiffeq_does():
+    times, y0 = torch.tensor([0.0, 1.3], dtype=F64), torch.zeros(1, 1, dtype=F64)
+    theirs = torchdiffeq.odeint(rising, y0, times, method="dopri8")
+    assert theirs[-1].item() > 1e3
+    assert torch.equal(odeint(rising, y0, times, method="dopri8"), theirs)
+    assert odeint(rising_field(OpaqueEngine), y0, times, method="dopri8")[-1].item() > 1e3
+
+
+@pytest.mark.parametrize("kind", [None, "exact"])
+@pytest.mark.parametrize("options", [{}, {"step_t": [0.9, 1.1]}, {"jump_t": [0.5, 0.6]}, {"max_step": 0.25}], ids=str)
+def test_dopri8_by_solve(kind, options):
+    """Against itself between tight stops, in every engine; gradients and all."""
+    func, y0 = problem(kind)
+    native = compiled(kind=kind, engine=native_engine())
+    times = torch.tensor([1.5, 1.2, 0.5, 0.499, -0.3], dtype=F64)
+    tight = solve(func, y0, times, method="dopri5", rtol=1e-12, atol=1e-12)
+    found, steps = {}, {}
+    reference = compiled(kind=kind, engine=ReferenceEngine)
+    for name, field in {"opaque": func, "reference": reference, "native": native}.items():
+        state = tuple(p.clone().requires_grad_() for p in (y0 if kind else (y0,)))
+        tolerances = {"rtol": 1e-6, "atol": 1e-6}
+        solution = solve(field, state if kind else state[0], times, method="dopri8", options=options, **tolerances)
+        ys = solution.ys if kind else (solution.ys,)
+        for ours, right in zip(ys, tight.ys if kind else (tight.ys,)):
+            torch.testing.assert_close(ours, right, rtol=2e-5, atol=2e-5)
+        assert set(times.tolist()) <= {*solution.stats.steps[:, 0].tolist(), times[-1].item()}
+        torch.stack([part.pow(2).sum() for part in ys]).sum().backward()
+        found[name], steps[name] = [p.grad for p in state], len(solution.stats.steps)
+    for name in ("reference", "native"):
+        assert steps[name] == steps["opaque"]
+        for ours, right in zip(found[name], found["opaque"]):
+            torch.testing.assert_close(ours, right, rtol=1e-6, atol=1e-6)
+
+
+def test_dopri8_of_solves_that_no_engine_runs():
+    """A norm of one's own, a tuple and complex numbers: by numerics; callbacks: by torchdiffeq."""
+    times, y0 = torch.tensor([0.0, 1.3, 2.0], dtype=F64), torch.zeros(2, 1, dtype=F64)
+    expected = times.pow(7)[:, None, None].expand(-1, 2, 1)
+    for func in (rising, rising_field(OpaqueEngine)):
+        solution = solve(func, y0, times, method="dopri8", options={"norm": lambda y: y.abs().max()})
+        assert solution.stats.engine == "numerics"
+        torch.testing.assert_close(solution.ys, expected, rtol=1e-9, atol=1e-11)
+    solution = solve(lambda t, y: (rising(t, y[0]), -y[1]), (y0, torch.ones(1, dtype=F64)), times, method="dopri8")
+    torch.testing.assert_close(solution.ys[0], expected, rtol=1e-9, atol=1e-11)
+    solution = solve(lambda t, y: 1j * y, torch.ones(1, dtype=torch.complex128), times, method="dopri8")
+    torch.testing.assert_close(solution.ys[:, 0], torch.exp(1j * times), rtol=1e-7, atol=1e-7)
+    for sign, options in ((1, {}), (-1, {"step_t": torch.tensor([-1.0], dtype=F64)})):
+        solution = solve(Watched(lambda t, y: sign * rising(t, y)), y0, sign * times, method="dopri8", options=options)
+        assert solution.stats.engine == "torchdiffeq"
+        torch.testing.assert_close(solution.ys, expected, rtol=1e-9, atol=1e-11)
+    asked = {"stop_at_outputs": True}  # which every adaptive method and every call understands
+    for ys in (
+        odeint(rising, y0, times, method="dopri8", options=asked),
+        solve(rising, y0, times, method="bosh3", options=asked).ys,
+    ):  # fmt: skip
+        torch.testing.assert_close(ys, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_step_after_an_output_is_as_long_as_the_one_before():
+    """An output that cuts a step short says nothing about the field."""
+    times = torch.tensor([0.0, 1.0, 1.0 + 1e-9, 2.0], dtype=F64)
+    for func in (lambda t, y: -y, compiled(), compiled(engine=native_engine())):
+        taken = solve(func, start(), times, method="dopri8", rtol=1e-5, atol=1e-5).stats.steps
+        after = taken[taken[:, 0] > 1.0]
+        assert after[0, 1] > 1e-2

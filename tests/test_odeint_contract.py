@@ -11,6 +11,7 @@ import torchdiffeq
 from engine_fields import PlainField, OpaqueEngine, compiled
 from torch import nn
 
+from sparseflow_kernels.engines.reference import ReferenceEngine
 from sparseflow_kernels.field import Activation, Layer, Pattern, VectorField
 from sparseflow_kernels.odeint import odeint, odeint_adjoint, odeint_dense, odeint_event
 
@@ -137,9 +138,95 @@ def test_options_are_copied(run):
     assert options == {"max_num_steps": 1000}
 
 
-def test_negative_tolerance_is_accepted():
-    for func in (decay, compiled()):
-        odeint(func, Y0, T, rtol=-1e-9, atol=1e-3)
+@pytest.mark.parametrize("name", ["rtol", "atol"])
+@pytest.mark.parametrize("value", [-1e-9, math.nan, torch.tensor(-1.0), torch.full((2, 3), math.nan), (1e-3, -1.0)])
+def test_negative_tolerance_is_refused(run, name, value):
+    """torchdiffeq takes it in silence."""
+    with pytest.raises(ValueError, match=f"^{name} must be 0 or more, and no NaN, not (-1|nan)"):
+        run(**{name: value})
+
+
+BAD_OPTIONS = [
+    ("min_step", -1.0), ("min_step", math.nan), ("min_step", math.inf), ("max_step", 0.0), ("max_step", math.nan),
+    ("safety", 0), ("safety", -0.5), ("safety", 1.5), ("safety", math.nan), ("ifactor", -2.0), ("ifactor", 0.5),
+    ("ifactor", math.inf), ("dfactor", 0.0), ("dfactor", 1.0), ("dfactor", torch.tensor(math.nan)), ("max_num_steps", -1),
+    ("max_num_steps", math.inf), ("max_num_steps", math.nan),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("option, value", BAD_OPTIONS)
+def test_options_no_solve_can_use(run, option, value):
+    with pytest.raises(ValueError, match=rf"^options\['{option}'\] must be .*, not "):
+        run(options={option: value})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_first_step_is_checked(run, value):
+    with pytest.raises(AssertionError, match=r"^underflow in dt 0\.0: options\['first_step'\] must be"):
+        run(options={"first_step": value})
+
+
+def test_options_that_contradict_each_other(run):
+    with pytest.raises(ValueError, match="^options: min_step must be at most max_step, and they are 0.5 and 0.1"):
+        run(options={"min_step": 0.5, "max_step": 0.1})
+
+
+@pytest.mark.parametrize("value", ["0.9", None, [1.0], 1j])
+def test_options_of_another_type(run, value):
+    with pytest.raises(TypeError, match=r"^options\['safety'\] must be"):
+        run(options={"safety": value})
+
+
+@pytest.mark.parametrize("name", ["step_t", "jump_t"])
+@pytest.mark.parametrize("value", [[0.5, math.nan], torch.tensor([math.nan]), math.nan])
+def test_stops_that_are_no_times(run, name, value):
+    with pytest.raises(ValueError, match=rf"^options\['{name}'\] must hold points of time"):
+        run(options={name: value})
+
+
+def test_a_step_limit_beyond_what_can_be_counted_is_no_limit(run):
+    """torchdiffeq fails on it."""
+    assert torch.equal(run(options={"max_num_steps": 2**40}), run())
+
+
+def test_adjoints_are_checked_too():
+    for func in (nn.Identity(), compiled()):
+        for bad, words in (
+            ({"adjoint_rtol": -1.0}, "adjoint_rtol must be"), ({"adjoint_atol": math.nan}, "adjoint_atol must be"),
+            ({"rtol": -1.0}, "rtol must be"), ({"adjoint_options": {"safety": 0.0}}, r"adjoint_options\['safety'\]"),
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match=f"^{words}"):
+                odeint_adjoint(func, Y0, T, **bad)
+    with pytest.raises(ValueError, match="^rtol must be"):
+        odeint_dense(decay, Y0[0], T[0], T[-1], rtol=-1.0)
+    with pytest.raises(ValueError, match="^atol must be"):
+        odeint_event(decay, Y0, T[0], event_fn=lambda t, y: y.sum() - 1, atol=-1.0)
+
+
+def test_memory_that_is_not_there_is_told_in_sizes():
+    field = compiled(engine=ReferenceEngine)
+    words = r"outputs take 24000000000000 bytes \(21\.8 TiB\), 2 time\(s\) of .* 500000000000 row\(s\) of 3"
+    with pytest.raises(MemoryError, match=words):  # nothing is made of the rows, which share one memory
+        odeint(field, Y0[:1].expand(500_000_000_000, 3), T[[0, 2]])
+    with pytest.raises(MemoryError, match=r"^a solve does not fit into memory: its outputs take 48000000000000000 bytes"):
+        odeint(field, Y0[:1].expand(1_000_000_000_000, 3), torch.linspace(0, 1, 2000, dtype=F64))
+    with pytest.raises(ValueError, match="step_size.* makes .* points"):
+        odeint(field, Y0, T, method="rk4", options={"step_size": 1e-15})
+
+
+def test_memory_that_runs_out_on_the_way_is_told_in_sizes(monkeypatch):
+    """In the solve as in its gradient, whatever of torch or of C++ notices it."""
+    field, y0 = compiled(engine=OpaqueEngine), Y0.clone().requires_grad_()
+    for failure in (MemoryError("std::bad_alloc"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")):
+        with monkeypatch.context() as patch:
+            patch.setattr(OpaqueEngine, "solve", lambda self, request: (_ for _ in ()).throw(failure))
+            with pytest.raises(MemoryError, match=f"its outputs take 144 bytes.*{failure}"):
+                odeint(field, y0, T)
+        ys = odeint(field, y0, T)
+        with monkeypatch.context() as patch:
+            patch.setattr(ReferenceEngine, "solve_backward", lambda *a, **k: (_ for _ in ()).throw(failure))
+            with pytest.raises(MemoryError, match=f"its outputs take 144 bytes.*{failure}"):
+                ys.sum().backward()
 
 
 # ------------------------------------------------------------------------------------------------------------ failures
@@ -231,8 +318,30 @@ def test_function_that_returns_nothing():
 
 
 def test_unknown_option(run):
-    with pytest.warns(UserWarning, match="Unexpected arguments {'foo': 1}"):
+    with pytest.warns(UserWarning, match="Unexpected arguments {'foo': 1} are ignored"):
         run(options={"foo": 1})
+    with pytest.warns(UserWarning, match=r"options\['max_steps'\]: did you mean 'max_step'\?") as told:
+        run(options={"max_steps": 10})
+    assert len(told) == 1 and told[0].filename == __file__
+
+
+@pytest.mark.parametrize("method, option, near", [
+    ("rk4", "stepsize", "step_size"), ("implicit_adams", "maxiters", "max_iters"), ("scipy_solver", "solvers", "solver"),
+    ("dopri5", "step_size", None),
+])  # fmt: skip
+def test_unknown_options_of_other_methods(method, option, near):
+    for func in (decay, compiled()):
+        with pytest.warns(UserWarning, match=f"did you mean '{near}'" if near else "Unexpected arguments"):
+            odeint(func, Y0, T, method=method, options={option: 1})
+    with pytest.warns(UserWarning, match=f"did you mean '{near}'" if near else "Unexpected arguments"):
+        odeint_adjoint(compiled(), Y0, T, method=method, options={option: 1})
+
+
+def test_an_unknown_option_costs_no_engine():
+    from sparseflow_kernels.odeint import solve
+
+    with pytest.warns(UserWarning, match="did you mean 'first_step'"):
+        assert solve(compiled(), Y0, T, options={"frist_step": 0.1}).stats.engine == "opaque"
 
 
 def test_callback_the_solver_lacks():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparseflow_kernels.data.dataset import Dataset
 from sparseflow_kernels.flows import ContinuousFlow, mlp_field, toy_field
 from sparseflow_kernels.pruning import copy_module, dense_size, prune_weights_, size
 from sparseflow_kernels.solution import GradientError
@@ -125,6 +126,23 @@ def test_bad_steps_are_skipped_and_too_many_raise():
     flow = ContinuousFlow(Sometimes(lambda solve: True))  # an adaptive solve gives up by itself
     with pytest.raises(NonFiniteLossError, match="the solve failed: underflow in dt"):
         train(flow, rows(), steps=20, max_failures=1, **FAST)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_rows_that_are_no_numbers_are_named(bad):
+    spoiled = rows().clone()
+    spoiled[[3, 17], 1] = bad
+    flow = make_flow()
+    before = [p.detach().clone() for p in flow.parameters()]
+    words = rf"has NaN or infinite entries in 2 of {len(spoiled)} rows: 3, 17"
+    with pytest.raises(ValueError, match=f"^data {words}"):
+        train(flow, spoiled, steps=2, **FAST)
+    with pytest.raises(ValueError, match=f"^x {words}"):
+        evaluate_nll(flow, spoiled, batch=2)
+    for part in ("train", "val", "test"):
+        with pytest.raises(ValueError, match=f"^data set 'mine': {part} {words}"):
+            Dataset("mine", **{**dict.fromkeys(("train", "val", "test"), rows()), part: spoiled})
+    assert all(map(torch.equal, before, flow.parameters()))
 
 
 def test_a_gradient_that_raises_is_a_bad_step():

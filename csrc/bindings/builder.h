@@ -269,6 +269,7 @@ inline StepOptions options_of(const py::dict& options) {
   out.ifactor = options["ifactor"].cast<double>();
   out.dfactor = options["dfactor"].cast<double>();
   out.max_num_steps = options["max_num_steps"].cast<long long>();
+  out.stop_at_outputs = options["stop_at_outputs"].cast<bool>();
   out.step_t = options["step_t"].cast<std::vector<double>>();
   out.jump_t = options["jump_t"].cast<std::vector<double>>();
   return out;

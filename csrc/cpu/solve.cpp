@@ -341,7 +341,7 @@ class Integration {
 
     bool state_checked = false;
     for (size_t index = 1; index < in_.times.size(); ++index) {
-      control.next_output();
+      control.next_output(in_.times[index]);
       while (in_.times[index] > control.t1) {
         const Proposal proposal = control.propose();
         if (proposal == Proposal::kTooManySteps) return stop("max_num_steps", control.t1, control.dt);

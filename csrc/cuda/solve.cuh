@@ -386,7 +386,7 @@ struct Integration {
     Status status = Status::kOk;
     int index = 1, written = 1;
     for (; index < in.n_times; ++index) {
-      if (threadIdx.x == 0) control->next_output();
+      if (threadIdx.x == 0) control->next_output(time(index));
       sync();
       while (time(index) > control->t1) {
         sync();  // all have read what was decided last

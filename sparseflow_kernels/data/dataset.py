@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..finite import refuse_not_finite
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rows of a data set, split. train, val, test: float32 CPU [n, dim].
+    """Rows of a data set, split. train, val, test: float32 CPU [n, dim], finite: ValueError names rows that are not.
 
     floor: the least mean negative log-likelihood any model can reach, in nats, where the true density is known.
     train_labels, val_labels, test_labels: int64 [n] for data with classes, else None.
@@ -23,6 +25,10 @@ class Dataset:
     train_labels: Tensor | None = None
     val_labels: Tensor | None = None
     test_labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for part in ("train", "val", "test"):
+            refuse_not_finite(getattr(self, part), f"data set {self.name!r}: {part}")
 
     @property
     def dim(self) -> int:

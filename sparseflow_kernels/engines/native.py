@@ -153,6 +153,7 @@ def native_options(options: StepOptions) -> dict:
         min_step=options.min_step, max_step=options.max_step, first_step=options.first_step, safety=options.safety,
         ifactor=options.ifactor, dfactor=options.dfactor, max_num_steps=options.max_num_steps,
         step_t=sorted(options.step_t or ()), jump_t=sorted(options.jump_t or ()),
+        stop_at_outputs=options.stop_at_outputs,
     )
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from .. import activations
 from ..divergence import DivergencePlan
-from ..field import TimeFunction, UnsupportedFieldError, VectorField
+from ..field import Layer, TimeFunction, UnsupportedFieldError, VectorField
 from ..numerics.adaptive import solve_request
 from .base import Engine, Gradient, SolveRequest, SolveResult
 
@@ -126,7 +126,10 @@ class ReferenceEngine(Engine):
         def stand_in(tensor: Tensor | None, want: bool) -> Tensor | None:
             if tensor is None:
                 return None
-            return tensor.view_as(tensor) if graph and tensor.requires_grad else tensor.detach().requires_grad_(want)
+            if graph and tensor.requires_grad:
+                return tensor.view_as(tensor)
+            # a leaf; requires_grad_ is refused under torch.func, where a vmap over cotangents may bring us
+            return Tensor._make_subclass(Tensor, tensor.detach(), want)
 
         with torch.enable_grad(), own_precision(inputs["x"]):
             lent = {name: stand_in(tensor, name in wanted) for name, tensor in inputs.items()}
@@ -165,12 +168,8 @@ class ReferenceEngine(Engine):
         t = torch.as_tensor(t, dtype=y.dtype, device=y.device)
         trail = []
         for layer, weight in zip(self.field.layers, weights):
-            scale, shift = layer.modulation(t)
-            z = functional.linear(y, weight, layer.bias)
-            z = z if scale is None else scale * z
-            z = z if shift is None else z + shift
+            y, scale, z = layer_output(layer, weight, t, y)
             trail.append((scale, z))
-            y = activations.apply(layer.activation, z)
         return y, trail
 
     def _with_divergence(
@@ -202,6 +201,15 @@ class ReferenceEngine(Engine):
         return dx, trace
 
 
+def layer_output(layer: Layer, weight: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(act(z), s or None, z = s(t) * (W y + b) + c(t)) of one layer."""
+    scale, shift = layer.modulation(t)
+    z = functional.linear(y, weight, layer.bias)
+    z = z if scale is None else scale * z
+    z = z if shift is None else z + shift
+    return activations.apply(layer.activation, z), scale, z
+
+
 def _time_modules(field: VectorField) -> list[tuple[int, str, nn.Module]]:
     """(layer number, "gate" or "shift", module) of every function of time that is a module."""
     return [
@@ -222,8 +230,12 @@ class _Lent:
         return torch.func.functional_call(self._module, self._parameters, (t,))
 
 
+def is_autocast_enabled(like: Tensor) -> bool:
+    """On this tensor's device."""
+    kind = like.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def own_precision(like: Tensor) -> contextlib.AbstractContextManager:
     """Autocast off: a field computes in its own dtype, as native engines do."""
-    kind = like.device.type
-    active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if active else contextlib.nullcontext()
+    return torch.autocast(like.device.type, enabled=False) if is_autocast_enabled(like) else contextlib.nullcontext()

@@ -18,6 +18,9 @@ from torch.distributions import Distribution
 from ..compiled_field import CompiledField
 from ..compiled_field import compile as compile_field
 from ..compiled_field import with_divergence
+from ..engines.reference import is_autocast_enabled
+from ..finite import refuse_not_finite
+from ..numerics.host import plain
 from ..odeint import odeint_adjoint, solve
 from ..solution import Stats
 
@@ -122,7 +125,7 @@ class ContinuousFlow(nn.Module):
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Data to base: x [n, dim] -> (z [n, dim], log|det dz/dx| [n])."""
-        self._check(x, "x")
+        x = self._checked(x, "x")
         change = x.new_zeros(x.shape[0])  # l = -log|det dz/dx|
         solves: list[Stats] = []
         for index in range(len(self.vector_fields)):
@@ -132,7 +135,7 @@ class ContinuousFlow(nn.Module):
 
     def inverse(self, z: Tensor) -> Tensor:
         """Base to data: z [n, dim] -> x [n, dim], without densities."""
-        self._check(z, "z")
+        z = self._checked(z, "z")
         solves: list[Stats] = []
         for index in reversed(range(len(self.vector_fields))):
             z = self._solve(self.vector_fields[index], z, self._times(index, z).flip(0), solves)
@@ -264,11 +267,14 @@ class ContinuousFlow(nn.Module):
         yield from (buffer for buffer in self.buffers() if buffer.is_floating_point())
         yield torch.empty(0)
 
-    def _check(self, x: Tensor, name: str) -> None:
+    def _checked(self, x: Tensor, name: str) -> Tensor:
+        """x; under torch.autocast, which makes other dtypes, in that of the parameters."""
         if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != self.dim:
             got = f"of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name} must be a tensor [n, {self.dim}], one sample per row; got {got}")
         like = next(self._tensors())
+        if x.dtype != like.dtype and x.is_floating_point() and is_autocast_enabled(x):
+            x = x.to(like.dtype)
         if x.dtype != like.dtype or x.device != like.device:
             to = [(str(mine), str(theirs)) for mine, theirs in ((x.dtype, like.dtype), (x.device, like.device))]
             mine, theirs = next(pair for pair in to if pair[0] != pair[1])
@@ -278,12 +284,6 @@ class ContinuousFlow(nn.Module):
                 f"{name} is {x.dtype} on {x.device}, the flow's parameters are {like.dtype} on {like.device}; "
                 f"move one of them, for example {name}.to({theirs}) or flow.to({mine})"
             )
-        if torch.compiler.is_compiling():  # a question about values
-            return
-        if math.isfinite(x.detach().sum()):  # one operation; a sum of finite entries may overflow, so it does not decide
-            return
-        finite = torch.isfinite(x).all(1)
-        if not bool(finite.all()):
-            rows = (~finite).nonzero().flatten().tolist()
-            shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-            raise ValueError(f"{name} has NaN or infinite entries in {len(rows)} of {x.shape[0]} rows: {shown}")
+        if not torch.compiler.is_compiling() and plain(x) is x:  # a question about values, which torch.func hides
+            refuse_not_finite(x, name)
+        return x

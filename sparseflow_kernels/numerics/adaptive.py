@@ -2,7 +2,8 @@
 
 Step sizes are chosen on the host in double precision, one read of the device per step; f sees time in the state's real
 dtype. Stages at the end of a step see the time one unit in the last place early, in case f jumps there. The solver
-steps over output times (f may be called beyond the last one) and reads the outputs off a quartic.
+steps over output times (f may be called beyond the last one) and reads the outputs off a quartic, or ends its steps at
+them if asked (`StepOptions.stop_at_outputs`).
 
 Autograd flows through the accepted steps, with the step sizes held fixed; also from the outputs to `times`, if those
 require gradients.
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from .clock import Clock
 from .fixed_grid import Trajectory, combine, solve_fixed
+from .host import largest, plain
 from .interpolation import evaluate_polynomial, fit_quartic
 from .step_control import StepOptions, StopPoints, initial_step, trial_step, walk
 from .tableaus import FixedTableau, Tableau
@@ -122,7 +124,7 @@ def solve_adaptive(
         solver.nfe += 1
     else:
         dt = float(options.first_step)
-    state = walk(points, dt, bool(torch.isfinite(y0).all()), tableau.order, options, stops, solver)
+    state = walk(points, dt, bool(torch.isfinite(plain(y0)).all()), tableau.order, options, stops, solver)
     ys, states = solver.ys, solver.states
     if record:
         states.append(solver.y)
@@ -167,10 +169,10 @@ class _Solver:
         self.nfe += tableau.stages_per_step
         with torch.no_grad():
             error = combine(k, tableau.b_error, dt) / (self.atol + self.rtol * torch.maximum(y.abs(), y1.abs()))
-            ratio, is_finite = _read(y.device, self.norm(error), torch.isfinite(y1).all().to(torch.uint8))
+            ratio, is_bad = largest((self.norm(error), (~torch.isfinite(y1)).any().to(torch.uint8)), y.device)
         self.suspects = [y, y1, error]
         self.tried = _Step(t, t1, length, shift, y, y1, k, tableau.b_mid)
-        return ratio, bool(is_finite)
+        return ratio, not is_bad
 
     def accept(self, t: float, dt: float, t1: float, kind: str) -> None:
         if self.record:
@@ -185,21 +187,16 @@ class _Solver:
         self.ys.append(self.step.output(time, self.times, index))
 
 
-def _read(device: torch.device, *values: Tensor | float) -> list[float]:
-    """Absolute values of 0-d tensors and numbers, in one transfer."""
-    return torch.stack([torch.as_tensor(value, device=device).abs().to(torch.float64) for value in values]).tolist()
-
-
 def choose_first_step(
     f: Function, clock: Clock, t0: float, y0: Tensor, f0: Tensor, order: int,
     rtol: float | Tensor, atol: float | Tensor, norm: Norm,
 ) -> float:  # fmt: skip
     """The first step's size (step_control.initial_step), which costs one evaluation; y0, f0 of any shape."""
     scale = atol + y0.abs() * rtol
-    d0, d1 = _read(y0.device, norm(y0 / scale), norm(f0 / scale))
+    d0, d1 = largest((norm(y0 / scale), norm(f0 / scale)), y0.device)
     h0 = trial_step(d0, d1)
     f1 = f(clock.tell(t0 + h0), y0 + h0 * f0)
-    (difference,) = _read(y0.device, norm((f1 - f0) / scale))
+    (difference,) = largest((norm((f1 - f0) / scale),), y0.device)
     d2 = difference / h0 if h0 != 0.0 else math.copysign(math.inf, difference) if difference else math.nan
     return initial_step(h0, d1, d2, order)
 
@@ -220,7 +217,7 @@ def replay_adaptive(
     jumps = {float(t) for t in options.jump_t or ()}
     stops = {float(t) for t in options.step_t or ()} | jumps
     recorded = steps.tolist()
-    ends = [t for t, _ in recorded[1:]] + [t + dt for t, dt in recorded[-1:]]
+    ends = [t for t, _ in recorded[1:]] + [_end(t, dt, points[-1]) for t, dt in recorded[-1:]]
 
     shift, y, ys = clock.origin, y0, [y0]
     states: list[Tensor] = []
@@ -243,6 +240,11 @@ def replay_adaptive(
         states.append(y)
     nfe = tableau.stages_per_step * len(recorded) + 1
     return Trajectory(torch.stack(ys), nfe, len(recorded), 0, steps, states=states)
+
+
+def _end(t: float, dt: float, last: float) -> float:
+    """The end of a step; one that was cut at the last output ends there, which t + dt may miss by its rounding."""
+    return last if abs(t + dt - last) <= math.ulp(max(abs(t), abs(last))) else t + dt
 
 
 # ---------------------------------------------------------------------------------- the request an engine is handed
@@ -329,7 +331,7 @@ def solve_request(request: Any, f: Callable[[Tensor, Tensor], tuple[Tensor, Tens
 def offending_rows(suspects: Sequence[Tensor]) -> tuple[int, ...]:
     """Rows (along the first axis) that are not finite in any of the tensors; if there are none, the rows of the last
     one, the scaled error, that exceed 1 anywhere."""
-    if not suspects or suspects[-1].dim() < 1:
+    if not suspects or suspects[-1].dim() < 1 or any(plain(tensor) is not tensor for tensor in suspects):
         return ()
     flat = [tensor.abs().reshape(tensor.shape[0], -1) for tensor in suspects]
     bad = torch.stack([~torch.isfinite(tensor).all(1) for tensor in flat]).any(0)

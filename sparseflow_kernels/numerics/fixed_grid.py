@@ -38,11 +38,13 @@ class Trajectory:
 def combine(k: Sequence[Tensor], weights: Sequence[float], dt: float | Tensor) -> Tensor:
     """dt * sum_i weights[i] k[i], skipping zero weights; dt a number or a 0-d tensor."""
     scale = 1.0 if isinstance(dt, Tensor) else dt
+    # add_ is safe under autograd: neither a scaled sum nor its terms are saved for backward. Under vmap a stage may
+    # stand for many where the sum does not yet.
+    add = Tensor.add if torch._C._are_functorch_transforms_active() else Tensor.add_
     total = None
     for stage, weight in zip(k, weights):
         if weight != 0.0:
-            # add_ is safe under autograd: neither a scaled sum nor its terms are saved for backward
-            total = stage * (scale * weight) if total is None else total.add_(stage, alpha=scale * weight)
+            total = stage * (scale * weight) if total is None else add(total, stage, alpha=scale * weight)
     if total is None:
         total = torch.zeros_like(k[0])
     return total * dt.to(total.device, total.real.dtype) if isinstance(dt, Tensor) else total

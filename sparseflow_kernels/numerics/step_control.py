@@ -13,7 +13,7 @@ from typing import Protocol, Sequence
 
 @dataclass(frozen=True)
 class StepOptions:
-    """The options of an adaptive solve, with torchdiffeq's names and defaults.
+    """The options of an adaptive solve, with torchdiffeq's names and defaults, and one of our own.
 
     min_step, max_step: bounds of the step size; a step of min_step or less is accepted whatever its error.
     first_step: size of the first step; None chooses it (`initial_step`), which costs one evaluation more.
@@ -22,6 +22,8 @@ class StepOptions:
     safety, ifactor, dfactor: the next step is dt * safety / ratio^(1/order), at most ifactor and at least dfactor
         times dt.
     max_num_steps: bound on the steps within one output interval.
+    stop_at_outputs: end steps at the output times, and do not read outputs off inside a step: for methods whose steps
+        are of a higher order than their interpolant. Not torchdiffeq's.
     """
 
     min_step: float = 0.0
@@ -33,6 +35,7 @@ class StepOptions:
     ifactor: float = 10.0
     dfactor: float = 0.2
     max_num_steps: int = 2**31 - 1
+    stop_at_outputs: bool = False
 
 
 def clamp(dt: float, options: StepOptions) -> float:
@@ -166,8 +169,12 @@ def walk(
                 return state
             tried += 1
             t1, dt, kind = stops.cut(state.t, dt)
+            wished = 0.0
+            if options.stop_at_outputs and t1 > time:
+                t1, wished, dt, kind = time, state.dt, time - state.t, ""
             ratio, is_finite = stepper.attempt(state.t, dt, t1, kind)
-            if is_accepted(dt, ratio, options):
+            accepted = is_accepted(dt, ratio, options)
+            if accepted:
                 stepper.accept(state.t, dt, t1, kind)
                 state.steps.append((state.t, dt))
                 state.t, finite = t1, is_finite
@@ -175,5 +182,7 @@ def walk(
             else:
                 state.rejected += 1
             state.dt = next_step_size(dt, ratio, order, options)
+            if accepted and wished > state.dt:
+                state.dt = wished  # an output says nothing about the step after it
         stepper.output(index, time)
     return state

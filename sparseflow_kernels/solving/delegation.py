@@ -64,6 +64,22 @@ class _Observed:
             callback(t0, y0, dt)
 
 
+def handed_over(options: dict | None, t: Tensor | None, stop: bool = False) -> dict | None:
+    """The options as torchdiffeq takes them, which lacks stop_at_outputs: stops at the times of t, beside the caller's
+    own, or none for None. stop: where the options do not say."""
+    stop = stop if options is None else options.get("stop_at_outputs", stop)
+    options = options and {name: value for name, value in options.items() if name != "stop_at_outputs"}
+    if not stop or t is None:
+        return options
+    options = options or {}
+    own = [points for name in ("step_t", "jump_t") if (points := options.get(name)) is not None]
+    known = [torch.as_tensor(points, dtype=torch.float64).reshape(-1).tolist() for points in own]
+    stops = [time for time in t.detach().to(torch.float64).tolist()[1:] if not any(time in points for points in known)]
+    if (given := options.get("step_t")) is not None:
+        stops += torch.as_tensor(given, dtype=torch.float64).reshape(-1).tolist()
+    return {**options, "step_t": torch.tensor(stops, dtype=torch.float64)}
+
+
 def solve_by_torchdiffeq(
     func: Callable, y0: State, t: Tensor, rtol: Any, atol: Any, method: str | None, options: dict | None,
     event_fn: Callable | None, reason: str,

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from .. import gradients, operators
-from ..compiled_field import CompiledField, DivergenceField
+from ..compiled_field import CompiledField, DivergenceField, hooks_of
 from ..devices import factories_on_cpu
 from ..field import UnsupportedFieldError
-from ..numerics.tableaus import ADAPTIVE
+from ..numerics.tableaus import ADAPTIVE, METHODS
 from ..solution import Solution, SolverError, Stats
+from . import memory
 from .arguments import (
-    CALLBACKS, GRID_OPTIONS, STEP_OPTIONS, State, check_tolerance, numbers_of, request_of, upward,
+    CALLBACKS, State, check_tolerance, numbers_of, request_of, upward,
 )  # fmt: skip
 
 
@@ -47,8 +48,8 @@ class EngineCall:
         places = (func.__dict__, func._modules, type(func).__dict__)
         if any(place.get(name) is not None for name in CALLBACKS for place in places):
             return "func has callbacks, which need Python at every step"
-        if func._forward_hooks or func._forward_pre_hooks:
-            return "func has forward hooks, which need Python at every evaluation"
+        if any(hooks_of(func)) or func.hooked_inside():
+            return "func, its parts or all modules have forward hooks or others, which need Python at every evaluation"
         if isinstance(func, DivergenceField):
             field = func.field
             if not isinstance(field, CompiledField):
@@ -80,12 +81,8 @@ class EngineCall:
         tolerances = numbers_of(rtol, len(parts)), numbers_of(atol, len(parts))
         if None in tolerances:
             return "rtol and atol differ from element to element"
-        known = STEP_OPTIONS | {"dtype"} if adaptive else GRID_OPTIONS | {"norm"}
         if "norm" in options and adaptive:
             return "options['norm'] is Python at every step"
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            return f"unknown options {unknown}"
         if options.get("dtype", torch.float64) != torch.float64:
             return f"options['dtype'] is {options['dtype']}; engines keep time in float64"
         if options.get("interp", "linear") != "linear":
@@ -94,20 +91,27 @@ class EngineCall:
 
     @factories_on_cpu
     def run(self) -> Solution:
-        """Raises SolverError where the solve cannot go on."""
+        """Raises SolverError where the solve cannot go on, MemoryError, with the sizes, where it does not fit."""
         parts = (self.y0,) if isinstance(self.y0, Tensor) else self.y0
-        x0, l0 = parts[0], (parts[1] if len(parts) > 1 else None)
         func = self.func
         field, kind = (func.field, func.kind) if isinstance(func, DivergenceField) else (func, None)
         if torch.compiler.is_compiling():
-            return self._run_compiled(field, kind, x0, l0)
+            return self._run_compiled(field, kind, *parts)
+        try:
+            return self._run(field, kind, *parts)
+        except (MemoryError, RuntimeError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            memory.explain(error, parts, len(self.t), METHODS[self.method].stages_per_step)
+
+    def _run(self, field: CompiledField, kind: str | None, x0: Tensor, l0: Tensor | None = None) -> Solution:
+        func, parts = self.func, (x0,) if l0 is None else (x0, l0)
         times, sign = upward(self.t, x0.device)
         if any(part.numel() == 0 for part in parts):
             empty = torch.zeros(0, 2, dtype=torch.float64)
             ys = tuple(part[None].expand(len(self.t), *part.shape).clone() for part in parts)
             return self._solution(ys, Stats(0, 0, 0, empty, field.engine_name, self.method, self.step_control))
-        if torch._C._functorch.is_batchedtensor(x0):
-            raise ValueError("a solve cannot be vmapped: it takes whole batches, so give it y0 [batch, dim]")
+        memory.refuse_what_never_fits(parts, len(times), METHODS[self.method].stages_per_step)
         noise = None if kind is None else func.begin_solve(x0)
         engine, options = field.runner(kind), self.options
         if (constructor := options.get("grid_constructor")) is not None:
@@ -128,7 +132,7 @@ class EngineCall:
         ))
 
     def _run_compiled(
-        self, field: CompiledField, kind: str | None, x0: Tensor, l0: Tensor | None
+        self, field: CompiledField, kind: str | None, x0: Tensor, l0: Tensor | None = None
     ) -> Solution:  # fmt: skip
         """The solve as one operator in the graph; its statistics are tensors."""
         obstacle = operators.no_solve(field, self.t, self.options, self.step_control)

@@ -1,4 +1,5 @@
-"""A solve by the torch solver in `numerics`: tsit5, which torchdiffeq lacks, on anything that no engine runs."""
+"""A solve by the torch solver in `numerics`, of anything that no engine runs: tsit5, which torchdiffeq lacks, and steps
+that end at the outputs, which it lacks too."""
 
 from __future__ import annotations
 
@@ -12,13 +13,17 @@ from torch import Tensor
 from ..numerics.adaptive import offending_rows, rms_norm, solve_adaptive
 from ..numerics.tableaus import ADAPTIVE
 from ..solution import Solution, SolverError, Stats
-from .arguments import CALLBACKS, STEP_OPTIONS, State, check_tolerance, is_sequence, step_options, upward
+from .arguments import CALLBACKS, State, check_tolerance, is_sequence, step_options, upward
 from .delegation import begin
+
+
+def callbacks_of(func: Callable) -> set[str]:
+    return {name for name in CALLBACKS if getattr(func, name, None) is not None}
 
 
 @dataclass
 class TorchCall:
-    """tsit5 on anything an engine does not run, in torch."""
+    """An adaptive method on anything an engine does not run, in torch."""
 
     func: Callable
     y0: State
@@ -27,10 +32,11 @@ class TorchCall:
     atol: Any
     options: dict
     reason: str
+    method: str
 
     @staticmethod
     def make(
-        func: Callable, y0: State, t: Tensor, rtol: Any, atol: Any, options: dict, reason: str
+        func: Callable, y0: State, t: Tensor, rtol: Any, atol: Any, method: str, options: dict, reason: str
     ) -> "TorchCall":  # fmt: skip
         parts = (y0,) if isinstance(y0, Tensor) else y0
         if not parts or not all(isinstance(part, Tensor) for part in parts):
@@ -38,17 +44,14 @@ class TorchCall:
         if not (parts[0].is_floating_point() or parts[0].is_complex()):
             raise TypeError(f"y0 must be floating point or complex, not {parts[0].dtype}")
         if options.pop("dtype", torch.float64) != torch.float64:
-            raise ValueError("options['dtype']: tsit5 keeps time in float64 here; use 'dopri5' for another time dtype")
-        callbacks = {name for name in CALLBACKS if getattr(func, name, None) is not None}
-        if callbacks:
-            warnings.warn(f"Solver 'tsit5' does not support callbacks {callbacks}", stacklevel=4)
-        unused = {name: value for name, value in options.items() if name not in STEP_OPTIONS | {"norm"}}
-        if unused:
-            warnings.warn(f"tsit5: Unexpected arguments {unused}", stacklevel=4)
+            remedy = "use 'dopri5' for another time dtype"
+            raise ValueError(f"options['dtype']: {method} keeps time in float64 here; {remedy}")
+        if callbacks := callbacks_of(func):
+            warnings.warn(f"Solver {method!r} does not support callbacks {callbacks}", stacklevel=4)
         count = None if isinstance(y0, Tensor) else len(parts)
         check_tolerance("rtol", rtol, count)
         check_tolerance("atol", atol, count)
-        return TorchCall(func, y0, t, rtol, atol, options, reason)
+        return TorchCall(func, y0, t, rtol, atol, options, reason, method)
 
     def run(self) -> Solution:
         is_tuple = isinstance(self.y0, tuple)
@@ -82,7 +85,7 @@ class TorchCall:
 
         options = step_options(self.options, sign)
         result = solve_adaptive(
-            f, y0, times, ADAPTIVE["tsit5"], tolerance(self.rtol), tolerance(self.atol), norm, options
+            f, y0, times, ADAPTIVE[self.method], tolerance(self.rtol), tolerance(self.atol), norm, options
         )
         ys = split(result.ys, len(self.t)) if is_tuple else result.ys
         if result.status != "ok":
@@ -91,6 +94,6 @@ class TorchCall:
             raise SolverError(result.status, sign * result.t, result.dt, rows, detached, options.max_num_steps)
         steps = result.steps * torch.tensor([float(sign), 1.0], dtype=torch.float64)
         stats = Stats(
-            result.nfe, result.accepted, result.rejected, steps, "numerics", "tsit5", reason=self.reason
+            result.nfe, result.accepted, result.rejected, steps, "numerics", self.method, reason=self.reason
         )  # fmt: skip
         return Solution(ys, stats)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..finite import refuse_not_finite
 from ..flows import ContinuousFlow
 
 
@@ -31,6 +32,7 @@ def evaluate(flow: ContinuousFlow, x: Tensor, *, exact: bool = True, batch: int 
     """
     if len(x) == 0:
         raise ValueError("x has no rows to evaluate")
+    refuse_not_finite(x, "x")
     like = next(flow.parameters())
     was_training, was_divergence = flow.training, flow.eval_divergence
     flow.eval()

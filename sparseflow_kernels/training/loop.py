@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..compiled_field import CompiledField
 from ..data.dataset import Dataset
+from ..finite import refuse_not_finite
 from ..flows import ContinuousFlow
 from ..pruning import copy_module
 from ..solution import GradientError
@@ -90,6 +91,8 @@ def fit(
     rows, validation = (data.train, data.val) if isinstance(data, Dataset) else (data, None)
     if len(rows) == 0:
         raise ValueError("data has no rows to train on")
+    if not isinstance(data, Dataset):  # which has looked
+        refuse_not_finite(rows, "data")
     if settings.select == "best" and (validation is None or len(validation) == 0):
         raise ValueError("select='best' needs data with validation rows: give a Dataset that has them")
     path = None if checkpoint is None else Path(checkpoint)
