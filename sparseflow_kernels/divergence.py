@@ -24,7 +24,7 @@ from .field import Layer, Pattern, VectorField
 PATH_LIMIT = 4_000_000  # longest path list a plan stores (a path is a few int64); above it values are multiplied out
 BLOCK_ELEMENTS = 4_000_000  # largest dense intermediate while counting, listing and multiplying out
 STACKED_ENTRIES = 1 << 20  # live weights of all columns together that a plan always lays out side by side
-MOST_STACKED_ENTRIES = 1 << 22  # and where that saves at least half of the multiply-adds; above, columns go one by one
+MOST_STACKED_ENTRIES = 1 << 23  # and where that saves at least half of the multiply-adds; above, columns go one by one
 DENSE_PRODUCT = 0.01  # density of a mask above which its product is quicker by dense blocks than entry by entry
 
 
