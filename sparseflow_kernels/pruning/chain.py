@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..field import UnsupportedFieldError
-from .masks import effective, live_mask
+from .masks import check_maskable, effective, live_mask
 
 _TIME = 0.3712953  # a time that no constant of a network is likely to equal
 _TIMES = (-0.7319, 0.0, _TIME, 1.0, 2.9173)
@@ -241,6 +241,14 @@ def row_parameters(layer: ChainLayer) -> list[tuple[nn.Module, str]]:
     """(module, name) of what belongs to single output neurons besides the weight: bias, gates, time biases."""
     bias = [(layer.module, "bias")] if layer.module.bias is not None else []
     return bias + layer.time_parameters
+
+
+def check_row_parameters(chain: Chain) -> None:
+    """Refuse what `row_parameters` cannot be masked of (`masks.check_maskable`)."""
+    paths = {id(part): path for path, part in chain.vector_field.named_modules()}
+    for layer in chain.layers:
+        for owner, name in row_parameters(layer):
+            check_maskable(owner, name, paths.get(id(owner), ""))
 
 
 def broadcast_rows(rows: Tensor, like: Tensor) -> Tensor:

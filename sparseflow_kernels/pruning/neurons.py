@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import factories_on_cpu
-from .chain import Chain, broadcast_rows, row_parameters, trace_chain, vector_fields
-from .masks import check_keep, effective, live_mask, prunable_layers, set_mask_
+from .chain import Chain, broadcast_rows, check_row_parameters, row_parameters, trace_chain, vector_fields
+from .masks import check_can_be_pruned, check_keep, effective, live_mask, prunable_layers, set_mask_
 from .size import dense_size, size
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -56,16 +56,20 @@ def prune_neurons_(
             it still had is lost, and retraining has to make up for it.
 
     Warns when even one neuron per layer exceeds the budget. Raises NotAChain (an UnsupportedFieldError) for fields
-    that are not chains of Linear layers, ValueError for bad arguments.
+    that are not chains of Linear layers, ValueError for bad arguments, compiled fields and layers whose weight is computed
+    (weight_norm, spectral_norm). Nothing is changed then.
     """
     check_keep(keep, of)
     if fold not in ("auto", "none", "drop"):
         raise ValueError(f"fold must be 'auto', 'none' or 'drop', got {fold!r}")
+    layers = None if layers is None else list(layers)
+    check_can_be_pruned(module, layers)
     found = prunable_layers(module, layers)
     plans = []
     for vector_field in vector_fields(module):
         inside = set(map(id, vector_field.modules()))
         chain = trace_chain(vector_field, {p: layer for p, layer in found.items() if id(layer) in inside})
+        check_row_parameters(chain)
         plans.append(_Plan.of(chain, fold))
 
     if of == "parameters":

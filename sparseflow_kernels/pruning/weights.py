@@ -14,6 +14,7 @@ from .chain import (
     Chain,
     NotAChain,
     broadcast_rows,
+    check_row_parameters,
     live_parameters,
     connected_neurons,
     neurons_read,
@@ -22,7 +23,7 @@ from .chain import (
     trace_chain,
     vector_fields,
 )
-from .masks import check_keep, count, effective, prunable_layers, set_mask_
+from .masks import check_can_be_pruned, check_keep, count, effective, prunable_layers, set_mask_
 from .size import dense_size, size
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -59,11 +60,14 @@ def prune_weights_(
         weights, against the ranking and if need be beyond the budget. Chains only.
 
     Warns when the budget cuts every path from a field's state to its derivative, or when `min_neurons` needs more than
-    it. Raises ValueError for bad arguments, NotAChain for `min_neurons` on a field that is not a chain.
+    it. Raises ValueError for bad arguments, compiled fields and layers whose weight is computed (weight_norm,
+    spectral_norm), NotAChain for `min_neurons` on a field that is not a chain. Nothing is changed then.
     """
     check_keep(keep, of)
     if min_neurons < 0 or min_neurons != int(min_neurons):
         raise ValueError(f"min_neurons must be a whole number >= 0, got {min_neurons!r}")
+    layers = None if layers is None else list(layers)
+    check_can_be_pruned(module, layers)
     found = prunable_layers(module, layers)
     weights = {path: effective(layer, "weight") for path, layer in found.items()}
     for path, weight in weights.items():
@@ -130,6 +134,8 @@ def prune_weights_(
             stacklevel=3,
         )
 
+    for chain, _ in removed:
+        check_row_parameters(chain)
     for path, layer in found.items():
         set_mask_(layer, "weight", masks[path])
     for chain, read in removed:

@@ -113,8 +113,8 @@ def sums(
 @triton.jit
 def inner_products(
     entry_row, entry_col, n_entries, entry_tiles, left, left_row, left_sample, right, right_row, right_sample, batch,
-    padded, chunk, left_tangent, right_tangent, out, out_split, TANGENT: tl.constexpr, ADD: tl.constexpr, ENTRIES: tl.constexpr,
-    BATCH: tl.constexpr,
+    padded, chunk, left_tangent, right_tangent, out, out_split, TANGENT: tl.constexpr, ADD: tl.constexpr,
+    ENTRIES: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
     """out[split][entry] = sum over the split's samples of left[row] right[column], at the entries of a pattern: the
     gradient of a matrix's values. A split is `chunk` samples, a multiple of BATCH; every lane of a tile sums up its samples
@@ -148,7 +148,8 @@ def inner_products(
 def outer_products(
     rows, n_rows, row_tiles, columns, n_columns, column_tiles, entries, width, left, left_row, left_sample, right,
     right_row, right_sample, batch, padded, chunk, left_tangent, right_tangent, out, out_split,
-    TANGENT: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr,
+    TANGENT: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BATCH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As inner_products, by matrix instructions: all products of some used rows and columns, of which those are stored that
     are in the pattern. entries [.., width]: the entry of a used row and column, -1 where there is none."""
