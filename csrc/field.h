@@ -76,6 +76,18 @@ struct Op {
   Operand kept, slope_cotangent, value;  // pull: what keep kept; the cotangent of d; where keep put its value and tangent
   int sum = -1;                          // gradient
   bool tangent() const { return (kind == OpKind::kAffine && store >= 4) || carries; }
+  // Word for word the same: over the same buffers, with the same numbers. A list may say an operation again, which engines
+  // then hold once; a gradient said again adds to the same sum.
+  bool repeats(const Op& o) const {
+    auto same = [](const Operand& a, const Operand& b) { return a.buffer == b.buffer && a.slot == b.slot; };
+    return kind == o.kind && matrix == o.matrix && transposed == o.transposed && same(source, o.source) && same(target, o.target) &&
+           modulation == o.modulation && activation == o.activation && params.a == o.params.a && params.b == o.params.b &&
+           store == o.store && same(seed, o.seed) && same(weight, o.weight) && same(factor, o.factor) && same(factor2, o.factor2) &&
+           coefficient_matrix == o.coefficient_matrix && second == o.second && same(addend, o.addend) && carries == o.carries &&
+           curvature == o.curvature && raw == o.raw && slope_from == o.slope_from && same(kept, o.kept) &&
+           same(slope_cotangent, o.slope_cotangent) && same(value, o.value) && sum == o.sum && factor_row == o.factor_row &&
+           factor2_row == o.factor2_row;
+  }
   bool reduces() const { return kind == OpKind::kReduction || (kind == OpKind::kAffine && (store == 3 || store == 5)); }
 };
 

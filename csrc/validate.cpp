@@ -214,9 +214,12 @@ void validate(const Program<T>& p) {
   if (!p.prologue.empty() || p.externals > 0) fail("an adjoint has neither a prologue nor functions of time that live outside");
   for (size_t i = 0; i < p.keep.size(); ++i) validate_op(p.keep[i], p, "keep operation " + std::to_string(i));
   for (size_t i = 0; i < p.reverse.size(); ++i) validate_op(p.reverse[i], p, "reverse operation " + std::to_string(i));
-  std::vector<int> taken(p.sums.size(), 0);
-  for (const Op& op : p.reverse)
-    if (op.kind == OpKind::kGradient && taken[op.sum]++) fail("two gradients add to one sum");
+  std::vector<const Op*> taken(p.sums.size(), nullptr);
+  for (const Op& op : p.reverse) {
+    if (op.kind != OpKind::kGradient) continue;
+    if (taken[op.sum] != nullptr && !taken[op.sum]->repeats(op)) fail("two different gradients add to one sum");
+    taken[op.sum] = &op;
+  }
   auto check_sum = [&](int sum, int size, bool each_stage, const std::string& name) {
     if (sum < 0) return;
     if (sum >= static_cast<int>(p.sums.size()) || p.sums[sum].size != size || (size > 0 && p.sums[sum].each_stage != each_stage)) fail(name + ": its sum does not fit");

@@ -11,6 +11,7 @@ version needs re-packing, never a new plan. All the forms read per sample are th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Callable, Iterator, Literal, Sequence
 
@@ -22,6 +23,9 @@ from .field import Layer, Pattern, VectorField
 
 PATH_LIMIT = 4_000_000  # longest path list a plan stores (a path is a few int64); above it values are multiplied out
 BLOCK_ELEMENTS = 4_000_000  # largest dense intermediate while counting, listing and multiplying out
+STACKED_ENTRIES = 1 << 20  # live weights of all columns together that a plan always lays out side by side
+MOST_STACKED_ENTRIES = 1 << 23  # and where that saves at least half of the multiply-adds; above, columns go one by one
+DENSE_PRODUCT = 0.01  # density of a mask above which its product is quicker by dense blocks than entry by entry
 
 
 @dataclass(eq=False)
@@ -130,10 +134,15 @@ class Column:
 
 @dataclass(eq=False)
 class ColumnsForm:
-    """L >= 3: for each live coordinate m: p = d_1 * W_1[:,m]; p = d_l * (W_l p), l = 2..L; then
-    tr += g_m W_{L+1}[m,:] . p."""
+    """L >= 2: for each live coordinate m: p = d_1 * W_1[:,m]; p = d_l * (W_l p), l = 2..L; then
+    tr += g_m W_{L+1}[m,:] . p.
+
+    whole: the columns' live weights together would outweigh the field many times (a wide dense field's by its dimension).
+    So they are not laid out: the columns go one by one through the layers' own W_l, in the same memory each.
+    """
 
     columns: tuple[Column, ...]
+    whole: bool = False
 
 
 @dataclass(eq=False)
@@ -202,26 +211,52 @@ def plan(field: VectorField, kind: Literal["exact", "hutchinson"] = "exact") -> 
     else:
         columns, costs["columns"] = _plan_columns(patterns)
         form, reason = columns, f"columns of live neurons cost {costs['columns']}"
+        if columns.whole:
+            reason = f"{reason} (one by one through the whole layers, {_whole_cost(patterns, columns.columns)})"
         if depth == 3:
-            listed = _count_paths(patterns)
-            costs["paths"] = listed.paths + 3 * int(listed.i.numel())
-            if costs["paths"] < costs["columns"] and listed.paths + listed.end_paths <= PATH_LIMIT:
+            listed = _count_paths(patterns, most=costs["columns"])
+            costs["paths"] = listed.paths + 3 * listed.pairs
+            if listed.i is not None and costs["paths"] < costs["columns"]:
                 form = _plan_paths(patterns, listed)
                 reason = f"closed paths cost {costs['paths']}, {reason}"
             else:
-                reason = f"{reason}, closed paths {costs['paths']}"
+                reason = f"{reason}, closed paths {'' if listed.complete else 'at least '}{costs['paths']}"
         reason = f"{'three' if depth == 3 else depth} hidden layers: {reason}, a Hutchinson probe {probe}"
     return DivergencePlan(kind, form, costs, reason)
 
 
-def _mask(pattern: Pattern) -> Tensor:
-    """float32 [out, in] of 0 and 1: products of masks count exactly up to 2**24."""
-    return pattern.dense(torch.ones(pattern.nnz))
+def _mask(pattern: Pattern, rows: slice | None = None) -> Tensor:
+    """float32 [rows, in] of 0 and 1, of some rows or all: products of masks count exactly up to 2**24."""
+    rows = slice(0, pattern.shape[0]) if rows is None else rows
+    mask = torch.zeros((rows.stop - rows.start) * pattern.shape[1], dtype=torch.float32)
+    mask[_flat(pattern, rows)] = 1
+    return mask.view(-1, pattern.shape[1])
+
+
+def _mask_product(pattern: Pattern, x: Tensor, transposed: bool = False) -> Tensor:
+    """The 0-1 matrix of a pattern, or its transpose, times x (float32 [in, n], transposed [out, n]), a block at a time."""
+    out, width = pattern.shape
+    product = torch.zeros(width if transposed else out, x.shape[1], dtype=torch.float32)
+    if pattern.density > DENSE_PRODUCT:
+        for rows in _blocks(out, width):
+            mask = _mask(pattern, rows)
+            if transposed:
+                product += mask.T @ x[rows]
+            else:
+                product[rows] = mask @ x
+        return product
+    for entries in _blocks(pattern.nnz, x.shape[1]):
+        row, col = pattern.row[entries], pattern.col[entries]
+        source, target = (row, col) if transposed else (col, row)
+        product.index_add_(0, target, x[source])
+    return product
 
 
 def _subpattern(pattern: Pattern, kept: Tensor) -> tuple[Pattern, Tensor]:
     """The pattern of the kept (bool [nnz]) entries, and their int64 indices."""
     index = kept.nonzero().flatten()
+    if index.numel() == pattern.nnz:
+        return pattern, index
     row_ptr = torch.zeros_like(pattern.row_ptr)
     torch.cumsum(torch.bincount(pattern.row[index], minlength=pattern.shape[0]), 0, out=row_ptr[1:])
     return Pattern(pattern.shape, row_ptr, pattern.col[index]), index
@@ -277,11 +312,12 @@ def _plan_diagonal(patterns: Sequence[Pattern]) -> DiagonalForm:
 def _plan_pairs(patterns: Sequence[Pattern]) -> tuple[PairsForm, int]:
     first, middle, last = patterns
     into, back = _mask(first).T, _mask(last).T.contiguous()  # [dim, n_1], [n_2, dim]
-    paths = torch.cat([
-        (back[rows] @ into).flatten()[_flat(middle, rows)] for rows in _blocks(*middle.shape)
-    ] or [torch.zeros(0)]).long()
-    pattern, index = _subpattern(middle, paths > 0)
-    total = int(paths.sum())
+    closed, total = torch.zeros(middle.nnz, dtype=torch.bool), 0
+    for rows in _blocks(*middle.shape):
+        paths = (back[rows] @ into).flatten()[_flat(middle, rows)]
+        closed[_entries(middle, rows)] = paths > 0
+        total += int(paths.sum(dtype=torch.float64))
+    pattern, index = _subpattern(middle, closed)
     if total > PATH_LIMIT:
         return PairsForm(GatedMatrix(pattern, direct=_MultipliedOut(pattern, index))), total
     entry, first_index, last_index = _two_step_paths(first, pattern.col, last, pattern.row)
@@ -291,8 +327,12 @@ def _plan_pairs(patterns: Sequence[Pattern]) -> tuple[PairsForm, int]:
 
 def _flat(pattern: Pattern, rows: slice) -> Tensor:
     """Positions of a pattern's entries in some rows, within the flattened block of those rows."""
-    entries = slice(int(pattern.row_ptr[rows.start]), int(pattern.row_ptr[rows.stop]))
+    entries = _entries(pattern, rows)
     return (pattern.row[entries] - rows.start) * pattern.shape[1] + pattern.col[entries]
+
+
+def _entries(pattern: Pattern, rows: slice) -> slice:
+    return slice(int(pattern.row_ptr[rows.start]), int(pattern.row_ptr[rows.stop]))
 
 
 @dataclass(eq=False)
@@ -316,27 +356,41 @@ class _MultipliedOut:
 @dataclass(eq=False)
 class _ClosedPaths:
     """L = 3: the pairs (i, k), CSR order, that close at least one path; paths = sum over pairs of the middles j, and
-    end_paths = sum over pairs of the state coordinates m."""
+    end_paths = sum over pairs of the state coordinates m. i and k are None where there are too many paths to list them.
+    complete: False where counting stopped, because the paths were too many to list and cost more than something else."""
 
-    i: Tensor
-    k: Tensor
+    i: Tensor | None
+    k: Tensor | None
+    pairs: int
     paths: int
     end_paths: int
+    complete: bool
 
 
-def _count_paths(patterns: Sequence[Pattern]) -> _ClosedPaths:
+def _count_paths(patterns: Sequence[Pattern], most: float = math.inf) -> _ClosedPaths:
+    """most: a cost beyond which paths that cannot be listed need not be counted on."""
     first, second, third, last = patterns
     into, back = _mask(first).T, _mask(last).T.contiguous()
-    upper, lower = _mask(third), _mask(second)
-    pairs, paths, end_paths = [], 0, 0
-    for rows in _blocks(third.shape[0], second.shape[1]):
-        through, around = upper[rows] @ lower, back[rows] @ into  # [i, k]: middles j, coordinates m
+    listed: list[Tensor] | None = []
+    pairs = paths = end_paths = 0
+    for rows in _blocks(third.shape[0], max(second.shape)):
+        if listed is None and paths + 3 * pairs >= most:
+            return _ClosedPaths(None, None, pairs, paths, end_paths, complete=False)
+        # [i, k]: middles j, coordinates m
+        through = _mask_product(second, _mask(third, rows).T.contiguous(), transposed=True).T
+        around = back[rows] @ into
         closed = (through > 0) & (around > 0)
-        paths += int(through[closed].sum(dtype=torch.float64))
-        end_paths += int(around[closed].sum(dtype=torch.float64))
-        pairs.append(closed.nonzero() + torch.tensor([rows.start, 0]))
-    pairs = torch.cat(pairs) if pairs else torch.zeros(0, 2, dtype=torch.int64)
-    return _ClosedPaths(pairs[:, 0].contiguous(), pairs[:, 1].contiguous(), paths, end_paths)
+        pairs += int(closed.sum())
+        paths += int((through * closed).sum(dtype=torch.float64))
+        end_paths += int((around * closed).sum(dtype=torch.float64))
+        if paths + end_paths > PATH_LIMIT:
+            listed = None
+        if listed is not None:
+            listed.append(closed.nonzero() + torch.tensor([rows.start, 0]))
+    if listed is None:
+        return _ClosedPaths(None, None, pairs, paths, end_paths, complete=True)
+    found = torch.cat(listed) if listed else torch.zeros(0, 2, dtype=torch.int64)
+    return _ClosedPaths(found[:, 0].contiguous(), found[:, 1].contiguous(), pairs, paths, end_paths, complete=True)
 
 
 def _plan_paths(patterns: Sequence[Pattern], closed: _ClosedPaths) -> PathsForm:
@@ -353,26 +407,29 @@ def _plan_paths(patterns: Sequence[Pattern], closed: _ClosedPaths) -> PathsForm:
 
 
 def columns_form(field: VectorField) -> ColumnsForm:
-    """The columns form of a field with three hidden layers or more, whatever `plan` would choose."""
+    """The columns form of a field with two hidden layers or more, whatever `plan` would choose."""
     return _plan_columns([layer.pattern for layer in field.layers])[0]
+
+
+def _whole_cost(patterns: Sequence[Pattern], columns: Sequence["Column"]) -> int:
+    """Multiply-adds of columns that go through the layers' own matrices."""
+    ends = sum(column.start_row.numel() + column.end_col.numel() for column in columns)
+    return len(columns) * sum(pattern.nnz for pattern in patterns[1:-1]) + ends
 
 
 def _plan_columns(patterns: Sequence[Pattern]) -> tuple[ColumnsForm, int]:
     """The form, and its cost over all columns: live weights of W_2 .. W_{L+1}, and one product per live neuron."""
     first, *hidden, last = patterns
-    masks = [
-        torch.sparse_coo_tensor(torch.stack([p.row, p.col]), torch.ones(p.nnz), p.shape, check_invariants=True)
-        for p in hidden
-    ]
     forward, backward = [_mask(first) > 0], [_mask(last).T > 0]  # [n_l, dim]: reached from input m, reaching output m
-    for mask in masks:
-        forward.append(torch.sparse.mm(mask, forward[-1].float()) > 0)
-    for mask in reversed(masks):
-        backward.append(torch.sparse.mm(mask.t(), backward[-1].float()) > 0)
+    for pattern in hidden:
+        forward.append(_mask_product(pattern, forward[-1].float()) > 0)
+    for pattern in reversed(hidden):
+        backward.append(_mask_product(pattern, backward[-1].float(), transposed=True) > 0)
     live = [reached & reaching for reached, reaching in zip(forward, reversed(backward))]
-    cost = sum(int(neurons.sum()) for neurons in live) + int(live[-1].sum())
-    for mask, before, after in zip(masks, live, live[1:]):
-        cost += int((torch.sparse.mm(mask, before.float()) * after).sum(dtype=torch.float64))
+    entries = 0
+    for pattern, before, after in zip(hidden, live, live[1:]):
+        entries += int((_mask_product(pattern, before.float()) * after).sum(dtype=torch.float64))
+    cost = sum(int(neurons.sum()) for neurons in live) + int(live[-1].sum()) + entries
 
     first_t, first_order = first.transpose
     columns = []
@@ -387,7 +444,9 @@ def _plan_columns(patterns: Sequence[Pattern]) -> tuple[ColumnsForm, int]:
         columns.append(Column(
             m, first_t.col[start][starts], first_order[start][starts], last.col[end], end, alive, tuple(hidden)
         ))
-    return ColumnsForm(tuple(columns)), cost
+    spared = 2 * entries <= len(columns) * sum(pattern.nnz for pattern in hidden)
+    stacked = entries <= STACKED_ENTRIES or (spared and entries <= MOST_STACKED_ENTRIES)
+    return ColumnsForm(tuple(columns), whole=not stacked), cost
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -418,12 +477,15 @@ def evaluate(
         return (form.coefficient.values(field, gate) * slopes[2][:, form.i] * slopes[0][:, form.k] * q).sum(1)
     if isinstance(form, ColumnsForm):
         total = slopes[0].new_zeros(len(slopes[0]))
+        weights = [layer.weight for layer in field.layers[1:-1]] if form.whole else []
         for column in form.columns:
             p = torch.zeros_like(slopes[0])
             p[:, column.start_row] = field.layers[0].values[column.start_index]
             p = slopes[0] * p
-            for layer, slope, (pattern, index) in zip(field.layers[1:], slopes[1:], column.steps):
+            for layer, slope, (pattern, index) in zip(field.layers[1:], slopes[1:], () if form.whole else column.steps):
                 p = slope * product(pattern, layer.values[index], p)
+            for weight, slope in zip(weights, slopes[1:]):
+                p = slope * functional.linear(p, weight)
             end = p[:, column.end_col] @ last.values[column.end_index]
             total = total + (end if gate is None else gate[column.m] * end)
         return total

@@ -1,14 +1,20 @@
 """Every form of the divergence against autograd's Jacobian, and what the planner chooses and counts."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from random_fields import jacobians, plain_forward, random_field
 
+import sparseflow_kernels as sfk
 from sparseflow_kernels import activations, divergence
 from sparseflow_kernels.divergence import (
     ColumnsForm, DiagonalForm, DivergencePlan, HutchinsonForm, NoHiddenForm, PairsForm, PathsForm, evaluate, plan,
 )
+from sparseflow_kernels.engines.cpu import CpuEngine
 from sparseflow_kernels.field import Activation, Layer, Pattern, VectorField
+from sparseflow_kernels.flows import mlp_field
 
 SIZES = {
     0: [4, 4], 1: [3, 9, 3], 2: [5, 11, 8, 5], 3: [4, 9, 12, 7, 4], 4: [3, 8, 6, 9, 7, 3], 5: [2, 5, 6, 4, 7, 5, 2],
@@ -227,6 +233,87 @@ def test_big_dense_masks_are_planned_without_their_paths():
     chosen = plan(VectorField(layers))
     assert chosen.costs["pairs"] == 860 * 860 and "31802800 paths" in chosen.reason
     assert chosen.form.matrix.factors is None
+
+
+@pytest.fixture
+def one_by_one(monkeypatch):
+    """Columns are never laid out side by side, and paths never listed: as in a field too wide for either."""
+    for name in ("STACKED_ENTRIES", "MOST_STACKED_ENTRIES", "PATH_LIMIT"):
+        monkeypatch.setattr(divergence, name, 0)
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("density", [0.2, 1.0])
+@pytest.mark.parametrize("depth", [3, 4, 5])
+def test_columns_one_by_one_are_the_trace(depth, density, gate, one_by_one):
+    field = random_field(SIZES[depth], density, gate=gate, shift=gate, seed=depth)
+    chosen = plan(field)
+    assert chosen.form.whole or not chosen.form.columns
+    assert "one by one" in chosen.reason or not chosen.form.columns
+    assert_close(*traces(field, chosen, state(field)))
+
+
+@pytest.mark.parametrize("layer", ["ignore", "concatsquash"])
+@pytest.mark.parametrize("depth, keep", [(2, 1.0), (3, 1.0), (3, 0.4), (4, 0.6)])
+def test_columns_one_by_one_run_and_go_back_as_the_reference(depth, keep, layer, one_by_one):
+    torch.manual_seed(depth)
+    module = mlp_field(4, (9, 7, 8, 6)[:depth], layer, "softplus").double()
+    if keep < 1:
+        sfk.prune_weights_(module, keep, of="weights")
+    start = torch.randn(5, 4, dtype=torch.float64)
+    found = []
+    for engine in ("reference", "cpu"):
+        field = sfk.compile(module, engine=engine)
+        x, l = start.clone().requires_grad_(), torch.zeros(5, dtype=torch.float64)
+        t = torch.linspace(0, 1, 3, dtype=torch.float64)
+        xs, ls = sfk.odeint(sfk.with_divergence(field), (x, l), t, method="rk4")
+        (xs[-1].sin().sum() + ls.square().sum()).backward()
+        found.append([xs.detach(), ls.detach(), x.grad, *(p.grad for p in field.parameters() if p.requires_grad)])
+    assert native_reason(field, start) is None  # not by way of the reference engine
+    for got, want in zip(*found):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-11)
+
+
+def native_reason(field, x):
+    engine = field._packing.engine("exact", list(field.parameters()), lambda: field.vector_field)
+    assert engine.name == "cpu"
+    return engine.no_gradient(("x", "tensors"))
+
+
+def test_a_wide_dense_field_takes_little_more_memory_than_its_weights():
+    """Laid out side by side, the 63 columns of this field have 5 million weights and take half a gigabyte."""
+    program = """
+import resource, torch, sparseflow_kernels as sfk
+from sparseflow_kernels.flows import mlp_field
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+field = sfk.compile(mlp_field(63, (200, 200, 200), "concatsquash", "softplus"), engine="cpu")
+x = torch.randn(4, 63, requires_grad=True)
+field(torch.tensor(0.3), x).sum().backward()
+before = peak()
+dx, dl = sfk.with_divergence(field)(torch.tensor(0.3), (x, torch.zeros(4)))
+dl.sum().backward()
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("depth", SIZES)
+def test_plans_do_not_depend_on_the_default_dtype(depth, dtype):
+    field = random_field(SIZES[depth], 0.6, gate=True, shift=True, seed=depth)
+    want = plan(field)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        got = plan(field)
+        engine = CpuEngine(field, got)
+        value, trace = engine.evaluate_with_divergence(0.37, state(field))
+    finally:
+        torch.set_default_dtype(before)
+    assert (got.costs, got.reason) == (want.costs, want.reason)
+    assert value.dtype == trace.dtype == torch.float64
+    assert_close(trace, traces(field, want, state(field))[1])
 
 
 def test_errors():

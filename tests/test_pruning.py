@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+import sparseflow_kernels as sfk
 from sparseflow_kernels.flows import ContinuousFlow, mlp_field, tabular_flow, toy_field
 from sparseflow_kernels.pruning import (
     KEEP_RATIOS,
@@ -23,6 +24,7 @@ from sparseflow_kernels.pruning import (
     size,
     sparsity_report,
 )
+from sparseflow_kernels.training.presets import PRESETS
 
 torch.set_num_threads(1)
 
@@ -298,7 +300,7 @@ def test_neurons_fold_preserves_the_function_and_keeps_the_largest_rows(layer, a
     module = field(layer, activation=activation)
     dense = copy.deepcopy(module)
     prune_neurons_(module, 0.6)
-    assert size(module) <= 0.6 * dense_size(module)
+    assert size(module) == pytest.approx(0.6 * dense_size(module), rel=0.02)  # the nearest there is, from either side
     pruned, fractions = {}, []
     paths = list(prunable_layers(module))
     for path, dense_path in zip(paths[:-1], paths[:-1]):
@@ -338,18 +340,21 @@ def test_time_channel_and_output_rows_survive_in_every_flow(fold):
         assert size(flow) <= 0.35 * dense_size(flow)
 
 
-def test_neuron_pruning_is_the_largest_that_fits_nests_and_repeats():
+def test_neuron_pruning_meets_the_nearest_size_nests_and_repeats():
     module = field(hidden=(40, 40))
     previous = masks(module)
     for keep in (0.7, 0.4, 0.2):
         prune_neurons_(module, keep)
         now = masks(module)
         assert all(not bool((now[path] & ~previous[path]).any()) for path in now)
-        target = keep * dense_size(module)
-        # one more neuron in each layer would not have fitted
-        rows = [int(m.any(1).sum()) for m in now.values()]
-        bigger = 4 * (rows[0] + 1) + (rows[0] + 2) * (rows[1] + 1) + 3 * (rows[1] + 1) + 3
-        assert size(module) <= target < bigger
+        # no other choice of layers that have a neuron more or less is nearer, unless it is above and this one within 0.5 %
+        a, b, _ = [int(m.any(1).sum()) for m in now.values()]
+        assert abs(a - b) <= 1
+        n = min(a, b)
+        target, near = math.floor(keep * dense_size(module)), range(n - 1, n + 3)
+        sizes = [4 * i + (i + 1) * j + 3 * j + 3 for i in near for j in near if abs(i - j) <= 1]
+        off = size(module) - target
+        assert abs(off) == min(abs(other - target) for other in sizes) or -0.005 * target <= off <= 0
         previous = now
     same = copy_module(module)
     prune_neurons_(same, 0.2)
@@ -423,3 +428,101 @@ def test_toy_field_compiles_to_what_was_pruned():
     t = torch.tensor(0.0, dtype=torch.float64)
     torch.testing.assert_close(compiled(t, y), module(t, y))
     assert compiled.nnz <= sum(int(m.sum()) for m in masks(module).values())
+
+
+@pytest.mark.parametrize(
+    ("preset", "net", "within"),
+    [("gaussians", "l4_h64", 0.015), ("power", None, 0.005), ("hepmass", None, 0.005), ("gaussians", "l8_h10", 0.04)],
+)
+def test_neuron_pruning_meets_the_papers_sizes(preset, net, within):
+    """Layers of the same width that all step together miss by 14 % (l4_h64), 7 % (POWER), 56 % (l8_h10)."""
+    torch.manual_seed(0)
+    chosen = PRESETS[preset]
+    flow = chosen.flow(net)
+    for keep in chosen.keep_ratios[3::6] if net == "l8_h10" else chosen.keep_ratios[1::4]:
+        if keep < 0.03:
+            continue  # one neuron in every layer of l8_h10 is more than that
+        prune_neurons_(flow, keep, **chosen.prune_options("neurons"))
+        assert abs(size(flow) / dense_size(flow) / keep - 1) <= within, keep
+
+
+def test_presets_keep_deep_thin_nets_connected():
+    chosen = PRESETS["gaussians"]
+    torch.manual_seed(0)
+    floored = chosen.flow("l8_h10")
+    plain = copy_module(floored)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for keep in chosen.keep_ratios[4::6]:
+            prune_weights_(floored, keep, **chosen.prune_options("weights"))
+            prune_weights_(plain, keep)
+
+    def moves(flow):
+        path = torch.eye(2, dtype=torch.float64)
+        for mask in masks(flow).values():
+            path = mask.double() @ path
+        return bool((path > 0).any())
+
+    assert moves(floored)
+    assert not moves(plain)  # a global ranking empties a layer
+
+
+def test_the_floor_changes_nothing_where_no_layer_runs_empty():
+    one, other = field(hidden=(20, 24)), field(hidden=(20, 24))
+    for keep in (0.6, 0.3):
+        prune_weights_(one, keep)
+        prune_weights_(other, keep, min_neurons=1)
+    assert all(torch.equal(a, b) for a, b in zip(masks(one).values(), masks(other).values()))
+
+
+def reparametrized(kind):
+    module = field(hidden=(8, 9))
+    last = module.layers[2].linear  # the layers before it must not be masked already
+    if kind == "gate":
+        module = field("concatsquash", hidden=(8, 9))
+        nn.utils.parametrizations.weight_norm(module.layers[1].time_gate)
+    else:
+        {
+            "parametrized weight_norm": nn.utils.parametrizations.weight_norm,
+            "parametrized spectral_norm": nn.utils.parametrizations.spectral_norm,
+            "old weight_norm": nn.utils.weight_norm,
+            "old spectral_norm": nn.utils.spectral_norm,
+        }[kind](last)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("prune_", [prune_weights_, prune_neurons_])
+@pytest.mark.parametrize(
+    "kind",
+    ["parametrized weight_norm", "parametrized spectral_norm", "old weight_norm", "old spectral_norm", "gate"],
+)
+def test_computed_weights_are_refused_before_anything_changed(kind, prune_):
+    module = reparametrized(kind).eval()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    options = {"fold": "drop"} if prune_ is prune_neurons_ else {}
+    with pytest.raises(ValueError, match="make (it|that) plain first") as error:
+        prune_(module, 0.3, **options)
+    assert ("remove_parametrizations" in str(error.value)) == (not kind.startswith("old"))
+    after = module.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(name.endswith("_mask") for name in after)
+
+
+def test_made_plain_they_are_pruned():
+    module = reparametrized("parametrized weight_norm")
+    nn.utils.parametrize.remove_parametrizations(module.layers[2].linear, "weight")
+    prune_weights_(module, 0.3)
+    assert size(module) <= 0.3 * dense_size(module)
+
+
+@pytest.mark.parametrize("prune_", [prune_weights_, prune_neurons_])
+def test_compiled_fields_are_refused_in_words(prune_):
+    compiled = sfk.compile(field())
+    inside = nn.Sequential(nn.Linear(3, 3).double(), compiled)
+    flow = ContinuousFlow(mlp_field(3, (8,)), dim=3).compile()
+    for module in (compiled, inside, flow, sfk.with_divergence(compiled)):
+        before = list(module.state_dict())
+        with pytest.raises(ValueError, match="prune the module, then compile"):
+            prune_(module, 0.5)
+        assert list(module.state_dict()) == before

@@ -301,6 +301,24 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, Packed<T>& packed, 
   return out;
 }
 
+template <class T>
+void pack_list(const std::vector<Op>& ops, const Program<T>& program, Packed<T>& packed, const Kernels<T>& kernels, std::vector<PackedOp<T>>& out) {
+  std::vector<std::vector<int>> of_matrix(program.matrices.size());  // operations packed so far
+  out.reserve(ops.size());
+  for (const Op& op : ops) {
+    std::vector<int>& known = of_matrix[op.matrix];
+    const auto first = std::find_if(known.begin(), known.end(), [&](int i) { return ops[i].repeats(op); });
+    if (first != known.end()) {
+      out.emplace_back();
+      out.back().op = &op;
+      out.back().repeats = *first;
+      continue;
+    }
+    known.push_back(static_cast<int>(out.size()));
+    out.push_back(pack_op(op, program, packed, kernels, packed.dynamic_ops));
+  }
+}
+
 }  // namespace
 
 template <class T>
@@ -318,10 +336,10 @@ std::unique_ptr<Packed<T>> pack(const Program<T>& program, const Kernels<T>& ker
   packed->reduce_offset = offset;
   packed->workspace_bytes = static_cast<size_t>(offset) + static_cast<size_t>(packed->width) * sizeof(T);
   if (offset > (ptrdiff_t(1) << 32) - 1) fail("the layers are too wide for 32-bit offsets");
-  for (const Op& op : program.prologue) packed->prologue.push_back(pack_op(op, program, *packed, kernels, packed->dynamic_ops));
-  for (const Op& op : program.body) packed->body.push_back(pack_op(op, program, *packed, kernels, packed->dynamic_ops));
-  for (const Op& op : program.keep) packed->keep.push_back(pack_op(op, program, *packed, kernels, packed->dynamic_ops));
-  for (const Op& op : program.reverse) packed->reverse.push_back(pack_op(op, program, *packed, kernels, packed->dynamic_ops));
+  pack_list(program.prologue, program, *packed, kernels, packed->prologue);
+  pack_list(program.body, program, *packed, kernels, packed->body);
+  pack_list(program.keep, program, *packed, kernels, packed->keep);
+  pack_list(program.reverse, program, *packed, kernels, packed->reverse);
   return packed;
 }
 
@@ -455,7 +473,7 @@ void Stage<T>::refresh(std::vector<Stage<T>>& stages, const std::vector<T>& time
 template <class T>
 void Stage<T>::run(const std::vector<PackedOp<T>>& ops, char* workspace, T* lasting, T* each_stage, size_t first, size_t count) const {
   for (size_t i = first; i < ops.size() && i - first < count; ++i) {
-    const PackedOp<T>& op = ops[i];
+    const PackedOp<T>& op = ops[i].repeats < 0 ? ops[i] : ops[ops[i].repeats];
     if (op.gradient) {
       T* const sums = (program_->sums[op.op->sum].each_stage ? each_stage : lasting) + op.sums;
       const int32_t dense_blocks = static_cast<int32_t>(op.dense.size() / gradient_block_offsets(kernels_->lanes));

@@ -38,6 +38,7 @@ class Aligned {
 template <class T>
 struct PackedOp {
   const Op* op = nullptr;
+  int repeats = -1;  // index, in its list, of the operation that it says again; nothing below is filled then
   RowKernel<T> kernel = nullptr;
   RowArgs<T> args{};  // everything but what depends on the workspace or the stage
   ptrdiff_t source = 0, target = 0, seed = 0, weight = 0, factor = 0, factor2 = 0, addend = 0, kept = 0, slope_cotangent = 0, value = 0;  // workspace offsets, bytes; -1 absent
@@ -70,6 +71,14 @@ struct Packed {
   size_t lasting_sums = 0, stage_sums = 0;  // numbers that the gradients of `reverse` add up, per place to add them
 
   ptrdiff_t row_bytes(const Buffer& b) const { return ptrdiff_t(b.slots) * width * ptrdiff_t(sizeof(T)); }
+  size_t bytes() const {  // of the weights and of where they lie
+    size_t total = 0;
+    for_each_op([&](const PackedOp<T>& op) {
+      for (const Aligned<char>& stream : op.streams) total += stream.size();
+      total += op.places.size() * sizeof(typename PackedOp<T>::Place);
+    });
+    return total;
+  }
   template <class F>
   void for_each_op(F visit) const {
     for (const auto* ops : {&prologue, &body, &keep, &reverse})

@@ -287,10 +287,14 @@ class Writer {
       }
     }
     if (op.kind == OpKind::kGradient) {
-      std::vector<uint32_t> pairs;
-      for (int i = 0; i < m.rows; ++i)
-        for (int e = m.row_ptr[i]; e < m.row_ptr[i + 1]; ++e) pairs.push_back(uint32_t(i) << 16 | uint32_t(m.col[e]));
-      to.pairs = append(pairs);
+      const auto [known, is_new] = pairs_.try_emplace(op.matrix, -1);
+      if (is_new) {
+        std::vector<uint32_t> pairs;
+        for (int i = 0; i < m.rows; ++i)
+          for (int e = m.row_ptr[i]; e < m.row_ptr[i + 1]; ++e) pairs.push_back(uint32_t(i) << 16 | uint32_t(m.col[e]));
+        known->second = append(pairs);
+      }
+      to.pairs = known->second;
       to.sums = sums_[op.sum];
       if (p_.sums[op.sum].each_stage) to.flags |= kEachStage;
       return to;
@@ -477,6 +481,7 @@ class Writer {
   Image<T> out_;
   std::vector<int32_t> buffers_, sums_, first_row_, dynamic_values_, indirect_;
   std::map<std::pair<int, bool>, std::pair<int32_t, int32_t>> streams_;  // (matrix, transposed) -> first chunk, how many
+  std::map<int, int32_t> pairs_;                                         // by matrix, of its gradients
   std::vector<DeviceOp> ops_;
   std::vector<Chunk> chunks_;
   std::vector<std::vector<char>> blobs_;

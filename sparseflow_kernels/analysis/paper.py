@@ -456,7 +456,7 @@ def _pictures(flow: ContinuousFlow, rows: Dataset, experiment: Experiment) -> di
     single field); empty where a solve failed."""
     compiled = flow.compile().eval()
     side, resolution = extent(rows.train), experiment.analysis.resolution
-    line = torch.linspace(-side, side, resolution)
+    line = torch.linspace(-side, side, resolution, dtype=rows.train.dtype)
     found: dict[str, numpy.ndarray] = {"extent": numpy.array(side)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed)
@@ -465,7 +465,7 @@ def _pictures(flow: ContinuousFlow, rows: Dataset, experiment: Experiment) -> di
             "density": lambda: compiled.log_prob(torch.cartesian_prod(line, line)).exp().view(resolution, -1).T,
             "samples": lambda: compiled.sample(4000),
             "trajectories": lambda: solve(
-                compiled.vector_fields[0], torch.randn(300, 2), times, rtol=compiled.rtol, atol=compiled.atol
+                compiled.vector_fields[0], torch.randn(300, 2, dtype=rows.train.dtype), times, rtol=compiled.rtol, atol=compiled.atol
             ).ys,
         }
         for name, draw in parts.items():

@@ -328,8 +328,8 @@ def torchode_dense(problem: Problem) -> Run:
         torchode.Dopri5(term=term), torchode.IntegralController(atol=problem.atol, rtol=problem.rtol, term=term)
     )
     batch = problem.x.shape[0]
-    start = torch.cat([problem.x, torch.zeros(batch, 1)], 1)
-    ivp = torchode.InitialValueProblem(y0=start, t_eval=torch.tensor([[0.0, 1.0]]).expand(batch, 2).contiguous())
+    start = torch.cat([problem.x, problem.x.new_zeros(batch, 1)], 1)
+    ivp = torchode.InitialValueProblem(y0=start, t_eval=torch.tensor([[0.0, 1.0]], dtype=start.dtype).expand(batch, 2).contiguous())
 
     def run() -> Outcome:
         with torch.no_grad():

@@ -63,7 +63,7 @@ def plot_densities(
     below it as many of its points as the models have samples. Axes span [-extent, extent], colours the data's range of
     densities; the models' are evaluated on resolution x resolution points.
     """
-    line = torch.linspace(-extent, extent, resolution)
+    line = torch.linspace(-extent, extent, resolution, dtype=data.dtype)
     grid = torch.cartesian_prod(line, line)
     window = {"range": [[-extent, extent]] * 2, "bins": 80, "cmap": "magma"}
     figure, axes = _figure(1 + len(densities), 2, 2.5, 2.6)

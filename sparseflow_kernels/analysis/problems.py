@@ -116,7 +116,7 @@ def make_problem(spec: FieldSpec, keep: float, seed: int = 0) -> Problem:
             for linear, norm in zip(linears, norms):
                 linear.weight.mul_(norm / torch.linalg.matrix_norm(linear.weight, 2).clamp(min=1e-12))
     module.requires_grad_(False)
-    x = torch.randn(spec.batch, spec.dim, generator=generator)
+    x = torch.randn(spec.batch, spec.dim, generator=generator, dtype=torch.float32)
     noise = None
     if spec.divergence == "hutchinson":
         noise = torch.randint(0, 2, x.shape, generator=generator).to(x.dtype) * 2 - 1

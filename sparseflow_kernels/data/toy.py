@@ -20,12 +20,12 @@ Points = tuple[Tensor, Tensor]  # float64 [n, 2], int64 [n]
 
 def gaussians(n: int, generator: Generator) -> Points:
     """6 clusters of n points: centres 4 (cos a, sin a) with a = 2 pi i / 6, standard deviation 0.5."""
-    return _clusters(n, generator, torch.full((6,), 4.0), torch.full((6,), 0.5))
+    return _clusters(n, generator, *(torch.full((6,), size, dtype=torch.float32) for size in (4.0, 0.5)))
 
 
 def gaussians_spiral(n: int, generator: Generator) -> Points:
     """10 clusters of n points at angles 2 pi i / 6, radii 4 down to 1, standard deviations 0.3 down to 0.1."""
-    return _clusters(n, generator, torch.linspace(4.0, 1.0, 10), torch.linspace(0.3, 0.1, 10))
+    return _clusters(n, generator, _line(4.0, 1.0, 10), _line(0.3, 0.1, 10))
 
 
 def spirals(n: int, generator: Generator, noise: float = 0.9) -> Points:
@@ -42,7 +42,7 @@ def spirals2(n: int, generator: Generator) -> Points:
 
 def moons(n: int, generator: Generator) -> Points:
     """n points on two interleaved half circles; noise 0.1 U, one U per point added to both coordinates."""
-    outer, inner = torch.linspace(0, math.pi, n // 2).double(), torch.linspace(0, math.pi, n - n // 2).double()
+    outer, inner = _line(0, math.pi, n // 2).double(), _line(0, math.pi, n - n // 2).double()
     points = torch.cat(
         [
             torch.stack([torch.cos(outer), torch.sin(outer)], 1),
@@ -105,6 +105,10 @@ TOYS: dict[str, Toy] = {
     "moons": Toy(moons, 1024),
     "concentric": Toy(concentric, 1024),
 }
+
+
+def _line(first: float, last: float, n: int) -> Tensor:
+    return torch.linspace(first, last, n, dtype=torch.float32)  # whatever torch's default dtype is: the same rows
 
 
 def normalise(points: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from ..divergence import (
     columns_form,
 )
 from ..field import Pattern, SigmoidGate, TimeFunction, VectorField
-from .program import ABSENT, Store, Values, Writer, column_groups, stack_columns
+from .program import ABSENT, Store, Values, Writer, column_end, column_groups, column_start, layer_values, stack_columns
 
 # Activations whose slopes follow from their value (csrc/cpu/kernels.h, SlopeFrom).
 SLOPE_FROM = {"identity": 1, "tanh": 2, "sigmoid": 3}
@@ -39,9 +39,6 @@ def no_adjoint(field: VectorField, plan: DivergencePlan | None) -> str | None:
     for layer in field.layers:
         if isinstance(layer.gate, TimeFunction) or isinstance(layer.shift, TimeFunction):
             return f"layer {layer.name!r} has a function of time that is neither a sigmoid gate nor linear"
-    form = None if plan is None else plan.form
-    if isinstance(form, PairsForm) and form.matrix.direct is not None and field.layers[-1].gate is not None:
-        return "the exact divergence has too many paths to list, and an output gate"
     return None
 
 
@@ -200,7 +197,7 @@ class AdjointWriter(Writer):
             found[0] = (builder.buffer(layers[0].out_features), 0)
             row = self.path_sums(form.row, lam, slopes[0])
             self.product(row, lam, found[0], transposed=True)
-        elif isinstance(form, PairsForm):
+        elif isinstance(form, PairsForm) and not (form.matrix.direct is not None and layers[-1].gate is not None):
             n1, n2 = layers[0].out_features, layers[1].out_features
             weighted = (builder.buffer(n2), 0)  # lam d_2
             found = [(builder.buffer(n1), 0), (builder.buffer(n2), 0)]
@@ -208,11 +205,14 @@ class AdjointWriter(Writer):
             matrix = self.path_sums(form.matrix, weighted, slopes[0])
             self.product(matrix, slopes[0], found[1], factor=lam, factor_row=n2)
             self.product(matrix, weighted, found[0], transposed=True)
-        elif isinstance(form, (ColumnsForm, PathsForm)):
+        elif isinstance(form, (ColumnsForm, PathsForm, PairsForm)):  # pairs whose gated paths are too many to list
             columns = form if isinstance(form, ColumnsForm) else columns_form(self.field)
             found = [(builder.buffer(layer.out_features), 0) for layer in layers[:-1]]
-            for first, group in enumerate(column_groups(columns.columns)):
-                self._columns(group, slopes, found, first == 0)
+            if columns.whole:
+                self._whole_columns(columns.columns, slopes, found)
+            else:
+                for number, group in enumerate(column_groups(columns.columns)):
+                    self._columns(group, slopes, found, number == 0)
             if not columns.columns:
                 found = [ABSENT] * len(slopes)
         else:
@@ -262,6 +262,51 @@ class AdjointWriter(Writer):
             )  # fmt: skip
             add_to(k - 1, self.selection(before.neuron, field.layers[k - 1].out_features), (pulled, 1))
             turned = (pulled, 0)
+
+
+    def _whole_columns(self, columns: tuple[Column, ...], slopes: list, found: list) -> None:
+        """As `_columns`, one after the other through the layers' own matrices: the same few buffers serve every column, and
+        what does not name the column is said in the same words each time, so that an engine holds it once."""
+        builder, layers, lam = self.builder, self.field.layers, (self.lam, 0)
+        hidden, widths = len(slopes), self.field.hidden
+        matrices, sums = [-1], [-1]  # copies of W_2 .. W_L with sums of their own: theirs are not those of the values' chain
+        for number in range(1, hidden):
+            pattern, values = layers[number].pattern, functools.partial(layer_values, number)
+            matrices.append(self.matrix(pattern, values))
+            sums.append(builder.sum(pattern.nnz, False))
+            builder.sum_of_matrix(matrices[number], sums[number])
+            self.derived_from.append((matrices[number], values))
+        slots = [2 if 0 < number < hidden - 1 else 1 for number in range(hidden)]
+        stacks = [(builder.buffer(*size), 0) for size in zip(widths, slots)]  # p_l and q_l; of the last layer lam q_L alone
+        turned = [(builder.buffer(*size), 0) for size in zip(widths, slots)]  # the cotangent of q_l, and what d_l gets
+        ones = [self.identity(n) for n in widths[1:-1]]
+        for place, column in enumerate(columns):
+
+            def add_to(layer: int, matrix: int, source) -> None:
+                addend = ABSENT if place == 0 else found[layer]
+                self.product(matrix, source, found[layer], transposed=True, addend=addend)
+
+            pattern, values = column_start(self.field, column)
+            start = self.matrix(pattern, values)
+            self.product(start, slopes[0], stacks[0])
+            for number in range(1, hidden - 1):
+                self.product(matrices[number], stacks[number - 1], stacks[number], factor=slopes[number], second=True)
+            self.product(matrices[-1], stacks[-2], stacks[-1], factor=lam, factor_row=widths[-1])
+            end = self.path_sums(column_end(self.field, column, diagonal=True), stacks[-1], slopes[-1])
+            self.product(end, slopes[-1], turned[-1], factor=lam, factor_row=widths[-1])
+            add_to(hidden - 1, end, stacks[-1])
+            for number in range(hidden - 1, 0, -1):
+                builder.gradient(matrices[number], turned[number], stacks[number - 1], sums[number])
+                if number == 1:
+                    self.product(matrices[1], turned[1], turned[0], transposed=True)
+                    break
+                self.product(
+                    matrices[number], turned[number], turned[number - 1], transposed=True, factor=slopes[number - 1],
+                    second=True, factor2=(stacks[number - 1][0], 1),
+                )  # fmt: skip
+                add_to(number - 1, ones[number - 2], (turned[number - 1][0], 1))
+            add_to(0, start, turned[0])
+            self.derived(start, pattern.nnz, False, turned[0], slopes[0], values)
 
 
 def write_adjoint(builder, field: VectorField, plan: DivergencePlan | None) -> AdjointWriter:

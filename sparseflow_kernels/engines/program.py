@@ -122,7 +122,7 @@ class Writer:
     def add_layers(self) -> None:
         layers = self.field.layers
         self.weights = [
-            self.matrix(layer.pattern, functools.partial(_layer_values, number)) for number, layer in enumerate(layers)
+            self.matrix(layer.pattern, functools.partial(layer_values, number)) for number, layer in enumerate(layers)
         ]
         self.modulations = [self.modulation(layer) for layer in layers]
 
@@ -150,7 +150,7 @@ class Writer:
         )
 
 
-def _layer_values(number: int, field: VectorField) -> Tensor:
+def layer_values(number: int, field: VectorField) -> Tensor:
     return field.layers[number].values
 
 
@@ -173,27 +173,40 @@ def stack_columns(field: VectorField, columns: list[Column]) -> tuple[list[Stack
     """
     layers = field.layers
     depth, gated = len(layers) - 1, layers[-1].gate is not None
+    live_steps = [column.steps for column in columns]
     steps, place, ends = [], None, None  # place: [columns, neurons] -> row of the stack
     for number in range(1, depth):
-        rows, cols, neurons = [], [], []
+        rows, cols, neurons, picks = [], [], [], []
         count, folded = 0, number == depth - 1 and not gated
         following = torch.full((len(columns), layers[number].out_features), -1)
         for c, column in enumerate(columns):
-            pattern, _ = column.steps[number - 1]
+            pattern, index = live_steps[c][number - 1]
             cols.append(pattern.col if number == 1 else place[c, pattern.col])
+            pick = [(number, index)]  # the weights whose product an entry is
+            if number == 1:
+                start = torch.zeros(layers[0].out_features, dtype=torch.int64)
+                start[column.start_row] = column.start_index
+                pick.append((0, start[pattern.col]))
             if folded:
                 rows.append(pattern.row)
+                end = torch.zeros(layers[-1].in_features, dtype=torch.int64)
+                end[column.end_col] = column.end_index
+                pick.append((depth, end[pattern.row]))
             else:
                 live = column.live[number].nonzero().squeeze(1)
                 following[c, live] = count + torch.arange(live.numel())
                 count += live.numel()
                 neurons.append(live)
                 rows.append(following[c, pattern.row])
+            picks.append(pick)
         width = layers[0].out_features if number == 1 else int(place.max()) + 1
         height = layers[number].out_features if folded else count
         pattern, order = Pattern.from_coo((height, width), torch.cat(rows), torch.cat(cols))
-        values = functools.partial(_stacked_values, columns, number, folded, order)
-        steps.append(StackedStep(pattern, values, torch.cat(neurons) if neurons else None))
+        factors = tuple(
+            (of_column[0][0], torch.cat([index for _, index in of_column])[order].to(torch.int32))
+            for of_column in zip(*picks)
+        )
+        steps.append(StackedStep(pattern, functools.partial(_products, factors), torch.cat(neurons) if neurons else None))
         place = following
     if gated:
         row, index, m = [], [], []
@@ -206,19 +219,31 @@ def stack_columns(field: VectorField, columns: list[Column]) -> tuple[list[Stack
     return steps, ends
 
 
-def _stacked_values(columns: list[Column], number: int, folded: bool, order: Tensor, field: VectorField) -> Tensor:
-    layers, pieces = field.layers, []
-    for column in columns:
-        pattern, index = column.steps[number - 1]
-        value = layers[number].values[index]
-        if number == 1:
-            start = value.new_zeros(layers[0].out_features)
-            value = value * start.index_put((column.start_row,), layers[0].values[column.start_index])[pattern.col]
-        if folded:
-            end = value.new_zeros(layers[-1].in_features)
-            value = value * end.index_put((column.end_col,), layers[-1].values[column.end_index])[pattern.row]
-        pieces.append(value)
-    return torch.cat(pieces)[order]
+def _products(factors: tuple[tuple[int, Tensor], ...], field: VectorField) -> Tensor:
+    """Products of weights, one of every layer named: (layer number, int [nnz] indices into its values) pairs."""
+    terms = [values[index.to(values.device)] for values, index in ((field.layers[n].values, index) for n, index in factors)]
+    return functools.reduce(torch.mul, terms)
+
+
+def column_start(field: VectorField, column: Column) -> tuple[Pattern, Values]:
+    """W_1[:, m] as a diagonal matrix [n_1, n_1], which makes the first tangent out of the slopes d_1."""
+    n = field.layers[0].out_features
+    return _diagonal(n, column.start_row), functools.partial(_products, ((0, column.start_index.to(torch.int32)),))
+
+
+def column_end(field: VectorField, column: Column, diagonal: bool = False) -> GatedMatrix:
+    """W_{L+1}[m, :], times the output gate g_m, as a row [1, n_L] or as a diagonal matrix [n_L, n_L]."""
+    n, count = field.layers[-1].in_features, column.end_col.numel()
+    pattern = _diagonal(n, column.end_col) if diagonal else Pattern((1, n), torch.tensor([0, count]), column.end_col)
+    gate = torch.full((count,), column.m, dtype=torch.int64)
+    return GatedMatrix(pattern, torch.arange(count), gate, ((len(field.layers) - 1, column.end_index),))
+
+
+def _diagonal(n: int, places: Tensor) -> Pattern:
+    """[n, n] with entries at some places (ascending) of its diagonal."""
+    row_ptr = torch.zeros(n + 1, dtype=torch.int64)
+    row_ptr[places + 1] = 1
+    return Pattern((n, n), torch.cumsum(row_ptr, 0), places)
 
 
 class _Forward(Writer):
@@ -295,6 +320,8 @@ class _Forward(Writer):
                 factor_row=self.index(form.i), factor2_row=self.index(form.k),
                 coefficient_matrix=self.gated(form.coefficient, gate),
             )
+        elif isinstance(form, ColumnsForm) and form.whole:
+            self._whole_columns(form.columns, h, gate)
         elif isinstance(form, ColumnsForm):
             for group in column_groups(form.columns):
                 self._columns(group, h, gate)
@@ -322,6 +349,19 @@ class _Forward(Writer):
                 builder.reduction(
                     matrix, source, factor=slopes, factor_row=neuron, coefficient_matrix=self.gated(end, gate)
                 )
+
+
+    def _whole_columns(self, columns: tuple[Column, ...], h: list[int], gate: int | None) -> None:
+        """Columns one after the other through the layers' own matrices. The operations that do not name the column repeat
+        each other word for word, so that an engine holds them once."""
+        tangents = [self.builder.buffer(n) for n in self.field.hidden]
+        for column in columns:
+            start = self.matrix(*column_start(self.field, column))
+            self.builder.product(start, (h[0], 1), (tangents[0], 0))
+            for number in range(1, len(h)):
+                source, target = (tangents[number - 1], 0), (tangents[number], 0)
+                self.builder.product(self.weights[number], source, target, factor=(h[number], 1))
+            self.builder.reduction(self.gated(column_end(self.field, column), gate), (tangents[-1], 0))
 
 
 def column_groups(columns: tuple[Column, ...]) -> Iterator[list[Column]]:

@@ -1,7 +1,7 @@
 """Pruning of vector fields and flows: WT (single weights), FT (whole neurons), and size as the paper counts it."""
 
 from .chain import NotAChain
-from .masks import copy_module, prunable_layers, remove_masks_
+from .masks import check_can_be_pruned, copy_module, prunable_layers, remove_masks_
 from .neurons import prune_neurons_
 from .propagation import prune_with_propagation_
 from .size import KEEP_RATIOS, SparsityReport, dense_size, keep_ratio, size, sparsity_report
@@ -11,6 +11,7 @@ __all__ = [
     "KEEP_RATIOS",
     "NotAChain",
     "SparsityReport",
+    "check_can_be_pruned",
     "copy_module",
     "dense_size",
     "keep_ratio",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..field import UnsupportedFieldError
-from .masks import effective, live_mask
+from .masks import check_maskable, effective, live_mask
 
 _TIME = 0.3712953  # a time that no constant of a network is likely to equal
 _TIMES = (-0.7319, 0.0, _TIME, 1.0, 2.9173)
@@ -124,12 +124,12 @@ def trace_chain(vector_field: nn.Module, layers: dict[str, nn.Module]) -> Chain:
 
 
 def _probe(dim: int, like: Tensor) -> Tensor:
-    return torch.randn(_BATCH, max(dim, 1), generator=torch.Generator().manual_seed(0)).to(like)
+    return torch.randn(_BATCH, max(dim, 1), generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(like)
 
 
 def _evaluate(vector_field: nn.Module, t: float, y: Tensor) -> Tensor:
     if len(inspect.signature(vector_field.forward).parameters) >= 2:
-        return vector_field(torch.tensor(t).to(y), y)
+        return vector_field(torch.tensor(t, dtype=y.dtype, device=y.device), y)
     return vector_field(y)
 
 
@@ -173,7 +173,7 @@ def _state_columns(path: str, x: Tensor, width: int) -> Tensor:
         raise NotAChain(f"{path}: reads {x.shape[1]} inputs, the layer before it has {width}; not a plain chain")
     if extra == 0:
         return torch.arange(width)
-    time = torch.as_tensor(_TIME).to(x)
+    time = torch.tensor(_TIME, dtype=x.dtype, device=x.device)
     front, back = x[:, :extra].detach(), x[:, width:].detach()
     for test in (lambda part: bool((part == time).all()), lambda part: bool((part == part[:1]).all())):
         if test(front) != test(back):  # telling apart needs exactly one of the two to look like time
@@ -218,18 +218,37 @@ def neurons_read(chain: Chain, weights: dict[str, Tensor]) -> list[Tensor]:
     return read
 
 
+def neurons_fed(chain: Chain, weights: dict[str, Tensor]) -> list[Tensor]:
+    """bool [out] per layer: neurons that the state reaches, given bool weight masks by path."""
+    fed = [torch.ones(chain.dim, dtype=torch.bool)]
+    for layer in chain.layers:
+        fed.append((weights[layer.path].cpu()[:, layer.columns] & fed[-1]).any(1))
+    return fed[1:]
+
+
 def reaches_derivative(chain: Chain, weights: dict[str, Tensor]) -> bool:
     """Whether any path of weights leads from the state to its derivative, given bool weight masks by path."""
-    fed = torch.ones(chain.dim, dtype=torch.bool)
-    for layer in chain.layers:
-        fed = (weights[layer.path].cpu()[:, layer.columns] & fed).any(1)
-    return bool(fed.any())
+    return bool(neurons_fed(chain, weights)[-1].any())
+
+
+def connected_neurons(chain: Chain, weights: dict[str, Tensor]) -> list[Tensor]:
+    """bool [out] per hidden layer: neurons on a path from the state to its derivative, given bool weight masks by path."""
+    fed, read = neurons_fed(chain, weights), neurons_read(chain, weights)
+    return [one & other for one, other in zip(fed[:-1], read[:-1])]
 
 
 def row_parameters(layer: ChainLayer) -> list[tuple[nn.Module, str]]:
     """(module, name) of what belongs to single output neurons besides the weight: bias, gates, time biases."""
     bias = [(layer.module, "bias")] if layer.module.bias is not None else []
     return bias + layer.time_parameters
+
+
+def check_row_parameters(chain: Chain) -> None:
+    """Refuse what `row_parameters` cannot be masked of (`masks.check_maskable`)."""
+    paths = {id(part): path for path, part in chain.vector_field.named_modules()}
+    for layer in chain.layers:
+        for owner, name in row_parameters(layer):
+            check_maskable(owner, name, paths.get(id(owner), ""))
 
 
 def broadcast_rows(rows: Tensor, like: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
+from ..compiled_field import CompiledField
+
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -49,11 +51,7 @@ def effective_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def set_mask_(module: nn.Module, name: str, mask: Tensor) -> None:
     """Multiply the mask of parameter `name` by a bool `mask`. Masks compose: an entry once pruned stays pruned."""
-    if parametrize.is_parametrized(module, name):
-        raise ValueError(
-            f"cannot prune {type(module).__name__}.{name}: it has a parametrization; make it plain first with "
-            "torch.nn.utils.parametrize.remove_parametrizations"
-        )
+    check_maskable(module, name)
     current = module._buffers.get(f"{name}_mask")
     if current is None:
         if bool(mask.all()):
@@ -62,6 +60,59 @@ def set_mask_(module: nn.Module, name: str, mask: Tensor) -> None:
     else:  # one container of methods per call would grow without end over a long schedule; the product is the same
         current.mul_(mask.to(current))
     setattr(module, name, effective(module, name))  # a graph-free value, so that the module can be deep-copied
+
+
+def check_can_be_pruned(module: nn.Module, layers: Iterable[nn.Module | str] | None = None) -> None:
+    """Refuse what masks cannot be laid on, before anything is changed.
+
+    module, layers: as `prunable_layers` takes them. Raises ValueError for a compiled field, or a module that contains
+    one, and for a layer whose weight is computed from other parameters (weight_norm, spectral_norm and other
+    parametrizations, of torch.nn.utils or torch.nn.utils.parametrize), naming the layer and what to do.
+    """
+    check_not_compiled(module)
+    for path, layer in prunable_layers(module, layers).items():
+        check_maskable(layer, "weight", path)
+
+
+def check_not_compiled(module: nn.Module) -> None:
+    """Raises ValueError for a compiled field and for a module that contains one."""
+    for path, part in module.named_modules():
+        if isinstance(part, CompiledField):
+            where = f"{path!r} of this {type(module).__name__}" if path else "this module"
+            raise ValueError(
+                f"cannot prune {where}: it is a CompiledField, which holds only the weights that were there when it was "
+                "compiled; prune the module, then compile it"
+            )
+
+
+def check_maskable(module: nn.Module, name: str, path: str = "") -> None:
+    """Raises ValueError where `name` is not a parameter, masked or not, that the module uses as it is; path: the module's."""
+    where = f"{path or type(module).__name__}.{name}"
+    if parametrize.is_parametrized(module, name):
+        kinds = ", ".join(type(part).__name__.lstrip("_") for part in module.parametrizations[name])
+        raise ValueError(
+            f"cannot prune {where}: it has a parametrization ({kinds}), which would make the pruned entries anew; make it "
+            f'plain first: torch.nn.utils.parametrize.remove_parametrizations(layer, "{name}")'
+        )
+    if isinstance(module, parametrize.ParametrizationList):
+        raise ValueError(
+            f"cannot prune {path or 'a parameter'}: a parametrization makes the parameter out of it; make that plain first "
+            "with torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    hooks = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
+    for hook in module._forward_pre_hooks.values():
+        kind, of = type(hook).__name__, getattr(hook, "name", None)
+        if kind in hooks and name in (of, f"{of}_g", f"{of}_v", f"{of}_orig"):
+            raise ValueError(
+                f"cannot prune {where}: the {kind} of torch.nn.utils makes it anew at every call; make it plain first: "
+                f'torch.nn.utils.{hooks[kind]}(layer, "{of}")'
+            )
+    masked = f"{name}_orig" in module._parameters and f"{name}_mask" in module._buffers
+    if not masked and module._parameters.get(name) is None:
+        raise ValueError(
+            f"cannot prune {where}: it is no parameter of its module, but computed; prune before it is, or make it a "
+            "torch.nn.Parameter"
+        )
 
 
 def copy_module(module: _Module) -> _Module:

@@ -7,6 +7,7 @@ pruned neuron still emits, act(bias), is folded into the next bias and not dropp
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import factories_on_cpu
-from .chain import Chain, broadcast_rows, row_parameters, trace_chain, vector_fields
-from .masks import check_keep, effective, live_mask, prunable_layers, set_mask_
+from .chain import Chain, broadcast_rows, check_row_parameters, row_parameters, trace_chain, vector_fields
+from .masks import check_can_be_pruned, check_keep, effective, live_mask, prunable_layers, set_mask_
 from .size import dense_size, size
 
 _Module = TypeVar("_Module", bound=nn.Module)
+
+_CLOSE_ENOUGH = 0.005  # relative to the size wanted
+_ALL_SUBSETS = 8  # layers up to which every choice of those that get one neuron more is tried
 
 
 @factories_on_cpu
@@ -32,11 +36,14 @@ def prune_neurons_(
     of: str = "parameters",
     fold: str = "auto",
 ) -> _Module:
-    """Prune whole hidden neurons in place until the size is at most `keep` of the dense total; returns `module`.
+    """Prune whole hidden neurons in place until the size is `keep` of the dense total; returns `module`.
 
     The score of a neuron is the l1 norm of its row of weights. Every hidden layer keeps the same fraction phi of its
-    live rows, max(1, round(phi * live)), strongest first; phi is the largest (by bisection) whose size fits the budget.
-    A pruned row is masked (`torch.nn.utils.prune`; masks nest over repeated calls). The rows of each vector field's
+    live rows, max(1, round(phi * live)), strongest first, but for one neuron more in some of them: phi is the largest
+    (by bisection) whose size fits the budget, and the layers that the next larger phi gives another neuron get it where
+    that brings the size nearer. The size met is the largest of at most `keep` that is within 0.5 % of it; where none is
+    that near (few neurons, each of many weights), it is the nearest that exists, which may be a little more than `keep`.
+    A module that is no larger than `keep` already is left as it is. A pruned row is masked (`torch.nn.utils.prune`; masks nest over repeated calls). The rows of each vector field's
     last layer, and time's input columns, are never pruned.
 
     keep, of: as in `prune_weights_`.
@@ -49,16 +56,20 @@ def prune_neurons_(
             it still had is lost, and retraining has to make up for it.
 
     Warns when even one neuron per layer exceeds the budget. Raises NotAChain (an UnsupportedFieldError) for fields
-    that are not chains of Linear layers, ValueError for bad arguments.
+    that are not chains of Linear layers, ValueError for bad arguments, compiled fields and layers whose weight is computed
+    (weight_norm, spectral_norm). Nothing is changed then.
     """
     check_keep(keep, of)
     if fold not in ("auto", "none", "drop"):
         raise ValueError(f"fold must be 'auto', 'none' or 'drop', got {fold!r}")
+    layers = None if layers is None else list(layers)
+    check_can_be_pruned(module, layers)
     found = prunable_layers(module, layers)
     plans = []
     for vector_field in vector_fields(module):
         inside = set(map(id, vector_field.modules()))
         chain = trace_chain(vector_field, {p: layer for p, layer in found.items() if id(layer) in inside})
+        check_row_parameters(chain)
         plans.append(_Plan.of(chain, fold))
 
     if of == "parameters":
@@ -68,27 +79,76 @@ def prune_neurons_(
         budget = math.floor(keep * sum(layer.weight.numel() for layer in found.values()))
         present = sum(int(live_mask(layer).sum()) for layer in found.values())
 
-    def size_at(phi: float) -> int:
-        return present - sum(plan.removed_at(phi, of) for plan in plans)
+    allocation = _Allocation(plans, present, of)
+    counts = allocation.at(1.0)
+    if allocation.size(counts) > budget:
+        counts = allocation.nearest(budget)
+        least = allocation.size(counts)
+        if counts == allocation.at(0.0) and least > (1 + _CLOSE_ENOUGH) * budget:
+            warnings.warn(
+                f"prune_neurons_: keep={keep} of {of} allows {budget:,} non-zero entries, but one neuron per hidden "
+                f"layer leaves {least:,}; use a larger keep, or fold='drop' where gated neurons keep their time "
+                "parameters",
+                stacklevel=3,
+            )
+    for plan, own in zip(plans, counts):
+        plan.apply_(own)
+    return module
 
-    if size_at(1.0) <= budget:
-        phi = 1.0
-    else:
+
+Counts = tuple[tuple[int, ...], ...]  # neurons kept, by vector field and hidden layer
+
+
+class _Allocation:
+    """How many neurons each hidden layer of each vector field keeps, and what size that comes to."""
+
+    def __init__(self, plans: "list[_Plan]", present: int, of: str) -> None:
+        self.plans, self.present, self.of = plans, present, of
+        self._removed: dict[tuple[int, tuple[int, ...]], int] = {}
+
+    def at(self, phi: float) -> Counts:
+        return tuple(plan.counts_at(phi) for plan in self.plans)
+
+    def size(self, counts: Counts) -> int:
+        for key in enumerate(counts):
+            if key not in self._removed:
+                self._removed[key] = self.plans[key[0]].removed_at(key[1], self.of)
+        return self.present - sum(self._removed[key] for key in enumerate(counts))
+
+    def nearest(self, budget: int) -> Counts:
+        """The counts that `prune_neurons_` describes."""
         low, high = 0.0, 1.0  # the size does not fall as phi grows
         for _ in range(40):
             middle = (low + high) / 2
-            low, high = (middle, high) if size_at(middle) <= budget else (low, middle)
-        phi = low
-        if size_at(phi) > budget:
-            warnings.warn(
-                f"prune_neurons_: keep={keep} of {of} allows {budget:,} non-zero entries, but one neuron per hidden "
-                f"layer leaves {size_at(phi):,}; use a larger keep, or fold='drop' where gated neurons keep their time "
-                "parameters",
-                stacklevel=2,
-            )
-    for plan in plans:
-        plan.apply_(phi)
-    return module
+            low, high = (middle, high) if self.size(self.at(middle)) <= budget else (low, middle)
+        base, above = self.at(low), self.at(high)
+        if self.size(base) > budget:
+            return base
+        steps = [(f, l) for f, own in enumerate(base) for l, n in enumerate(own) if above[f][l] > n]
+
+        def rank(counts: Counts) -> tuple:
+            off = self.size(counts) - budget
+            near = abs(off) <= _CLOSE_ENOUGH * budget
+            return (not near, near and off > 0, abs(off), off)
+
+        if len(steps) <= _ALL_SUBSETS:
+            subsets = itertools.chain.from_iterable(itertools.combinations(steps, n) for n in range(len(steps) + 1))
+            return min((_raised(base, subset) for subset in subsets), key=rank)
+        tried, taken = [base], base
+        for step in steps:  # as many as fit, front to back
+            more = _raised(taken, [step])
+            tried.append(more)
+            if self.size(more) <= budget:
+                taken = more
+        return min(tried, key=rank)
+
+
+def _raised(counts: Counts, steps: Iterable[tuple[int, int]]) -> Counts:
+    """One neuron more in every (vector field, hidden layer) of `steps`."""
+    more = [list(own) for own in counts]
+    for field, layer in steps:
+        more[field][layer] += 1
+    return tuple(tuple(own) for own in more)
 
 
 @dataclass(eq=False)
@@ -119,21 +179,25 @@ class _Plan:
             folds.append(_foldable(chain, index, fold))
         return _Plan(chain, fold == "drop", live, ranked, folds)
 
-    def rows_kept(self, phi: float) -> list[Tensor]:
+    def counts_at(self, phi: float) -> tuple[int, ...]:
+        """Neurons kept per hidden layer, the same fraction of the live ones in each."""
+        return tuple(max(1, math.floor(phi * rows.numel() + 0.5)) for rows in self.ranked)
+
+    def rows_kept(self, counts: tuple[int, ...]) -> list[Tensor]:
         """bool [out] per hidden layer."""
         kept = []
-        for rows, live in zip(self.ranked, self.live):
+        for rows, live, count in zip(self.ranked, self.live, counts):
             keep = torch.zeros(live.shape[0], dtype=torch.bool)
-            keep[rows[: max(1, math.floor(phi * rows.numel() + 0.5))]] = True
+            keep[rows[:count]] = True
             kept.append(keep)
         return kept
 
-    def masks(self, phi: float) -> tuple[list[Tensor], list[Tensor]]:
+    def masks(self, counts: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
         """(bool weight masks of all layers, bool [out] of hidden neurons that go entirely). A neuron that loses its
         last input because the neurons before it went is treated as a pruned one."""
         masks, gone = [], []
         columns_gone = None
-        kept = self.rows_kept(phi) + [torch.ones(self.live[-1].shape[0], dtype=torch.bool)]
+        kept = self.rows_kept(counts) + [torch.ones(self.live[-1].shape[0], dtype=torch.bool)]
         for index, (layer, live, rows) in enumerate(zip(self.chain.layers, self.live, kept)):
             mask = live & rows.unsqueeze(1)
             if columns_gone is not None:
@@ -144,9 +208,9 @@ class _Plan:
                 gone.append(columns_gone)
         return masks, gone
 
-    def removed_at(self, phi: float, of: str) -> int:
-        """Non-zero entries that pruning to phi takes away (what folding adds to a zero bias is not foreseen)."""
-        masks, gone = self.masks(phi)
+    def removed_at(self, counts: tuple[int, ...], of: str) -> int:
+        """Non-zero entries that pruning to these counts takes away (what folding adds to a zero bias is not foreseen)."""
+        masks, gone = self.masks(counts)
         removed = sum(int(live.sum()) - int(mask.sum()) for live, mask in zip(self.live, masks))
         if of == "parameters":
             for layer, rows in zip(self.chain.layers, gone):
@@ -157,10 +221,10 @@ class _Plan:
         return removed
 
     @torch.no_grad()
-    def apply_(self, phi: float) -> None:
+    def apply_(self, counts: tuple[int, ...]) -> None:
         layers = self.chain.layers
-        masks, gone = self.masks(phi)
-        for layer, rows in zip(layers, self.rows_kept(phi)):
+        masks, gone = self.masks(counts)
+        for layer, rows in zip(layers, self.rows_kept(counts)):
             set_mask_(layer.module, "weight", broadcast_rows(rows, layer.weight))
         # front to back: folding changes the next bias, and with it what the next layer's pruned neurons emit
         for index, rows in enumerate(gone):

@@ -14,14 +14,16 @@ from .chain import (
     Chain,
     NotAChain,
     broadcast_rows,
+    check_row_parameters,
     live_parameters,
+    connected_neurons,
     neurons_read,
     reaches_derivative,
     row_parameters,
     trace_chain,
     vector_fields,
 )
-from .masks import check_keep, count, effective, prunable_layers, set_mask_
+from .masks import check_can_be_pruned, check_keep, count, effective, prunable_layers, set_mask_
 from .size import dense_size, size
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -53,15 +55,19 @@ def prune_weights_(
         the strongest weights between neurons that live. So the size is met exactly, as long as enough neurons live.
         Needs fields that are chains of Linear layers; for others a warning is given and dead parameters stay, and
         count.
-    min_neurons: in every layer at least this many neurons stay connected from the state to the derivative, through
-        strong weights, even against the ranking (a global ranking can empty a layer). Chains only.
+    min_neurons: where the ranking would leave a layer with fewer neurons connected from the state to the derivative than
+        this (a global ranking can empty a layer of a deep thin field), so many stay in every layer, through strong
+        weights, against the ranking and if need be beyond the budget. Chains only.
 
     Warns when the budget cuts every path from a field's state to its derivative, or when `min_neurons` needs more than
-    it. Raises ValueError for bad arguments, NotAChain for `min_neurons` on a field that is not a chain.
+    it. Raises ValueError for bad arguments, compiled fields and layers whose weight is computed (weight_norm,
+    spectral_norm), NotAChain for `min_neurons` on a field that is not a chain. Nothing is changed then.
     """
     check_keep(keep, of)
     if min_neurons < 0 or min_neurons != int(min_neurons):
         raise ValueError(f"min_neurons must be a whole number >= 0, got {min_neurons!r}")
+    layers = None if layers is None else list(layers)
+    check_can_be_pruned(module, layers)
     found = prunable_layers(module, layers)
     weights = {path: effective(layer, "weight") for path, layer in found.items()}
     for path, weight in weights.items():
@@ -77,8 +83,7 @@ def prune_weights_(
         budget = math.floor(keep * sum(weight.numel() for weight in weights.values()))
     outside = elsewhere if of == "parameters" else 0
 
-    protected = _protected(chains, weights, min_neurons) if min_neurons else {}
-    ranking = _Ranking(weights, protected)
+    ranking = _Ranking(weights, {})
     searched = chains if remove_dead else []
 
     def outcome(n: int) -> tuple[int, dict[str, Tensor], list[tuple[Chain, list[Tensor]]]]:
@@ -94,22 +99,31 @@ def prune_weights_(
                     total -= live_parameters(layer, ~rows)
         return total + count(masks.values()), masks, removed
 
-    low, high = count(protected.values()), live  # invariant: `low` fits the budget (or is the least there is)
-    if outcome(high)[0] <= budget:
-        low = high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if outcome(middle)[0] <= budget else (low, middle)
-    total, masks, removed = outcome(low)
-    if total < budget and low < live:  # the next weight would bring back a neuron, and more than fits with it
-        added = ranking.next(low, budget - total, _between_live(removed, weights))
-        masks = {path: mask | added[path] for path, mask in masks.items()}
+    def best(least: int) -> tuple[int, dict[str, Tensor], list[tuple[Chain, list[Tensor]]]]:
+        """The outcome that fits the budget, of at least so many top-ranked weights."""
+        low, high = least, live  # invariant: `low` fits the budget (or is the least there is)
+        if outcome(high)[0] <= budget:
+            low = high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if outcome(middle)[0] <= budget else (low, middle)
+        total, masks, removed = outcome(low)
+        if total < budget and low < live:  # the next weight would bring back a neuron, and more than fits with it
+            added = ranking.next(low, budget - total, _between_live(removed, weights))
+            masks = {path: mask | added[path] for path, mask in masks.items()}
+        return total, masks, removed
+
+    total, masks, removed = best(0)
+    if any(int(neurons.sum()) < min_neurons for chain in chains for neurons in connected_neurons(chain, masks)):
+        protected = _protected(chains, weights, min_neurons)
+        ranking = _Ranking(weights, protected)
+        total, masks, removed = best(count(protected.values()))
     if total > budget:
         warnings.warn(
             f"prune_weights_: keep={keep} of {of} allows {budget:,} non-zero entries, but {total:,} remain "
             f"({total - count(masks.values()):,} outside the prunable weights, {count(masks.values()):,} weights held "
             "by min_neurons); use a larger keep, of='weights', or fewer min_neurons",
-            stacklevel=2,
+            stacklevel=3,
         )
     cut = sum(not reaches_derivative(chain, masks) for chain in chains)
     if count(masks.values()) == 0 or cut:
@@ -117,9 +131,11 @@ def prune_weights_(
         warnings.warn(
             f"prune_weights_: keep={keep} of {of} leaves {which} in which no path leads from the state to its "
             "derivative; use a larger keep, of='weights', or min_neurons",
-            stacklevel=2,
+            stacklevel=3,
         )
 
+    for chain, _ in removed:
+        check_row_parameters(chain)
     for path, layer in found.items():
         set_mask_(layer, "weight", masks[path])
     for chain, read in removed:
@@ -171,7 +187,7 @@ def _chains(module: nn.Module, found: dict[str, nn.Module], remove_dead: bool, m
         except NotAChain as error:
             if min_neurons:
                 raise NotAChain(f"min_neurons needs a chain of Linear layers: {error}") from error
-            warnings.warn(f"prune_weights_: dead parameters are left and count towards the size: {error}", stacklevel=3)
+            warnings.warn(f"prune_weights_: dead parameters are left and count towards the size: {error}", stacklevel=4)
     return chains
 
 
@@ -188,13 +204,16 @@ def _between_live(removed: list[tuple[Chain, list[Tensor]]], weights: dict[str, 
 
 
 def _protected(chains: list[Chain], weights: dict[str, Tensor], n: int) -> dict[str, Tensor]:
-    """Weights that keep n neurons per hidden layer on a path from the state to the derivative, strongest first."""
+    """Weights that keep n neurons per hidden layer on a path from the state to the derivative, strongest first; of those
+    that are on one now."""
+    alive = {path: (weight != 0).cpu() for path, weight in weights.items()}
     protected = {path: torch.zeros_like(weight, dtype=torch.bool) for path, weight in weights.items()}
     for chain in chains:
         before = torch.arange(chain.dim)
+        read = neurons_read(chain, alive)
         for index, layer in enumerate(chain.layers):
             weight = weights[layer.path].abs().cpu()[:, layer.columns]
-            strength = weight[:, before].amax(1)
+            strength = torch.where(read[index], weight[:, before].amax(1), -1.0)
             if index + 1 < len(chain.layers):
                 chosen = torch.sort(strength, descending=True, stable=True).indices[:n]
             else:

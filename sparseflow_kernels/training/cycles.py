@@ -13,7 +13,7 @@ import torch
 from ..data.dataset import Dataset
 from ..field import UnsupportedFieldError
 from ..flows import ContinuousFlow
-from ..pruning import KEEP_RATIOS, copy_module, prune_neurons_, prune_weights_, prune_with_propagation_, size
+from ..pruning import KEEP_RATIOS, check_can_be_pruned, copy_module, prune_neurons_, prune_weights_, prune_with_propagation_, size
 from .checkpoint import load_checkpoint, read_state, save_checkpoint
 from .distributed import agree, broadcast_, rank
 from .evaluation import evaluate_or_nan
@@ -112,6 +112,8 @@ def sparse_flow(
         raise ValueError(f"dead must be 'simplify', 'propagate' or None, got {dead!r}")
     if dead == "propagate" and len(data.val) < 2:
         raise ValueError("dead='propagate' needs data with validation rows")
+    if method != "none" and ratios:
+        check_can_be_pruned(flow, (prune_options or {}).get("layers"))
     settings = TrainingSettings(**training)
     loop = _Loop(
         flow, data, ratios, method, dead, dict(prune_options or {}), control, settings,

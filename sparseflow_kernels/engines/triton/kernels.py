@@ -59,12 +59,12 @@ def product(
 @jit(_FLAT)
 def gradient(
     entry_row, entry_col, n_entries, entry_tiles, left, left_row, left_sample, right, right_row, right_sample, batch,
-    padded, chunk, left_tangent, right_tangent, out, out_split, TANGENT: tl.constexpr, ENTRIES: tl.constexpr,
-    BATCH: tl.constexpr,
+    padded, chunk, left_tangent, right_tangent, out, out_split, TANGENT: tl.constexpr, ADD: tl.constexpr,
+    ENTRIES: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
     inner_products(
         entry_row, entry_col, n_entries, entry_tiles, left, left_row, left_sample, right, right_row, right_sample, batch,
-        padded, chunk, left_tangent, right_tangent, out, out_split, TANGENT, ENTRIES, BATCH,
+        padded, chunk, left_tangent, right_tangent, out, out_split, TANGENT, ADD, ENTRIES, BATCH,
     )  # fmt: skip
 
 
@@ -72,12 +72,13 @@ def gradient(
 def dense_gradient(
     rows, n_rows, row_tiles, columns, n_columns, column_tiles, entries, width, left, left_row, left_sample, right,
     right_row, right_sample, batch, padded, chunk, left_tangent, right_tangent, out, out_split,
-    TANGENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr,
+    TANGENT: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BATCH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     outer_products(
         rows, n_rows, row_tiles, columns, n_columns, column_tiles, entries, width, left, left_row, left_sample, right,
         right_row, right_sample, batch, padded, chunk, left_tangent, right_tangent, out, out_split,
-        TANGENT, ROWS, COLUMNS, BATCH, PRECISION,
+        TANGENT, ADD, ROWS, COLUMNS, BATCH, PRECISION,
     )  # fmt: skip
 
 

@@ -123,10 +123,10 @@ class WeightGradient:
 
     def launch(
         self, left: Sequence[Any], right: Sequence[Any], batch: int, padded: int, chunk: int, out: Tensor, out_split: int,
-        tangent: bool = False,
+        tangent: bool = False, add: bool = False,
     ) -> None:  # fmt: skip
-        """out[split][entry], of every `chunk` samples. left, right: tensor, stride of its rows, of its samples, distance of
-        its tangent. Samples from `batch` to `padded` may be read but do not count."""
+        """out[split][entry] (`add`: added to it), of every `chunk` samples. left, right: tensor, stride of its rows, of its
+        samples, distance of its tangent. Samples from `batch` to `padded` may be read but do not count."""
         tile = forms.tiles("gradient", self.nnz, batch, interpreted())[0]
         splits = ceil_div(batch, chunk)
         operands = (*left[:3], *right[:3], batch, padded, chunk, left[3], right[3], out, out_split)
@@ -136,12 +136,12 @@ class WeightGradient:
             launch(
                 kernels.dense_gradient, row_tiles * column_tiles * splits, self.rows, self.rows.numel(), row_tiles,
                 self.columns, self.columns.numel(), column_tiles, self.entries, self.entries.shape[1], *operands,
-                TANGENT=tangent, ROWS=edge, COLUMNS=edge, BATCH=min(edge, tile.batch), PRECISION=PRECISION[self.dtype],
-                warps=4,
+                TANGENT=tangent, ADD=add, ROWS=edge, COLUMNS=edge, BATCH=min(edge, tile.batch),
+                PRECISION=PRECISION[self.dtype], warps=4,
             )  # fmt: skip
         else:
             tiles = ceil_div(self.nnz, tile.rows)
             launch(
                 kernels.gradient, tiles * splits, self.row, self.col, self.nnz, tiles, *operands,
-                TANGENT=tangent, ENTRIES=tile.rows, BATCH=tile.batch, warps=tile.warps,
+                TANGENT=tangent, ADD=add, ENTRIES=tile.rows, BATCH=tile.batch, warps=tile.warps,
             )  # fmt: skip

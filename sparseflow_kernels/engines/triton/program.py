@@ -622,9 +622,11 @@ class Workspace:
 
     def _bind_gradient(self, op: Op) -> Launch:
         program, o = self.program, op.options
+        gradients = (other for other in program.lists["reverse"] if other.kind == "gradient")
+        add = next(other for other in gradients if other.options["sum"] == o["sum"]) is not op  # said again: it adds up
         (left, left_row, left_slot), (right, right_row, right_slot) = self._operand(o["left"]), self._operand(op.source)
         return partial(
             program.weight_gradient(op.matrix).launch, (left, left_row, 1, left_slot), (right, right_row, 1, right_slot),
             self.batch, self.padded, self.chunk, self.splits[:, self.sum_first[o["sum"]] :], self.splits.stride(0),
-            o["carries"],
+            o["carries"], add,
         )  # fmt: skip

@@ -113,8 +113,8 @@ def sums(
 @triton.jit
 def inner_products(
     entry_row, entry_col, n_entries, entry_tiles, left, left_row, left_sample, right, right_row, right_sample, batch,
-    padded, chunk, left_tangent, right_tangent, out, out_split, TANGENT: tl.constexpr, ENTRIES: tl.constexpr,
-    BATCH: tl.constexpr,
+    padded, chunk, left_tangent, right_tangent, out, out_split, TANGENT: tl.constexpr, ADD: tl.constexpr,
+    ENTRIES: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
     """out[split][entry] = sum over the split's samples of left[row] right[column], at the entries of a pattern: the
     gradient of a matrix's values. A split is `chunk` samples, a multiple of BATCH; every lane of a tile sums up its samples
@@ -137,14 +137,19 @@ def inner_products(
             term += tl.load(x + left_tangent, mask=mask, other=0.0) * tl.load(y + right_tangent, mask=mask, other=0.0)
         acc += tl.where((samples < batch)[None, :], term, 0.0)
         step += BATCH
-    tl.store(out + split.to(tl.int64) * out_split + entry, tl.sum(acc, axis=1), mask=live)
+    place = out + split.to(tl.int64) * out_split + entry
+    total = tl.sum(acc, axis=1)
+    if ADD:
+        total += tl.load(place, mask=live, other=0.0)
+    tl.store(place, total, mask=live)
 
 
 @triton.jit
 def outer_products(
     rows, n_rows, row_tiles, columns, n_columns, column_tiles, entries, width, left, left_row, left_sample, right,
     right_row, right_sample, batch, padded, chunk, left_tangent, right_tangent, out, out_split,
-    TANGENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BATCH: tl.constexpr, PRECISION: tl.constexpr,
+    TANGENT: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BATCH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As inner_products, by matrix instructions: all products of some used rows and columns, of which those are stored that
     are in the pattern. entries [.., width]: the entry of a used row and column, -1 where there is none."""
@@ -173,4 +178,7 @@ def outer_products(
             acc = tl.dot(x, tl.trans(y), acc, input_precision=PRECISION, out_dtype=left.dtype.element_ty)
         step += BATCH
     entry = tl.load(entries + i.to(tl.int64)[:, None] * width + j[None, :])
-    tl.store(out + split.to(tl.int64) * out_split + entry, acc, mask=entry >= 0)
+    place = out + split.to(tl.int64) * out_split + entry
+    if ADD:
+        acc += tl.load(place, mask=entry >= 0, other=0.0)
+    tl.store(place, acc, mask=entry >= 0)
