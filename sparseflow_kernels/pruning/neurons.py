@@ -8,7 +8,6 @@ pruned neuron still emits, act(bias), is folded into the next bias and not dropp
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Iterable, TypeVar
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import factories_on_cpu
+from ..warn import warn
 from .chain import Chain, broadcast_rows, row_parameters, trace_chain, vector_fields
 from .masks import check_keep, effective, live_mask, prunable_layers, set_mask_
 from .size import dense_size, size
@@ -80,11 +80,10 @@ def prune_neurons_(
             low, high = (middle, high) if size_at(middle) <= budget else (low, middle)
         phi = low
         if size_at(phi) > budget:
-            warnings.warn(
+            warn(
                 f"prune_neurons_: keep={keep} of {of} allows {budget:,} non-zero entries, but one neuron per hidden "
                 f"layer leaves {size_at(phi):,}; use a larger keep, or fold='drop' where gated neurons keep their time "
                 "parameters",
-                stacklevel=2,
             )
     for plan in plans:
         plan.apply_(phi)

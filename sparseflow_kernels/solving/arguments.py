@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import warnings
 from dataclasses import fields
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..engines.base import SolveRequest
 from ..numerics.step_control import StepOptions, StopPoints
 from ..numerics.tableaus import METHODS, Tableau
+from ..warn import warn
 
 State = Tensor | tuple[Tensor, ...]
 
@@ -33,7 +33,7 @@ def upward(t: Tensor, device: torch.device) -> tuple[Tensor, int]:
     if len(t) == 0:
         raise IndexError("t is empty; it must hold the initial time, and the times to solve for")
     if t.device != device and t.device.type != "cpu":  # the host reads the times: the CPU is where they are best
-        warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=4)
+        warn("t is not on the same device as y0. Coercing to y0.device.")
     t = t.to("cpu")
     values = t.detach().tolist()  # plain floats: a dozen tensor operations would cost as much as a small solve
     sign = -1 if len(values) > 1 and values[0] > values[1] else 1

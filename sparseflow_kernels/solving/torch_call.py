@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any, Callable
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from ..numerics.adaptive import offending_rows, rms_norm, solve_adaptive
 from ..numerics.tableaus import ADAPTIVE
 from ..solution import Solution, SolverError, Stats
+from ..warn import warn
 from .arguments import CALLBACKS, STEP_OPTIONS, State, check_tolerance, is_sequence, step_options, upward
 from .delegation import begin
 
@@ -41,10 +41,10 @@ class TorchCall:
             raise ValueError("options['dtype']: tsit5 keeps time in float64 here; use 'dopri5' for another time dtype")
         callbacks = {name for name in CALLBACKS if getattr(func, name, None) is not None}
         if callbacks:
-            warnings.warn(f"Solver 'tsit5' does not support callbacks {callbacks}", stacklevel=4)
+            warn(f"Solver 'tsit5' does not support callbacks {callbacks}")
         unused = {name: value for name, value in options.items() if name not in STEP_OPTIONS | {"norm"}}
         if unused:
-            warnings.warn(f"tsit5: Unexpected arguments {unused}", stacklevel=4)
+            warn(f"tsit5: Unexpected arguments {unused}")
         count = None if isinstance(y0, Tensor) else len(parts)
         check_tolerance("rtol", rtol, count)
         check_tolerance("atol", atol, count)
