@@ -29,10 +29,17 @@ def start(*arguments, **options):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     environment = isolated_environment(OMP_NUM_THREADS="1")
     command = [sys.executable, "-P", *arguments]
-    return subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes, **options)
+    return subprocess.Popen(
+        command, env=environment, text=True, start_new_session=True, preexec_fn=_hears_ctrl_c, **pipes, **options
+    )
 
 
-def until(ready, process=None, seconds=60):
+def _hears_ctrl_c():
+    """Though these tests may run in the background, where SIGINT is ignored, and that is inherited."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def until(ready, process=None, seconds=240):
     end = time.monotonic() + seconds
     while not ready():
         assert process is None or process.poll() is None, process.communicate()
@@ -109,7 +116,7 @@ def test_the_second_process_in_a_folder_is_told_and_the_first_goes_on(tmp_path):
         with pytest.raises(FolderInUseError, match=words):
             list(sparse_flow(flow, small_set(), (0.5,), folder=tmp_path, **RUN))
         assert same(flow, before)
-        _, errors = process.communicate("go on\n", timeout=60)
+        _, errors = process.communicate("go on\n", timeout=240)
     assert process.returncode == 0, errors
     straight = list(sparse_flow(make_flow(), small_set(), (0.5,), **RUN))
     found = list(sparse_flow(make_flow(seed=5), small_set(), (0.5,), folder=tmp_path, **RUN))
@@ -238,7 +245,7 @@ def sweeping(tmp_path):
 def test_ctrl_c_ends_a_sweep_and_says_how_to_go_on(tmp_path):
     process, locks = sweeping(tmp_path)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 130 and "Traceback" not in errors, errors
     words, again = errors.strip().splitlines()
     assert words == "stopped; every finished epoch is in here. To go on, run the same command again:"
@@ -251,5 +258,5 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     workers = [holder(lock)["pid"] for lock in locks]
     assert process.pid not in workers and len(set(workers)) == 2
     process.kill()
-    process.communicate(timeout=60)  # the workers hold its pipes, too
-    until(lambda: all(is_free(lock.parent) for lock in locks), seconds=30)
+    process.communicate(timeout=240)  # the workers hold its pipes, too
+    until(lambda: all(is_free(lock.parent) for lock in locks), seconds=60)
