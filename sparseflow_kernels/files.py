@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import os
 import sys
 import tempfile
+import zipfile
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator, Sequence
+
+import numpy as np
 
 
-class ChecksumError(ValueError):
-    """A cached or downloaded file is not the one that was pinned."""
+class DamagedFileError(ValueError):
+    """A file does not hold what its name promises."""
+
+
+class ChecksumError(DamagedFileError):
+    """A cached or downloaded file is not the one that was pinned, or not the one that was written."""
 
 
 def cache_dir() -> Path:
@@ -32,7 +42,8 @@ def cache_dir() -> Path:
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes `path`'s place when the block ends well, and is removed if
-    not. Readers see the old file, the new one, or none, never a part."""
+    not. Readers see the old file, the new one, or none, never a part. Where the process is killed meanwhile a file
+    whose name begins with a dot stays, which nobody reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
@@ -45,6 +56,56 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The value as JSON with a last newline, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """What the JSON file holds. Raises OSError, or DamagedFileError with the remedy for a file that is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
+        raise DamagedFileError(f"{path} is damaged, no readable JSON ({error}); {remedy}") from error
+
+
+def read_arrays(path: Path, names: Sequence[str], remedy: str) -> dict[str, np.ndarray]:
+    """These arrays of an .npz file. Raises FileNotFoundError, or DamagedFileError with the remedy for a file that is no
+    .npz file, is cut short or changed (a zip file has a checksum of every member), lacks an array, or holds Python
+    objects in one."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} {'is a folder, not an .npz file' if path.is_dir() else 'does not exist'}")
+    with open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                found = [name.removesuffix(".npy") for name in archive.namelist()]
+            missing = sorted(set(names) - set(found))
+            if missing:
+                raise DamagedFileError(
+                    f"{path} has no array {', '.join(missing)}; it has {', '.join(found) or 'none'}; {remedy}"
+                )
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                return {name: _array(path, arrays, name, remedy) for name in names}
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a place outside the file is
+                raise
+            raise DamagedFileError(f"{path} is no .npz file, or a damaged one ({error}); {remedy}") from error
+
+
+def _array(path: Path, arrays: Any, name: str, remedy: str) -> np.ndarray:
+    try:
+        found = arrays[name]
+        if not isinstance(found, np.ndarray):
+            raise ValueError("not one of numpy's arrays")
+        return found
+    except ValueError as error:
+        what = "holds Python objects, not numbers" if "allow_pickle" in str(error) else f"is damaged ({error})"
+        raise DamagedFileError(f"{path}: array {name} {what}; {remedy}") from error
 
 
 def sha256(path: Path) -> str:

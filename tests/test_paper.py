@@ -141,6 +141,20 @@ def test_another_run_is_refused(folder):
         paper.read_result(folder / "other.json")
 
 
+def test_what_a_killed_process_was_writing_is_not_read_and_damage_is_named(folder):
+    path = paper.result_path(folder, tiny())
+    whole = path.read_text()
+    part = path.with_name(f".{path.name}.abc.json")
+    part.write_text(whole[:100])
+    assert [document["name"] for document in paper.read_results(folder)] == [tiny().name]
+    part.unlink()
+    for damage in (whole[:100], "", "[]", '{"format": "sparseflow-paper-1"}'):
+        path.write_text(damage)
+        with pytest.raises(ResultError, match="json is .*delete it: it is measured again"):
+            paper.run(tiny(), folder)
+    path.write_text(whole)
+
+
 def test_tables_and_pictures_come_from_the_files(folder):
     pytest.importorskip("matplotlib")
     report = folder / "report.md"

@@ -536,6 +536,73 @@ def test_rows_can_come_from_a_file(tmp_path):
         job_module.load_rows(str(tmp_path / "bad.npz"))
 
 
+def test_another_data_set_in_the_same_folder_is_said_in_words(tmp_path):
+    import numpy as np
+
+    def write(seed):
+        rows = np.random.default_rng(seed).normal(size=(60, 2))
+        np.savez(tmp_path / "mine.npz", train=rows, val=rows, test=rows)
+
+    write(0)
+    train_it = ["train", "gaussians", *NET, "--epochs", 1, "--folder", tmp_path / "run"]
+    run(*train_it, "--data", tmp_path / "mine.npz")
+    assert "data was '" in run(*train_it, "--data", "moons", code=1)
+    write(1)
+    for arguments in ([*train_it, "--data", tmp_path / "mine.npz"], ["prune", tmp_path / "run", "--keep", "0.5"]):
+        printed = run(*arguments, code=1)
+        assert "it was trained on other data, 60 + 60 rows of mine (sha256 " in printed and printed.count("\n") == 1
+    with pytest.raises(ValueError, match=r"training rows must be \[n, 2\], got \[60, 3\]"):
+        train(make_flow(), torch.zeros(60, 3), steps=1)
+    sets = small_set()
+    sets.val[3, 0] = math.inf
+    with pytest.raises(ValueError, match=r"validation rows: 1 of 24 have NaN or infinite values \(row 3\)"):
+        train(make_flow(), sets, steps=1)
+
+
+def test_a_first_run_that_failed_leaves_the_folder_to_the_next(tmp_path, monkeypatch):
+    def fails(*arguments, **named):
+        raise NonFiniteLossError("10 training steps in a row failed")
+
+    arguments = ["train", "gaussians", *TINY, "--folder", tmp_path]
+    with monkeypatch.context() as patch:
+        patch.setattr(job_module, "sparse_flow", fails)
+        assert "error: 10 training steps in a row failed" in run(*arguments, "--lr", "1", code=1)
+    run(*arguments)
+    refused = run(*arguments, "--lr", "1", code=1)  # now it holds a run
+    assert "holds another run (differing: settings): lr was None and is now 1.0; choose another folder" in refused
+
+
+def test_damaged_files_of_a_run_are_named_with_what_to_delete(tmp_path):
+    arguments = ["train", "gaussians", *TINY, "--folder", tmp_path]
+    printed = run(*arguments)
+    own = tmp_path / "seed_0" / "dense"
+    whole = (own / "run.json").read_text()
+    for damage in (b"", b"\xff\x00", whole[:50].encode(), b"[]", b"{}", b'{"keeps": 3}'):
+        (own / "run.json").write_bytes(damage)
+        for command in (arguments, ["prune", tmp_path, "--keep", "0.5"]):
+            refused = run(*command, code=1)
+            assert f"error: {own / 'run.json'} is " in refused and "; delete it, and run the" in refused
+    (own / "run.json").unlink()
+    run(*arguments)
+    assert (own / "run.json").read_text() == whole
+    for damage in (b"", b"\xff\x00", b"{}", b'[{"cycle": 0}]', b"[[]]"):  # measured again, on the checkpoints
+        (own / "results.json").write_bytes(damage)
+        (table,) = [line for line in run(*arguments).splitlines() if "done: " in line]
+        assert table.split(", test NLL")[1].split(",")[0] in printed
+    (own / "cycle_00.safetensors").write_bytes(b"")
+    refused = run(*arguments, code=1)
+    assert f"{own / 'cycle_00.safetensors'} is not a readable checkpoint" in refused and "delete it" in refused
+
+
+def test_pruning_does_not_write_into_the_folder_of_another_run(tmp_path):
+    for seed in (0, 1):
+        run("train", "gaussians", *TINY, "--seed", seed, "--folder", tmp_path / str(seed))
+    other = tmp_path / "1" / "seed_1" / "dense"
+    before = {path: path.read_bytes() for path in other.iterdir()}
+    assert "holds another run" in run("prune", tmp_path / "0", "--keep", "0.5", "--out", other, code=1)
+    assert before == {path: path.read_bytes() for path in other.iterdir()}
+
+
 def test_live_size_counts_what_is_left_after_simplify():
     flow = make_flow()
     assert live_size(flow) == size(flow) == 82

@@ -9,7 +9,6 @@ on a shared one it leaves out the neighbours' turns. The clock may still wander,
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 import statistics
 import time
@@ -20,6 +19,7 @@ from typing import Any, Callable, Iterable, Iterator
 from ..build_info import build_info
 from ..compiled_field import CompiledField
 from ..compiled_field import compile as compile_field
+from ..files import read_json, write_json
 from . import peers, training_peers
 from .floor import Work, activation_rate, fma_rate, training_step_floor
 from .peers import Contender, Outcome
@@ -205,21 +205,19 @@ def document(rows: list[Row], specs: Iterable[FieldSpec], task: Task = SOLVE) ->
 
 def save_json(path: str | Path, rows: list[Row], specs: Iterable[FieldSpec], task: Task = SOLVE) -> None:
     """Write `document` to `path`."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document(rows, specs, task), indent=2) + "\n")
+    write_json(Path(path), document(rows, specs, task))
 
 
 def load_json(path: str | Path) -> tuple[list[Row], list[FieldSpec], dict]:
     """(rows, fields, the whole document) of a file by `save_json`. Raises OSError, or ValueError for other files."""
     try:
-        found = json.loads(Path(path).read_text())
+        found = read_json(Path(path), "measure again with --json")
         fields = [FieldSpec(**{**spec, "hidden": tuple(spec["hidden"])}) for spec in found["fields"]]
         found.setdefault("task", SOLVE.name)  # results older than training steps
         if found["task"] not in TASKS:
             raise KeyError(found["task"])
         return [Row(**row) for row in found["rows"]], fields, found
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a result of `sparseflow bench --json`: {error!r}") from error
 
 

@@ -11,7 +11,6 @@ by the exact trace, in nats.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 import time
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from .. import data
 from ..build_info import build_info
-from ..files import atomic_write
+from ..files import DamagedFileError, atomic_write, read_json, write_json
 from ..data.dataset import Dataset
 from ..flows import ContinuousFlow
 from ..odeint import solve
@@ -305,7 +304,7 @@ def earlier(experiment: Experiment, folder: str | Path) -> dict[str, Any] | None
         return None
     found = read_result(path)
     differing = [key for key in identity if key != "keeps" and found["experiment"].get(key) != identity[key]]
-    if differing:
+    if differing and found["cycles"]:  # one that failed before its first cycle is overwritten
         raise ResultError(
             f"{path} is of another run (differing: {', '.join(differing)}); choose another folder, or delete it and "
             "the checkpoints of that name to start anew"
@@ -329,24 +328,27 @@ def _plain(value: Any) -> Any:
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(_plain(document), indent=1, allow_nan=False) + "\n")
+    write_json(path, _plain(document))
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
     """The document at `path`; None stands in it where a figure was not finite. Raises ResultError for other files."""
+    remedy = "delete it: it is measured again on the checkpoints, without training, when the command is run again"
     try:
-        found = json.loads(Path(path).read_text())
+        found = read_json(Path(path), remedy)
         if found["format"] != _FORMAT:
             raise ValueError(f"its format is {found['format']!r}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ResultError(f"{path} is not a result of `sparseflow paper`: {error}") from error
+        found["experiment"].items(), found["torch"], [(one["index"], one["keep"]) for one in found["cycles"]]
+    except DamagedFileError as error:
+        raise ResultError(str(error)) from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ResultError(f"{path} is not a result of `sparseflow paper` ({error!r}); {remedy}") from error
     return found
 
 
 def read_results(folder: str | Path) -> list[dict[str, Any]]:
-    """All documents of a folder, by name."""
-    return [read_result(path) for path in sorted((Path(folder) / "results").glob("*.json"))]
+    """All documents of a folder, by name. A file with a dot before its name is what a killed process was writing."""
+    return [read_result(path) for path in sorted((Path(folder) / "results").glob("[!.]*.json"))]
 
 
 class _Measure:

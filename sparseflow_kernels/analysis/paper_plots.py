@@ -8,6 +8,7 @@ from typing import Any, Callable, Sequence
 
 import numpy
 
+from ..files import read_arrays
 from .paper import picture_path
 from .paper_report import CLAIMED_KEEP, at_threshold
 from .plots import _figure, _save
@@ -188,9 +189,9 @@ def plot_flows(document: dict[str, Any], folder: str | Path, path: str | Path) -
     figure, axes = _figure(len(shown), 3, 2.0, 2.1)
     brightest = None
     for column, (record, picture) in enumerate(shown):
-        with numpy.load(picture, allow_pickle=False) as arrays:
-            side = float(arrays["extent"])
-            density, samples, trajectories = arrays["density"], arrays["samples"], arrays["trajectories"]
+        arrays = read_arrays(picture, ("extent", "density", "samples", "trajectories"), "delete it, and run again")
+        side, density = float(arrays["extent"]), arrays["density"]
+        samples, trajectories = arrays["samples"], arrays["trajectories"]
         square = [-side, side, -side, side]
         nll = "n/a" if record["nll"] is None else f"{record['nll']:.3f}"
         axes[0][column].set_title(f"PR {record['prune_ratio']:.2f}, {record['size']} parameters\nNLL {nll}", fontsize=8)

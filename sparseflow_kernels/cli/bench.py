@@ -15,7 +15,11 @@ from ..analysis.markdown import bench_table, evaluations, kernel_table, replace_
 from ..analysis.peers import one_thread
 from ..analysis.plots import plot_bench
 from ..analysis.problems import DEFAULT_KEEPS, FIELDS, FieldSpec
-from .console import fail, progress, say, show_table
+from .console import fail, progress, say, show_table, stoppable
+from .options import OFF, number
+
+
+_ANEW = "To measure anew, run the same command again"
 
 
 def _columns(task: Task) -> tuple[str, ...]:
@@ -64,19 +68,51 @@ def _names(option: str, text: str | None, default: tuple[str, ...], known: dict)
 
 
 def bench(
-    train: Annotated[bool, typer.Option("--train", help="time training steps, not solves")] = False,
-    kernels: Annotated[bool, typer.Option("--kernels", help="time the sparse kernels alone")] = False,
-    fields: Annotated[Optional[str], typer.Option(help="comma-separated field names, or 'all'")] = None,
-    keeps: Annotated[Optional[str], typer.Option(help="comma-separated keep ratios")] = None,
-    peers: Annotated[Optional[str], typer.Option(help="comma-separated peers to time as well, or 'all'")] = None,
-    seconds: Annotated[float, typer.Option(help="time to spend on the rounds of one field at one keep ratio")] = 20.0,
-    quick: Annotated[bool, typer.Option("--quick", help="toy field, two keep ratios, a few rounds")] = False,
-    json_path: Annotated[Optional[Path], typer.Option("--json", help="write every figure to this file")] = None,
-    plot_path: Annotated[Optional[Path], typer.Option("--plot", help="draw time against keep ratio into this file")] = None,
-    load_path: Annotated[Optional[Path], typer.Option("--load", help="measure nothing: read this --json file")] = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="time training steps, not solves", show_default=OFF)
+    ] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="time the sparse kernels alone", show_default=OFF)
+    ] = False,
+    fields: Annotated[
+        Optional[str],
+        typer.Option(
+            help="comma-separated field names, or 'all'",
+            show_default=f"{','.join(SOLVE.fields)}; with --train {','.join(TRAIN.fields)}",
+        ),
+    ] = None,
+    keeps: Annotated[
+        Optional[str],
+        typer.Option(help="comma-separated keep ratios", show_default=",".join(f"{keep:g}" for keep in DEFAULT_KEEPS)),
+    ] = None,
+    peers: Annotated[
+        Optional[str],
+        typer.Option(help="comma-separated peers to time as well, or 'all'", show_default="torchdiffeq alone"),
+    ] = None,
+    seconds: Annotated[
+        float,
+        typer.Option(help="time to spend on the rounds of one field at one keep ratio", callback=number(most=86_400)),
+    ] = 20.0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="toy field, two keep ratios, a few rounds", show_default=OFF)
+    ] = False,
+    json_path: Annotated[
+        Optional[Path], typer.Option("--json", help="write every figure to this file", show_default="none")
+    ] = None,
+    plot_path: Annotated[
+        Optional[Path],
+        typer.Option("--plot", help="draw time against keep ratio into this file", show_default="none"),
+    ] = None,
+    load_path: Annotated[
+        Optional[Path],
+        typer.Option("--load", help="measure nothing: read this --json file", show_default="none"),
+    ] = None,
     markdown_path: Annotated[
         Optional[Path],
-        typer.Option("--markdown", help="put the table between this file's bench:begin and bench:end (see docs)"),
+        typer.Option(
+            "--markdown", help="put the table between this file's bench:begin and bench:end (see docs)",
+            show_default="none",
+        ),
     ] = None,
 ) -> None:
     """Time whole solves with divergence (dopri5, rtol = atol = 1e-5, float32, one core) and print ratios.
@@ -94,7 +130,8 @@ def bench(
     --markdown fills the lines between NAME:begin and NAME:end; NAME is bench, train-bench or kernels.
     """
     if kernels:
-        return _kernels(quick, markdown_path)
+        with stoppable("nothing is kept", _ANEW):
+            return _kernels(quick, markdown_path)
     task = TRAIN if train else SOLVE
     if load_path is not None:
         try:
@@ -105,7 +142,9 @@ def bench(
         for spec in chosen:
             _show(spec, rows, task)
     else:
-        rows, chosen = _measure(task, fields, keeps, peers, seconds, quick, json_path)
+        kept = "nothing is kept" if json_path is None else f"the fields that were finished are in {json_path}"
+        with stoppable(kept, _ANEW):
+            rows, chosen = _measure(task, fields, keeps, peers, seconds, quick, json_path)
         document = benchmark.document(rows, chosen, task)
     base = {(row.field, row.keep): row for row in rows if row.contender == task.baseline.name}
     for row in rows:

@@ -1,15 +1,30 @@
-"""How commands speak: tables and progress bars on a terminal, plain aligned lines anywhere else."""
+"""How commands speak: tables and progress bars on a terminal, plain aligned lines anywhere else; and what they say when
+they cannot go on, or are stopped."""
 
 from __future__ import annotations
 
+import functools
+import os
+import shlex
 import sys
 from contextlib import contextmanager
-from typing import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Callable, Iterator, ParamSpec, Sequence
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from safetensors import SafetensorError
+
+from ..data.power import DownloadError
+from ..training import NonFiniteLossError
+from ..training.distributed import rank
+
+P = ParamSpec("P")
+
+# What a user can mend: files, arguments, data, settings of a training. All else is a fault of ours, with its traceback.
+_ERRORS = (OSError, ValueError, ImportError, DownloadError, NonFiniteLossError, SafetensorError)
 
 
 def console() -> Console:
@@ -25,6 +40,45 @@ def fail(text: str) -> typer.Exit:
     """Print an error; `raise fail(...)` ends the command with status 1."""
     typer.echo(f"error: {text}", err=True)
     return typer.Exit(1)
+
+
+def command(function: Callable[P, None]) -> Callable[P, None]:
+    """A command that says what is wrong in a sentence, and, stopped by Ctrl-C, how to go on."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        with stoppable():
+            try:
+                function(*args, **kwargs)
+            except BrokenPipeError:  # who read the output has gone
+                raise
+            except _ERRORS as error:
+                raise fail(str(error)) from error
+
+    return run
+
+
+@contextmanager
+def stoppable(kept: str = "", then: str = "To go on, run the same command again") -> Iterator[None]:
+    """Ctrl-C within ends the command with status 130 and words: what is kept, and the command that goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if rank() == 0:  # to standard error: Ctrl-C has ended what standard output may be piped into
+            typer.echo(f"\nstopped{'; ' if kept else ''}{kept}. {then}:\n  {_this_command()}", err=True)
+        raise typer.Exit(130) from None
+
+
+def _this_command() -> str:
+    """As it can be typed again."""
+    arguments = sys.argv[1:]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "sparseflow_kernels.cli.main"]
+    elif Path(sys.argv[0]).name == "sparseflow" or len(sys.orig_argv) <= len(arguments):
+        start = ["sparseflow"]
+    else:
+        start = sys.orig_argv[: len(sys.orig_argv) - len(arguments)]  # python -m ...
+    return shlex.join([*start, *arguments])
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -6,7 +6,7 @@ import typer
 
 from .. import data
 from ..data import power, toy
-from .console import fail, say, show_table
+from .console import command, fail, say, show_table, stoppable
 
 app = typer.Typer(no_args_is_help=True, help="List data sets, fetch POWER, say where cached data lies.")
 
@@ -21,25 +21,26 @@ def _origin(name: str) -> tuple[str, str]:
 
 
 @app.command("list")
+@command
 def list_() -> None:
     """Names, dimensions and origins."""
     show_table("data sets", ("name", "dim", "origin"), [(name, *_origin(name)) for name in data.LOADERS])
 
 
 @app.command()
+@command
 def fetch(name: str = typer.Argument(help="data set to download; only 'power' needs it")) -> None:
-    """Download a data set into the cache."""
+    """Download a data set into the cache; one that is there and whole stays, a damaged one is written anew."""
     if name != "power":
         known = name in data.LOADERS
         raise fail(f"{name!r} needs no download" if known else f"{name!r} is not one of {', '.join(data.LOADERS)}")
-    try:
+    with stoppable("the cache is as it was before"):
         loaded = data.load("power", download=True)
-    except (RuntimeError, data.ChecksumError) as error:
-        raise fail(str(error)) from error
     say(f"power: {len(loaded.train)} train, {len(loaded.val)} val, {len(loaded.test)} test rows in {power.derived_path()}")
 
 
 @app.command()
+@command
 def path() -> None:
     """The cache folder (SPARSEFLOW_CACHE chooses another)."""
     print(data.cache_dir())

@@ -6,7 +6,6 @@ trained on, unpruned, beside it for as many steps more, and the pruned flow is c
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,12 +21,14 @@ from ..analysis.peers import BASELINE, OURS, one_thread
 from ..analysis.plots import plot_densities
 from ..analysis.problems import FieldSpec, Problem
 from ..build_info import build_info
-from ..files import atomic_write
 from ..data.dataset import Dataset
+from ..files import write_json
 from ..flows import ContinuousFlow, mlp_field
 from ..pruning import copy_module, remove_masks_, size
-from ..training import CheckpointError, Cycle, evaluate_nll, sparse_flow
-from .console import fail, progress, say, show_table
+from ..training import Cycle, evaluate_nll, sparse_flow
+from ..training.lock import locked_folder
+from .console import progress, say, show_table, stoppable
+from .options import OFF
 
 
 TRAINING_TOLERANCE = 1e-3
@@ -79,23 +80,24 @@ class Trained:
 
 def demo(
     out: Annotated[Path, typer.Option(help="folder for pictures, figures and checkpoints")] = Path("demo_output"),
-    quick: Annotated[bool, typer.Option("--quick", help="tiny sizes, seconds: shows that everything runs")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="tiny sizes, seconds: shows that everything runs", show_default=OFF)
+    ] = False,
 ) -> None:
     """Sparse flows from end to end, in some minutes. Run it again after an interruption: finished cycles are kept."""
-    out.mkdir(parents=True, exist_ok=True)
+    with locked_folder(out), stoppable(f"every finished epoch is in {out}"):
+        _demo(out, quick)
+
+
+def _demo(out: Path, quick: bool) -> None:
     checkpoints = out / "checkpoints" / ("quick" if quick else "full")
-    try:
-        picture = out / "densities.png"
-        pictures = _pictures(QUICK_PICTURES if quick else PICTURES, checkpoints / "gaussians", picture, quick)
-        figures = _figures(QUICK_FIGURES if quick else FIGURES, checkpoints / "photos", quick)
-    except (CheckpointError, ImportError) as error:
-        raise fail(str(error)) from error
-    document = {
+    picture = out / "densities.png"
+    pictures = _pictures(QUICK_PICTURES if quick else PICTURES, checkpoints / "gaussians", picture, quick)
+    figures = _figures(QUICK_FIGURES if quick else FIGURES, checkpoints / "photos", quick)
+    write_json(out / "demo.json", {
         "machine": {"processor": processor()}, "build": build_info(), "quick": quick,
         "pictures": pictures, "figures": figures,
-    }
-    with atomic_write(out / "demo.json") as temporary:
-        temporary.write_text(json.dumps(document, indent=2) + "\n")
+    })  # fmt: skip
     say(f"wrote {picture} and {out / 'demo.json'}")
 
 

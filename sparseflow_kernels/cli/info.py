@@ -10,6 +10,7 @@ import typer
 from ..analysis.floor import activation_rate, fma_rate
 from ..build_info import build_info
 from .console import show_table
+from .options import OFF
 
 
 def _rate(value: float | None) -> str:
@@ -24,7 +25,11 @@ def _text(entry: Any) -> str:
     return str(entry)
 
 
-def info(as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False) -> None:
+def info(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print one JSON object instead of a table", show_default=OFF)
+    ] = False,
+) -> None:
     """Say what was built and found, and measure this core's multiply-add and activation rates."""
     facts = build_info()
     rates = {"multiply-adds": fma_rate(), **{name: activation_rate(name) for name in ("tanh", "softplus", "sigmoid")}}

@@ -5,17 +5,17 @@ from __future__ import annotations
 import typer
 
 from . import bench, data, demo, info, paper, train
+from .console import command
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False,
     help="Pruned neural ODEs and continuous normalizing flows, solved by kernels that see only the weights that remain.",
 )
-app.command("info")(info.info)
-app.command("bench")(bench.bench)
-app.command("demo")(demo.demo)
-app.command("train")(train.train)
-app.command("prune")(train.prune)
-app.command("sweep")(train.sweep)
+for name, function in {
+    "info": info.info, "bench": bench.bench, "demo": demo.demo, "train": train.train, "prune": train.prune,
+    "sweep": train.sweep,
+}.items():  # fmt: skip
+    app.command(name)(command(function))
 app.add_typer(paper.app, name="paper")
 app.add_typer(data.app, name="data")
 

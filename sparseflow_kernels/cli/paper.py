@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import queue
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Annotated, Any, Callable, Optional, Sequence
 
@@ -15,44 +12,74 @@ from .. import data
 from ..analysis import paper as experiments
 from ..analysis import paper_report as report
 from ..analysis.markdown import replace_block
-from ..analysis.paper import Experiment, ResultError
+from ..analysis.paper import Experiment
 from ..analysis.paper_plots import draw as draw_plots
 from ..pruning import KEEP_RATIOS
 from ..threads import set_num_threads
-from ..training import PRESETS, CheckpointError
-from .console import console, fail, progress, say, show_table
-from .train import parse_keeps
+from ..training import PRESETS
+from ..training.lock import locked_folder
+from ..training.processes import run_in_processes
+from .console import command, console, fail, progress, say, show_table, stoppable
+from .options import METHODS, OFF, keeps_of, whole
 
 app = typer.Typer(
     no_args_is_help=True, help="The Sparse Flows experiments: train, prune, retrain, beside an unpruned control."
 )
 
-METHODS = {"weights": ("weights",), "neurons": ("neurons",), "both": ("weights", "neurons")}
+_THEIRS = "the paper's"
 
-Quick = Annotated[bool, typer.Option("--quick", help="fewer prune ratios and epochs: minutes instead of days")]
-Method = Annotated[Optional[str], typer.Option(help="weights, neurons or both")]
-Keeps = Annotated[
-    Optional[str], typer.Option(help="comma-separated keep ratios, or a schedule: " + ", ".join(KEEP_RATIOS))
+Quick = Annotated[
+    bool, typer.Option("--quick", help="fewer prune ratios and epochs: minutes instead of days", show_default=OFF)
 ]
-Seeds = Annotated[Optional[int], typer.Option(min=1, help="independent trainings of each net")]
-Jobs = Annotated[int, typer.Option(min=1, help="processes, one thread each")]
-Folder = Annotated[Optional[Path], typer.Option(help="where checkpoints, results and plots go, and are found again")]
-Hessian = Annotated[bool, typer.Option("--hessian", help="also the curvature of the loss at every cycle")]
-Redraw = Annotated[bool, typer.Option("--redraw", help="train nothing: tables and plots from the folder's results")]
+Method = Annotated[
+    Optional[str], typer.Option(help="weights, neurons or both", show_default="both; with --quick weights")
+]
+Keeps = Annotated[
+    Optional[str],
+    typer.Option(
+        help="comma-separated keep ratios, or a schedule: " + ", ".join(KEEP_RATIOS), show_default=_THEIRS
+    ),
+]
+Seeds = Annotated[
+    Optional[int],
+    typer.Option(
+        help="independent trainings of each net", show_default=f"{_THEIRS}; with --quick 1", callback=whole(most=10_000)
+    ),
+]
+Jobs = Annotated[int, typer.Option(help="processes, one thread each", callback=whole(most=1024))]
+Folder = Annotated[
+    Optional[Path],
+    typer.Option(
+        help="where checkpoints, results and plots go, and are found again", show_default="paper_output/NAME[-quick]"
+    ),
+]
+Hessian = Annotated[
+    bool, typer.Option("--hessian", help="also the curvature of the loss at every cycle", show_default=OFF)
+]
+Redraw = Annotated[
+    bool,
+    typer.Option("--redraw", help="train nothing: tables and plots from the folder's results", show_default=OFF),
+]
 Markdown = Annotated[
-    Optional[Path], typer.Option(help="put verdicts and tables between this file's paper-...:begin and :end")
+    Optional[Path],
+    typer.Option(help="put verdicts and tables between this file's paper-...:begin and :end", show_default="none"),
 ]
 
 
 @app.command()
+@command
 def toy(
     quick: Quick = False,
     names: Annotated[
-        Optional[str], typer.Option("--data", help="comma-separated: " + ", ".join(experiments.TOYS))
+        Optional[str],
+        typer.Option("--data", help="comma-separated: " + ", ".join(experiments.TOYS), show_default="all"),
     ] = None,
     net: Annotated[
         Optional[str],
-        typer.Option(help="comma-separated: ffjord_l4_h64 (trained with Hutchinson's trace), cnf_l2_h128 (exact), ..."),
+        typer.Option(
+            help="comma-separated: ffjord_l4_h64 (trained with Hutchinson's trace), cnf_l2_h128 (exact), ...",
+            show_default=_THEIRS,
+        ),
     ] = None,
     method: Method = None,
     keeps: Keeps = None,
@@ -79,6 +106,7 @@ def toy(
 
 
 @app.command()
+@command
 def power(
     quick: Quick = False,
     method: Method = None,
@@ -90,7 +118,8 @@ def power(
     redraw: Redraw = False,
     markdown: Markdown = None,
     download: Annotated[
-        bool, typer.Option("--download", help="fetch the data first (19.7 MB) if it is not there")
+        bool,
+        typer.Option("--download", help="fetch the data first (19.7 MB) if it is not there", show_default=OFF),
     ] = False,
 ) -> None:
     """POWER (re-derived): 6-d, five concatsquash fields of 3x60. --quick: some hundred steps, three prune ratios."""
@@ -98,10 +127,7 @@ def power(
         quick, methods=_one_of("--method", method, METHODS), keeps=_keeps(keeps), seeds=seeds
     )
     if not redraw:
-        try:
-            data.load("power", download=download)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise fail(str(error)) from error
+        data.load("power", download=download)
     _all("power", found, _folder(folder, "power", quick), jobs, hessian, redraw, markdown)
 
 
@@ -131,10 +157,7 @@ def _one_of(option: str, text: str | None, known: dict[str, tuple[str, ...]]) ->
 
 
 def _keeps(text: str | None) -> tuple[float, ...] | None:
-    try:
-        return None if text is None else parse_keeps(text)
-    except ValueError as error:
-        raise fail(f"--keeps: {error}") from error
+    return None if text is None else keeps_of("--keeps", text)
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -144,15 +167,13 @@ def _all(
     what: str, chosen: list[Experiment], folder: Path, jobs: int, hessian: bool, redraw: bool, markdown: Path | None
 ) -> None:
     failed: dict[str, str] = {}
-    try:
-        if redraw:
-            documents = experiments.read_results(folder)
-            if not documents:
-                raise fail(f"--redraw: {folder} has no results; run without it first")
-        else:
+    if redraw:
+        documents = experiments.read_results(folder)
+        if not documents:
+            raise fail(f"--redraw: {folder} has no results; run without it first")
+    else:
+        with locked_folder(folder), stoppable(f"every finished epoch is in {folder}"):
             documents, failed = _run(what, chosen, folder, jobs, hessian)
-    except (CheckpointError, ResultError, OSError) as error:
-        raise fail(str(error)) from error
     for columns, tables in (
         (report.COLUMNS, report.table(documents)),
         (report.HESSIAN_COLUMNS, report.hessian_table(documents)),
@@ -215,8 +236,10 @@ def _run(
                 )
             update(min(sum(done.values()), sum(totals.values())), text)
 
-        if jobs > 1 and len(chosen) > 1:
-            return _in_processes(chosen, folder, min(jobs, len(chosen)), hessian, tell)
+        if jobs > 1 and len(chosen) > 1:  # an error in one run does not end the others
+            tasks = [(one, folder, hessian) for one in chosen]
+            done, failed = run_in_processes(_worker, tasks, jobs, lambda i, facts: tell(chosen[i].name, facts))
+            return [done[i] for i in sorted(done)], {chosen[i].name: text for i, text in failed.items()}
         return [
             _one_thread_run(one, folder, hessian, lambda facts, name=one.name: tell(name, facts)) for one in chosen
         ], {}
@@ -238,26 +261,5 @@ def _one_thread_run(
     return found
 
 
-def _worker(experiment: Experiment, folder: Path, hessian: bool, messages: Any) -> dict[str, Any]:
-    return _one_thread_run(experiment, folder, hessian, lambda facts: messages.put((experiment.name, facts)))
-
-
-def _in_processes(
-    chosen: list[Experiment], folder: Path, jobs: int, hessian: bool, tell: Callable[[str, dict[str, Any]], None]
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """An error in one run does not end the others."""
-    context = multiprocessing.get_context("spawn")  # a fork would inherit the threads of torch
-    with context.Manager() as manager, ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        messages = manager.Queue()
-        runs = {one.name: pool.submit(_worker, one, folder, hessian, messages) for one in chosen}
-        waiting = set(runs.values())
-        while waiting:
-            _, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-            try:
-                while True:
-                    tell(*messages.get_nowait())
-            except queue.Empty:
-                pass
-    failed = {name: run.exception() for name, run in runs.items() if run.exception() is not None}
-    documents = [run.result() for name, run in runs.items() if name not in failed]
-    return documents, {name: f"{type(error).__name__}: {error}" for name, error in failed.items()}
+def _worker(task: tuple[Experiment, Path, bool], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    return _one_thread_run(*task, tell)

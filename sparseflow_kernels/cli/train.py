@@ -3,46 +3,67 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import shlex
 import statistics
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Iterator, Optional, Sequence
+from typing import Annotated, Any, ContextManager, Iterator, Optional, Sequence
 
 import torch
 import torch.distributed as dist
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from safetensors import SafetensorError
 
-from ..files import ChecksumError, atomic_write, sha256
+from ..data.dataset import Dataset
+from ..files import sha256, write_json
 from ..flows import ContinuousFlow
 from ..pruning import KEEP_RATIOS, copy_module, dense_size, size
-from ..training import (
-    PRESETS, CheckpointError, NonFiniteLossError, evaluate, live_size, load_checkpoint, prune_cycle_, save_checkpoint,
-)  # fmt: skip
+from ..training import PRESETS, CheckpointError, live_size, load_checkpoint, prune_cycle_, save_checkpoint
 from ..training.distributed import rank
+from ..training.evaluation import evaluate_or_nan
 from ..training.jobs import CONTROL, Job, read_results, run_jobs, sweep_jobs
-from ..training.loop import fit
-from .console import console, fail, say, show_table
+from ..training.lock import locked_folder
+from ..training.loop import another_run, fingerprint, fit, plain
+from .console import console, say, show_table, stoppable
+from .options import METHODS, keeps_of, number, whole
+
+_THEIRS = "the experiment's"  # default of what an experiment decides
 
 _PRESET = Annotated[str, typer.Argument(help=f"experiment: {', '.join(PRESETS)}")]
-_NET = Annotated[Optional[str], typer.Option(help="net of the experiment, such as l4_h64 or cnf_l2_h128")]
-_EPOCHS = Annotated[Optional[int], typer.Option(help="epochs per training, in place of the experiment's")]
-_BATCH = Annotated[Optional[int], typer.Option(help="batch size, in place of the experiment's")]
-_LR = Annotated[Optional[float], typer.Option(help="learning rate, in place of the experiment's")]
-_CLIP = Annotated[Optional[float], typer.Option(help="largest norm of the gradient")]
-_TOLERANCE = Annotated[Optional[float], typer.Option(help="rtol and atol of the solver, in place of the experiment's")]
-_ROWS = Annotated[Optional[int], typer.Option(help="use no more training rows than this")]
-_EVAL_ROWS = Annotated[Optional[int], typer.Option(help="use no more validation, and test, rows than this")]
-_DATA = Annotated[Optional[str], typer.Option(help="another data set's name, or an .npz file with train, val, test")]
+_NET = Annotated[
+    Optional[str],
+    typer.Option(help="net of the experiment, such as l4_h64 or cnf_l2_h128", show_default="the experiment's first"),
+]
+_EPOCHS = Annotated[
+    Optional[int], typer.Option(help="epochs per training", show_default=_THEIRS, callback=whole(most=1_000_000))
+]
+_BATCH = Annotated[Optional[int], typer.Option(help="batch size", show_default=_THEIRS, callback=whole())]
+_LR = Annotated[Optional[float], typer.Option(help="learning rate", show_default=_THEIRS, callback=number(most=1000))]
+_CLIP = Annotated[
+    Optional[float], typer.Option(help="largest norm of the gradient", show_default=_THEIRS, callback=number())
+]
+_TOLERANCE = Annotated[
+    Optional[float],
+    typer.Option(help="rtol and atol of the solver", show_default=_THEIRS, callback=number(least=1e-14, most=1)),
+]
+_ROWS = Annotated[
+    Optional[int], typer.Option(help="use no more training rows than this", show_default="all", callback=whole())
+]
+_EVAL_ROWS = Annotated[
+    Optional[int],
+    typer.Option(help="use no more validation, and test, rows than this", show_default="all", callback=whole()),
+]
+_DATA = Annotated[
+    Optional[str],
+    typer.Option(help="another data set's name, or an .npz file with train, val, test", show_default=_THEIRS),
+]
 _ENGINE = Annotated[str, typer.Option(help="who trains: auto, cpu, reference; 'none' trains the module through torch")]
 _DEAD = Annotated[str, typer.Option(help="dead parameters: simplify, propagate (the paper's way), or keep")]
-_FOLDER = Annotated[Optional[Path], typer.Option(help="where checkpoints go; [default: runs/PRESET/NET]")]
+_SEED = whole(0, 2**32 - 1)
+_FOLDER = Annotated[
+    Optional[Path], typer.Option(help="where checkpoints go", show_default="runs/PRESET/NET")
+]
 
 
 def train(
@@ -57,7 +78,9 @@ def train(
     rows: _ROWS = None,
     eval_rows: _EVAL_ROWS = None,
     engine: _ENGINE = "auto",
-    seed: Annotated[int, typer.Option(help="of the initial weights, the order of rows and the noise")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="of the initial weights, the order of rows and the noise", callback=_SEED)
+    ] = 0,
     folder: _FOLDER = None,
 ) -> None:
     """Train an experiment's dense net. Interrupted, the same command goes on from the last finished epoch.
@@ -65,7 +88,7 @@ def train(
     Under torchrun (torchrun --nproc-per-node 2 -m sparseflow_kernels.cli.main train ...) each process takes its share
     of every batch.
     """
-    with _reporting_errors(), _processes():
+    with _processes():
         job = _job(preset, net, epochs, batch, lr, clip, tolerance, data, rows, eval_rows, engine, folder, seed)
         with _stoppable(job.folder), _display([job]) as report:
             run_jobs([job], 1, report)
@@ -78,12 +101,19 @@ def sweep(
     net: _NET = None,
     keeps: Annotated[
         Optional[str],
-        typer.Option(help=f"keep ratios such as 0.5,0.2, or a schedule: {', '.join(KEEP_RATIOS)}; [default: its own]"),
+        typer.Option(
+            help=f"keep ratios such as 0.5,0.2, or a schedule: {', '.join(KEEP_RATIOS)}", show_default=_THEIRS
+        ),
     ] = None,
-    method: Annotated[str, typer.Option(help="weights (WT), neurons (FT), or both: weights,neurons")] = "weights",
+    method: Annotated[str, typer.Option(help="weights (WT), neurons (FT), or both")] = "weights",
     control: Annotated[bool, typer.Option(help="train an unpruned copy for as many further epochs")] = True,
-    repetitions: Annotated[Optional[int], typer.Option(help="independently trained nets; [default: its own]")] = None,
-    jobs: Annotated[int, typer.Option(help="processes at a time, one thread each")] = 1,
+    repetitions: Annotated[
+        Optional[int],
+        typer.Option(help="independently trained nets", show_default=_THEIRS, callback=whole(most=10_000)),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(help="processes at a time, one thread each", callback=whole(most=1024))
+    ] = 1,
     dead: _DEAD = "simplify",
     epochs: _EPOCHS = None,
     batch: _BATCH = None,
@@ -94,39 +124,37 @@ def sweep(
     rows: _ROWS = None,
     eval_rows: _EVAL_ROWS = None,
     engine: _ENGINE = "auto",
-    seed: Annotated[int, typer.Option(help="of the first repetition; the next ones count on")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="of the first repetition; the next ones count on", callback=_SEED)
+    ] = 0,
     folder: _FOLDER = None,
 ) -> None:
     """Train, then prune and retrain to ever smaller keep ratios, for every seed and method; ends with a table, and
     results.json in the folder. Interrupted, the same command goes on from the last finished epochs."""
-    with _reporting_errors(), _processes():
+    with _processes():
         first = _job(preset, net, epochs, batch, lr, clip, tolerance, data, rows, eval_rows, engine, folder, seed)
-        if dead not in ("simplify", "propagate", "keep"):
-            raise ValueError(f"--dead must be simplify, propagate or keep, got {dead!r}")
-        first = dataclasses.replace(first, dead=None if dead == "keep" else dead)
-        methods = method.split(",")
+        first = dataclasses.replace(first, dead=_dead(dead))
+        methods = METHODS.get(method, tuple(dict.fromkeys(method.split(","))))
         if not set(methods) <= {"weights", "neurons"}:
-            raise ValueError(f"--method must be weights, neurons or weights,neurons, got {method!r}")
-        ratios = first.definition().keep_ratios if keeps is None else parse_keeps(keeps)
+            raise ValueError(f"--method must be weights, neurons or both, got {method!r}")
+        ratios = first.definition().keep_ratios if keeps is None else keeps_of("--keeps", keeps)
         count = first.definition().repetitions if repetitions is None else repetitions
-        if count < 1:
-            raise ValueError(f"--repetitions must be at least 1, got {count}")
         dense, after = sweep_jobs(first, methods, ratios, range(seed, seed + count), control)
+        sets = first.dataset()  # says now, and not once in every process, what is wrong with the data
         failed: dict[str, str] = {}
-        with _stoppable(first.folder), _display([*dense, *after]) as report:
-            failed |= run_jobs(dense, jobs, report)
-            lost = {job.seed for job in dense if job.name in failed}
-            failed |= run_jobs([job for job in after if job.seed not in lost], jobs, report)
-        _show_cycles(first.preset, after)
-        path = Path(first.folder) / "results.json"
-        if rank() == 0:
-            document = {
-                "preset": first.preset, "net": first.net, "keeps": list(ratios), "floor": first.dataset().floor,
-                "jobs": [dataclasses.asdict(job) for job in after], "failed": failed,
-                "rows": [row for job in after for row in read_results(job.own_folder / "results.json")],
-            }  # fmt: skip
-            with atomic_write(path) as temporary:
-                temporary.write_text(json.dumps(document, indent=1) + "\n")
+        with locked_folder(first.folder), _stoppable(first.folder):
+            with _display([*dense, *after]) as report:
+                failed |= run_jobs(dense, jobs, report)
+                lost = {job.seed for job in dense if job.name in failed}
+                failed |= run_jobs([job for job in after if job.seed not in lost], jobs, report)
+            _show_cycles(first.preset, after)
+            path = Path(first.folder) / "results.json"
+            if rank() == 0:
+                write_json(path, {
+                    "preset": first.preset, "net": first.net, "keeps": list(ratios), "floor": sets.floor,
+                    "jobs": [dataclasses.asdict(job) for job in after], "failed": failed,
+                    "rows": [row for job in after for row in read_results(job.own_folder / "results.json")],
+                })  # fmt: skip
         _say(f"wrote {path}")
         for name, text in failed.items():
             typer.echo(f"error: {name}: {text}", err=True)
@@ -139,76 +167,77 @@ def prune(
     keep: Annotated[str, typer.Option(help="keep ratio of all parameters; several, 0.5,0.1, start from the same net")],
     method: Annotated[str, typer.Option(help="weights (WT) or neurons (FT)")] = "weights",
     dead: _DEAD = "simplify",
-    retrain: Annotated[int, typer.Option(help="epochs of retraining, as the checkpoint was trained; 0 for none")] = 0,
+    retrain: Annotated[
+        int,
+        typer.Option(
+            help="epochs of retraining, as the checkpoint was trained; 0 for none", callback=whole(0, 1_000_000)
+        ),
+    ] = 0,
     engine: _ENGINE = "auto",
-    out: Annotated[Optional[Path], typer.Option(help="folder for the pruned checkpoints; [default: beside it]")] = None,
+    out: Annotated[
+        Optional[Path], typer.Option(help="folder for the pruned checkpoints", show_default="beside it")
+    ] = None,
 ) -> None:
     """Prune a trained checkpoint, retrain it if asked to, and say what that did to the test NLL."""
-    with _reporting_errors():
-        source = _find_checkpoint(checkpoint)
-        job = Job.read(source.parent / "run.json")
-        ratios = parse_keeps(keep)
-        if method not in ("weights", "neurons"):
-            raise ValueError(f"--method must be weights or neurons, got {method!r}")
-        if dead not in ("simplify", "propagate", "keep"):
-            raise ValueError(f"--dead must be simplify, propagate or keep, got {dead!r}")
-        if retrain < 0:
-            raise ValueError(f"--retrain must be at least 0, got {retrain}")
-        rows, start = job.dataset(), job.flow()
-        load_checkpoint(source, start)
-        engine_or_none = None if engine == "none" else engine
-        folder = source.parent if out is None else out
+    source = _find_checkpoint(checkpoint)
+    job = Job.read(source.parent / "run.json")
+    ratios = keeps_of("--keep", keep)
+    if method not in ("weights", "neurons"):
+        raise ValueError(f"--method must be weights or neurons, got {method!r}")
+    dead_or_none, engine_or_none = _dead(dead), _engine(engine)
+    rows, start = job.dataset(), job.flow()
+    facts = load_checkpoint(source, start)
+    _check_data(source, facts, job, rows)
+    folder = source.parent if out is None else out
+    kept = f"every finished epoch of retraining is in {folder}" if retrain else f"what was finished is in {folder}"
+    with locked_folder(folder), stoppable(kept):
+        elsewhere = folder.resolve() != source.parent.resolve()
+        if elsewhere and (folder / "run.json").exists() and Job.read(folder / "run.json") != job:
+            raise CheckpointError(f"{folder} holds another run; choose another folder for --out, or delete it")
         lines = [_figures("as it was", start, rows.test, engine_or_none)]
-        with _stoppable(str(folder)):
-            for ratio in ratios:
-                flow = copy_module(start)
-                options = job.definition().prune_options(method)
-                prune_cycle_(flow, ratio, method, None if dead == "keep" else dead, rows, **options)
-                lines.append(_figures(f"keep {ratio:g}", flow, rows.test, engine_or_none))
-                target = folder / f"pruned_{method}_{ratio:g}.safetensors"
-                if retrain:
-                    settings = job.training().changed(epochs=retrain, milestones=(), lr_end=None)
-                    running = target.with_name(f"{target.stem}.running.safetensors")
-                    of = {"from": str(source.resolve()), "sha256": sha256(source), "dead": dead}
-                    fit(flow, rows, settings, engine_or_none, (job.seed, 1), running, run=of)
-                    lines.append(_figures(f"keep {ratio:g}, retrained", flow, rows.test, engine_or_none))
-                facts = {"from": str(source), "keep": ratio, "method": method, "retrain": retrain}
-                save_checkpoint(target, flow, facts)
-                if retrain:
-                    running.unlink(missing_ok=True)
-        show_table(
-            f"{source}: {method} pruned; NLL in nats, exact trace",
-            ("net", "size", "of", "live", "test NLL", "NFE"), lines,
-        )  # fmt: skip
-        if folder != source.parent:  # so that these, too, can be pruned
-            with atomic_write(folder / "run.json") as temporary:
-                temporary.write_text((source.parent / "run.json").read_text())
-        say(f"wrote {len(ratios)} checkpoint{'s' if len(ratios) > 1 else ''} to {folder}")
+        for ratio in ratios:
+            flow = copy_module(start)
+            options = job.definition().prune_options(method)
+            prune_cycle_(flow, ratio, method, dead_or_none, rows, **options)
+            lines.append(_figures(f"keep {ratio:g}", flow, rows.test, engine_or_none))
+            target = folder / f"pruned_{method}_{ratio:g}.safetensors"
+            if retrain:
+                settings = job.training().changed(epochs=retrain, milestones=(), lr_end=None)
+                running = target.with_name(f"{target.stem}.running.safetensors")
+                of = {"from": str(source.resolve()), "sha256": sha256(source), "dead": dead}
+                fit(flow, rows, settings, engine_or_none, (job.seed, 1), running, run=of)
+                lines.append(_figures(f"keep {ratio:g}, retrained", flow, rows.test, engine_or_none))
+            facts = {"from": str(source), "keep": ratio, "method": method, "retrain": retrain}
+            save_checkpoint(target, flow, facts)
+            if retrain:
+                running.unlink(missing_ok=True)
+        if elsewhere:  # so that these, too, can be pruned
+            write_json(folder / "run.json", plain(dataclasses.asdict(job)))
+    show_table(
+        f"{source}: {method} pruned; NLL in nats, exact trace",
+        ("net", "size", "of", "live", "test NLL", "NFE"), lines,
+    )  # fmt: skip
+    say(f"wrote {len(ratios)} checkpoint{'s' if len(ratios) > 1 else ''} to {folder}")
 
 
 # ------------------------------------------------------------------------------------------------------------ the parts
 
 
-def parse_keeps(text: str) -> tuple[float, ...]:
-    """Keep ratios of a schedule's name or of numbers with commas. Raises ValueError."""
-    if text in KEEP_RATIOS:
-        return KEEP_RATIOS[text]
-    try:
-        ratios = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(
-            f"keep ratios must be numbers such as 0.5,0.2 or one of {', '.join(KEEP_RATIOS)}; got {text!r}"
-        ) from None
-    if any(not 0 < keep < 1 for keep in ratios):
-        raise ValueError(f"every keep ratio must lie in (0, 1), got {text!r}")
-    return tuple(sorted(set(ratios), reverse=True))
+def _dead(text: str) -> str | None:
+    if text not in ("simplify", "propagate", "keep"):
+        raise ValueError(f"--dead must be simplify, propagate or keep, got {text!r}")
+    return None if text == "keep" else text
+
+
+def _engine(text: str) -> str | None:
+    return None if text == "none" else text
 
 
 def _job(preset, net, epochs, batch, lr, clip, tolerance, data, rows, eval_rows, engine, folder, seed) -> Job:
     given = {"epochs": epochs, "batch": batch, "lr": lr, "clip": clip}
     job = Job(
         preset, "", seed=seed, net=net, data=data, rows=rows, eval_rows=eval_rows, tolerance=tolerance,
-        engine=None if engine == "none" else engine,
+        engine=_engine(engine),
         settings={name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
     net = next(iter(job.definition().nets)) if net is None else net
@@ -231,8 +260,15 @@ def _find_checkpoint(path: Path) -> Path:
     return path
 
 
+def _check_data(source: Path, facts: dict[str, Any], job: Job, rows: Dataset) -> None:
+    """Raises CheckpointError where the checkpoint was trained on other rows than the data set's name now gives."""
+    found, now = facts.get("run", {}).get("data"), fingerprint(rows)
+    if found is not None and found != now:
+        raise another_run(f"{source} is not of these data", ["data"], {"data": found}, {"data": now})
+
+
 def _figures(name: str, flow: ContinuousFlow, test: torch.Tensor, engine: str | None) -> tuple[str, ...]:
-    result = evaluate(flow if engine is None else flow.compile(engine), test)
+    result = evaluate_or_nan(flow if engine is None else flow.compile(engine), test)
     live = live_size(flow)
     return (
         name, str(size(flow)), str(dense_size(flow)), "n/a" if live is None else str(live), f"{result.nll:.4f}",
@@ -279,22 +315,8 @@ def _mean(rows: Sequence[dict[str, Any]], key: str, form: str, spread: bool = Fa
     return text + (f" +-{statistics.stdev(values):{form}}" if spread and len(values) > 1 else "")
 
 
-@contextmanager
-def _reporting_errors() -> Iterator[None]:
-    try:
-        yield
-    except (CheckpointError, NonFiniteLossError, ChecksumError, OSError, SafetensorError, ValueError) as error:
-        raise fail(str(error)) from error
-
-
-@contextmanager
-def _stoppable(folder: str) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        again = shlex.join(["sparseflow", *sys.argv[1:]])
-        _say(f"\nstopped; every finished epoch is in {folder}. To go on, run the same command again:\n  {again}")
-        raise typer.Exit(130) from None
+def _stoppable(folder: str) -> ContextManager[None]:
+    return stoppable(f"every finished epoch is in {folder}")
 
 
 @contextmanager

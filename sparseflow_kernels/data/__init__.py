@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Callable
 
 from . import digits, photos, power, toy
-from ..files import ChecksumError, cache_dir
+from ..files import ChecksumError, DamagedFileError, cache_dir
 from .dataset import Dataset
 
 LOADERS: dict[str, Callable[..., Dataset]] = {
@@ -26,4 +26,4 @@ def load(name: str, **options: Any) -> Dataset:
     return LOADERS[name](**options)
 
 
-__all__ = ["LOADERS", "ChecksumError", "Dataset", "cache_dir", "load"]
+__all__ = ["LOADERS", "ChecksumError", "DamagedFileError", "Dataset", "cache_dir", "load"]

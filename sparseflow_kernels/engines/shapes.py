@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Sequence
+from typing import Any, Sequence
 
-from ..files import atomic_write, cache_dir
+from ..files import DamagedFileError, cache_dir, read_json, write_json
+from ..warn import warn
 
 Shape = tuple[int, ...]
 
@@ -33,10 +33,27 @@ def _file() -> Path:
 
 @lru_cache
 def _table(path: Path) -> dict[str, dict[str, list[int]]]:
+    """Empty where there is no file yet, and, with a warning, where it is damaged: tuning writes it anew."""
+    remedy = "it is ignored; delete it, or tune again"
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):  # none yet, or not ours: measured again when somebody tunes
+        table = read_json(path, remedy)
+    except OSError:
         return {}
+    except DamagedFileError as error:
+        warn(str(error))
+        return {}
+    if not _is_table(table):
+        warn(f"{path} is damaged, no table of launch shapes; {remedy}")
+        return {}
+    return table
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(shapes, dict)
+        and all(isinstance(s, list) and len(s) == 4 and all(type(n) is int for n in s) for s in shapes.values())
+        for shapes in value.values()
+    )
 
 
 def tuned(device: str, signature: str) -> Shape | None:
@@ -48,5 +65,4 @@ def remember(device: str, signature: str, measured: Sequence[tuple[Shape, float]
     """Keep the quickest of (shape, seconds), the quickest first."""
     table = _table(_file())
     table.setdefault(device, {})[signature] = list(measured[0][0])
-    with atomic_write(_file()) as temporary:
-        temporary.write_text(json.dumps(table, indent=1))
+    write_json(_file(), table)

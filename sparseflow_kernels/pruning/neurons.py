@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Iterable, TypeVar
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import factories_on_cpu
+from ..warn import warn
 from .chain import Chain, broadcast_rows, check_row_parameters, row_parameters, trace_chain, vector_fields
 from .masks import check_can_be_pruned, check_keep, effective, live_mask, prunable_layers, set_mask_
 from .size import dense_size, size
@@ -85,11 +85,10 @@ def prune_neurons_(
         counts = allocation.nearest(budget)
         least = allocation.size(counts)
         if counts == allocation.at(0.0) and least > (1 + _CLOSE_ENOUGH) * budget:
-            warnings.warn(
+            warn(
                 f"prune_neurons_: keep={keep} of {of} allows {budget:,} non-zero entries, but one neuron per hidden "
                 f"layer leaves {least:,}; use a larger keep, or fold='drop' where gated neurons keep their time "
-                "parameters",
-                stacklevel=3,
+                "parameters"
             )
     for plan, own in zip(plans, counts):
         plan.apply_(own)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Iterable, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..devices import factories_on_cpu
+from ..warn import warn
 from .chain import (
     Chain,
     NotAChain,
@@ -119,19 +119,17 @@ def prune_weights_(
         ranking = _Ranking(weights, protected)
         total, masks, removed = best(count(protected.values()))
     if total > budget:
-        warnings.warn(
+        warn(
             f"prune_weights_: keep={keep} of {of} allows {budget:,} non-zero entries, but {total:,} remain "
             f"({total - count(masks.values()):,} outside the prunable weights, {count(masks.values()):,} weights held "
             "by min_neurons); use a larger keep, of='weights', or fewer min_neurons",
-            stacklevel=3,
         )
     cut = sum(not reaches_derivative(chain, masks) for chain in chains)
     if count(masks.values()) == 0 or cut:
         which = f"{cut} of {len(chains)} vector fields" if cut else "no weight at all: a field"
-        warnings.warn(
+        warn(
             f"prune_weights_: keep={keep} of {of} leaves {which} in which no path leads from the state to its "
             "derivative; use a larger keep, of='weights', or min_neurons",
-            stacklevel=3,
         )
 
     for chain, _ in removed:
@@ -187,7 +185,7 @@ def _chains(module: nn.Module, found: dict[str, nn.Module], remove_dead: bool, m
         except NotAChain as error:
             if min_neurons:
                 raise NotAChain(f"min_neurons needs a chain of Linear layers: {error}") from error
-            warnings.warn(f"prune_weights_: dead parameters are left and count towards the size: {error}", stacklevel=4)
+            warn(f"prune_weights_: dead parameters are left and count towards the size: {error}")
     return chains
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-import warnings
 from dataclasses import fields
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch._C._functorch import is_batchedtensor
 from ..engines.base import SolveRequest
 from ..numerics.step_control import StepOptions, StopPoints
 from ..numerics.tableaus import ADAPTIVE, METHODS, Tableau
+from ..warn import warn
 
 State = Tensor | tuple[Tensor, ...]
 
@@ -114,7 +114,7 @@ def upward(t: Tensor, device: torch.device) -> tuple[Tensor, int]:
     if len(t) == 0:
         raise IndexError("t is empty; it must hold the initial time, and the times to solve for")
     if t.device != device and t.device.type != "cpu":  # the host reads the times: the CPU is where they are best
-        warnings.warn("t is not on the same device as y0. Coercing to y0.device.", stacklevel=4)
+        warn("t is not on the same device as y0. Coercing to y0.device.")
     if is_batchedtensor(t):
         raise ValueError("t cannot be vmapped: all items share the times; put all of them in one t, and pick afterwards")
     t = t.to("cpu")

@@ -3,7 +3,6 @@ that end at the outputs, which it lacks too."""
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any, Callable
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..numerics.adaptive import offending_rows, rms_norm, solve_adaptive
 from ..numerics.tableaus import ADAPTIVE
 from ..solution import Solution, SolverError, Stats
+from ..warn import warn
 from .arguments import CALLBACKS, State, check_tolerance, is_sequence, step_options, upward
 from .delegation import begin
 
@@ -47,7 +47,7 @@ class TorchCall:
             remedy = "use 'dopri5' for another time dtype"
             raise ValueError(f"options['dtype']: {method} keeps time in float64 here; {remedy}")
         if callbacks := callbacks_of(func):
-            warnings.warn(f"Solver {method!r} does not support callbacks {callbacks}", stacklevel=4)
+            warn(f"Solver {method!r} does not support callbacks {callbacks}")
         count = None if isinstance(y0, Tensor) else len(parts)
         check_tolerance("rtol", rtol, count)
         check_tolerance("atol", atol, count)

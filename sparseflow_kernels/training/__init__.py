@@ -3,6 +3,7 @@
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .cycles import Cycle, live_size, prune_cycle_, sparse_flow
 from .evaluation import Evaluation, evaluate, evaluate_nll
+from .lock import FolderInUseError
 from .loop import NonFiniteLossError, train
 from .presets import PRESETS, Preset
 from .settings import TrainingSettings
@@ -12,6 +13,7 @@ __all__ = [
     "Cycle",
     "Evaluation",
     "PRESETS",
+    "FolderInUseError",
     "NonFiniteLossError",
     "Preset",
     "TrainingSettings",

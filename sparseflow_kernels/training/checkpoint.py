@@ -43,6 +43,8 @@ def write_state(path: str | Path, tensors: dict[str, Tensor], facts: dict[str, A
 def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, facts) of `path`. Raises FileNotFoundError, or CheckpointError for a file that is no checkpoint or
     does not hold what was written."""
+    if Path(path).is_dir():
+        raise CheckpointError(f"{path} is a folder, not a checkpoint")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}

@@ -17,6 +17,7 @@ from ..pruning import KEEP_RATIOS, check_can_be_pruned, copy_module, prune_neuro
 from .checkpoint import load_checkpoint, read_state, save_checkpoint
 from .distributed import agree, broadcast_, rank
 from .evaluation import evaluate_or_nan
+from .lock import locked_folder
 from .loop import Progress, check_identity, fingerprint, fit, plain, solver_settings
 from .settings import TrainingSettings
 
@@ -98,8 +99,9 @@ def sparse_flow(
     With torch.distributed initialised every rank must call this with the same arguments (see `train`); `folder` must be
     one that all ranks see.
 
-    Raises ValueError for bad arguments and CheckpointError for a folder of another run when called or when the first
-    cycle starts (the flow is unchanged then), NonFiniteLossError and OSError as `train` does.
+    Raises ValueError for bad arguments, CheckpointError for a folder of another run, and FolderInUseError for one that
+    another process trains in, when called or when the first cycle starts (the flow is unchanged then);
+    NonFiniteLossError and OSError as `train` does.
     """
     ratios = KEEP_RATIOS.get(keeps) if isinstance(keeps, str) else tuple(float(keep) for keep in keeps)
     if ratios is None:
@@ -168,6 +170,10 @@ class _Loop:
     progress: Progress | None
 
     def cycles(self) -> Iterator[Cycle]:
+        with locked_folder(self.folder):
+            yield from self._cycles()
+
+    def _cycles(self) -> Iterator[Cycle]:
         identity = {
             "settings": plain(dataclasses.asdict(self.settings)),
             "engine": self.engine,

@@ -10,7 +10,7 @@ torch's DistributedDataParallel instead; a flow is called as any module, and giv
 
 from __future__ import annotations
 
-from typing import Iterable, Sequence, TypeVar
+from typing import Callable, Iterable, Sequence, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,19 @@ def agree(value: _T) -> _T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_rank_0(action: Callable[[], None]) -> None:
+    """Do it on rank 0 alone; what it raises there every rank raises, so that none waits for one that is gone."""
+    error = None
+    if rank() == 0:
+        try:
+            action()
+        except Exception as raised:  # noqa: BLE001 - raised below, by all
+            error = raised
+    error = agree(error)
+    if error is not None:
+        raise error
 
 
 def broadcast_(tensors: Iterable[Tensor]) -> None:

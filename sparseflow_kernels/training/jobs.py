@@ -7,12 +7,8 @@ goes on from a copy of it.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import multiprocessing
-import multiprocessing.connection
 import shutil
-import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,19 +16,21 @@ from typing import Any, Callable, Iterable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .. import data
-from ..files import atomic_write
 from ..data.dataset import Dataset
+from ..files import DamagedFileError, atomic_write, read_arrays, read_json, write_json
 from ..flows import ContinuousFlow
 from ..pruning import dense_size
-from ..threads import set_num_threads
 from .checkpoint import CheckpointError
 from .cycles import Cycle, sparse_flow
-from .distributed import rank
+from .distributed import on_rank_0, rank
 from .evaluation import evaluate_or_nan
-from .loop import plain
+from .lock import locked_folder
+from .loop import another_run, check_rows, plain
 from .presets import PRESETS, Preset
+from .processes import run_in_processes
 from .settings import TrainingSettings
 
 Report = Callable[["Job", dict[str, Any]], None]
@@ -89,59 +87,87 @@ class Job:
 
     def dataset(self) -> Dataset:
         """The rows, the same for every seed. Raises FileNotFoundError, or ValueError for a name or a file that is no
-        data set."""
-        return limited(load_rows(self.data or self.definition().data), self.rows, self.eval_rows)
+        data set, and for rows that are not of the net's dimension."""
+        name = self.data or self.definition().data
+        rows, dim = load_rows(name), self.flow().dim
+        if rows.dim != dim:
+            raise ValueError(
+                f"{name} has rows of {rows.dim} numbers, and the net of experiment {self.preset!r} takes {dim}: it is "
+                "the wrong data set, or the wrong experiment"
+            )
+        return limited(rows, self.rows, self.eval_rows)
 
     def claim_folder(self) -> None:
-        """Make the job's folder and write its run.json. Raises CheckpointError where another run's is."""
+        """Make the job's folder and write its run.json. Raises CheckpointError where another run's is that has come to
+        a checkpoint; what failed before its first one is overwritten."""
         path = self.own_folder / "run.json"
         mine = plain(dataclasses.asdict(self))
-        if path.exists():
+        if path.exists() and any(path.parent.glob("cycle_*.safetensors")):
             theirs = plain(dataclasses.asdict(Job.read(path)))
-            differing = sorted(name for name in mine if mine[name] != theirs[name] and name not in ("keeps", "folder"))
+            differing = [name for name in mine if mine[name] != theirs[name] and name not in ("keeps", "folder")]
             if differing:
-                raise CheckpointError(
-                    f"{path.parent} holds another run (differing: {', '.join(differing)}); choose another folder, or "
-                    "delete it to start anew"
-                )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_json(path, mine)
+                raise another_run(f"{path.parent} holds another run", differing, theirs, mine)
+        write_json(path, mine)
 
     @staticmethod
     def read(path: Path) -> "Job":
-        """The job whose run.json is at `path`. Raises FileNotFoundError, or ValueError for another file."""
+        """The job whose run.json is at `path`. Raises FileNotFoundError, or DamagedFileError for another file."""
+        remedy = "delete it, and run the training's command again: it is written anew, and no checkpoint is lost"
+        facts = read_json(path, remedy)
         try:
-            facts = json.loads(path.read_text())
             return Job(**{**facts, "keeps": tuple(facts["keeps"])})
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is not the description of a run: {error}") from error
+        except (TypeError, KeyError) as error:
+            raise DamagedFileError(f"{path} is not the description of a run ({error}); {remedy}") from error
+
+
+_FIGURES = ("cycle", "keep", "size", "live_size", "test_nll", "nfe", "step_seconds")
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The rows of a job's results.json; none where there is no such file, or no readable one."""
+    """The rows of a job's results.json; none where there is no such file, or a damaged one: they are then measured
+    again, on the checkpoints."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        rows = read_json(path, "")
+    except (FileNotFoundError, DamagedFileError):
         return []
+    whole = isinstance(rows, list) and all(isinstance(row, dict) and row.keys() >= set(_FIGURES) for row in rows)
+    return rows if whole else []
+
+
+_SPLITS = ("train", "val", "test")
 
 
 def load_rows(name: str) -> Dataset:
-    """A data set by name, or from an .npz file with arrays train, val and test, [n, dim]."""
+    """A data set by name, or from an .npz file with arrays train, val and test, [n, dim].
+
+    Raises ValueError, which names the file and the array, for a file that is none, for arrays of another shape, not of
+    numbers, without rows, or with NaN or infinite values.
+    """
     path = Path(name)
     if path.suffix != ".npz":
         if name not in data.LOADERS and name in PRESETS:
             raise ValueError(
                 f"this package has no loader for {name!r}; give its rows as an .npz file with arrays train, val, test"
             )
+        if name not in data.LOADERS and path.suffix:
+            raise ValueError(f"data must be an .npz file or one of {', '.join(data.LOADERS)}; got {name!r}")
         return data.load(name)
-    with np.load(path, allow_pickle=False) as arrays:
-        missing = {"train", "val", "test"} - set(arrays.files)
-        if missing:
-            raise ValueError(f"{path} has no array {', '.join(sorted(missing))}; it has {', '.join(arrays.files)}")
-        parts = [torch.from_numpy(np.asarray(arrays[part], dtype=np.float32)) for part in ("train", "val", "test")]
-    if any(part.ndim != 2 or part.shape[1] != parts[0].shape[1] for part in parts):
-        raise ValueError(f"{path}: train, val and test must be [n, dim], got {[list(part.shape) for part in parts]}")
-    return Dataset(path.stem, *parts)
+    arrays = read_arrays(path, _SPLITS, "it must hold arrays train, val and test, of numbers, [n, dim]")
+    if any(array.ndim != 2 or array.shape[1] != arrays["train"].shape[-1] for array in arrays.values()):
+        shapes = [list(array.shape) for array in arrays.values()]
+        raise ValueError(f"{path}: train, val and test must be [n, dim], got {shapes}")
+    return Dataset(path.stem, *(_numbers(path, part, array) for part, array in arrays.items()))
+
+
+def _numbers(path: Path, part: str, array: np.ndarray) -> Tensor:
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"{path}: array {part} must hold real numbers, not {array.dtype}")
+    if array.size == 0:
+        raise ValueError(f"{path}: array {part} is empty, of shape {list(array.shape)}")
+    with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is refused as such
+        rows = torch.from_numpy(array.astype(np.float32))
+    check_rows(rows, f"{path}: array {part}")
+    return rows
 
 
 def limited(rows: Dataset, train: int | None, held_out: int | None) -> Dataset:
@@ -165,14 +191,19 @@ def run_job(job: Job, report: Report | None = None) -> list[dict[str, Any]]:
     """Run or resume a job in its folder: one row of figures per cycle, also in its `results.json`.
 
     report: called with the job and each step's facts (`sparse_flow`'s progress), and after every cycle with
-    {"finished": row}. Raises what `sparse_flow` raises; what was finished is then in the folder.
+    {"finished": row}. Raises what `sparse_flow` raises, and CheckpointError or DamagedFileError for what else is in the
+    folder; what was finished is then in it.
     """
-    own = job.own_folder
     rows = job.dataset()
-    preset = job.definition()
+    with locked_folder(job.own_folder):
+        return _run_locked(job, rows, report)
+
+
+def _run_locked(job: Job, rows: Dataset, report: Report | None) -> list[dict[str, Any]]:
+    own, preset = job.own_folder, job.definition()
     known: dict[int, dict[str, Any]] = {}
+    on_rank_0(job.claim_folder)
     if rank() == 0:
-        job.claim_folder()
         dense = dataclasses.replace(job, method=DENSE).own_folder / "cycle_00.safetensors"
         if job.method != DENSE and dense.exists() and not (own / "cycle_00.safetensors").exists():
             with atomic_write(own / "cycle_00.safetensors") as temporary:
@@ -199,7 +230,7 @@ def run_job(job: Job, report: Report | None = None) -> list[dict[str, Any]]:
         row = known.get(cycle.index) if cycle.resumed else None
         table.append(row or _row(job, cycle, rows))
         if rank() == 0:
-            _write_json(own / "results.json", table)
+            write_json(own / "results.json", table)
         if report is not None:
             report(job, {"finished": table[-1], "resumed": cycle.resumed})
     return table
@@ -234,11 +265,6 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _write_json(path: Path, value: Any) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-
-
 # --------------------------------------------------------------------------------------------------------- processes
 
 
@@ -254,42 +280,12 @@ def run_jobs(jobs: Sequence[Job], processes: int = 1, report: Report | None = No
         for job in jobs:
             run_job(job, report)
         return {}
-    context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in an unknown state
-    waiting, running, failed = list(jobs), {}, {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < processes:
-                receive, send = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(waiting[0], send), daemon=True)
-                process.start()
-                send.close()
-                running[receive] = (process, waiting.pop(0))
-            for pipe in multiprocessing.connection.wait(list(running), timeout=1.0):
-                process, job = running[pipe]
-                try:
-                    facts = pipe.recv()
-                except EOFError:
-                    process.join()
-                    del running[pipe]
-                    if process.exitcode and job.name not in failed:
-                        failed[job.name] = f"the process ended with status {process.exitcode}"
-                    continue
-                if "error" in facts:
-                    failed[job.name] = facts["error"]
-                elif report is not None:
-                    report(job, facts)
-    finally:
-        for process, _ in running.values():
-            process.terminate()
-        for process, _ in running.values():
-            process.join()
-    return failed
+    tell = None if report is None else lambda index, facts: report(jobs[index], facts)
+    _, failed = run_in_processes(_work, jobs, processes, tell)
+    return {jobs[index].name: text for index, text in failed.items()}
 
 
-def _work(job: Job, pipe: multiprocessing.connection.Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
-    torch.set_num_threads(1)
-    set_num_threads(1)
+def _work(job: Job, tell: Callable[[dict[str, Any]], None]) -> None:
     last = 0.0
 
     def report(_: Job, facts: dict[str, Any]) -> None:
@@ -297,10 +293,6 @@ def _work(job: Job, pipe: multiprocessing.connection.Connection) -> None:
         now = time.monotonic()
         if "finished" in facts or now - last > 0.2:
             last = now
-            pipe.send(facts)
+            tell(facts)
 
-    try:
-        run_job(job, report)
-    except Exception as error:  # noqa: BLE001 - told to the parent, whatever it is
-        pipe.send({"error": f"{type(error).__name__}: {error}"})
-        raise SystemExit(1) from None
+    run_job(job, report)

@@ -32,6 +32,7 @@ from ..solution import GradientError
 from .checkpoint import CheckpointError, load_module_state, read_state, write_state
 from .distributed import agree, broadcast_, rank, sum_gradients_, world_size
 from .evaluation import evaluate_or_nan
+from .lock import locked_file
 from .settings import OPTIMIZERS, TrainingSettings
 
 Progress = Callable[[dict[str, Any]], None]
@@ -68,13 +69,17 @@ def train(
     With torch.distributed initialised each rank takes its share of every batch and gradients are summed, so that a step
     is that of one process with the whole batch, up to each rank's own step sizes and noise. Rank 0 writes checkpoints.
 
+    Another process that trains with the same checkpoint file is refused with FolderInUseError.
+
     History entries: epoch, nll (mean over the epoch's good steps), nfe (mean per step, None if not known), skipped,
     step_seconds (median), seconds; with select="best" also val_nll. Raises ValueError for bad arguments,
     NonFiniteLossError as `max_failures` and `select` say (the flow is then left as it was, or without engine as after
     the last good step), CheckpointError for a checkpoint that is damaged or of another run, OSError if one cannot be
     written.
     """
-    return fit(flow, data, TrainingSettings(**settings), engine, seed, checkpoint, progress)
+    made = TrainingSettings(**settings)
+    with locked_file(checkpoint):
+        return fit(flow, data, made, engine, seed, checkpoint, progress)
 
 
 def fit(
@@ -91,8 +96,9 @@ def fit(
     rows, validation = (data.train, data.val) if isinstance(data, Dataset) else (data, None)
     if len(rows) == 0:
         raise ValueError("data has no rows to train on")
-    if not isinstance(data, Dataset):  # which has looked
-        refuse_not_finite(rows, "data")
+    check_rows(rows, "data's training rows", flow.dim)
+    if validation is not None and len(validation):
+        check_rows(validation, "data's validation rows", flow.dim)
     if settings.select == "best" and (validation is None or len(validation) == 0):
         raise ValueError("select='best' needs data with validation rows: give a Dataset that has them")
     path = None if checkpoint is None else Path(checkpoint)
@@ -350,7 +356,34 @@ def check_identity(path: Path, found: dict[str, Any] | None, wanted: dict[str, A
     if found != wanted:
         found = found or {}
         differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        raise CheckpointError(
-            f"{path} is of another run (differing: {', '.join(differing)}); choose another folder, or delete it to "
-            "start anew"
-        )
+        raise another_run(f"{path} is of another run", differing, found, wanted)
+
+
+def another_run(what: str, differing: Sequence[str], theirs: dict[str, Any], ours: dict[str, Any]) -> CheckpointError:
+    """The error that says what differs, and how."""
+    details = [text for name in differing for text in _differences(name, theirs.get(name), ours.get(name))]
+    return CheckpointError(
+        f"{what} (differing: {', '.join(sorted(differing))}): {'; '.join(details)}; choose another folder, or delete "
+        "it to start anew"
+    )
+
+
+def _differences(name: str, theirs: Any, ours: Any) -> list[str]:
+    """In words, one for each part that differs."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        if theirs.keys() == ours.keys() == {"name", "rows", "sha256"}:  # of `fingerprint`
+            return [f"it was trained on other data, {_rows(theirs)}, not on {_rows(ours)}"]
+        keys = [key for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
+        return [text for key in keys for text in _differences(key, theirs.get(key), ours.get(key))]
+    return [f"{name} was {theirs!r} and is now {ours!r}"]
+
+
+def _rows(facts: dict[str, Any]) -> str:
+    return f"{' + '.join(map(str, facts['rows']))} rows of {facts['name'] or 'a tensor'} (sha256 {facts['sha256'][:8]})"
+
+
+def check_rows(rows: Tensor, what: str, dim: int | None = None) -> None:
+    """Raises ValueError unless rows are [n, dim] and finite; `what` names them."""
+    if rows.ndim != 2 or (dim is not None and rows.shape[1] != dim):
+        raise ValueError(f"{what} must be [n, {'dim' if dim is None else dim}], got {list(rows.shape)}")
+    refuse_not_finite(rows, what)
