@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from . import gradients, operators
-from .capture import Sources, capture_with_sources, write_back
+from .capture import Sources, capture_with_sources, check_like, unwrapped, write_back
 from .devices import factories_on_cpu
 from .divergence import DivergencePlan
 from .engines import choose
 from .engines.base import Engine
 from .engines.reference import ReferenceEngine
-from .field import Layer, LinearShift, SigmoidGate, TimeFunction, VectorField
+from .field import Layer, LinearShift, SigmoidGate, TimeFunction, UnsupportedFieldError, VectorField
 from .packing import Packing
 from .simplify import simplify
 
@@ -30,30 +30,38 @@ NOISES = ("rademacher", "gaussian")
 
 @factories_on_cpu
 def compile(  # noqa: A001 (the field's own word; the builtin is not needed here)
-    module_or_field: nn.Module | VectorField, engine: str = "auto", dim: int | None = None
+    module_or_field: nn.Module | VectorField, engine: str = "auto", dim: int | None = None, like: Tensor | None = None
 ) -> "CompiledField":
     """Read the program out of a module `f(t, y)`, simplify it exactly and hand it to an engine.
 
     module_or_field: a module whose forward is a chain of linear layers, functions of t and activations (`capture`); a
     VectorField; or a CompiledField, to compile its current values again (after pruning them, or for another engine).
-    engine: "auto" (by device and fit), "reference", "cpu", "cuda", "triton".  dim: size of the state, where capture cannot tell.
+    engine: "auto" (by device and fit), "reference", "cpu", "cuda", "triton".  dim: size of the state, where capture
+    cannot tell.  like: an example of the state, y0 [..., dim] in the module's dtype and on its device. The module is
+    compared with the field on states of its shape, and it settles `dim`.
+
+    A field runs every row [dim] of a state [..., dim] by itself. A module may not (points that see their mean), and where
+    that depends on the number of axes, a state with others raises UnsupportedFieldError, here (`like`) or when it is met.
 
     The result keeps the module's dtype and device and shares no memory with it. What the module does not have (a bias
     left out, a masked entry of a bias) is not trained either: its gradient is zero, or `requires_grad` False.
 
     Raises UnsupportedFieldError for what cannot be expressed, or not run by the engine asked for; ValueError for an
-    unknown engine or a `dim` that does not fit; TypeError for other objects.
+    unknown engine, or a `dim` or `like` that does not fit; TypeError for other objects.
     """
+    module_or_field = unwrapped(module_or_field)
     if isinstance(module_or_field, CompiledField):
         field = module_or_field.vector_field
         frozen = module_or_field.frozen_entries()
     elif isinstance(module_or_field, VectorField):
         field, frozen = module_or_field, {}
     else:
-        field, sources = capture_with_sources(module_or_field, dim)
+        field, sources = capture_with_sources(module_or_field, dim, like)
         frozen = _absent_entries(field, sources, dict(module_or_field.named_parameters()))
     if dim is not None and field.dim != dim:
         raise ValueError(f"compile: dim is {dim}, but the field's state has {field.dim} components")
+    if like is not None and isinstance(module_or_field, (CompiledField, VectorField)):
+        _check_like(field, like)
     simplified, report = simplify(field.map_tensors(torch.Tensor.detach))
     kept_frozen = {}
     for number, original in enumerate(report.kept_layers):
@@ -62,6 +70,15 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
                 kept = (report.kept_values if name == "values" else report.kept_rows)[original]
                 kept_frozen[number, name] = frozen[original, name][kept]
     return CompiledField(simplified, engine, frozen=kept_frozen, simplification=str(report))
+
+
+def _check_like(field: VectorField, like: Tensor) -> None:
+    check_like(like, field.dim)
+    if (like.dtype, like.device) != (field.dtype, field.device):
+        raise TypeError(f"like is {like.dtype} on {like.device}, the field {field.dtype} on {field.device}")
+    reason = field.refused(like.dim())
+    if reason is not None:
+        raise UnsupportedFieldError(f"like: {reason}")
 
 
 def _absent_entries(
@@ -200,7 +217,7 @@ class CompiledField(nn.Module):
                 elif isinstance(part, TimeFunction) and isinstance(part.function, nn.Module):
                     setattr(layer, kind, TimeFunction(getattr(own, f"{kind}_function"), part.rows))
             layers.append(layer)
-        return VectorField(layers, self._program.notes)
+        return VectorField(layers, self._program.notes, self._program.refused_axes)
 
     @property
     def dim(self) -> int:
@@ -317,10 +334,18 @@ class CompiledField(nn.Module):
             raise TypeError(f"{name}: must be a tensor, not {type(y).__name__}")
         if y.dim() < 1 or y.shape[-1] != self.dim:
             raise ValueError(f"{name}: the last axis must be {self.dim}, the field's state size, not {list(y.shape)}")
+        self.check_axes(name, y)
         if y.dtype != like.dtype:
             raise TypeError(f"{name}: is {y.dtype}, the field {like.dtype}; convert one of them with .to(dtype)")
         if y.device != like.device:
             raise ValueError(f"{name}: is on {y.device}, the field on {like.device}; move one of them with .to(device)")
+
+    def check_axes(self, name: str, y: Tensor) -> None:
+        """Raises UnsupportedFieldError where the module this was compiled from does something else than this field for
+        states with as many axes as y."""
+        refused = self._program.refused_axes
+        if refused and (reason := self._program.refused(y.dim())) is not None:
+            raise UnsupportedFieldError(f"{name}: is {list(y.shape)}; {reason}")
 
     # ------------------------------------------------------------------------------------------------- the way back
 
@@ -333,6 +358,7 @@ class CompiledField(nn.Module):
         ValueError, and writes nothing, where the module's masks are not this field's, or where a value that changed is
         no plain entry of a parameter (a constant of the module's code, a product of two parameters).
         """
+        module = unwrapped(module)
         original, sources = capture_with_sources(module, self.dim)
         simplified, report = simplify(original)
         mine = self.vector_field

@@ -272,4 +272,4 @@ def simplify(field: VectorField) -> tuple[VectorField, SimplifyReport]:
             work.dropped, work.folded, free, layers[-1].pattern.density if remains else 0.0,
         ))
     report = SimplifyReport(reports, list(range(first, len(works))), kept_rows, kept_values, notes)
-    return VectorField(layers, [*field.notes, *notes]), report
+    return VectorField(layers, [*field.notes, *notes], field.refused_axes), report

@@ -32,6 +32,7 @@ def evaluate(func, args, kwargs, value=None) -> Any:
 
 
 def _of_constants(func, args, kwargs, values: list) -> list[Constant]:
+    values = [v.to_dense() if isinstance(v, Tensor) and v.layout != torch.strided else v for v in values]
     return [Constant(v, *origin) for v, origin in zip(values, trace(func, args, kwargs, values))]
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..field import IDENTITY, Activation, Layer, LinearShift, Pattern, SigmoidGate, TimeFunction, VectorField
 from .provenance import Sources
+from .refusal import NotFinite
 from .rows import Affine, Hidden
 from .time_program import TimeProgram
 from .tracer import Tracer
@@ -41,15 +42,15 @@ def assemble(tracer: Tracer, last: Affine, root: Hidden) -> tuple[VectorField, S
 
 def _layer(tracer: Tracer, a: Affine, activation: Activation, name: str) -> tuple[Layer, dict[str, Constant]]:
     weight = tracer.table.dense(a)
-    mask = weight.value != 0
-    entries = mask.cpu()
+    entries = (weight.value != 0).cpu() | tracer.parameters.stored(weight.sources)
+    mask = entries.to(weight.value.device)
     values = Constant(weight.value[mask], weight.sources[entries], weight.factors[entries])
     constants = {"values": values, "bias": a.bias}
 
     def own(key: str) -> Tensor:
         value = constants[key].value
         if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"layer {name!r}: {key} computed from the weights holds NaN or infinite values")
+            raise NotFinite(f"layer {name!r}: {key} computed from the weights holds NaN or infinite values")
         return value.detach().to(tracer.table.dtype).clone()
 
     modulation = {}
