@@ -69,7 +69,9 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
             if (original, name) in frozen:
                 kept = (report.kept_values if name == "values" else report.kept_rows)[original]
                 kept_frozen[number, name] = frozen[original, name][kept]
-    return CompiledField(simplified, engine, frozen=kept_frozen, simplification=str(report))
+    compiled = CompiledField(simplified, engine, frozen=kept_frozen, simplification=str(report))
+    compiled.example = None if like is None else tuple(like.shape)
+    return compiled
 
 
 def _check_like(field: VectorField, like: Tensor) -> None:
@@ -147,6 +149,8 @@ class CompiledField(nn.Module):
 
     dim: size of the state.  nnz: weights, that is multiply-adds per sample and evaluation.
     """
+
+    example: tuple[int, ...] | None = None  # the shape of the `like` it was compiled with
 
     def __init__(
         self, field: VectorField, engine: str = "auto", *, frozen: dict[tuple[int, str], Tensor] | None = None,
@@ -359,7 +363,8 @@ class CompiledField(nn.Module):
         no plain entry of a parameter (a constant of the module's code, a product of two parameters).
         """
         module = unwrapped(module)
-        original, sources = capture_with_sources(module, self.dim)
+        like = None if self.example is None else self.layers[0].values.new_ones(self.example)
+        original, sources = capture_with_sources(module, self.dim, like)
         simplified, report = simplify(original)
         mine = self.vector_field
         for number, (theirs, ours) in enumerate(zip(simplified.layers, mine.layers)):
@@ -387,7 +392,7 @@ class CompiledField(nn.Module):
                 old = whole[name][kept]
                 # What simplify folded into this tensor stays out of the module's: it is still there, a layer earlier.
                 whole[name][kept] = torch.where(now[name] == old, new, old + (new - now[name]))
-        write_back(module, original, sources)
+        write_back(module, original, sources, like)
 
     # ------------------------------------------------------------------------------------------------- telling of it
 

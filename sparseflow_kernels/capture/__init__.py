@@ -97,6 +97,8 @@ def _read(module: nn.Module, dim: int | None, like: Tensor | None) -> tuple[Vect
 
 def _unforeseen(module: nn.Module, tracer: Tracer | None, error: Exception) -> UnsupportedFieldError:
     """What a module met that nobody here thought of."""
+    if tracer is not None and tracer.stack.refusal is not None:
+        return tracer.stack.refusal
     where = f"module {type(module).__name__}" if tracer is None else f"{tracer.stack}"
     at = f", near the operation {tracer.operation}" if tracer is not None and tracer.operation else ""
     return UnsupportedFieldError(
@@ -104,14 +106,14 @@ def _unforeseen(module: nn.Module, tracer: Tracer | None, error: Exception) -> U
     )
 
 
-def write_back(module: nn.Module, field: VectorField, sources: Sources) -> None:
+def write_back(module: nn.Module, field: VectorField, sources: Sources, like: Tensor | None = None) -> None:
     """Copies the field's tensors into the parameters they were captured from; masked entries keep what they hold.
 
     field: in the layout that capture gave (not simplified). Raises ValueError if a changed entry cannot be expressed by
     the module (a constant of its code), or if one parameter entry would need two values; nothing is written then.
     """
     parameters = dict(module.named_parameters())
-    before = dict(capture(module, field.dim).tensors())
+    before = dict(capture(module, field.dim, like).tensors())
     after = {name: p.detach().clone() for name, p in parameters.items()}
     written = {name: torch.zeros(p.numel(), dtype=torch.bool) for name, p in parameters.items()}
     for index, layer in enumerate(field.layers):

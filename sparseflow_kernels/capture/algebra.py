@@ -38,13 +38,24 @@ def _of_constants(func, args, kwargs, values: list) -> list[Constant]:
 
 def _of_time(func, args, kwargs, values: list) -> list[TimeValue]:
     to_node = lambda a: a.node if isinstance(a, TimeValue) else a.value if isinstance(a, Constant) else a
-    node = Node(func, tree_map(to_node, args), tree_map(to_node, kwargs))
+    node = Node(func, tree_map(to_node, _numbers_again(func, args)), tree_map(to_node, kwargs))
     nodes = [node] if len(values) == 1 and isinstance(values[0], Tensor) and _single(func) else [
         Node(operator.getitem, (node, i)) for i in range(len(values))
     ]
     affine, sigmoid = ([None] * len(values) if pair is None else list(zip(*map(tree_leaves, pair)))
                        for pair in (_affine(func, args, kwargs), _sigmoid(func, args, kwargs)))
     return [TimeValue(*parts) for parts in zip(values, nodes, affine, sigmoid)]
+
+
+def _numbers_again(func, args: tuple) -> tuple:
+    """The arguments, with numbers that were read out of t where func takes a number."""
+    if not isinstance(func, torch._ops.OpOverload):
+        return args
+    takes = [isinstance(a.type, (torch.NumberType, torch.FloatType)) for a in func._schema.arguments]
+    return tuple(
+        Node(operator.methodcaller("item"), (a.node,)) if number and isinstance(a, TimeValue) else a
+        for a, number in zip(args, takes)
+    )
 
 
 def _single(func) -> bool:

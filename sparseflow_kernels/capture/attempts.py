@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import math
+import re
 import warnings
 from typing import Any, Iterator
 
@@ -16,6 +18,7 @@ from ..field import UnsupportedFieldError
 from .probe import Probe, dtype_and_device
 from .refusal import REMEDY, TUPLES
 
+FAILED = object()  # what a call that raised returned
 SMALL = 32  # sizes of a state that are tried where the weights show none
 TIME_SHAPES = ((), (1, 1), (1,))
 STATE_NAMES = {"x", "y", "z", "h", "u", "v", "state", "states", "input", "inputs"}
@@ -45,10 +48,10 @@ def find_probe(module: nn.Module, dim: int | None, like: Tensor | None = None) -
     if axes > 2:
         rounds.insert(len(rounds) if like is None else 0, (dims, True, (1,) * (axes - 2)))
     works = next(filter(None, (attempts.at(*one) for one in rounds)), [])
+    if works and all(probe.t_shape for probe in works) and _named_swapped(module):
+        attempts.refuse_swapped()  # what runs does so by accident, and not for t 0-d, which solvers give
     if len(works) != 1:
-        return _diagnose(attempts, works, dim)
-    if works[0].t_shape and _named_swapped(module):  # runs by accident: t 0-d, as solvers give it, does not
-        attempts.refuse_swapped()
+        return _diagnose(attempts, works, dim, like)
     if not works[0].batched:
         attempts.refuse_columns(works[0])
     return works[0]
@@ -66,6 +69,8 @@ class Attempts:
         self.error_at = ""
         self.returned: str | None = None  # what else than a tensor shaped like y
         self.returned_tuple = False
+        self.mentioned: set[int] = set()  # numbers in messages of errors, and sizes of what was returned
+        self.differentiates = False
 
     def at(self, dims: list[int], batched: bool, between: tuple[int, ...] = ()) -> list[Probe]:
         """The probes that work, one per size at most."""
@@ -81,9 +86,11 @@ class Attempts:
     def works(self, probe: Probe) -> bool:
         t, y = probe.point()
         out = self.call(lambda: probe.run(self.module, t, y), f"y {list(y.shape)}")
-        if isinstance(out, Tensor) and out.shape == y.shape:
-            return True
-        if probe.batched and out is not None and self.returned is None:
+        if isinstance(out, Tensor):
+            if out.shape == y.shape:
+                return True
+            self.mentioned |= set(out.shape)
+        if probe.batched and out is not FAILED and self.returned is None:
             what = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
             self.returned = f"forward(t, y) with y {list(y.shape)} returned {what}"
             self.returned_tuple = isinstance(out, (tuple, list))
@@ -95,7 +102,10 @@ class Attempts:
         except Exception as error:  # whatever the user's code raises says that this shape is not meant
             if self.error is None:
                 self.error, self.error_at = error, at
-            return None
+            text = str(error)[:400]
+            self.differentiates |= "does not require grad" in text
+            self.mentioned |= {int(number) for number in re.findall(r"\b\d{1,4}\b", text)}
+            return FAILED
 
     def example(self, like: Tensor) -> None:
         """Raises UnsupportedFieldError unless forward runs for the example."""
@@ -104,7 +114,7 @@ class Attempts:
             out = self.call(lambda: self.module(t, like.detach().clone()), f"like {list(like.shape)}")
             if isinstance(out, Tensor) and out.shape == like.shape:
                 return
-            if out is not None:
+            if out is not FAILED:
                 what = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
                 tuples = f" ({TUPLES})" if isinstance(out, (tuple, list)) else ""
                 raise UnsupportedFieldError(
@@ -184,7 +194,8 @@ class Attempts:
 
     def only_batch(self) -> Probe | None:
         """A batch for which forward runs after all, and why."""
-        for batch in sorted({*self.sizes, 2, 4, 8, *self.dims} - {0, self.batch})[:48]:
+        candidates = sorted(self.sizes - {0, self.batch})[:32] + [2, 4, 8] + sorted(self.mentioned - {0, self.batch})[:16]
+        for batch in candidates:
             for dim in self.dims[:12]:
                 for t_shape in TIME_SHAPES[:2]:
                     probe = Probe(dim, t_shape, batch, self.dtype, self.device)
@@ -197,13 +208,18 @@ class Attempts:
 
     def _why(self, batch: int) -> str:
         rows = [f"{name!r} {list(x.shape)}" for name, x in self.held if batch in x.shape]
-        if rows and batch not in (2, 4, 8):
+        if batch in self.sizes or batch not in (2, 4, 8):
+            what = f"the module holds {', '.join(rows[:3])}" if rows else "it holds a tensor"
             return (
-                f"forward runs for batches of {batch} samples, not of {self.batch}: the module holds {', '.join(rows[:3])}"
-                ", with a row for every sample. Make it part of the state (columns whose derivative is zero) to compile "
-                "the field"
+                f"forward runs for batches of {batch} samples, not of {self.batch}: {what}, with a row for every sample"
             )
         return f"forward runs for batches of {batch} samples, not of {self.batch}: it treats samples in groups"
+
+    def flat(self, shape: list[int]) -> str:
+        """A remedy, where forward runs for a sample laid in one row."""
+        probe = Probe(math.prod(shape[1:]), (), self.batch, self.dtype, self.device)
+        runs = probe.dim < 1 << 16 and self.works(probe)
+        return f"Forward runs for flat states too: solve for y0.flatten(1), [{shape[0]}, {probe.dim}]. Otherwise: " if runs else ""
 
     def more_axes(self) -> list[int] | None:
         """A state with more axes for which forward runs."""
@@ -255,29 +271,35 @@ def _named_swapped(module: nn.Module) -> bool:
     return False
 
 
-def _diagnose(attempts: Attempts, works: list[Probe], dim: int | None) -> Probe:
+def _diagnose(attempts: Attempts, works: list[Probe], dim: int | None, like: Tensor | None) -> Probe:
     """Raises what explains why there is no one way to call the module, or gives the way for the only batch."""
     name, error = attempts.name, attempts.error
     if not works:
         attempts.refuse_swapped()
         attempts.refuse_tuples()
-        if attempts.returned is not None:
-            raise ValueError(f"{name}: {attempts.returned}; a vector field returns one tensor shaped like y")
+        if attempts.differentiates:
+            raise UnsupportedFieldError(
+                f"{name}: forward differentiates what it computes (torch.autograd.grad), and such a field cannot be "
+                f"expressed as layers. {REMEDY}."
+            ) from error
         images = next((p for p, m in attempts.module.named_modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
-        if images is not None and dim is None:
+        if images is not None and (dim is None or like is not None):
             raise UnsupportedFieldError(
                 f"{name}: {images!r} is a convolution; only states [batch, dim] are run. {REMEDY}."
             )
         only = attempts.only_batch()
         if only is not None:
             return only
-        shape = attempts.more_axes()
+        shape = None if like is None or like.dim() < 3 else list(like.shape)
+        shape = shape or attempts.more_axes()
         if shape is not None:
             raise UnsupportedFieldError(
                 f"{name}: forward takes states with more axes ({shape} runs, [{attempts.batch}, {shape[-1]}] does not) "
-                f"and mixes the rows [..., dim] of one sample, or needs a number of them; a compiled field runs every "
-                f"row by itself. {REMEDY}."
+                "and mixes the rows [..., dim] of one sample, or needs a number of them; a compiled field runs every "
+                f"row by itself. {attempts.flat(shape)}{REMEDY}."
             )
+        if attempts.returned is not None:
+            raise ValueError(f"{name}: {attempts.returned}; a vector field returns one tensor shaped like y")
     if dim is not None:
         raise UnsupportedFieldError(
             f"{name}: forward(t, y) failed for y [{attempts.batch}, {dim}] and t 0-d, [1, 1] or [1]: "

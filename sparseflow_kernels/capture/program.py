@@ -42,8 +42,8 @@ def assemble(tracer: Tracer, last: Affine, root: Hidden) -> tuple[VectorField, S
 
 def _layer(tracer: Tracer, a: Affine, activation: Activation, name: str) -> tuple[Layer, dict[str, Constant]]:
     weight = tracer.table.dense(a)
-    entries = (weight.value != 0).cpu() | tracer.parameters.stored(weight.sources)
-    mask = entries.to(weight.value.device)
+    mask = weight.value != 0
+    entries = mask.cpu()
     values = Constant(weight.value[mask], weight.sources[entries], weight.factors[entries])
     constants = {"values": values, "bias": a.bias}
 

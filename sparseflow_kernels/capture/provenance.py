@@ -25,7 +25,7 @@ def trace(func, args, kwargs, values: list) -> list[Origin]:
     base = base_name(func)
     if base == "_to_copy":
         return [(constants[0].source, constants[0].factor)]
-    if base in STRUCTURAL and base != "copy":
+    if base in STRUCTURAL and base != "copy" or base == "index_put" and len(args) == 3:
         moved = (tree_leaves(_moved(func, args, kwargs, part)) for part in ("sources", "factors"))
         return list(zip(*moved))
     origin = _of_arithmetic(base, args, kwargs)
@@ -132,7 +132,6 @@ class ParameterNumbers:
         self.names: list[str] = []
         self._starts: list[int] = []
         self._start_of: dict[int, int] = {}
-        self._stored: list[Tensor] = []
         start = 0
         for name, parameter in module.named_parameters():
             self.names.append(name)
@@ -147,16 +146,6 @@ class ParameterNumbers:
             return Constant(tensor.detach(), torch.arange(start, start + tensor.numel()).view(tensor.shape))
         computed = torch.full(tensor.shape, NOT_PLAIN) if tensor.requires_grad else None
         return Constant(tensor.detach(), computed)
-
-    def store(self, values: Constant) -> None:
-        """The values of a sparse matrix: those that are zero at the moment are weights too."""
-        self._stored.append(values.sources)
-
-    def stored(self, sources: Tensor) -> Tensor:
-        """bool, shaped like sources."""
-        if not self._stored:
-            return torch.zeros_like(sources, dtype=torch.bool)
-        return (sources >= 0) & torch.isin(sources, torch.cat(self._stored))
 
     def first_name(self, value: Constant) -> str | None:
         """The parameter of the first plain entry."""

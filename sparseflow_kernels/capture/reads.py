@@ -20,12 +20,13 @@ from torch.utils._pytree import tree_leaves
 from ..field import UnsupportedFieldError
 from .operations import written
 from .probe import Probe
-from .refusal import refuse_python_value
+from .refusal import refuse, refuse_python_value
 from .values import StateValue, TimeValue
 
 WHOLE = {"__int__", "__index__"}
 TRUTH = {"__bool__", "is_nonzero"}
 ARRAYS = {"numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage", "__reduce_ex__"}
+ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward"}
 COPIES = {"tensor", "as_tensor", "asarray", "new_tensor"}  # read the tensors inside lists that they are given
 
 TIMES = (-953.7, -31.3, -7.39, -0.73, 0.113, 1.71, 5.77, 17.9, 103.7, 1009.3)
@@ -43,12 +44,18 @@ class Reads(TorchFunctionMode):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if name in WHOLE or name in TRUTH or name in ARRAYS:
             self._read(name, args[0])
+        elif name in ATTENTION:
+            self._attention((args, kwargs))
         elif name in COPIES:
             data = args[1] if name == "new_tensor" else args[0] if args else kwargs.get("data")
             if isinstance(data, (list, tuple)):
                 for leaf in tree_leaves(data):
                     if isinstance(leaf, Tensor):
                         self._copied(leaf)
+        elif name == "one_hot" and isinstance(self._value(args[0]), TimeValue):
+            classes = args[1] if len(args) > 1 else kwargs.get("num_classes", -1)
+            if classes > 0:  # torch would read the indices, to check them
+                return (args[0].unsqueeze(-1) == torch.arange(classes, device=args[0].device)).long()
         elif name == "__deepcopy__" and isinstance(self._value(args[0]), (TimeValue, StateValue)):
             return args[0].clone()
         elif name == "__getitem__":
@@ -62,26 +69,30 @@ class Reads(TorchFunctionMode):
 
     def _read(self, name: str, tensor: Tensor) -> None:
         value = self._value(tensor)
-        if isinstance(value, StateValue):
-            read = "the state is read by Python" + (f" ({name})" if name in ARRAYS else " (an if, a number)")
-        elif not isinstance(value, TimeValue):
-            return
-        elif name in ARRAYS:
-            read = f"t, or something computed from it, is taken out of its tensor by .{name}()"
-        elif name in WHOLE:
-            read = "a whole number is made of t (int(t), or an index of a list)"
-        elif is_finiteness(value.node):
-            return
-        else:
-            read = "a truth value is made of t (an if, a comparison in Python, min or max)"
         with self.tracer.stack.naming():
-            refuse_python_value(read)
+            if isinstance(value, StateValue) and name in ARRAYS:
+                refuse(f"reading the state outside torch (.{name}())")
+            elif isinstance(value, StateValue):
+                refuse("reading a number out of the state (an if on its values)")
+            elif not isinstance(value, TimeValue):
+                return
+            elif name in ARRAYS:
+                refuse_python_value(f"t, or something computed from it, is taken out of its tensor by .{name}()")
+            elif name in WHOLE:
+                refuse_python_value("a whole number is made of t (int(t), or an index of a list)")
+            elif not is_finiteness(value.node):
+                refuse_python_value("a truth value is made of t (an if, a comparison in Python, min or max)")
+
+    def _attention(self, args: Any) -> None:
+        if any(isinstance(self._value(a), StateValue) for a in tree_leaves(args)):
+            with self.tracer.stack.naming():
+                refuse("attention (a product of states, and a softmax)")
 
     def _copied(self, leaf: Tensor) -> None:
         value = self._value(leaf)
         with self.tracer.stack.naming():
             if isinstance(value, StateValue):
-                refuse_python_value("numbers of the state are copied by torch.tensor([...]) (torch.stack keeps them)")
+                refuse("copying numbers of the state (torch.tensor([...]); torch.stack keeps them)")
             if isinstance(value, TimeValue):
                 if not leaf.is_floating_point() or leaf.numel() != 1:
                     refuse_python_value("whole numbers made of t are copied by torch.tensor([...])")
@@ -130,7 +141,7 @@ def is_finiteness(node: Any) -> bool:
         return True
     if name in ("eq", "ne"):  # torch.isfinite
         others = [a for a in node.args if type(a) is not type(node)]
-        return len(nodes) == 2 and nodes[0] is nodes[1] or any(a in (math.inf, -math.inf) for a in others)
+        return len(nodes) == 2 and nodes[0] is nodes[1] or any(isinstance(a, float) and math.isinf(a) for a in others)
     return name in CONNECTIVES and bool(nodes) and all(map(is_finiteness, nodes))
 
 
@@ -230,8 +241,7 @@ def _follows(one: Any, other: Any, read: list[float], read_now: list[float]) -> 
             expected[one == torch.tensor(before, dtype=one.dtype)] = now
         return bool(((expected == other) | (expected.isnan() & other.isnan())).all())
     if isinstance(one, float) and one in read:
-        now = read_now[read.index(one)]
-        return isinstance(other, float) and (other == now or other != other)
+        return other != other or any(other == now for before, now in zip(read, read_now) if before == one)
     return type(one) is type(other) and (one is other or one == other or one != one)
 
 
@@ -240,7 +250,7 @@ def _times(module: nn.Module) -> list[float]:
     mentions, where a branch or a lookup would change."""
     marks = sorted({float(x) for x in _numbers(module) if math.isfinite(x) and abs(x) < 1e9})
     between = [0.5 * (a + b) + 1e-3 * (b - a) for a, b in zip(marks, marks[1:])]
-    beside = [x + 1e-4 * max(1.0, abs(x)) for x in marks]
+    beside = [y for x in marks for y in (x, x + 1e-4 * max(1.0, abs(x)))]
     ends = [marks[0] * 1.37 - 1.0, marks[-1] * 1.37 + 1.0, -marks[-1] * 1.37 - 1.0] if marks else []
     thinned = between[:: 1 + len(between) // (MAX_RUNS // 2)] + beside[:: 1 + len(beside) // (MAX_RUNS // 2)]
     return [*TIMES, *ends, *thinned]

@@ -47,8 +47,9 @@ def with_sparsify(module: nn.Module, error: UnsupportedFieldError) -> Unsupporte
     if not pruned or "sfk.odeint" not in str(error):
         return error
     layers = f"{pruned[0]!r}" if len(pruned) == 1 else f"{pruned[0]!r} and {len(pruned) - 1} more"
+    text = str(error).rstrip(".")
     hint = f"sfk.sparsify_(module) makes its pruned linear layers ({layers}) sparse there."
-    return UnsupportedFieldError(f"{error} {hint}")
+    return UnsupportedFieldError(f"{text}. {hint}")
 
 
 def _mostly_zero(weight: torch.Tensor) -> bool:

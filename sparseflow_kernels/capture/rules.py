@@ -63,8 +63,8 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def apply_to_state(reading: Reading, func, args: tuple, kwargs: dict, out: Any) -> Any:
     base = base_name(func)
-    if base.startswith("_scaled_dot_product"):
-        refuse("attention (scaled_dot_product_attention: a product of states, and a softmax)")
+    if base.startswith(("_scaled_dot_product", "_native_multi_head", "_transformer_encoder")):
+        refuse("attention (a product of states, and a softmax)")
     if base not in RULES:
         refuse(f"the operation {base} on the state")
     try:
@@ -194,7 +194,8 @@ def reduce(reading: Reading, func, args, kwargs, out) -> Any:
     dims = args[1] if len(args) > 1 else None
     dims = {d % ids.dim() for d in ([dims] if isinstance(dims, int) else dims or range(ids.dim()))}
     if axis in dims:
-        refuse(f"{base} over the samples of the batch")
+        energy = " (an energy, to be differentiated with torch.autograd.grad?)" if torch.is_grad_enabled() else ""
+        refuse(f"{base} over the samples of the batch{energy}")
     keep = [d for d in range(ids.dim()) if d not in dims and d != axis]
     terms = math.prod(ids.shape[d] for d in dims)
     groups = ids.permute(axis, *keep, *sorted(dims))[0].reshape(-1, terms)

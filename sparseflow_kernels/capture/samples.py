@@ -67,5 +67,9 @@ class Samples:
             scale = value.value.abs().max() if value.value.is_floating_point() else 0.0
             rounding = ROUNDING * torch.finfo(value.value.dtype).eps * scale if scale else 0.0
             if not bool(((every - value.value).abs() <= rounding).all()):
-                refuse("a constant that differs from sample to sample of the batch")
+                refuse(
+                    "a constant that differs from sample to sample of the batch",
+                    "Make it part of the state (columns whose derivative is zero) and cut it off again inside forward. "
+                    f"Otherwise u{REMEDY[1:]}",
+                )
         return apply(aten.select.int, value, axis, 0)

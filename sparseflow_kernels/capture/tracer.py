@@ -46,6 +46,7 @@ class ModuleStack:
 
     def __init__(self, root: nn.Module) -> None:
         self._root, self._running = root, []
+        self.refusal: UnsupportedFieldError | None = None  # the last one: TorchScript makes another error of it
         self._paths = {id(m): name for name, m in root.named_modules()}
 
     @property
@@ -78,7 +79,8 @@ class ModuleStack:
         try:
             yield
         except UnsupportedFieldError as error:
-            raise UnsupportedFieldError(f"{self}: {error}") from error.__cause__
+            self.refusal = UnsupportedFieldError(f"{self}: {error}")
+            raise self.refusal from error.__cause__
 
 
 class Tracer(TorchDispatchMode):
@@ -204,7 +206,6 @@ class Tracer(TorchDispatchMode):
         if func in DENSE:
             func = DENSE[func]
         if func.namespace == "sparseflow" and base == "linear":
-            self.parameters.store(args[1])
             return sparse_linear(self.reading, args, out)
         if has_state:
             return apply_to_state(self.reading, func, args, kwargs, out)

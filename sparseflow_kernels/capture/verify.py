@@ -61,7 +61,9 @@ def verify(module: nn.Module, field: VectorField, probe: Probe, like: Tensor | N
         refused = {} if probe.only else _axes(comparison)
     if like is not None:
         _example(comparison, like.detach(), name)
-        refused.pop(min(like.dim(), MOST_AXES), None)
+        reason = refused.get(min(like.dim(), MOST_AXES))
+        if reason is not None:  # right for the example by chance: a single point, say
+            raise UnsupportedFieldError(reason)
     return refused
 
 
