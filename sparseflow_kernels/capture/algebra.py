@@ -42,8 +42,11 @@ def _of_time(func, args, kwargs, values: list) -> list[TimeValue]:
     nodes = [node] if len(values) == 1 and isinstance(values[0], Tensor) and _single(func) else [
         Node(operator.getitem, (node, i)) for i in range(len(values))
     ]
-    affine, sigmoid = ([None] * len(values) if pair is None else list(zip(*map(tree_leaves, pair)))
-                       for pair in (_affine(func, args, kwargs), _sigmoid(func, args, kwargs)))
+    timed = [a for a in tree_leaves((args, kwargs)) if isinstance(a, TimeValue)]
+    # Rounded to whole numbers, or used as an index, nothing is affine any more.
+    smooth = all(v.is_floating_point() for v in [a.value for a in timed] + [v for v in values if isinstance(v, Tensor)])
+    pairs = (_affine(func, args, kwargs), _sigmoid(func, args, kwargs)) if smooth else (None, None)
+    affine, sigmoid = ([None] * len(values) if pair is None else list(zip(*map(tree_leaves, pair))) for pair in pairs)
     return [TimeValue(*parts) for parts in zip(values, nodes, affine, sigmoid)]
 
 

@@ -99,10 +99,11 @@ class Reads(TorchFunctionMode):
                 self.tracer.follow(leaf.item(), value)
 
     def _whole_number_of_time(self, part: Any) -> bool:
-        return (
-            isinstance(part, Tensor) and part.dim() == 0 and part.dtype in (torch.int64, torch.int32)
-            and isinstance(self._value(part), TimeValue)
-        )
+        return _is_whole_number(part) and isinstance(self._value(part), TimeValue)
+
+
+def _is_whole_number(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.dim() == 0 and part.dtype in (torch.int64, torch.int32)
 
 
 def _select(x: Tensor, parts: tuple, chosen: Any) -> Tensor:
@@ -155,11 +156,13 @@ class _Run(TorchDispatchMode):
         super().__init__()
         self.entries: list[tuple[Any, list]] = []
         self.known = {id(t): t, id(y): y}
+        self.timed = {id(t)}  # what depends on t
         self.read: list[float] = [t.item()]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        leaves = [None if isinstance(a, Tensor) and id(a) in self.known else a for a in tree_leaves((args, kwargs))]
+        every = tree_leaves((args, kwargs))
+        leaves = [None if isinstance(a, Tensor) and id(a) in self.known else a for a in every]
         if func is torch.ops.aten._local_scalar_dense.default:
             out = func(*args, **kwargs)
             if isinstance(out, float):
@@ -168,25 +171,36 @@ class _Run(TorchDispatchMode):
             return out
         self.entries.append((func, [(a, a.clone()) if isinstance(a, Tensor) else a for a in leaves]))
         out = func(*args, **kwargs)
+        made = {id(x): x for x in tree_leaves(out) if isinstance(x, Tensor)}
         if not written(func):
-            self.known.update((id(x), x) for x in tree_leaves(out) if isinstance(x, Tensor))
+            self.known.update(made)
+        if any(id(a) in self.timed if isinstance(a, Tensor) else isinstance(a, float) and a in self.read for a in every):
+            self.timed.update(made)
         return out
 
 
-class _Copies(TorchFunctionMode):
-    """Numbers that torch.tensor([...]) reads out of tensors."""
+class _Calls(TorchFunctionMode):
+    """Numbers that torch.tensor([...]) reads out of tensors; indices as `Reads` makes them."""
 
     def __init__(self, run: _Run) -> None:
         super().__init__()
         self.run = run
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") in COPIES:
+        name = getattr(func, "__name__", "")
+        if name == "__getitem__":
+            parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(map(self._whole_number_of_time, parts)):
+                return _select(args[0], parts, self._whole_number_of_time)
+        if name in COPIES:
             for leaf in tree_leaves(args):
                 if isinstance(leaf, Tensor) and leaf.numel() == 1 and id(leaf) in self.run.known:
                     with torch.utils._python_dispatch._disable_current_modes():
                         self.run.read.append(float(leaf))
         return func(*args, **(kwargs or {}))
+
+    def _whole_number_of_time(self, part: Any) -> bool:
+        return _is_whole_number(part) and id(part) in self.run.timed
 
 
 def compare_runs(module: nn.Module, probe: Probe) -> None:
@@ -221,7 +235,7 @@ def compare_runs(module: nn.Module, probe: Probe) -> None:
 def _run(module: nn.Module, probe: Probe, time: float) -> _Run:
     t, y = probe.point(time)
     run = _Run(t, y)
-    with run, _Copies(run):
+    with run, _Calls(run):
         probe.run(module, t, y)
     return run
 

@@ -21,7 +21,7 @@ from .refusal import REMEDY
 TIMES = (-1.0, -0.37, 0.0, 0.45, 1.3, 2.0, 0.0013, -6.71, 11.3, 57.7, -143.0, 997.3)
 NEAR = 10.0
 SCALES = (1.0, 0.2, 3.0, 0.01, 30.0)  # sizes of y, a row each
-SMALL = 64  # sizes for which a square batch costs nothing
+COST = 3e7  # multiply-adds of a comparison that may be left out
 ROUNDING = 64  # units in the last place by which t and y are moved, to see what rounding does to the module
 
 
@@ -30,7 +30,7 @@ def verify(module: nn.Module, field: VectorField, probe: Probe, like: Tensor | N
     example. Returns the numbers of axes of a state for which they do not, with the reason."""
     comparison = _Comparison(module, field, probe)
     name = f"module {type(module).__name__}"
-    sizes = [probe.batch] if probe.only else [5, 1, field.dim if field.dim <= SMALL else 2, 8, 3]
+    sizes = [probe.batch] if probe.only else [5, 1, field.dim if comparison.cheap((field.dim,)) else 2, 8, 3]
     met = 0
     for number, time in enumerate(TIMES):
         _, y = probe.point(time, 1.0, number + 1, sizes[number % len(sizes)])
@@ -76,6 +76,9 @@ class _Comparison:
     @cached_property
     def _weights(self) -> list[Tensor]:
         return [layer.weight.T for layer in self.field.layers]
+
+    def cheap(self, lead: tuple[int, ...]) -> bool:
+        return math.prod(lead) * sum(weight.numel() for weight in self._weights) <= COST
 
     def scales(self, rows: int) -> Tensor:
         repeats = [SCALES[i % len(SCALES)] for i in range(rows)]
@@ -134,18 +137,18 @@ class _Comparison:
 def _axes(comparison: _Comparison) -> dict[int, str]:
     """The numbers of axes for which forward does not treat rows [..., dim] one by one, as the field does."""
     probe, dim = comparison.probe, comparison.field.dim
-    held = sorted({s for _, x in held_tensors(comparison.module) for s in x.shape if 0 < s <= SMALL})[:24]
-    squares = [dim] if dim <= SMALL else []
+    held = sorted({s for _, x in held_tensors(comparison.module) for s in x.shape} - {0})
     refused = {}
     for axes in range(1, MOST_AXES + 1):
         if axes == 2 and probe.batched and not probe.between:
-            continue
-        others = [(s,) * (axes - 1) for s in [*squares, 3, 1]] if axes > 1 else [()]
-        leads = [(4, 3, 2)[: axes - 1], *others] if axes > 1 else [()]
+            continue  # compared already
+        lead = lambda size, axes=axes: (2,) * (axes - 3) + (size,) * min(axes - 1, 2)
+        sizes = (dim, 1) if axes == 3 else (dim,)
+        leads = [(4, 3, 2)[: axes - 1], *filter(comparison.cheap, map(lead, sizes))] if axes > 1 else [()]
         results = [_rows(comparison, lead) for lead in leads]
         if axes > 1 and all(isinstance(found, Exception) for found in results):
             # Perhaps it needs as many rows as a tensor it holds has.
-            leads = [(s,) * (axes - 1) for s in held]
+            leads = list(filter(comparison.cheap, map(lead, held)))[:24]
             results = [_rows(comparison, lead) for lead in leads]
         wrong = next((lead for lead, found in zip(leads, results) if isinstance(found, float)), None)
         if wrong is not None:
