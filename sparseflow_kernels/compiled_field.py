@@ -40,8 +40,8 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
     cannot tell.  like: an example of the state, y0 [..., dim] in the module's dtype and on its device. The module is
     compared with the field on states of its shape, and it settles `dim`.
 
-    A field runs every row [dim] of a state [..., dim] by itself. A module may not (points that see their mean), and where
-    that depends on the number of axes, a state with others raises UnsupportedFieldError, here (`like`) or when it is met.
+    A field runs every row [dim] of a state [..., dim] by itself. A module may not do so for states with more axes
+    (points that see their mean): these raise UnsupportedFieldError, here (`like`) or when the field is called.
 
     The result keeps the module's dtype and device and shares no memory with it. What the module does not have (a bias
     left out, a masked entry of a bias) is not trained either: its gradient is zero, or `requires_grad` False.

@@ -1,5 +1,5 @@
-"""States of other numbers of axes, examples of states, and modules that other packages have wrapped: a compiled field is
-the module there too, or says that it is not."""
+"""States of other numbers of axes, examples of states, and modules in wrappers: a compiled field is the module there
+too, or says that it is not."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def is_the_module(field: sfk.CompiledField, module: nn.Module, y: Tensor) -> Non
 
 # name -> (rule, parts, shapes it is right for, shapes it refuses)
 SHAPES = {
-    "rows": (lambda m, t, y: m.n(y), {"n": net()}, [(3,), (4, 3), (1, 3), (2, 5, 3), (2, 2, 5, 3), (2, 2, 2, 2, 3)], []),
+    "rows": (
+        lambda m, t, y: m.n(y), {"n": net()}, [(3,), (4, 3), (1, 3), (2, 5, 3), (2, 2, 5, 3), (2, 2, 2, 2, 3)], []),
     "points that see their mean": (
         lambda m, t, y: m.n(torch.cat([y, y.mean(1, keepdim=True).expand_as(y)], -1)), {"n": net(6)},
         [(4, 3), (3, 3)], [(2, 4, 3), (3, 3, 3), (2, 2, 5, 3)]),
@@ -176,7 +177,7 @@ def script(module: nn.Module) -> nn.Module:
     return torch.jit.trace(module, (torch.randn(5, 3),))
 
 
-SPARSE = torch.randn(3, 3, generator=torch.Generator().manual_seed(1)) * torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 0, 0]])
+SPARSE = torch.tensor([[0.7, 0.0, -1.2], [0.0, 0.4, 0.0], [1.5, 0.0, 0.0]])
 
 
 def compiled_inside() -> nn.Module:
@@ -224,8 +225,9 @@ def test_wrapped_modules(name: str) -> None:
 
 def test_a_sparse_layer_keeps_its_pattern_and_is_trained() -> None:
     torch.manual_seed(0)
-    layers = (sfk.SparseLinear.from_linear(prune.random_unstructured(layer, "weight", 0.3)) for layer in (L(3, 6), L(6, 3)))
-    module = Field(lambda m, t, y: m.n(y), n=nn.Sequential(next(layers), nn.Tanh(), next(layers)))
+    first, second = (prune.random_unstructured(layer, "weight", 0.3) for layer in (L(3, 6), L(6, 3)))
+    make = sfk.SparseLinear.from_linear
+    module = Field(lambda m, t, y: m.n(y), n=nn.Sequential(make(first), nn.Tanh(), make(second)))
     field = sfk.compile(module)
     first, layer = module.n[0], field.layers[0]
     assert field.nnz == module.n[0].nnz + module.n[2].nnz and torch.equal(layer.values, first.values)
@@ -294,7 +296,8 @@ REASONS = {
     "a tuple, returned as a list": (lambda: Field(lambda m, t, s: [m.n(s[0]), 0 * s[1]], n=net()), {}, "a tuple"),
     "swapped": (lambda: Swapped(lambda m, x, t: m.n(x) + t, n=net()), {}, "arguments swapped"),
     "swapped, dim": (lambda: Swapped(lambda m, x, t: m.n(x), n=net()), {"dim": 3}, "arguments swapped"),
-    "swapped, like": (lambda: Swapped(lambda m, x, t: m.n(x), n=net()), {"like": torch.ones(4, 3)}, "arguments swapped"),
+    "swapped, like": (
+        lambda: Swapped(lambda m, x, t: m.n(x), n=net()), {"like": torch.ones(4, 3)}, "arguments swapped"),
     "swapped, runs by accident": (lambda: Swapped(lambda m, x, t: m.n(x) * t, n=net(1, 1)), {}, "arguments swapped"),
     "nothing returned": (lambda: Field(lambda m, t, y: None, n=net()), {}, "returned NoneType"),
 }

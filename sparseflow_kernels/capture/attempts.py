@@ -164,8 +164,8 @@ class Attempts:
             self.module(probe.time(0.5), probe.point()[1][0])
         if watch.found:
             raise UnsupportedFieldError(
-                f"{self.name}: forward transposes the state: its samples are the columns of y [{probe.dim}, batch], and "
-                "those of a compiled field the rows of y [batch, dim]. Leave the transpositions out (net(y) for "
+                f"{self.name}: forward transposes the state: its samples are the columns of y [{probe.dim}, batch], "
+                "and those of a compiled field the rows of y [batch, dim]. Leave the transpositions out (net(y) for "
                 f"net(y.t()).t()) and transpose y0 and the result. Otherwise u{REMEDY[1:]}"
             )
 
@@ -194,8 +194,8 @@ class Attempts:
 
     def only_batch(self) -> Probe | None:
         """A batch for which forward runs after all, and why."""
-        candidates = sorted(self.sizes - {0, self.batch})[:32] + [2, 4, 8] + sorted(self.mentioned - {0, self.batch})[:16]
-        for batch in candidates:
+        known, mentioned = (sorted(sizes - {0, self.batch}) for sizes in (self.sizes, self.mentioned))
+        for batch in [*known[:32], 2, 4, 8, *mentioned[:16]]:
             for dim in self.dims[:12]:
                 for t_shape in TIME_SHAPES[:2]:
                     probe = Probe(dim, t_shape, batch, self.dtype, self.device)
@@ -257,8 +257,8 @@ def held_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for key, value in vars(part).items():
             if key in ("_parameters", "_buffers", "_modules"):
                 continue
-            items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
-            for item in items:
+            items = list(value.values()) if isinstance(value, dict) else value
+            for item in items if isinstance(items, (list, tuple)) else [items]:
                 if isinstance(item, Tensor):
                     yield f"{path}.{key}".strip("."), item
 

@@ -1,7 +1,7 @@
 """What Python sees of t and y: numbers and arrays that leave the tensors, where no operation can be followed.
 
-Whole numbers, truth values and arrays are refused when they are read (`Reads`). A float may be: `float(t)` is often only
-written down, or goes into an operation as it is, and the tracer follows it there. What else was made of it is found by
+Whole numbers, truth values and arrays are refused when they are read (`Reads`). A float is not: `float(t)` is often
+only written down, or goes into an operation as it is, where the tracer follows it. What else was made of it is found by
 running the module at other times and comparing every number that reaches an operation (`compare_runs`).
 """
 
@@ -174,7 +174,7 @@ class _Run(TorchDispatchMode):
         made = {id(x): x for x in tree_leaves(out) if isinstance(x, Tensor)}
         if not written(func):
             self.known.update(made)
-        if any(id(a) in self.timed if isinstance(a, Tensor) else isinstance(a, float) and a in self.read for a in every):
+        if any(id(a) in self.timed or isinstance(a, float) and a in self.read for a in every):
             self.timed.update(made)
         return out
 
@@ -227,8 +227,8 @@ def compare_runs(module: nn.Module, probe: Probe) -> None:
                 if not _follows(one, other, base.read, run.read):
                     name = func._schema.name.split("::")[-1]
                     refuse_python_value(
-                        f"module {type(module).__name__}: a number computed from t in Python (min, max, round, the math "
-                        f"module, numpy, a lookup or a branch by float(t)) goes into the operation {name}"
+                        f"module {type(module).__name__}: a number computed from t in Python (min, max, round, the "
+                        f"math module, numpy, a lookup or a branch by float(t)) goes into the operation {name}"
                     )
 
 

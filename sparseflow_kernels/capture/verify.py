@@ -51,8 +51,8 @@ def verify(module: nn.Module, field: VectorField, probe: Probe, like: Tensor | N
                 _, five = probe.point(time, 1.0, number + 1, 5)
                 batch = "" if comparison.at(time, five, five) else f" and a batch of {len(y)} samples"
             raise UnsupportedFieldError(
-                f"{name}: the captured field differs from the module at t = {time}{batch} (relative error {found:.1e}): "
-                f"{_suspicion(module, field, found, batch)} {REMEDY}."
+                f"{name}: the captured field differs from the module at t = {time}{batch} (relative error "
+                f"{found:.1e}): {_suspicion(module, field, found, batch)} {REMEDY}."
             )
     if not met:
         raise UnsupportedFieldError(f"{name}: forward(t, y) fails at every time but t = {TIME:.3f}. {REMEDY}.")
@@ -174,8 +174,8 @@ def _example(comparison: _Comparison, like: Tensor, name: str) -> None:
             found = comparison.at(time, y, y.view(like.shape))
             if isinstance(found, float):
                 raise UnsupportedFieldError(
-                    f"{name}: forward does not treat the rows [..., dim] of a state {list(like.shape)} one by one, as a "
-                    f"compiled field does (relative error {found:.1e} at t = {time}). {REMEDY}."
+                    f"{name}: forward does not treat the rows [..., dim] of a state {list(like.shape)} one by one, as "
+                    f"a compiled field does (relative error {found:.1e} at t = {time}). {REMEDY}."
                 )
 
 
