@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import operator
-import warnings
 from dataclasses import replace
 from typing import Any, Callable, Iterator, Literal
 
@@ -17,18 +16,19 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from . import gradients, operators
-from .capture import capture_with_origins
+from .capture import capture_with_origins, check_like, unwrapped
 from .capture.replay import TimeProgram
 from .devices import factories_on_cpu
 from .divergence import DivergencePlan
 from .engines import choose
 from .engines.base import Engine
 from .engines.reference import ReferenceEngine, is_autocast_enabled, layer_output, own_precision
-from .field import Layer, LinearShift, SigmoidGate, TimeFunction, VectorField
+from .field import Layer, LinearShift, SigmoidGate, TimeFunction, UnsupportedFieldError, VectorField
 from .origin import CONSTANT, Derivation, Key, Origin
 from .packing import Packing
 from .simplify import simplify
 from .trained import Entries, Held, Shares, starts_at_zero
+from .warn import warn
 
 KINDS = ("exact", "hutchinson")
 NOISES = ("rademacher", "gaussian")
@@ -46,20 +46,26 @@ def hooks_of(module: nn.Module) -> tuple[dict, ...]:
 
 @factories_on_cpu
 def compile(  # noqa: A001 (the field's own word; the builtin is not needed here)
-    module_or_field: nn.Module | VectorField, engine: str = "auto", dim: int | None = None
+    module_or_field: nn.Module | VectorField, engine: str = "auto", dim: int | None = None, like: Tensor | None = None
 ) -> "CompiledField":
     """Read the program out of a module `f(t, y)`, simplify it exactly and hand it to an engine.
 
     module_or_field: a module whose forward is a chain of linear layers, functions of t and activations (`capture`); a
     VectorField; or a CompiledField, to compile its current values again (after pruning them, or for another engine).
-    engine: "auto" (by device and fit), "reference", "cpu", "cuda", "triton".  dim: size of the state, where capture cannot tell.
+    engine: "auto" (by device and fit), "reference", "cpu", "cuda", "triton".  dim: size of the state, where capture
+    cannot tell.  like: an example of the state, y0 [..., dim] in the module's dtype and on its device. The module is
+    compared with the field on states of its shape, and it settles `dim`.
+
+    A field runs every row [dim] of a state [..., dim] by itself. A module may not do so for states with more axes
+    (points that see their mean): these raise UnsupportedFieldError, here (`like`) or when the field is called.
 
     The result keeps the module's dtype and device and shares no memory with it. It trains what the module trains and
     nothing else (`trained`): buffers and constants of the code are fixed, parameters used in several places are one.
 
     Raises UnsupportedFieldError for what cannot be expressed, or not run by the engine asked for; ValueError for an
-    unknown engine or a `dim` that does not fit; TypeError for other objects.
+    unknown engine, or a `dim` or `like` that does not fit; TypeError for other objects.
     """
+    module_or_field = unwrapped(module_or_field)
     if isinstance(module_or_field, CompiledField):
         field, held = module_or_field.vector_field, module_or_field.held()
         present = zip(module_or_field.origins.items(), field.tensors())
@@ -68,12 +74,25 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
         field = module_or_field
         origins, held = Held.by_tensors(field)
     else:
-        field, origins = capture_with_origins(module_or_field, dim)
+        field, origins = capture_with_origins(module_or_field, dim, like)
         held = Held.by_module(module_or_field)
     if dim is not None and field.dim != dim:
         raise ValueError(f"compile: dim is {dim}, but the field's state has {field.dim} components")
+    if like is not None and isinstance(module_or_field, (CompiledField, VectorField)):
+        _check_like(field, like)
     simplified, report = simplify(field, origins, starts_at_zero(origins, held))
-    return CompiledField(simplified, engine, origins=report.origins, held=held, simplification=str(report))
+    compiled = CompiledField(simplified, engine, origins=report.origins, held=held, simplification=str(report))
+    compiled.example = None if like is None else tuple(like.shape)
+    return compiled
+
+
+def _check_like(field: VectorField, like: Tensor) -> None:
+    check_like(like, field.dim)
+    if (like.dtype, like.device) != (field.dtype, field.device):
+        raise TypeError(f"like is {like.dtype} on {like.device}, the field {field.dtype} on {field.device}")
+    reason = field.refused(like.dim())
+    if reason is not None:
+        raise UnsupportedFieldError(f"like: {reason}")
 
 
 def _zeroing(mask: Tensor) -> Callable[[Tensor], Tensor]:
@@ -159,10 +178,9 @@ class _LayerParameters(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
         key = prefix + nn_module._EXTRA_STATE_KEY_SUFFIX
         if key not in state_dict:
-            warnings.warn(
+            warn(
                 f"{prefix}: this state does not say for which pattern of weights it is (it was saved by version 0.1.0, "
-                "or parts of it are missing); it is right only if the field was compiled from the same masks",
-                stacklevel=2,
+                "or parts of it are missing); it is right only if the field was compiled from the same masks"
             )
             state_dict = {**state_dict, key: self._digest()}
         elif not torch.equal(torch.as_tensor(state_dict[key]).cpu(), self._digest()):
@@ -194,6 +212,8 @@ class CompiledField(nn.Module):
 
     dim: size of the state.  nnz: weights, that is multiply-adds per sample and evaluation.
     """
+
+    example: tuple[int, ...] | None = None  # the shape of the `like` it was compiled with
 
     def __init__(
         self, field: VectorField, engine: str = "auto", *, origins: dict[Key, Origin] | None = None,
@@ -449,10 +469,18 @@ class CompiledField(nn.Module):
             raise TypeError(f"{name}: must be a tensor, not {type(y).__name__}")
         if y.dim() < 1 or y.shape[-1] != self.dim:
             raise ValueError(f"{name}: the last axis must be {self.dim}, the field's state size, not {list(y.shape)}")
+        self.check_axes(name, y)
         if y.dtype != like.dtype:
             raise TypeError(f"{name}: is {y.dtype}, the field {like.dtype}; convert one of them with .to(dtype)")
         if y.device != like.device:
             raise ValueError(f"{name}: is on {y.device}, the field on {like.device}; move one of them with .to(device)")
+
+    def check_axes(self, name: str, y: Tensor) -> None:
+        """Raises UnsupportedFieldError where the module this was compiled from does something else than this field for
+        states with as many axes as y."""
+        refused = self._program.refused_axes
+        if refused and (reason := self._program.refused(y.dim())) is not None:
+            raise UnsupportedFieldError(f"{name}: is {list(y.shape)}; {reason}")
 
     # ------------------------------------------------------------------------------------------------- the way back
 
@@ -464,7 +492,9 @@ class CompiledField(nn.Module):
         Entries that simplify took out keep what the module holds, and so do entries behind a pruning mask. Raises
         ValueError, and writes nothing, where the module's masks are not this field's.
         """
-        original, origins = capture_with_origins(module, self.dim)
+        module = unwrapped(module)
+        like = None if self.example is None else torch.ones(self.example, dtype=self.dtype, device=self.device)
+        original, origins = capture_with_origins(module, self.dim, like)
         theirs = Held.by_module(module)
         simplified, report = simplify(original, origins, starts_at_zero(origins, theirs))
         for number, (other, mine) in enumerate(zip(simplified.layers, self._program.layers)):

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 
+MOST_AXES = 4  # states with more axes are treated as those with so many
+
+
 class UnsupportedFieldError(ValueError):
     """A module, or a field, cannot be expressed or run; the message names the place, the operation and the remedy."""
 
@@ -208,10 +211,12 @@ class Layer:
 
 @dataclass(eq=False)
 class VectorField:
-    """f(t, y) as a chain of layers; y is [..., dim]. `notes` collects what capture and simplify did, line by line."""
+    """f(t, y) as a chain of layers; y is [..., dim]. `notes` collects what capture and simplify did, line by line;
+    `refused_axes` maps numbers of axes of y for which the module that was read does something else to the reason."""
 
     layers: list[Layer]
     notes: list[str] = dataclass_field(default_factory=list)
+    refused_axes: dict[int, str] = dataclass_field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -251,6 +256,10 @@ class VectorField:
         """Weights (multiply-adds per sample and evaluation)."""
         return sum(layer.pattern.nnz for layer in self.layers)
 
+    def refused(self, axes: int) -> str | None:
+        """Why this field does not run states with so many axes; None: it does."""
+        return self.refused_axes.get(min(axes, MOST_AXES)) if self.refused_axes else None
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for index, layer in enumerate(self.layers):
             for name, tensor in layer.tensors():
@@ -269,4 +278,4 @@ class VectorField:
                     gate=part(layer.gate), shift=part(layer.shift))
             for layer in self.layers
         ]
-        return VectorField(layers, list(self.notes))
+        return VectorField(layers, list(self.notes), dict(self.refused_axes))

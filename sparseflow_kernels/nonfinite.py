@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
-import warnings
 from typing import Callable
 
 from torch.amp import GradScaler
+
+from .warn import warn
 
 MODES = ("auto", "raise", "pass")
 
@@ -49,7 +50,7 @@ def refuse(explain: Callable[[], Exception]) -> None:
     error = explain()
     if not scales:
         raise error
-    warnings.warn(f"{error} It is not the GradScaler's doing, whose scale is {max(scales):g} by now.", stacklevel=2)
+    warn(f"{error} It is not the GradScaler's doing, whose scale is {max(scales):g} by now.")
 
 
 def _scales() -> list[float]:

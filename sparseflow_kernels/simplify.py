@@ -245,4 +245,4 @@ def simplify(
             work.dropped, work.folded, free, layers[-1].pattern.density if remains else 0.0,
         ))
     report = SimplifyReport(reports, list(range(first, len(works))), kept_rows, kept_values, new_origins, notes)
-    return VectorField(layers, [*field.notes, *notes]), report
+    return VectorField(layers, [*field.notes, *notes], field.refused_axes), report

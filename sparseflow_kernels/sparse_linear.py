@@ -393,6 +393,10 @@ class _Sddmm(torch.autograd.Function):
         return _one_by_one(info, dims, (grad, x, *where), _EAGER.sddmm)
 
 
+for _operator, _function in ((_linear_op, _Linear), (_transposed_op, _Transposed), (_sddmm_op, _Sddmm)):
+    _operator.register_vmap(_function.vmap)
+
+
 class _EagerLinear(_Linear):
     """The same where nothing but autograd looks on: setup_context, which torch.func needs, is slow."""
 

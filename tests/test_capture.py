@@ -282,9 +282,14 @@ def net(**parts):
      lambda m, t, y: torch.bmm(y[:, None], m.h(t.view(1, 1)).view(1, 2, 2).expand(y.shape[0], 2, 2))[:, 0],
      {"h": L(1, 4)}),
     (["number out of the state"], lambda m, t, y: m.b(m.a(y).tanh()) * y[0, 0].item(), net()),
-    (["differs", "branch"], lambda m, t, y: m.b(m.a(y).tanh()) * (1.0 if t > 0.5 else 2.0), net()),
-    (["differs", "branch"], lambda m, t, y: m.b(m.a(y).tanh()) * float(y.detach().numpy().max()), net()),
-    (["differs"], lambda m, t, y: m.b(m.a(y).tanh()) * (2 * t.item()), net()),
+    (["truth value", "torch.where"], lambda m, t, y: m.b(m.a(y).tanh()) * (1.0 if t > 0.5 else 2.0), net()),
+    (["state outside torch", "numpy"], lambda m, t, y: m.b(m.a(y).tanh()) * float(y.detach().numpy().max()), net()),
+    (["computed from t in Python", "mul"], lambda m, t, y: m.b(m.a(y).tanh()) * (2 * t.item()), net()),
+    (["'n'", "attention"], lambda m, t, y: m.n(y[:, None], y[:, None], y[:, None])[0][:, 0],
+     {"n": nn.MultiheadAttention(2, 1, batch_first=True)}),
+    (["laid end to end", "[batch, points, size of a point]"], lambda m, t, y: m.a(y.view(-1, 1)).view_as(y),
+     {"a": L(1, 1)}),
+    (["torch.autograd.grad"], lambda m, t, y: torch.autograd.grad(m.a(y).sum(), y)[0], net()),
     (["slice", "torch.cat"], lambda m, t, y: _written(m, y), net()),
 ])
 def test_refusals_name_place_and_remedy(words, function, parts) -> None:

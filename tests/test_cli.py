@@ -172,8 +172,8 @@ def test_a_wrong_file_of_rows_is_said_in_a_sentence_and_leaves_nothing(tmp_path)
         npz("flat.npz", test=rows[:, 0]): "train, val and test must be [n, dim], got [[40, 2], [40, 2], [40]]",
         npz("wide.npz", test=rows[:, [0, 0, 1]]): "train, val and test must be [n, dim]",
         npz("none.npz", train=rows[:0]): "array train is empty",
-        npz("hole.npz", train=hole): "array train: 1 of 40 have NaN or infinite values (row 7)",
-        npz("huge.npz", test=rows * 1e300): "array test: 40 of 40 have NaN or infinite values (row 0, 1, 2, 3, 4, ...)",
+        npz("hole.npz", train=hole): "array train has NaN or infinite entries in 1 of 40 rows: 7",
+        npz("huge.npz", test=rows * 1e300): "array test has NaN or infinite entries in 40 of 40 rows: 0, 1, 2, 3, 4, 5, 6, 7, ...",
         npz("dim3.npz", **{part: rows[:, [0, 1, 1]] for part in good}): "rows of 3 numbers, and the net of experiment",
     }.items():
         printed = run("train", "gaussians", "--net", "cnf_l2_h8", "--data", path, "--folder", tmp_path / "run", code=1)

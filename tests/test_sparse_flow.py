@@ -555,7 +555,7 @@ def test_another_data_set_in_the_same_folder_is_said_in_words(tmp_path):
         train(make_flow(), torch.zeros(60, 3), steps=1)
     sets = small_set()
     sets.val[3, 0] = math.inf
-    with pytest.raises(ValueError, match=r"validation rows: 1 of 24 have NaN or infinite values \(row 3\)"):
+    with pytest.raises(ValueError, match=r"validation rows has NaN or infinite entries in 1 of 24 rows: 3"):
         train(make_flow(), sets, steps=1)
 
 

@@ -5,55 +5,101 @@ each tensor stands an abstract value (values):
 
 - a constant, independent of t and y: parameters, and whatever is computed from them (prune masks, parametrizations);
 - a function of t alone; affine functions and sigmoids of them are kept as such, others as a replayable graph
-  (algebra, time_program);
+  (algebra, replay);
 - a state, which depends on y: every element carries the number of a row of the program. Views, slices, joins and
   permutations are done by applying the very same operation to the numbers (rules); arithmetic makes new rows (rows).
 
 The rows of the result, followed back to y, are the layers of the field (program). What does not fit raises
-UnsupportedFieldError with the module path and the operation (refusal). Control flow on values cannot be seen; the field
-is therefore always compared with the module at other points and times (verify).
+UnsupportedFieldError with the module path and the operation (refusal). What Python makes of the value that t has in one
+run is seen where it is read, or when it comes back (reads); what a run cannot show at all, when the field is compared
+with the module at other points and times, and on states with other axes (verify).
 """
 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..field import VectorField
+from ..field import UnsupportedFieldError, VectorField
 from ..origin import Key, Origin
-from .probe import check_arguments, find_probe, untouched
+from .attempts import find_probe
+from .probe import check_arguments, check_like, untouched, unwrapped
 from .program import assemble
+from .reads import compare_runs
+from .refusal import REMEDY, NotFinite, with_sparsify
 from .tracer import Tracer
 from .verify import verify
 
-__all__ = ["capture", "capture_with_origins"]
+__all__ = ["capture", "capture_with_origins", "check_like", "unwrapped"]
 
 
-def capture(module: nn.Module, dim: int | None = None) -> VectorField:
+def capture(module: nn.Module, dim: int | None = None, like: Tensor | None = None) -> VectorField:
     """The program of `module.forward(t, y)`, y [batch, dim] (or [dim], row by row, if only that works), t 0-d (or
     [1], [1, 1] if only those work).
 
-    dim: size of the state; inferred from the module's weights if None.
+    dim: size of the state; inferred from the module's weights if None.  like: an example of the state, [..., dim]: the
+    field is compared with the module on states of its shape. `VectorField.refused_axes` says for which other numbers of
+    axes the module does something else than the field, which runs every row [dim] by itself.
     The module is left as it was: parameters, buffers, attributes, hooks and random state. All tensors of the field are
     detached copies in the module's dtype (float32 or float64) and device. A pruned entry (exact zero) is not in the
     pattern.
 
     Raises UnsupportedFieldError where the module cannot be expressed (naming the module path, the operation and the
-    remedy), or where it differs from what was read; ValueError for NaN or infinite weights and for a `dim` that does
-    not fit or cannot be inferred; TypeError for something that is no nn.Module with a forward of two arguments.
+    remedy), or where it differs from what was read; ValueError for NaN or infinite weights and for a `dim` or `like`
+    that does not fit or a `dim` that cannot be inferred; TypeError for something that is no nn.Module with a forward of
+    two arguments, and for a `like` that is no tensor of the module's dtype.
     """
-    return capture_with_origins(module, dim)[0]
+    return capture_with_origins(module, dim, like)[0]
 
 
-def capture_with_origins(module: nn.Module, dim: int | None = None) -> tuple[VectorField, dict[Key, Origin]]:
+def capture_with_origins(
+    module: nn.Module, dim: int | None = None, like: Tensor | None = None
+) -> tuple[VectorField, dict[Key, Origin]]:
     """capture(), and for every tensor of the field where its entries come from, parameters named as by the module."""
+    module = unwrapped(module)
     check_arguments(module, dim)
-    module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
-    with untouched(module), torch.no_grad():
-        probe = find_probe(module, dim)
-    with untouched(module), torch.no_grad():  # restored: a module may keep what a call has computed
-        tracer = Tracer(module, probe)
-        field, origins = assemble(tracer, *tracer.read(*probe.point()))
-    with untouched(module), torch.no_grad():
-        verify(module, field, probe)
+    if like is not None:
+        check_like(like, dim)
+    try:
+        return _read(module, dim, like)
+    except UnsupportedFieldError as error:
+        raise with_sparsify(module, error) from error.__cause__
+
+
+def _read(module: nn.Module, dim: int | None, like: Tensor | None) -> tuple[VectorField, dict[Key, Origin]]:
+    tracer = None
+    try:
+        with untouched(module), torch.no_grad():
+            probe = find_probe(module, dim, like)
+        with untouched(module), torch.no_grad():  # restored: a module may keep what a call has computed
+            tracer = Tracer(module, probe)
+            field, origins = assemble(tracer, *tracer.read(*probe.point()))
+            if probe.only and like is None:
+                raise UnsupportedFieldError(f"module {type(module).__name__}: {probe.only}. {REMEDY}.")
+        if tracer.read_by_python:
+            with untouched(module), torch.no_grad():
+                compare_runs(module, probe)
+        with untouched(module), torch.no_grad():  # restored: the calls above may have made it another module
+            field.refused_axes = verify(module, field, probe, like)
+    except UnsupportedFieldError as error:
+        if tracer is None or not tracer.probe.only or tracer.probe.only in str(error):
+            raise
+        raise UnsupportedFieldError(f"{error} ({tracer.probe.only})") from error.__cause__
+    except (NotFinite, TypeError, ValueError) as error:
+        if tracer is None or isinstance(error, NotFinite):
+            raise
+        raise _unforeseen(module, tracer, error) from error
+    except Exception as error:
+        raise _unforeseen(module, tracer, error) from error
     return field, origins
+
+
+def _unforeseen(module: nn.Module, tracer: Tracer | None, error: Exception) -> UnsupportedFieldError:
+    """What a module met that nobody here thought of."""
+    if tracer is not None and tracer.stack.refusal is not None:
+        return tracer.stack.refusal
+    where = f"module {type(module).__name__}" if tracer is None else f"{tracer.stack}"
+    at = f", near the operation {tracer.operation}" if tracer is not None and tracer.operation else ""
+    return UnsupportedFieldError(
+        f"{where}: the module cannot be read{at} ({type(error).__name__}: {error}). {REMEDY}."
+    )

@@ -32,6 +32,7 @@ def evaluate(func, args, kwargs, value=None) -> Any:
 
 
 def _of_constants(func, args, kwargs, values: list) -> list[Constant]:
+    values = [v.to_dense() if isinstance(v, Tensor) and v.layout != torch.strided else v for v in values]
     origins = trace(func, args, kwargs, values)
     nodes = [None] * len(values) if all(source is None for source, _ in origins) else _nodes(func, args, kwargs, values)
     return [Constant(v, *origin, None if origin[0] is None else node) for v, origin, node in zip(values, origins, nodes)]
@@ -45,7 +46,7 @@ def _nodes(func, args, kwargs, values: list) -> list[Node]:
             return a.value if a.node is None else a.node
         return a.node if isinstance(a, TimeValue) else a
 
-    node = Node(func, tree_map(to_node, tuple(args)), tree_map(to_node, kwargs))
+    node = Node(func, tree_map(to_node, tuple(_numbers_again(func, args))), tree_map(to_node, kwargs))
     if len(values) == 1 and isinstance(values[0], Tensor) and _single(func):
         return [node]
     return [Node(operator.getitem, (node, i)) for i in range(len(values))]
@@ -53,9 +54,23 @@ def _nodes(func, args, kwargs, values: list) -> list[Node]:
 
 def _of_time(func, args, kwargs, values: list) -> list[TimeValue]:
     nodes = _nodes(func, args, kwargs, values)
-    affine, sigmoid = ([None] * len(values) if pair is None else list(zip(*map(tree_leaves, pair)))
-                       for pair in (_affine(func, args, kwargs), _sigmoid(func, args, kwargs)))
+    timed = [a for a in tree_leaves((args, kwargs)) if isinstance(a, TimeValue)]
+    # Rounded to whole numbers, or used as an index, nothing is affine any more.
+    smooth = all(v.is_floating_point() for v in [a.value for a in timed] + [v for v in values if isinstance(v, Tensor)])
+    pairs = (_affine(func, args, kwargs), _sigmoid(func, args, kwargs)) if smooth else (None, None)
+    affine, sigmoid = ([None] * len(values) if pair is None else list(zip(*map(tree_leaves, pair))) for pair in pairs)
     return [TimeValue(*parts) for parts in zip(values, nodes, affine, sigmoid)]
+
+
+def _numbers_again(func, args: tuple) -> tuple:
+    """The arguments, with numbers that were read out of t where func takes a number."""
+    if not isinstance(func, torch._ops.OpOverload):
+        return args
+    takes = [isinstance(a.type, (torch.NumberType, torch.FloatType)) for a in func._schema.arguments]
+    return tuple(
+        Node(operator.methodcaller("item"), (a.node,)) if number and isinstance(a, TimeValue) else a
+        for a, number in zip(args, takes)
+    )
 
 
 def _single(func) -> bool:

@@ -1,21 +1,21 @@
-"""Running a user's module without leaving a trace: its dtype and device, the shapes its forward takes, test points."""
+"""Running a user's module without leaving a trace: its dtype and device, how it is called, test points."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import itertools
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Iterator
+from typing import Any, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from ..field import UnsupportedFieldError
-from .refusal import REMEDY
+from .refusal import NotFinite, TUPLES
 
-SMALL = 32  # sizes of a state that are tried where the weights show none
+TIME = 0.6180339887498949  # one that no number in a user's code is likely to equal
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,27 @@ class Probe:
     dtype: torch.dtype
     device: torch.device
     batched: bool = True  # False: forward takes one state y [dim]
+    between: tuple[int, ...] = ()  # forward takes y [batch, *between, dim]; all of them 1
+    only: str = ""  # why forward runs for this batch alone
 
     def run(self, module: nn.Module, t: Tensor, y: Tensor) -> Tensor:
         """module(t, y) for y [batch, dim]."""
-        return module(t, y) if self.batched else torch.vmap(module, (None, 0))(t, y)
+        if not self.between:
+            return module(t, y) if self.batched else torch.vmap(module, (None, 0))(t, y)
+        y = y.view(y.shape[0], *self.between, self.dim)
+        out = module(t, y)
+        return out.reshape(y.shape[0], self.dim) if isinstance(out, Tensor) and out.shape == y.shape else out
+
+    def time(self, t: float) -> Tensor:
+        return torch.full(self.t_shape, t, dtype=self.dtype, device=self.device)
 
     def point(
-        self, t: float = 0.6180339887498949, scale: float = 1.0, seed: int = 0, batch: int | None = None
+        self, t: float = TIME, scale: float = 1.0, seed: int = 0, batch: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """A t (by default one that no number in a user's code is likely to equal), and a random y."""
+        """A t, and a random y."""
         generator = torch.Generator().manual_seed(seed)
         y = scale * torch.randn(batch or self.batch, self.dim, generator=generator, dtype=torch.float64)
-        return torch.full(self.t_shape, t, dtype=self.dtype, device=self.device), y.to(self.device, self.dtype)
+        return self.time(t), y.to(self.device, self.dtype)
 
 
 def check_arguments(module: nn.Module, dim: int | None) -> None:
@@ -74,108 +83,49 @@ def check_arguments(module: nn.Module, dim: int | None) -> None:
         ) from None
 
 
-def find_probe(module: nn.Module, dim: int | None) -> Probe:
-    """The one way to call the module that returns [batch, dim]."""
-    dtype, device = _dtype_and_device(module)
-    tensors = [*module.parameters(), *module.buffers()]
-    # A state that is concatenated with t makes a matrix one wider.
-    likely = {s for x in tensors if x.dim() in (1, 2) for s in x.shape} | {
-        m.in_features - 1 for m in module.modules() if isinstance(m, nn.Linear)
-    }
-    attempts = _Attempts(module, dtype, device, {s for x in tensors for s in x.shape})
-    # Where the weights do not show it (a state cut in parts, weights made by another network), sizes one by one.
-    unlikely = [] if dim is not None else sorted(set(range(1, SMALL + 1)) - likely)
-    rounds = itertools.product((True, False), (sorted(likely - {0}) if dim is None else [dim], unlikely))
-    works = next(filter(None, (attempts.at(dims, batched) for batched, dims in rounds)), [])
-    if len(works) == 1:
-        return works[0]
-    name = f"module {type(module).__name__}"
-    if not works and attempts.takes_tuple:
-        raise UnsupportedFieldError(
-            f"{name}: forward(t, state) takes a tuple (y, log-density), so it is no field of one tensor. Compile the "
-            "network inside it that maps (t, y) to dy/dt, and let sfk.with_divergence add the log-density"
-        )
-    if not works and attempts.returned is not None:
-        raise ValueError(f"{name}: {attempts.returned}; a vector field returns one tensor shaped like y")
-    error = attempts.error
-    if dim is not None:
-        raise UnsupportedFieldError(
-            f"{name}: forward(t, y) failed for y [{attempts.batch}, {dim}] and t 0-d, [1, 1] or [1]: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    images = next((path for path, m in module.named_modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
-    if not works and images is not None:
-        raise UnsupportedFieldError(f"{name}: {images!r} is a convolution; only states [batch, dim] are run. {REMEDY}.")
-    found = ", ".join(str(probe.dim) for probe in works) or "none"
-    hint = f" (the first try, {attempts.error_at}, said: {error})" if error is not None and not works else ""
-    raise ValueError(
-        f"{name}: the size of the state cannot be told from the weights (sizes that run: {found}); pass dim=...{hint}"
-    )
+def unwrapped(module: Any) -> Any:
+    """The module inside torch.compile's wrapper, whose parameters have other names."""
+    while isinstance(module, nn.Module) and "_orig_mod" in module._modules:
+        module = module._modules["_orig_mod"]
+    return module
 
 
-class _Attempts:
-    """Calls of a module with states of several sizes, and what came of them."""
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device, sizes: set[int]) -> None:
-        self.module, self.dtype, self.device, self.sizes = module, dtype, device, sizes
-        self.batch = 0
-        self.error: Exception | None = None  # the first one, and where it was
-        self.error_at = ""
-        self.returned: str | None = None  # what else than a tensor shaped like y
-        self.takes_tuple = False
-
-    def at(self, dims: list[int], batched: bool) -> list[Probe]:
-        """The probes that work, one per size at most."""
-        # A batch size that nothing else has, so that no broadcast or transpose of the module's works by accident.
-        taken = self.sizes | {d + k for d in dims for k in (-1, 0, 1, 2)}
-        self.batch = next(n for n in itertools.count(7, 2) if n not in taken)
-        ways = [
-            [Probe(d, t_shape, self.batch, self.dtype, self.device, batched) for t_shape in ((), (1, 1), (1,))]
-            for d in dims
-        ]
-        works = [probe for one in ways if (probe := next(filter(self._works, one), None)) is not None]
-        if not works and batched:
-            self._try_tuples(dims)
-        return works
-
-    def _works(self, probe: Probe) -> bool:
-        t, y = probe.point()
-        try:
-            out = probe.run(self.module, t, y)
-        except Exception as error:  # whatever the user's code raises says that this shape is not meant
-            if self.error is None:
-                self.error, self.error_at = error, f"y {list(y.shape)}"
-            return False
-        if isinstance(out, Tensor) and out.shape == y.shape:
-            return True
-        if probe.batched and self.returned is None:
-            what = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            self.returned = f"forward(t, y) with y {list(y.shape)} returned {what}"
-        return False
-
-    def _try_tuples(self, dims: list[int]) -> None:
-        for dim in dims:
-            t, y = Probe(dim, (), self.batch, self.dtype, self.device).point()
-            with contextlib.suppress(Exception):
-                out = self.module(t, (y, y.new_zeros(self.batch, 1)))
-                if isinstance(out, tuple) and isinstance(out[0], Tensor) and out[0].shape == y.shape:
-                    self.takes_tuple = True
+def check_like(like: Any, dim: int | None) -> None:
+    """Raises TypeError and ValueError for what is no example of a state."""
+    if isinstance(like, (tuple, list)):
+        raise TypeError(f"like must be one tensor, as a compiled field runs on one; {TUPLES}")
+    if not isinstance(like, Tensor):
+        raise TypeError(f"like must be a tensor, an example of the state y0, not {type(like).__name__}")
+    if like.dim() < 1 or like.numel() == 0:
+        raise ValueError(f"like must be [..., dim] with at least one sample, not {list(like.shape)}")
+    if like.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"like must be float32 or float64, not {like.dtype}")
+    if dim is not None and like.shape[-1] != dim:
+        raise ValueError(f"dim is {dim}, but the last axis of like is {like.shape[-1]}; one of them is enough")
 
 
-def _dtype_and_device(module: nn.Module) -> tuple[torch.dtype, torch.device]:
+def dtype_and_device(module: nn.Module, example: Tensor | None) -> tuple[torch.dtype, torch.device]:
     parameters = list(module.parameters())
     for name, parameter in module.named_parameters():
-        if not bool(torch.isfinite(parameter.detach()).all()):
-            raise ValueError(f"parameter {name!r} holds NaN or infinite values; a vector field needs finite weights")
+        strided = parameter.layout == torch.strided
+        if not bool(torch.isfinite(parameter.detach() if strided else parameter.detach().to_dense()).all()):
+            raise NotFinite(f"parameter {name!r} holds NaN or infinite values; a vector field needs finite weights")
     for what, kinds in (("dtype", {p.dtype for p in parameters}), ("device", {p.device for p in parameters})):
         if len(kinds) > 1:
             raise UnsupportedFieldError(
                 f"the module's parameters have more than one {what} ({', '.join(sorted(map(str, kinds)))}); move them "
                 "to one with module.to(...)"
             )
-    like = next(iter([*parameters, *(b for b in module.buffers() if b.is_floating_point()), torch.empty(0)]))
+    free = torch.empty(0) if example is None else example
+    like = next(iter([*parameters, *(b for b in module.buffers() if b.is_floating_point()), free]))
     if like.dtype not in (torch.float32, torch.float64):
         raise UnsupportedFieldError(f"the module's dtype is {like.dtype}; use module.float() or module.double()")
+    if example is not None and (example.dtype, example.device) != (like.dtype, like.device):
+        kind = ValueError if example.dtype == like.dtype else TypeError
+        raise kind(
+            f"like is {example.dtype} on {example.device}, the module {like.dtype} on {like.device}; move one of them "
+            "with .to()"
+        )
     return like.dtype, like.device
 
 
@@ -195,6 +145,8 @@ def untouched(module: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         for kind in filter(torch.amp.is_autocast_available, kinds):
             stack.enter_context(torch.autocast(kind, enabled=False))  # the program is the module's in its own dtype
+        if "torch._dynamo" in sys.modules:  # what is compiled inside (submodules, functions) runs as it was written
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             yield
         finally:
@@ -212,5 +164,5 @@ def untouched(module: nn.Module) -> Iterator[None]:
                         m.__dict__[key] = value
             with torch.no_grad():
                 for x, value in tensors:
-                    if not torch.equal(x, value):
+                    if x.layout != torch.strided or not torch.equal(x, value):
                         x.copy_(value)

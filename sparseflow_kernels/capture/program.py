@@ -9,6 +9,7 @@ from ..field import IDENTITY, Activation, Layer, LinearShift, Pattern, SigmoidGa
 from ..origin import Key, Origin
 from .algebra import apply
 from .operations import aten
+from .refusal import NotFinite
 from .replay import TimeProgram
 from .rows import Affine, Hidden
 from .tracer import Tracer
@@ -47,7 +48,7 @@ def _layer(tracer: Tracer, a: Affine, activation: Activation, name: str) -> tupl
     def own(key: str) -> Tensor:
         value = constants[key].value
         if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"layer {name!r}: {key} computed from the weights holds NaN or infinite values")
+            raise NotFinite(f"layer {name!r}: {key} computed from the weights holds NaN or infinite values")
         return value.detach().to(tracer.table.dtype).clone()
 
     modulation = {}

@@ -28,7 +28,8 @@ def trace(func, args, kwargs, values: list) -> list[Traced]:
     if base == "_to_copy" and values[0].is_floating_point():
         return [(constants[0].source, constants[0].factor)]
     # What is detached is no parameter to the gradient, and yet moves with it.
-    if base in STRUCTURAL and base not in ("copy", "_to_copy", "detach"):
+    moves = base in STRUCTURAL and base not in ("copy", "_to_copy", "detach")
+    if moves or (base == "index_put" and len(args) == 3):
         moved = (tree_leaves(_moved(func, args, kwargs, part)) for part in ("sources", "factors"))
         return list(zip(*moved))
     origin = _of_arithmetic(base, args, kwargs)

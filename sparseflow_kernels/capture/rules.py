@@ -20,7 +20,7 @@ from .operations import STRUCTURAL, aten, base_name
 from .refusal import REMEDY, refuse
 from .rows import RowTable
 from .samples import Samples
-from .values import Constant, StateValue, TimeValue
+from .values import NOT_A_PARAMETER, Constant, StateValue, TimeValue
 
 
 @dataclass
@@ -63,6 +63,8 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def apply_to_state(reading: Reading, func, args: tuple, kwargs: dict, out: Any) -> Any:
     base = base_name(func)
+    if base.startswith(("_scaled_dot_product", "_native_multi_head", "_transformer_encoder")):
+        refuse("attention (a product of states, and a softmax)")
     if base not in RULES:
         refuse(f"the operation {base} on the state")
     try:
@@ -192,7 +194,8 @@ def reduce(reading: Reading, func, args, kwargs, out) -> Any:
     dims = args[1] if len(args) > 1 else None
     dims = {d % ids.dim() for d in ([dims] if isinstance(dims, int) else dims or range(ids.dim()))}
     if axis in dims:
-        refuse(f"{base} over the samples of the batch")
+        energy = " (an energy, to be differentiated with torch.autograd.grad?)" if torch.is_grad_enabled() else ""
+        refuse(f"{base} over the samples of the batch{energy}")
     keep = [d for d in range(ids.dim()) if d not in dims and d != axis]
     terms = math.prod(ids.shape[d] for d in dims)
     groups = ids.permute(axis, *keep, *sorted(dims))[0].reshape(-1, terms)
@@ -239,6 +242,28 @@ def add_matrix_product(reading: Reading, func, args, kwargs, out) -> Any:
     else:
         product = apply(aten.mm.default if len(out.shape) == 2 else aten.bmm.default, args[1], args[2])
     return add(reading, args[0], product, out, (kwargs.get("beta", 1), kwargs.get("alpha", 1)))
+
+
+def sparse_linear(reading: Reading, args: tuple, out: Tensor) -> Any:
+    """sparseflow::linear: x [..., in] times a matrix that has values at the entries of a pattern only, plus a bias."""
+    x, values, bias, row_ptr, col, inputs, _ = args
+    row_ptr, col = (a.value.cpu() for a in (row_ptr, col))
+    outputs = row_ptr.numel() - 1
+    where = torch.repeat_interleave(torch.arange(outputs), row_ptr.diff()) * inputs + col
+
+    def dense(entries: Tensor, empty: float) -> Tensor:
+        table = torch.full((outputs * inputs,), empty, dtype=entries.dtype, device=entries.device)
+        return table.index_put((where.to(entries.device),), entries).view(outputs, inputs)
+
+    source = None if values.source is None else dense(values.source, NOT_A_PARAMETER)
+    factor = None if values.factor is None else dense(values.factor, 1.0)
+    matrix = apply(aten.t.default, Constant(dense(values.value, 0.0), source, factor))
+    if isinstance(x, StateValue):
+        product = _matrix_product(reading, x, matrix)
+        return product if bias is None else add(reading, product, bias, out)
+    product = apply(aten.mm.default, apply(aten.reshape.default, x, [-1, inputs]), matrix)
+    product = product if bias is None else apply(aten.add.Tensor, product, bias)
+    return apply(aten.reshape.default, product, list(out.shape))
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .algebra import apply
 from .operations import aten
-from .refusal import refuse
+from .refusal import REMEDY, refuse
 from .values import Constant, StateValue, TimeValue
 
 STRIDE = 1 << 40
@@ -38,7 +38,26 @@ class Samples:
                 first = ids.select(axis, 0)
                 if bool((first < STRIDE).all()) and torch.equal(self._numbers(first, axis), ids):
                     return axis
-        refuse("an operation that mixes the samples of the batch, or empties the state,")
+        if not ids.numel():
+            refuse("an operation that empties the state")
+        for axis, length in enumerate(ids.shape):
+            if length > self.size and length % self.size == 0 and self._merged(ids, axis, length):
+                refuse(
+                    f"an operation on the samples laid end to end (the state [{self.size}, dim] is viewed as points, "
+                    f"{list(ids.shape)}, and every point goes through the same layer)",
+                    "Where the points do not see each other, solve for a state [batch, points, size of a point] and "
+                    f"compile the network of one point. Otherwise u{REMEDY[1:]}",
+                )
+        refuse("an operation that mixes the samples of the batch")
+
+    def _merged(self, ids: Tensor, axis: int, length: int) -> bool:
+        """The axis holds the samples, and another axis beside them."""
+        for sizes, inner in (((self.size, length // self.size), axis), ((length // self.size, self.size), axis + 1)):
+            parts = ids.unflatten(axis, sizes)
+            first = parts.select(inner, 0)
+            if bool((first < STRIDE).all()) and torch.equal(self._numbers(first, inner), parts):
+                return True
+        return False
 
     def one(self, value: Constant | TimeValue, axis: int) -> Constant | TimeValue:
         """value without its sample axis; it must be the same for every sample, up to a matrix product's rounding."""
@@ -48,5 +67,9 @@ class Samples:
             scale = value.value.abs().max() if value.value.is_floating_point() else 0.0
             rounding = ROUNDING * torch.finfo(value.value.dtype).eps * scale if scale else 0.0
             if not bool(((every - value.value).abs() <= rounding).all()):
-                refuse("a constant that differs from sample to sample of the batch")
+                refuse(
+                    "a constant that differs from sample to sample of the batch",
+                    "Make it part of the state (columns whose derivative is zero) and cut it off again inside forward. "
+                    f"Otherwise u{REMEDY[1:]}",
+                )
         return apply(aten.select.int, value, axis, 0)

@@ -17,12 +17,28 @@ from .algebra import apply, evaluate
 from .operations import ADDITIVE, BILINEAR, FACTORIES, FULL, aten, base_name, written
 from .probe import Probe
 from .provenance import ParameterNumbers
-from .refusal import REMEDY, refuse
+from .reads import Reads, is_finiteness
+from .refusal import REMEDY, refuse, refuse_python_value
 from .rows import Affine, Hidden, RowTable
-from .rules import Reading, apply_to_state
+from .rules import Reading, apply_to_state, sparse_linear
 from .samples import Samples
 from .replay import Node
 from .values import Constant, Overwritten, StateValue, TimeValue
+
+
+LARGEST = 1 << 27  # entries of a sparse tensor as capture reads it
+DENSE = {aten._sparse_addmm.default: aten.addmm.default, aten._sparse_mm.default: aten.mm.default}  # what they compute
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    if tensor.numel() > LARGEST:
+        refuse(f"a sparse tensor of {list(tensor.shape)}, which is read as a dense one,")
+    return tensor.detach().to_dense()
+
+
+def _memory(tensor: Tensor) -> int:
+    """Equal for tensors that share memory."""
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
 
 
 class ModuleStack:
@@ -30,6 +46,7 @@ class ModuleStack:
 
     def __init__(self, root: nn.Module) -> None:
         self._root, self._running = root, []
+        self.refusal: UnsupportedFieldError | None = None  # the last one: TorchScript makes another error of it
         self._paths = {id(m): name for name, m in root.named_modules()}
 
     @property
@@ -62,7 +79,8 @@ class ModuleStack:
         try:
             yield
         except UnsupportedFieldError as error:
-            raise UnsupportedFieldError(f"{self}: {error}") from error.__cause__
+            self.refusal = UnsupportedFieldError(f"{self}: {error}")
+            raise self.refusal from error.__cause__
 
 
 class Tracer(TorchDispatchMode):
@@ -76,6 +94,8 @@ class Tracer(TorchDispatchMode):
         self.values: dict[int, Any] = {}
         self.aliases: dict[int, list[Tensor]] = {}  # by memory; also keeps ids unique, for these tensors stay alive
         self.numbers: dict[float, TimeValue] = {}  # t, and what is read out of functions of t by .item()
+        self.read_by_python = False  # values that depend on t
+        self.operation = ""  # the last one
 
     def read(self, t: Tensor, y: Tensor) -> tuple[Affine, Hidden]:
         """The pending rows of module(t, y), and the layer that stands for y."""
@@ -85,7 +105,7 @@ class Tracer(TorchDispatchMode):
         time = TimeValue(t, Node(aten.reshape.default, (Node(), list(t.shape))), (slope, offset))
         self.bind(t, time)
         self.numbers[t.item()] = apply(aten.reshape.default, time, [])
-        with self, self.stack.following():
+        with Reads(self), self, self.stack.following():
             out = self.probe.run(self.module, t, y)
         with self.stack.naming():
             value = self.value_of(out)
@@ -94,6 +114,11 @@ class Tracer(TorchDispatchMode):
             if self.samples.axis_of(value.ids) != 0:
                 refuse("a result whose first axis is not the batch")
             return self.table.gather(value.ids[0]), root
+
+    def follow(self, number: float, value: TimeValue) -> None:
+        """A number that Python has read out of a function of t."""
+        self.read_by_python = True
+        self.numbers[number] = apply(aten.reshape.default, value, [])
 
     def layer_name(self, weight: Constant) -> str:
         path, parameter = self.stack.path, self.parameters.first_name(weight)
@@ -105,7 +130,7 @@ class Tracer(TorchDispatchMode):
     def value_of(self, tensor: Tensor) -> Any:
         value = self.values.get(id(tensor))
         if value is None:
-            value = self.parameters.constant(tensor)
+            value = self.parameters.constant(tensor) if tensor.layout == torch.strided else Constant(_dense(tensor))
             self.bind(tensor, value)
         elif isinstance(value, Overwritten):
             refuse("writing into a slice of a tensor", "Join the parts with torch.cat or torch.stack instead")
@@ -113,14 +138,14 @@ class Tracer(TorchDispatchMode):
 
     def bind(self, tensor: Tensor, value: Any) -> None:
         if id(tensor) not in self.values:
-            self.aliases.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+            self.aliases.setdefault(_memory(tensor), []).append(tensor)
         self.values[id(tensor)] = value
 
     def rebind(self, tensor: Tensor, value: Any) -> None:
         """After an in-place operation: other views of the same memory follow, or become unreadable."""
         self.bind(tensor, value)
         geometry = lambda x: (x.shape, x.stride(), x.storage_offset())
-        for other in self.aliases[tensor.untyped_storage()._cdata]:
+        for other in self.aliases[_memory(tensor)]:
             if other is not tensor:
                 self.values[id(other)] = value if geometry(other) == geometry(tensor) else Overwritten()
 
@@ -132,7 +157,8 @@ class Tracer(TorchDispatchMode):
 
     def _operation(self, func, args: tuple, kwargs: dict) -> Any:
         base = base_name(func)
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        self.operation = base
+        if torch.Tag.nondeterministic_seeded in func.tags and not base.startswith("_scaled_dot_product"):
             evaluation = "Call .eval() on the module first (dropout is active in training)"
             refuse(f"randomness ({base})", evaluation if self.module.training else REMEDY)
 
@@ -157,12 +183,17 @@ class Tracer(TorchDispatchMode):
         """The abstract value of `out`."""
         base, leaves = base_name(func), tree_leaves((args, kwargs))
         has_time, has_state = (any(isinstance(a, kind) for a in leaves) for kind in (TimeValue, StateValue))
-        if base == "_local_scalar_dense":
+        if torch.Tag.data_dependent_output in func.tags and not isinstance(out, Tensor):
             if has_state:
                 refuse("reading a number out of the state (.item(), an if on its values)")
             if has_time and isinstance(out, float):
-                self.numbers[out] = apply(aten.reshape.default, args[0], [])
+                self.follow(out, args[0])
+            elif has_time and not (base == "_local_scalar_dense" and is_finiteness(args[0].node)):
+                what = "a truth value" if isinstance(out, bool) else "a whole number"
+                refuse_python_value(f"{what} is made of t (an if, a comparison in Python, an index of a list)")
             return out
+        if has_time and torch.Tag.dynamic_output_shape in func.tags:
+            self.read_by_python = True  # the shape
         if "out" in kwargs and (has_state or has_time):
             refuse(f"out= of {base}", "Use the result instead")
         if base == "lift_fresh" and isinstance(args[0], Constant) and out.is_floating_point():
@@ -172,6 +203,10 @@ class Tracer(TorchDispatchMode):
             return apply(aten.expand.default, number, list(out.shape))
         if base in FACTORIES:
             return tree_map(Constant, out)
+        if func in DENSE:
+            func = DENSE[func]
+        if func.namespace == "sparseflow" and base == "linear":
+            return sparse_linear(self.reading, args, out)
         if has_state:
             return apply_to_state(self.reading, func, args, kwargs, out)
         if not has_time and written(func):

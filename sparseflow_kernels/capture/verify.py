@@ -1,43 +1,187 @@
-"""Is the captured field the module? Control flow on values cannot be seen in one run, so the two are compared."""
+"""Is the captured field the module? What a run cannot show (values kept between calls, rows that see each other where
+the state has other axes) shows at other points, so the two are compared."""
 
 from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from .. import activations
-from ..field import UnsupportedFieldError, VectorField
-from .probe import Probe
+from ..field import MOST_AXES, UnsupportedFieldError, VectorField
+from .attempts import held_tensors
+from .probe import TIME, Probe
 from .refusal import REMEDY
 
-POINTS = ((-1.0, 1.0), (-0.37, 0.2), (0.0, 1.0), (0.45, 3.0), (1.3, 1.0), (2.0, 0.5))  # (t, size of y)
-BATCH = 5
+# Near times first, then far ones: functions of t may overflow there, and rounding grows with t.
+TIMES = (-1.0, -0.37, 0.0, 0.45, 1.3, 2.0, 0.0013, -6.71, 11.3, 57.7, -143.0, 997.3)
+NEAR = 10.0
+SCALES = (1.0, 0.2, 3.0, 0.01, 30.0)  # sizes of y, a row each
+COST = 3e7  # multiply-adds of a comparison that may be left out
+ROUNDING = 64  # units in the last place by which t and y are moved, to see what rounding does to the module
 
 
-def verify(module: nn.Module, field: VectorField, probe: Probe) -> None:
-    """Raises UnsupportedFieldError unless both agree to rounding at points other than the traced one."""
-    tolerance = 4000 * torch.finfo(field.dtype).eps
-    for seed, (time, scale) in enumerate(POINTS, 1):
-        t, y = probe.point(time, scale, seed, BATCH)
+def verify(module: nn.Module, field: VectorField, probe: Probe, like: Tensor | None = None) -> dict[int, str]:
+    """Raises UnsupportedFieldError unless both agree to rounding at points other than the traced one, and for the
+    example. Returns the numbers of axes of a state for which they do not, with the reason."""
+    comparison = _Comparison(module, field, probe)
+    name = f"module {type(module).__name__}"
+    sizes = [probe.batch] if probe.only else [5, 1, field.dim if comparison.cheap((field.dim,)) else 2, 8, 3]
+    met = 0
+    for number, time in enumerate(TIMES):
+        _, y = probe.point(time, 1.0, number + 1, sizes[number % len(sizes)])
+        y = y * comparison.scales(len(y))
+        found = comparison.at(time, y, y)
+        if isinstance(found, Exception):
+            # Not defined at this time, as it may be; or not for this batch.
+            if len(y) == 1 or not isinstance(comparison.at(TIME, y, y), Exception):
+                continue
+            raise UnsupportedFieldError(
+                f"{name}: forward(t, y) fails for a batch of {len(y)} samples, not for one of {probe.batch} ({found}). "
+                f"{REMEDY}."
+            ) from found
+        met += 1
+        if found is not None:
+            batch = ""
+            if number and not probe.only:
+                _, five = probe.point(time, 1.0, number + 1, 5)
+                batch = "" if comparison.at(time, five, five) else f" and a batch of {len(y)} samples"
+            raise UnsupportedFieldError(
+                f"{name}: the captured field differs from the module at t = {time}{batch} (relative error "
+                f"{found:.1e}): {_suspicion(module, field, found, batch)} {REMEDY}."
+            )
+    if not met:
+        raise UnsupportedFieldError(f"{name}: forward(t, y) fails at every time but t = {TIME:.3f}. {REMEDY}.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about shapes that nobody has asked for
+        refused = {} if probe.only else _axes(comparison)
+    if like is not None:
+        _example(comparison, like.detach(), name)
+        reason = refused.get(min(like.dim(), MOST_AXES))
+        if reason is not None:  # right for the example by chance: a single point, say
+            raise UnsupportedFieldError(reason)
+    return refused
+
+
+@dataclass
+class _Comparison:
+    module: nn.Module
+    field: VectorField
+    probe: Probe
+
+    @cached_property
+    def _weights(self) -> list[Tensor]:
+        return [layer.weight.T for layer in self.field.layers]
+
+    def cheap(self, lead: tuple[int, ...]) -> bool:
+        return math.prod(lead) * sum(weight.numel() for weight in self._weights) <= COST
+
+    def scales(self, rows: int) -> Tensor:
+        repeats = [SCALES[i % len(SCALES)] for i in range(rows)]
+        return torch.tensor(repeats, dtype=self.probe.dtype, device=self.probe.device)[:, None]
+
+    def evaluate(self, t: Tensor, y: Tensor) -> Tensor:
+        """f(t, y) by the definition, dense."""
+        for layer, weight in zip(self.field.layers, self._weights):
+            gate, shift = layer.modulation(t)
+            z = y @ weight + layer.bias
+            z = z if gate is None else gate * z
+            z = z if shift is None else z + shift
+            y = activations.apply(layer.activation, z)
+        return y
+
+    def run(self, t: Tensor, y: Tensor) -> Tensor:
+        """The module, for y [batch, dim] as it was traced, else for y as it is."""
+        return self.probe.run(self.module, t, y) if y.dim() == 2 else self.module(t, y)
+
+    def at(self, time: float, y: Tensor, given: Tensor) -> float | None | Exception:
+        """The relative error of the field at rows y [batch, dim], which the module gets as `given`; None: rounding;
+        an exception: the module's own. Also RuntimeError where it returns something else than dy."""
+        t = self.probe.time(time)
+        run = self.run if given is y else self.module
         try:
-            expected = probe.run(module, t, y.clone())
+            expected = run(t, given.clone())
+        except Exception as error:
+            return error
+        if not isinstance(expected, Tensor) or expected.shape != given.shape:
+            what = list(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__
+            return RuntimeError(f"it returned {what} for y {list(given.shape)}")
+        expected = expected.reshape(y.shape)
+        try:
+            got = self.evaluate(t.reshape(()), y)
         except Exception as error:
             raise UnsupportedFieldError(
-                f"module {type(module).__name__}: forward(t, y) fails for another batch size or time ({error}). "
-                f"{REMEDY}."
+                f"module {type(self.module).__name__}: a function of t cannot be computed at t = {time} "
+                f"({type(error).__name__}: {error}). {REMEDY}."
             ) from error
-        got = _evaluate(field, t.reshape(()), y)
         finite = torch.isfinite(expected) & torch.isfinite(got)
-        error = ((expected - got).abs() * finite).nan_to_num(0.0)
-        worst = float(error.max() / (1.0 + (expected.abs() * finite).nan_to_num(0.0).max()))
-        if worst > tolerance or not torch.equal(torch.isfinite(expected), torch.isfinite(got)):
-            raise UnsupportedFieldError(
-                f"module {type(module).__name__}: the captured field differs from the module at t = {time} (relative "
-                f"error {worst:.1e}): {_suspicion(module, field, worst)} {REMEDY}."
+        if abs(time) <= NEAR and not torch.equal(torch.isfinite(expected), torch.isfinite(got)):
+            return math.inf
+        size = 1.0 + (expected.abs() * finite).nan_to_num(0.0).amax(1)
+        error = ((expected - got).abs() * finite).nan_to_num(0.0).amax(1)
+        tolerance = 4000 * torch.finfo(self.field.dtype).eps
+        if bool((error <= tolerance * size).all()):
+            return None
+        # Far out, and in steep places, rounding alone makes a difference.
+        step = 1.0 + ROUNDING * torch.finfo(self.field.dtype).eps
+        moved = (run(t * step, given * step).reshape(y.shape) - expected).abs().nan_to_num(math.inf).amax(1)
+        if bool((error <= tolerance * size + 4.0 * moved.nan_to_num(math.inf)).all()):
+            return None
+        return float((error / size).max())
+
+
+def _axes(comparison: _Comparison) -> dict[int, str]:
+    """The numbers of axes for which forward does not treat rows [..., dim] one by one, as the field does."""
+    probe, dim = comparison.probe, comparison.field.dim
+    held = sorted({s for _, x in held_tensors(comparison.module) for s in x.shape} - {0})
+    refused = {}
+    for axes in range(1, MOST_AXES + 1):
+        if axes == 2 and probe.batched and not probe.between:
+            continue  # compared already
+        lead = lambda size, axes=axes: (2,) * (axes - 3) + (size,) * min(axes - 1, 2)
+        sizes = (dim, 1) if axes == 3 else (dim,)
+        leads = [(4, 3, 2)[: axes - 1], *filter(comparison.cheap, map(lead, sizes))] if axes > 1 else [()]
+        results = [_rows(comparison, lead) for lead in leads]
+        if axes > 1 and all(isinstance(found, Exception) for found in results):
+            # Perhaps it needs as many rows as a tensor it holds has.
+            leads = list(filter(comparison.cheap, map(lead, held)))[:24]
+            results = [_rows(comparison, lead) for lead in leads]
+        wrong = next((lead for lead, found in zip(leads, results) if isinstance(found, float)), None)
+        if wrong is not None:
+            refused[axes] = (
+                f"forward of module {type(comparison.module).__name__} does not treat the rows of a state with {axes} "
+                f"{'axis' if axes == 1 else 'axes'} one by one (compared at {[*wrong, dim]}), and a compiled field "
+                f"does. {REMEDY}; or, where forward does treat the rows of your states so, compile it with one of them "
+                "as an example: sfk.compile(module, like=y0)"
             )
+    return refused
 
 
-def _suspicion(module: nn.Module, field: VectorField, error: float) -> str:
+def _rows(comparison: _Comparison, lead: tuple[int, ...], time: float = 0.45) -> float | None | Exception:
+    probe = comparison.probe
+    _, y = probe.point(time, 1.0, 77, math.prod(lead))
+    return comparison.at(time, y, y.view(*lead, probe.dim))
+
+
+def _example(comparison: _Comparison, like: Tensor, name: str) -> None:
+    rows = like.reshape(-1, like.shape[-1])
+    for time in (0.45, -1.0, 11.3):
+        for y in (rows, comparison.probe.point(time, 1.0, 78, len(rows))[1]):
+            found = comparison.at(time, y, y.view(like.shape))
+            if isinstance(found, float):
+                raise UnsupportedFieldError(
+                    f"{name}: forward does not treat the rows [..., dim] of a state {list(like.shape)} one by one, as "
+                    f"a compiled field does (relative error {found:.1e} at t = {time}). {REMEDY}."
+                )
+
+
+def _suspicion(module: nn.Module, field: VectorField, error: float, batch: str) -> str:
+    if batch:
+        return "does it treat samples differently if there are so many?"
     if field.dtype == torch.float64 and 0.0 < error < 1e-5:
         return (
             "is something computed in float32 on the way (torch.full or torch.tensor without dtype=)? Make it "
@@ -47,14 +191,3 @@ def _suspicion(module: nn.Module, field: VectorField, error: float) -> str:
     if module.training:
         updates = " (call .eval() first if a layer updates itself in training, as spectral_norm does)"
     return f"does forward branch on values of t or y, or keep state between calls{updates}?"
-
-
-def _evaluate(field: VectorField, t: Tensor, y: Tensor) -> Tensor:
-    """f(t, y) by the definition, dense."""
-    for layer in field.layers:
-        gate, shift = layer.modulation(t)
-        z = y @ layer.weight.T + layer.bias
-        z = z if gate is None else gate * z
-        z = z if shift is None else z + shift
-        y = activations.apply(layer.activation, z)
-    return y

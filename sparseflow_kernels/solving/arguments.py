@@ -60,7 +60,7 @@ def checked_options(options: dict, method: str | None, name: str) -> dict:
             for near in [difflib.get_close_matches(str(option), sorted(known), 1)]
         ]
         text = f"{method or 'dopri5'}: Unexpected arguments {unknown} are ignored. {'; '.join(hints)}"
-        warnings.warn(text, stacklevel=5)
+        warn(text)
     options = {option: value for option, value in options.items() if option in known}
     for option, value in options.items():
         if option in _RULES:

@@ -63,6 +63,7 @@ class EngineCall:
         x = parts[0]
         if x.dim() < 1 or x.shape[-1] != field.dim:
             return f"the state's last axis must be {field.dim}, its shape is {list(x.shape)}"
+        field.check_axes("y0", x)
         if len(parts) == 2 and parts[1].shape not in (x.shape[:-1], x.shape[:-1] + (1,)):
             return f"l must be of shape {list(x.shape[:-1])} or with a last axis of 1, not {list(parts[1].shape)}"
         dtype, device = field.dtype, field.device

@@ -1,0 +1,327 @@
+"""What Python sees of t and y: numbers and arrays that leave the tensors, where no operation can be followed.
+
+Whole numbers, truth values and arrays are refused when they are read (`Reads`). A float is not: `float(t)` is often
+only written down, or goes into an operation as it is, where the tracer follows it. What else was made of it is found by
+running the module at other times and comparing every number that reaches an operation (`compare_runs`).
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from typing import Any, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..field import UnsupportedFieldError
+from .operations import written
+from .probe import Probe
+from .refusal import refuse, refuse_python_value
+from .values import StateValue, TimeValue
+
+WHOLE = {"__int__", "__index__"}
+TRUTH = {"__bool__", "is_nonzero"}
+ARRAYS = {"numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage", "__reduce_ex__"}
+ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward"}
+COPIES = {"tensor", "as_tensor", "asarray", "new_tensor"}  # read the tensors inside lists that they are given
+
+TIMES = (-953.7, -31.3, -7.39, -0.73, 0.113, 1.71, 5.77, 17.9, 103.7, 1009.3)
+MAX_RUNS = 96
+
+
+class Reads(TorchFunctionMode):
+    """Sees calls of torch from Python that no operation shows. tracer: knows what its tensors depend on."""
+
+    def __init__(self, tracer: Any) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name in WHOLE or name in TRUTH or name in ARRAYS:
+            self._read(name, args[0])
+        elif name in ATTENTION:
+            self._attention((args, kwargs))
+        elif name in COPIES:
+            data = args[1] if name == "new_tensor" else args[0] if args else kwargs.get("data")
+            if isinstance(data, (list, tuple)):
+                for leaf in tree_leaves(data):
+                    if isinstance(leaf, Tensor):
+                        self._copied(leaf)
+        elif name == "one_hot" and isinstance(self._value(args[0]), TimeValue):
+            classes = args[1] if len(args) > 1 else kwargs.get("num_classes", -1)
+            if classes > 0:  # torch would read the indices, to check them
+                return (args[0].unsqueeze(-1) == torch.arange(classes, device=args[0].device)).long()
+        elif name == "__deepcopy__" and isinstance(self._value(args[0]), (TimeValue, StateValue)):
+            return args[0].clone()
+        elif name == "__getitem__":
+            parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(map(self._whole_number_of_time, parts)):
+                return _select(args[0], parts, self._whole_number_of_time)
+        return func(*args, **kwargs)
+
+    def _value(self, tensor: Any) -> Any:
+        return self.tracer.values.get(id(tensor))
+
+    def _read(self, name: str, tensor: Tensor) -> None:
+        value = self._value(tensor)
+        with self.tracer.stack.naming():
+            if isinstance(value, StateValue) and name in ARRAYS:
+                refuse(f"reading the state outside torch (.{name}())")
+            elif isinstance(value, StateValue):
+                refuse("reading a number out of the state (an if on its values)")
+            elif not isinstance(value, TimeValue):
+                return
+            elif name in ARRAYS:
+                refuse_python_value(f"t, or something computed from it, is taken out of its tensor by .{name}()")
+            elif name in WHOLE:
+                refuse_python_value("a whole number is made of t (int(t), or an index of a list)")
+            elif not is_finiteness(value.node):
+                refuse_python_value("a truth value is made of t (an if, a comparison in Python, min or max)")
+
+    def _attention(self, args: Any) -> None:
+        if any(isinstance(self._value(a), StateValue) for a in tree_leaves(args)):
+            with self.tracer.stack.naming():
+                refuse("attention (a product of states, and a softmax)")
+
+    def _copied(self, leaf: Tensor) -> None:
+        value = self._value(leaf)
+        with self.tracer.stack.naming():
+            if isinstance(value, StateValue):
+                refuse("copying numbers of the state (torch.tensor([...]); torch.stack keeps them)")
+            if isinstance(value, TimeValue):
+                if not leaf.is_floating_point() or leaf.numel() != 1:
+                    refuse_python_value("whole numbers made of t are copied by torch.tensor([...])")
+                self.tracer.follow(leaf.item(), value)
+
+    def _whole_number_of_time(self, part: Any) -> bool:
+        return _is_whole_number(part) and isinstance(self._value(part), TimeValue)
+
+
+def _is_whole_number(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.dim() == 0 and part.dtype in (torch.int64, torch.int32)
+
+
+def _select(x: Tensor, parts: tuple, chosen: Any) -> Tensor:
+    """x[parts], the entries chosen by tensors that depend on t as operations: torch would read the numbers."""
+    picked = {i: part for i, part in enumerate(parts) if chosen(part)}
+    taken = sum(part is not None and part is not Ellipsis for part in parts)
+    axis, axes = 0, []
+    for i, part in enumerate(parts):
+        if i in picked:
+            axes.append((axis, picked[i]))
+        if part is Ellipsis:
+            axis += x.dim() - taken
+        elif i in picked or part is None or isinstance(part, slice):
+            axis += 1
+        elif isinstance(part, bool) or not isinstance(part, int):
+            return x[parts]  # beside other index tensors: read, and refused
+    rest = x[tuple(slice(None) if i in picked else part for i, part in enumerate(parts))]
+    for axis, index in reversed(axes):
+        index = torch.where(index < 0, index + rest.shape[axis], index)
+        rest = rest.index_select(axis, index.reshape(1)).squeeze(axis)
+    return rest
+
+
+FINITENESS = {"isnan", "isinf", "isfinite"}
+CONNECTIVES = {
+    "any", "all", "logical_not", "bitwise_not", "logical_or", "bitwise_or", "logical_and", "bitwise_and", "mul", "view",
+}
+
+
+def is_finiteness(node: Any) -> bool:
+    """Only whether t, or a function of it, is a number: checks that every solve passes."""
+    name = "" if node.operation is None else getattr(node.operation, "_schema", node.operation)
+    name = getattr(name, "name", "").split("::")[-1]
+    nodes = [a for a in tree_leaves((node.args, node.kwargs)) if type(a) is type(node)]
+    if name in FINITENESS:
+        return True
+    if name in ("eq", "ne"):  # torch.isfinite
+        others = [a for a in node.args if type(a) is not type(node)]
+        return len(nodes) == 2 and nodes[0] is nodes[1] or any(isinstance(a, float) and math.isinf(a) for a in others)
+    return name in CONNECTIVES and bool(nodes) and all(map(is_finiteness, nodes))
+
+
+# -------------------------------------------------------------------------------------------- numbers made of float(t)
+
+
+class _Run(TorchDispatchMode):
+    """What reaches the operations of one run besides tensors of the run itself: numbers, and tensors from elsewhere."""
+
+    def __init__(self, t: Tensor, y: Tensor) -> None:
+        super().__init__()
+        self.entries: list[tuple[Any, list]] = []
+        self.known = {id(t): t, id(y): y}
+        self.timed = {id(t)}  # what depends on t
+        self.read: list[float] = [t.item()]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        every = tree_leaves((args, kwargs))
+        leaves = [None if isinstance(a, Tensor) and id(a) in self.known else a for a in every]
+        if func is torch.ops.aten._local_scalar_dense.default:
+            out = func(*args, **kwargs)
+            if isinstance(out, float):
+                self.read.append(out)
+            self.entries.append((func, [None]))
+            return out
+        self.entries.append((func, [(a, a.clone()) if isinstance(a, Tensor) else a for a in leaves]))
+        out = func(*args, **kwargs)
+        made = {id(x): x for x in tree_leaves(out) if isinstance(x, Tensor)}
+        if not written(func):
+            self.known.update(made)
+        if any(id(a) in self.timed or isinstance(a, float) and a in self.read for a in every):
+            self.timed.update(made)
+        return out
+
+
+class _Calls(TorchFunctionMode):
+    """Numbers that torch.tensor([...]) reads out of tensors; indices as `Reads` makes them."""
+
+    def __init__(self, run: _Run) -> None:
+        super().__init__()
+        self.run = run
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name == "__getitem__":
+            parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(map(self._whole_number_of_time, parts)):
+                return _select(args[0], parts, self._whole_number_of_time)
+        if name in COPIES:
+            for leaf in tree_leaves(args):
+                if isinstance(leaf, Tensor) and leaf.numel() == 1 and id(leaf) in self.run.known:
+                    with torch.utils._python_dispatch._disable_current_modes():
+                        self.run.read.append(float(leaf))
+        return func(*args, **(kwargs or {}))
+
+    def _whole_number_of_time(self, part: Any) -> bool:
+        return _is_whole_number(part) and id(part) in self.run.timed
+
+
+def compare_runs(module: nn.Module, probe: Probe) -> None:
+    """Raises UnsupportedFieldError if a number that depends on t reaches an operation and is not one that was read out
+    of a tensor and left as it was."""
+    base = _run(module, probe, probe.point()[0].item())
+    for time in _times(module):
+        try:
+            run = _run(module, probe, time)
+        except UnsupportedFieldError:
+            raise
+        except Exception:  # forward is not defined there
+            continue
+        same = len(run.entries) == len(base.entries) and len(run.read) == len(base.read) and all(
+            one[0] is other[0] and len(one[1]) == len(other[1]) for one, other in zip(base.entries, run.entries)
+        )
+        if not same:
+            refuse_python_value(
+                f"module {type(module).__name__}: forward branches on values of t that Python read (it computes "
+                f"something else at t = {time:g} than at t = {base.read[0]:.3g})"
+            )
+        for (func, before), (_, after) in zip(base.entries, run.entries):
+            for one, other in zip(before, after):
+                if not _follows(one, other, base.read, run.read):
+                    name = func._schema.name.split("::")[-1]
+                    refuse_python_value(
+                        f"module {type(module).__name__}: a number computed from t in Python (min, max, round, the "
+                        f"math module, numpy, a lookup or a branch by float(t)) goes into the operation {name}"
+                    )
+
+
+def _run(module: nn.Module, probe: Probe, time: float) -> _Run:
+    t, y = probe.point(time)
+    run = _Run(t, y)
+    with run, _Calls(run):
+        probe.run(module, t, y)
+    return run
+
+
+def _follows(one: Any, other: Any, read: list[float], read_now: list[float]) -> bool:
+    """Is `other` what `one` becomes in another run?"""
+    if isinstance(one, tuple):
+        if not isinstance(other, tuple) or one[0] is other[0] or one[0].layout != torch.strided:
+            return isinstance(other, tuple)  # the same buffer may count calls
+        one, other = one[1], other[1]
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return False
+        if not one.is_floating_point():
+            return torch.equal(one, other)
+        expected = one.clone()
+        for before, now in reversed(list(zip(read, read_now))):
+            expected[one == torch.tensor(before, dtype=one.dtype)] = now
+        return bool(((expected == other) | (expected.isnan() & other.isnan())).all())
+    if isinstance(one, float) and one in read:
+        return other != other or any(other == now for before, now in zip(read, read_now) if before == one)
+    return type(one) is type(other) and (one is other or one == other or one != one)
+
+
+def _times(module: nn.Module) -> list[float]:
+    """Times to compare at: far and near ones, and between and beside all numbers that the module holds or its code
+    mentions, where a branch or a lookup would change."""
+    marks = sorted({float(x) for x in _numbers(module) if math.isfinite(x) and abs(x) < 1e9})
+    between = [0.5 * (a + b) + 1e-3 * (b - a) for a, b in zip(marks, marks[1:])]
+    beside = [y for x in marks for y in (x, x + 1e-4 * max(1.0, abs(x)))]
+    ends = [marks[0] * 1.37 - 1.0, marks[-1] * 1.37 + 1.0, -marks[-1] * 1.37 - 1.0] if marks else []
+    thinned = between[:: 1 + len(between) // (MAX_RUNS // 2)] + beside[:: 1 + len(beside) // (MAX_RUNS // 2)]
+    return [*TIMES, *ends, *thinned]
+
+
+def _numbers(module: nn.Module) -> Iterator[float]:
+    """Numbers in the attributes, buffers and code of the user's modules."""
+    seen: set[int] = set()
+
+    def walk(value: Any, depth: int) -> Iterator[float]:
+        if isinstance(value, (int, float)):
+            yield value
+        elif depth == 0 or id(value) in seen:
+            return
+        elif isinstance(value, (Tensor, nn.Parameter)) or type(value).__module__ == "numpy":
+            seen.add(id(value))
+            size = getattr(value, "size", 0) if not isinstance(value, Tensor) else value.numel()
+            strided = not isinstance(value, Tensor) or (value.layout == torch.strided and not value.is_complex())
+            if isinstance(size, int) and 0 < size <= 256 and strided and hasattr(value, "tolist"):
+                yield from walk(value.tolist(), 8)
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            seen.add(id(value))
+            for item in list(value)[:512]:
+                yield from walk(item, depth - 1)
+        elif isinstance(value, dict):
+            seen.add(id(value))
+            for key, item in list(value.items())[:512]:
+                yield from walk(key, depth - 1)
+                yield from walk(item, depth - 1)
+        elif isinstance(value, types.MethodType):
+            yield from walk(value.__func__, depth)
+        elif isinstance(value, types.FunctionType) and not (value.__module__ or "").startswith("torch"):
+            seen.add(id(value))
+            yield from code(value.__code__, value.__globals__, depth - 1)
+            cells = [c.cell_contents for c in value.__closure__ or () if c != types.CellType()]
+            yield from walk([*cells, *(value.__defaults__ or ())], depth - 1)
+        elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type, types.ModuleType)):
+            seen.add(id(value))
+            if not type(value).__module__.startswith(("torch", "numpy", "builtins")):
+                yield from walk(vars(value), depth - 1)
+
+    def code(body: types.CodeType, names: dict, depth: int) -> Iterator[float]:
+        for constant in body.co_consts:
+            if isinstance(constant, types.CodeType):
+                yield from code(constant, names, depth)
+            else:
+                yield from walk(constant, 2)
+        for name in body.co_names:
+            if name in names:
+                yield from walk(names[name], depth)
+
+    for part in module.modules():
+        own = {k: v for k, v in vars(part).items() if k not in ("_modules", "_parameters")}
+        if not type(part).__module__.startswith("torch.nn"):
+            yield from walk({k: v for k, v in own.items() if not k.startswith("_") or k == "_buffers"}, 6)
+            for kind in type(part).__mro__:
+                if not kind.__module__.startswith("torch"):
+                    for attribute in vars(kind).values():
+                        if isinstance(attribute, (types.FunctionType, int, float, list, tuple, dict)):
+                            yield from walk(attribute, 4)
