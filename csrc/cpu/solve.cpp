@@ -2,10 +2,10 @@
 #include "solve.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <stdexcept>
 
-#include "thread_pool.h"
 #include "tile_io.h"
 
 namespace sparseflow {
@@ -61,6 +61,9 @@ class Integration {
   int count(int tile) const { return std::min(width_, samples_ - tile * width_); }
   size_t tile_size() const { return size_t(rows_) * width_; }
   size_t state_size() const { return size_t(dim_) * width_; }  // without the log-density row
+  // What a tile costs in a loop: so many evaluations, or so many passes over its state.
+  Work evaluations(int n) const { return {owner_.evaluation_, double(n) * width_}; }
+  Work traffic(int n) const { return {owner_.traffic_, double(n) * double(tile_size())}; }
 
  public:
   static size_t scratch_bytes(const Packed<T>& packed, int rows, int stages) {
@@ -86,7 +89,7 @@ class Integration {
   T* buffer(const Scratch& s, int id) const { return reinterpret_cast<T*>(s.workspace + packed_.buffer_offset[id]); }
 
   void load() {
-    parallel_for(tiles_, threads_, [&](int tile, int) {
+    parallel_for(tiles_, threads_, traffic(1), [&](int tile, int) {
       T* y = y0_.get() + tile * tile_size();
       const int first = first_sample_ + tile * width_;
       load_tile(in_.x, dim_, first, count(tile), width_, y);
@@ -151,7 +154,7 @@ class Integration {
   }
 
   void write_output(int index, const std::function<const T*(int tile, const Scratch&)>& state) {
-    parallel_for(tiles_, threads_, [&](int tile, int worker) {
+    parallel_for(tiles_, threads_, traffic(2), [&](int tile, int worker) {
       Scratch& s = scratch(worker);
       const T* y = state(tile, s);
       const int first = first_sample_ + tile * width_;
@@ -166,8 +169,9 @@ class Integration {
     if (!in_.record) return;
     const size_t at = out_.states.size();
     out_.states.resize(at + size_t(in_.batch) * dim_);
-    for (int tile = 0; tile < tiles_; ++tile)
+    parallel_for(tiles_, threads_, traffic(1), [&](int tile, int) {
       store_tile(y0_.get() + tile * tile_size(), dim_, tile * width_, count(tile), width_, out_.states.data() + at);
+    });
   }
 
   // The derivatives of a step that is tried wait here until it is accepted.
@@ -212,7 +216,7 @@ class Integration {
   void first_derivative(T t) {
     modulate({t});
     ++out_.nfe;
-    parallel_for(tiles_, threads_, [&](int tile, int worker) {
+    parallel_for(tiles_, threads_, evaluations(1), [&](int tile, int worker) {
       Scratch& s = scratch(worker);
       begin_tile(s, tile);
       std::copy_n(y0_.get() + tile * tile_size(), state_size(), s.input);
@@ -225,7 +229,7 @@ class Integration {
   double choose_first_step(double t0) {
     const T one = T(1);
     auto norm_of = [&](const Aligned<T>& what, const T* c, int terms, const Aligned<T>* other) {
-      parallel_for(tiles_, threads_, [&](int tile, int worker) {
+      parallel_for(tiles_, threads_, traffic(2), [&](int tile, int worker) {
         Scratch& s = scratch(worker);
         const T* y = y0_.get() + tile * tile_size();
         const T* k[2] = {what.get() + tile * tile_size(), other ? other->get() + tile * tile_size() : nullptr};
@@ -238,7 +242,7 @@ class Integration {
     const double h0 = first_trial_step(d0, d1);
     modulate({T(t0 + h0)});
     ++out_.nfe;
-    parallel_for(tiles_, threads_, [&](int tile, int worker) {
+    parallel_for(tiles_, threads_, evaluations(1), [&](int tile, int worker) {
       Scratch& s = scratch(worker);
       begin_tile(s, tile);
       const T h = T(h0);
@@ -268,7 +272,7 @@ class Integration {
     std::vector<std::vector<T>> a;
     for (const auto& row : a_) a.push_back(scaled(row));
     const std::vector<T> b = scaled(b_), b_error = scaled(b_error_), b_mid = scaled(b_mid_);
-    parallel_for(tiles_, threads_, [&](int tile, int worker) {
+    parallel_for(tiles_, threads_, evaluations(stages_ - 1), [&](int tile, int worker) {
       Scratch& s = scratch(worker);
       begin_tile(s, tile);
       const size_t at = tile * tile_size();
@@ -401,7 +405,7 @@ class Integration {
       }
       std::vector<T> b(b_);
       for (T& w : b) w *= step;
-      parallel_for(tiles_, threads_, [&](int tile, int worker) {
+      parallel_for(tiles_, threads_, evaluations(stages_), [&](int tile, int worker) {
         Scratch& s = scratch(worker);
         begin_tile(s, tile);
         const size_t at = tile * tile_size();
@@ -460,18 +464,25 @@ template <class T>
 SolveOutput<T> CompiledProgram<T>::solve(const SolveInput<T>& input, T* xs, T* ls, const std::function<void()>& interrupted) {
   SolveOutput<T> total;
   if (input.batch == 0) return total;
-  std::lock_guard<std::recursive_mutex> lock(mutex_);
+  std::lock_guard<ForkLock> lock(mutex_);
   if (input.tableau.stages() > 16) throw std::invalid_argument("solve: at most 16 stages");
   if (input.per_tile && input.record) throw std::invalid_argument("solve: tiles that step on their own record no common steps");
-  Packed<T>& p = packed(choose_width(input.batch, input.threads));
+  const auto begin = std::chrono::steady_clock::now();
+  const double expected = solve_.known() ? solve_.seconds() * input.batch : 0.0;
+  Packed<T>& p = packed(choose_width(input.batch, input.threads, input.tableau.stages(), expected));
   const int tiles = (input.batch + p.width - 1) / p.width;
   const int threads = std::max(1, std::min(input.threads, tiles));
   provide_workspaces(threads);
-  if (!input.per_tile) return Integration<T>(*this, p, input, 0, tiles, threads, 0, xs, ls).run(interrupted);
+  if (!input.per_tile) {
+    expect_work(expected, threads);
+    total = Integration<T>(*this, p, input, 0, tiles, threads, 0, xs, ls).run(interrupted);
+    solve_.learn(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() / input.batch);
+    return total;
+  }
 
   std::vector<SolveOutput<T>> outs(tiles);
   const std::function<void()> nothing = [] {};
-  parallel_for(tiles, threads, [&](int tile, int worker) {
+  parallel_for(tiles, threads, Work{solve_, double(p.width)}, [&](int tile, int worker) {
     outs[tile] = Integration<T>(*this, p, input, tile, 1, 1, worker, xs, ls).run(nothing);
   });
   for (const SolveOutput<T>& out : outs) {

@@ -4,14 +4,15 @@
 #include <functional>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "../step_control.h"
 #include "../tableau.h"
+#include "fork.h"
 #include "pack.h"
+#include "thread_pool.h"
 
 namespace sparseflow {
 
@@ -59,14 +60,14 @@ class CompiledProgram {
   const Program<T>& program() const { return program_; }
   // New numbers for the same program (pack.h), no solve running.
   void set_values(int matrix, std::vector<T> values) {
-    std::lock_guard<std::recursive_mutex> lock(mutex_);
+    std::lock_guard<ForkLock> lock(mutex_);
     sparseflow::set_values(program_, matrix, std::move(values));
     if (program_.matrices[matrix].dynamic()) return;
     for (auto& entry : packed_) reweave(program_, *entry.second, matrix);
   }
   void set_modulation(int modulation, std::vector<T> bias, std::vector<T> gate_slope, std::vector<T> gate_offset, std::vector<T> shift_slope,
                       std::vector<T> shift_offset) {
-    std::lock_guard<std::recursive_mutex> lock(mutex_);
+    std::lock_guard<ForkLock> lock(mutex_);
     sparseflow::set_modulation(program_, modulation, std::move(bias), std::move(gate_slope), std::move(gate_offset), std::move(shift_slope),
                                std::move(shift_offset));
   }
@@ -81,7 +82,8 @@ class CompiledProgram {
   // Seconds per evaluation of one tile, for every width; and the width this batch would use. Results do not depend on
   // the width, so the choice is free to be made by the clock.
   const std::vector<double>& tile_seconds();
-  int choose_width(int batch, int threads);
+  // `evaluations` of a tile are one piece of a loop; `total`: seconds that the whole call takes, 0: not known.
+  int choose_width(int batch, int threads, int evaluations, double total);
   int width(int index) const { return kernels_.lanes * kernels_.vectors[index]; }
   void force_width(int index) { forced_ = index; }
   Packed<T>& packed(int width_index);
@@ -110,7 +112,8 @@ class CompiledProgram {
   std::vector<Aligned<char>> workspaces_;
   std::vector<double> seconds_;
   int forced_ = -1;
-  std::recursive_mutex mutex_;
+  Cost evaluation_, traffic_, solve_;  // of one sample: an evaluation, a number loaded or stored, a whole solve
+  ForkLock mutex_{[this] { abandon(packed_), abandon(workspaces_), abandon(seconds_); }};
 };
 
 }  // namespace sparseflow
