@@ -9,6 +9,7 @@
 #include <random>
 
 #include "../cpu/adjoint.h"
+#include "../cpu/cores.h"
 #include "../cpu/solve.h"
 #include "builder.h"
 
@@ -354,6 +355,9 @@ void bind_linear(py::module_& m);  // linear.cpp
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The CPU engine: sparse vector fields, tile by tile.";
   m.def("isa", [] { return std::string(kernels().name); }, "the instruction set in use");
+  m.def("usable_cores", &usable_cores, "cores that this process may use: its affinity, or its control group's quota if that is less");
+  m.def("force_threads", &force_threads, py::arg("on"),
+        "for tests: every loop goes to all threads it allows, whatever its work and however busy the machine");
   m.def("isas", [] {
     const KernelSet* sets;
     const int n = available_sets(&sets);

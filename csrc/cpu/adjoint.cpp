@@ -13,8 +13,9 @@ namespace sparseflow {
 namespace {
 
 constexpr size_t kTileBytes = size_t(2) << 20;  // a tile's rows should not leave the second-level cache too often
-constexpr int kChunks = 64;                       // places to add gradients up in, at most; threads beyond find no work
-constexpr size_t kChunkBytes = size_t(64) << 20;  // and their memory
+constexpr int kChunks = 128;                       // places to add gradients up in, at most: two for each of 64 threads
+constexpr size_t kChunkBytes = size_t(256) << 20;  // and their memory
+constexpr size_t kGathered = 4096;                 // sums that a thread adds up at a time
 
 // Cotangents of lanes beyond the batch are zero, so that they add nothing to any sum.
 template <class T>
@@ -353,11 +354,15 @@ class Reversal {
     out.assign(program_.sums[id].size, 0.0);
     const PackedOp<T>* const op = op_of_sum_[id];
     if (op == nullptr) return;
-    for (int chunk = 0; chunk < chunks_; ++chunk) {
-      const T* const sums = base + chunk * per_chunk + op->sums;
-      for (size_t k = 0; k < op->entry.size(); ++k)
-        if (op->entry[k] >= 0) out[op->entry[k]] += double(sums[k]);
-    }
+    const size_t size = op->entry.size();
+    parallel_for(int((size + kGathered - 1) / kGathered), threads_, Work{owner_.gather_, double(kGathered) * chunks_}, [&](int part, int) {
+      const size_t begin = part * kGathered, end = std::min(size, begin + kGathered);
+      for (int chunk = 0; chunk < chunks_; ++chunk) {
+        const T* const sums = base + chunk * per_chunk + op->sums;
+        for (size_t k = begin; k < end; ++k)
+          if (op->entry[k] >= 0) out[op->entry[k]] += double(sums[k]);
+      }
+    });
   }
 
   // Sums whose meaning depends on time, stage by stage.

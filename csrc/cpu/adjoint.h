@@ -85,7 +85,7 @@ class CompiledAdjoint {
   std::unique_ptr<Packed<T>> packed_[Kernels<T>::kWidths];
   std::vector<Aligned<char>> workspaces_;
   int forced_ = -1;
-  Cost pull_, traffic_;  // of one sample: an evaluation turned back, a number copied
+  Cost pull_, traffic_, gather_;  // of an evaluation of one sample turned back, a number copied, a sum added up
   ForkLock mutex_{[this] {
     for (auto& one : packed_) abandon(one);
     abandon(workspaces_);

@@ -9,6 +9,11 @@
 #include "tile_io.h"
 
 namespace sparseflow {
+namespace {
+
+constexpr size_t kStepsForeseen = 32;  // records of so many steps are not moved; memory that no step fills is never touched
+
+}  // namespace
 
 // One initial value problem over a range of tiles that share a step size.
 template <class T>
@@ -29,6 +34,8 @@ class Integration {
     const Tableau& t = input.tableau;
     if (input.record) kept_ = input.record_stages ? stages_ - (t.adaptive && t.last_stage_is_solution() ? 2 : 1) : t.adaptive ? 1 : 0;
     trial_.resize(size_t(kept_) * input.batch * dim_);
+    out_.derivatives.reserve(kStepsForeseen * trial_.size());
+    if (input.record) out_.states.reserve(kStepsForeseen * input.batch * dim_);
     for (int i = 0; i < stages_; ++i) modulated_.emplace_back(program_, packed, kernels_);
     scratch_.resize(threads);
     for (int c = 0; c < 2; ++c) sums_[c].assign(size_t(tiles) * width, 0.0);

@@ -163,7 +163,7 @@ struct Field {
     Result result;
     result.xs.resize(2 * batch * dim), result.grad_x.resize(batch * dim);
     const SolveOutput<float> out = field->solve(in, result.xs.data(), nullptr, kNothing);
-    check(out.status == "ok", "the solve ends: " + out.status);
+    if (out.status != "ok") throw std::runtime_error("a solve ended with " + out.status);
     SolveRecord<float> record;
     record.batch = batch, record.tableau = in.tableau, record.noise = x.data(), record.times = in.times;
     record.steps = out.steps, record.states = out.states.data(), record.derivatives = out.derivatives.data();
