@@ -48,10 +48,10 @@ void set_refresh(CompiledProgram<T>& self, py::function function) {
 }
 
 // An array that takes over the memory of a vector.
-template <class V>
-py::array_t<V> array_of(std::vector<V>&& values) {
-  auto* held = new std::vector<V>(std::move(values));
-  return py::array_t<V>(py::ssize_t(held->size()), held->data(), py::capsule(held, [](void* p) { delete static_cast<std::vector<V>*>(p); }));
+template <class Vector, class V = typename Vector::value_type>
+py::array_t<V> array_of(Vector&& values) {
+  auto* held = new Vector(std::move(values));
+  return py::array_t<V>(py::ssize_t(held->size()), held->data(), py::capsule(held, [](void* p) { delete static_cast<Vector*>(p); }));
 }
 
 template <class T>

@@ -2,6 +2,7 @@
 #include "solve.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <stdexcept>
@@ -33,8 +34,8 @@ class Integration {
     // a gradient needs the states of all stages; of a last one at the solution it is known, and follows from no derivative
     const Tableau& t = input.tableau;
     if (input.record) kept_ = input.record_stages ? stages_ - (t.adaptive && t.last_stage_is_solution() ? 2 : 1) : t.adaptive ? 1 : 0;
-    trial_.resize(size_t(kept_) * input.batch * dim_);
-    out_.derivatives.reserve(kStepsForeseen * trial_.size());
+    out_.derivatives.reserve(kStepsForeseen * step_size());
+    out_.derivatives.resize(step_size());
     if (input.record) out_.states.reserve(kStepsForeseen * input.batch * dim_);
     for (int i = 0; i < stages_; ++i) modulated_.emplace_back(program_, packed, kernels_);
     scratch_.resize(threads);
@@ -51,7 +52,7 @@ class Integration {
     load();
     if (in_.tableau.adaptive) run_adaptive();
     else run_fixed();
-    record_derivatives();  // of no step
+    std::fill(out_.derivatives.end() - step_size(), out_.derivatives.end(), T(0));  // of no step
     return std::move(out_);
   }
 
@@ -181,11 +182,14 @@ class Integration {
     });
   }
 
-  // The derivatives of a step that is tried wait here until it is accepted.
+  // The derivatives of a step that is tried are the last ones of the record; they stay when it is accepted.
+  size_t step_size() const { return size_t(kept_) * in_.batch * dim_; }
   void try_derivative(int stage, int tile, const T* k) {
-    if (stage < kept_) store_tile(k, dim_, tile * width_, count(tile), width_, trial_.data() + size_t(stage) * in_.batch * dim_);
+    if (stage >= kept_) return;
+    T* const step = out_.derivatives.data() + (out_.derivatives.size() - step_size());
+    store_tile(k, dim_, tile * width_, count(tile), width_, step + size_t(stage) * in_.batch * dim_);
   }
-  void record_derivatives() { out_.derivatives.insert(out_.derivatives.end(), trial_.begin(), trial_.end()); }
+  void record_derivatives() { out_.derivatives.resize(out_.derivatives.size() + step_size()); }
 
   // The derivative of the quartic `Kernels::interpolate` evaluates; y0_, f0_ are the new ends of the step.
   void record_slopes(int index, T dt, T x) {
@@ -317,8 +321,8 @@ class Integration {
 
   // Leaves zero or NaN per sample where `stop` looks for the ones to blame.
   bool state_is_finite() {
-    bool finite = true;
-    for (int tile = 0; tile < tiles_; ++tile) {
+    std::atomic<bool> finite{true};
+    parallel_for(tiles_, threads_, traffic(2), [&](int tile, int) {
       for (int s = 0; s < count(tile); ++s) {
         auto badness = [&](const Aligned<T>& part) {
           const T* rows = part.get() + tile * tile_size() + s;
@@ -329,9 +333,9 @@ class Integration {
         const double state = badness(y0_);
         sums_[0][size_t(tile) * width_ + s] = state + badness(f0_);
         sums_[1][size_t(tile) * width_ + s] = 0;
-        finite &= state == 0;
+        if (!(state == 0)) finite = false;
       }
-    }
+    });
     return finite;
   }
 
@@ -460,8 +464,7 @@ class Integration {
   std::vector<double> sums_[2];                 // [samples]
   std::vector<std::vector<T>> a_;
   std::vector<T> b_, b_error_, b_mid_;
-  int kept_ = 0;          // derivatives per step that are recorded
-  std::vector<T> trial_;  // [kept][batch][dim]
+  int kept_ = 0;  // derivatives per step that are recorded
   size_t written_ = 0;
   SolveOutput<T> out_;
   const std::function<void()>* interrupted_ = nullptr;

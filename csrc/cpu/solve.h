@@ -39,6 +39,21 @@ struct SolveInput {
   int threads = 1;
 };
 
+// What is written before it is read need not be filled first: that takes as long as writing it, on one thread.
+template <class T>
+struct Unfilled : std::allocator<T> {
+  template <class U>
+  struct rebind {
+    using other = Unfilled<U>;
+  };
+  template <class U>
+  void construct(U* at) {
+    ::new (static_cast<void*>(at)) U;
+  }
+};
+template <class T>
+using Record = std::vector<T, Unfilled<T>>;
+
 template <class T>
 struct SolveOutput {
   long long nfe = 0, accepted = 0, rejected = 0;
@@ -49,7 +64,8 @@ struct SolveOutput {
   // With `record`: x at the ends of the steps, [accepted + 1][batch][dim]; the first derivatives of every stage of theirs
   // that were kept, [accepted + 1][kept][batch][dim], where the last ones stand for no step; and, of an adaptive method,
   // dx/dt and dl/dt of what was read off at the outputs, [times][batch][dim] and [times][batch], zero at the first one.
-  std::vector<T> states, derivatives, x_slopes, l_slopes;
+  Record<T> states, derivatives;
+  std::vector<T> x_slopes, l_slopes;
 };
 
 template <class T>

@@ -21,7 +21,7 @@ namespace {
 
 constexpr int kMostHelpers = 1023;
 constexpr double kGrain = 4e-6;           // of work for every thread: sharing it out costs a tenth of that
-constexpr double kWorthWaking = 120e-6;   // of work to come: a helper takes some 50 us to wake, and the call of it 5
+constexpr double kWorthWaking = 250e-6;   // of work to come: a helper takes up to 50 us to wake, and the call of it up to 20
 constexpr double kLeastHope = 2e-3;       // of work, where waking helpers has not paid several times
 constexpr double kLongestClaim = 200e-6;  // a thread may be taken off its core with what it has claimed
 
