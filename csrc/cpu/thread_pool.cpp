@@ -108,9 +108,10 @@ struct alignas(64) Helper {
   }
 };
 
-// One caller at a time has the pool and shares out one loop, `claims_` says which and how many of its pieces nobody has claimed.
-// The other fields of a loop change between two loops only. A helper reads them, then claims: had the loop ended in between,
-// the number of its claims would be another.
+// One caller at a time has the pool, and shares out one loop: `claims_` is its number and how many of its pieces nobody has
+// claimed yet. The other fields of a loop change only when all its pieces are done. A helper reads `claims_`, then these, and
+// then claims on condition that `claims_` is what it was: so what it read belongs to the loop that its piece is of, which
+// will not end before that piece is done.
 class Pool {
  public:
   std::mutex owner;
@@ -144,7 +145,7 @@ class Pool {
     const Time start = Clock::now();
     const int own = serve(0, nullptr);
     const Time end = Clock::now();
-    wait(left);
+    wait(left - own);
     last_end_ = Clock::now();
     if (own > 0 && !failed_) work.cost.learn(seconds_between(start, end) / (own * work.units));
     if (failed_) std::rethrow_exception(std::exchange(error_, nullptr));
@@ -284,12 +285,12 @@ class Pool {
       }
       served += claim;
       if (helper == nullptr) continue;
+      done_.fetch_add(claim, std::memory_order_release);  // before anything that may take long
       helped_.store(true, std::memory_order_relaxed);
       const Time to = Clock::now();
       if (seconds_between(from, to) > 4 * each * claim + 1e-3 && !forced) helper->disturbed(helper->last_yield = to);
       else if (to - helper->last_yield > kPolite && uint32_t(claims_.load(std::memory_order_relaxed)) > 0) helper->yield();
     }
-    if (served > 0) done_.fetch_add(served, std::memory_order_release);
     return served;
   }
 
@@ -311,7 +312,7 @@ class Pool {
   friend struct Inside;
 
   alignas(64) std::atomic<uint64_t> claims_{0};  // the loop's number, and how many of its pieces are not claimed
-  alignas(64) std::atomic<int> done_{0};
+  alignas(64) std::atomic<int> done_{0};         // pieces, by helpers
   alignas(64) std::atomic<LoopBody> body_{nullptr};
   std::atomic<const void*> context_{nullptr};
   std::atomic<int> count_{0}, limit_{0}, largest_claim_{1};
