@@ -9,12 +9,13 @@ NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt
 SOURCES := $(shell find sparseflow_kernels -type f -name '*.py') $(NATIVE_SOURCES) setup.py pyproject.toml constraints.txt
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+TESTS = native_tests
 
 # One thread per process: tests run in parallel processes, and timings are quoted per core.
 export OMP_NUM_THREADS = 1
 export MKL_NUM_THREADS = 1
 
-.PHONY: demo test native-test bench gpu sanitize clean
+.PHONY: demo test native-test bench gpu sanitize tsan clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sparseflow demo
@@ -48,12 +49,18 @@ native-test: build/native/.built
 sanitize: build/sanitize/.built
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
 
+# The thread pool and what is shared by means of it, under the thread sanitizer; the portable kernels suffice.
+tsan: build/tsan/.built
+	$(BIN)/ctest --test-dir build/tsan --output-on-failure --no-tests=error -R thread_test
+
 # Configured without CUDA: these trees compile the .cu as C++ over the host shim.
 build/native/.built: CMAKE_ARGS = -DSPARSEFLOW_PYTHON=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 build/sanitize/.built: CMAKE_ARGS = -DSPARSEFLOW_PYTHON=OFF -DSPARSEFLOW_SANITIZE=ON
+build/tsan/.built: CMAKE_ARGS = -DSPARSEFLOW_PYTHON=OFF -DSPARSEFLOW_SANITIZE=thread -DSPARSEFLOW_CPU_ISAS=baseline
+build/tsan/.built: TESTS = sparseflow_thread_test
 build/%/.built: $(NATIVE_SOURCES) | $(VENV)/.tools
 	$(BIN)/cmake -S . -B build/$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) $(CMAKE_ARGS)
-	$(BIN)/cmake --build build/$* --target native_tests --parallel $(JOBS)
+	$(BIN)/cmake --build build/$* --target $(TESTS) --parallel $(JOBS)
 	touch $@
 
 $(VENV)/bin/python:

@@ -1,4 +1,5 @@
-"""How many threads the native engines use. Results do not depend on it."""
+"""How many threads the native engines use at most: they take as many as the work at hand merits, and no more than the cores
+that the process may use. Results do not depend on it."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ _count: int | None = None  # None: follow torch
 
 
 def set_num_threads(count: int) -> None:
-    """Use `count` threads (>= 1) in native solves and evaluations from now on, whatever torch uses.
+    """Use up to `count` threads (>= 1) in native solves and evaluations from now on, whatever torch uses.
 
     Raises TypeError for anything but an int, ValueError below 1 and beyond what native code can count.
     """
@@ -24,5 +25,5 @@ def set_num_threads(count: int) -> None:
 
 
 def get_num_threads() -> int:
-    """The number of threads of native engines: what `set_num_threads` said, else `torch.get_num_threads()`."""
+    """The most threads that native engines use: what `set_num_threads` said, else `torch.get_num_threads()`."""
     return torch.get_num_threads() if _count is None else _count

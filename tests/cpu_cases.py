@@ -16,9 +16,12 @@ F64 = torch.float64
 
 @pytest.fixture
 def threads(monkeypatch):
-    """set_num_threads, undone afterwards."""
+    """set_num_threads, undone afterwards. Work is shared among as many, also where it is too little for that to pay."""
+    native = pytest.importorskip("sparseflow_kernels._cpu")
     monkeypatch.setattr(threads_module, "_count", threads_module._count)
-    return threads_module.set_num_threads
+    native.force_threads(True)
+    yield threads_module.set_num_threads
+    native.force_threads(False)
 
 
 class Wave:

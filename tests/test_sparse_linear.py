@@ -25,7 +25,9 @@ F32, F64 = torch.float32, torch.float64
 @pytest.fixture
 def with_threads(monkeypatch):
     monkeypatch.setattr(threads, "_count", None)
-    return sfk.set_num_threads
+    _cpu.force_threads(True)
+    yield sfk.set_num_threads
+    _cpu.force_threads(False)
 
 
 def pruned(out=5, in_=7, density=0.4, dtype=F64, bias=True) -> nn.Linear:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+
 import pytest
 import torch
 from cpu_cases import states
@@ -204,3 +207,27 @@ def test_wrong_input_is_refused(monkeypatch):
     monkeypatch.undo()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "on a GPU" in TritonEngine.unsupported(field.map_tensors(torch.Tensor.cpu))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or not INTERPRETED, reason="a child of a process that uses CUDA cannot")
+def test_a_fork_leaves_no_engine_locked():
+    engine = TritonEngine(on_device(random_field([2, 5, 2], 0.8)))
+    held, over = threading.Event(), threading.Event()
+
+    def hold():
+        with engine._lock:
+            held.set()
+            over.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        held.wait()
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if engine._lock.acquire(timeout=20) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert not engine._lock.acquire(blocking=False)  # the parent's is another thread's, as before
+    finally:
+        over.set()
+        thread.join()

@@ -9,6 +9,7 @@
 #include <random>
 
 #include "../cpu/adjoint.h"
+#include "../cpu/cores.h"
 #include "../cpu/solve.h"
 #include "builder.h"
 
@@ -47,10 +48,10 @@ void set_refresh(CompiledProgram<T>& self, py::function function) {
 }
 
 // An array that takes over the memory of a vector.
-template <class V>
-py::array_t<V> array_of(std::vector<V>&& values) {
-  auto* held = new std::vector<V>(std::move(values));
-  return py::array_t<V>(py::ssize_t(held->size()), held->data(), py::capsule(held, [](void* p) { delete static_cast<std::vector<V>*>(p); }));
+template <class Vector, class V = typename Vector::value_type>
+py::array_t<V> array_of(Vector&& values) {
+  auto* held = new Vector(std::move(values));
+  return py::array_t<V>(py::ssize_t(held->size()), held->data(), py::capsule(held, [](void* p) { delete static_cast<Vector*>(p); }));
 }
 
 template <class T>
@@ -355,6 +356,9 @@ void bind_snapshot(py::module_& m);  // snapshot.cpp
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The CPU engine: sparse vector fields, tile by tile.";
   m.def("isa", [] { return std::string(kernels().name); }, "the instruction set in use");
+  m.def("usable_cores", &usable_cores, "cores that this process may use: its affinity, or its control group's quota if that is less");
+  m.def("force_threads", &force_threads, py::arg("on"),
+        "for tests: every loop goes to all threads it allows, whatever its work and however busy the machine");
   m.def("isas", [] {
     const KernelSet* sets;
     const int n = available_sets(&sets);

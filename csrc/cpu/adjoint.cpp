@@ -7,15 +7,15 @@
 #include <stdexcept>
 #include <utility>
 
-#include "thread_pool.h"
 #include "tile_io.h"
 
 namespace sparseflow {
 namespace {
 
 constexpr size_t kTileBytes = size_t(2) << 20;  // a tile's rows should not leave the second-level cache too often
-constexpr int kChunks = 64;                       // places to add gradients up in, at most; threads beyond find no work
-constexpr size_t kChunkBytes = size_t(64) << 20;  // and their memory
+constexpr int kChunks = 128;                       // places to add gradients up in, at most: two for each of 64 threads
+constexpr size_t kChunkBytes = size_t(256) << 20;  // and their memory
+constexpr size_t kGathered = 4096;                 // sums that a thread adds up at a time
 
 // Cotangents of lanes beyond the batch are zero, so that they add nothing to any sum.
 template <class T>
@@ -99,7 +99,7 @@ class Reversal {
   ProgramGradient<T> evaluate(double t, const T* x, const T* grad_f, const T* grad_trace, T* grad_x) {
     modulate({static_cast<T>(t)});
     pulled_[0] = true;
-    for_each_tile([&](int tile, int chunk, Scratch& s) {
+    for_each_tile(owner_.pull_, 1, [&](int tile, int chunk, Scratch& s) {
       const int first = tile * width_, n = count(tile);
       load_tile(x, dim_, first, n, width_, s.y);
       load_cotangent(grad_f, dim_, first, n, width_, s.k_cotangent[0]);
@@ -128,7 +128,7 @@ class Reversal {
       last = first;
     }
     if (tableau_.adaptive && steps > 0) first_derivative();
-    for_each_tile([&](int tile, int, Scratch& s) {  // the first output is the initial state itself
+    for_each_tile(owner_.traffic_, 2 * rows_, [&](int tile, int, Scratch& s) {  // the first output is the initial state itself
       T* const y = cotangent_.get() + tile * tile_size();
       load_output(0, tile, s.output);
       const T one = T(1);
@@ -168,10 +168,10 @@ class Reversal {
     return s;
   }
 
-  // work(tile, chunk, scratch), the tiles of a chunk in order
-  template <class Work>
-  void for_each_tile(Work work) {
-    parallel_for(chunks_, threads_, [&](int chunk, int worker) {
+  // work(tile, chunk, scratch), the tiles of a chunk in order; it costs so many units for every sample
+  template <class Visit>
+  void for_each_tile(Cost& cost, double units, Visit work) {
+    parallel_for(chunks_, threads_, Work{cost, units * width_ * tiles_ / chunks_}, [&](int chunk, int worker) {
       Scratch& s = scratch(worker);
       const int begin = int(int64_t(tiles_) * chunk / chunks_), end = int(int64_t(tiles_) * (chunk + 1) / chunks_);
       for (int tile = begin; tile < end; ++tile) {
@@ -289,7 +289,7 @@ class Reversal {
     modulate(stage_times(n, t0, t1));
     for (int i = adaptive ? 1 : 0; i < stages_; ++i) pulled_[i] = active[i];
     const size_t per_state = size_t(batch_) * dim_;
-    for_each_tile([&](int tile, int chunk, Scratch& s) {
+    for_each_tile(owner_.pull_, std::count(active.begin() + (adaptive ? 1 : 0), active.end(), true), [&](int tile, int chunk, Scratch& s) {
       const int from = tile * width_, samples = count(tile), size = int(tile_size()), state = int(state_size());
       T* const cotangent = cotangent_.get() + tile * tile_size();
       T* const carried = carried_.get() + tile * tile_size();
@@ -339,7 +339,7 @@ class Reversal {
   void first_derivative() {
     modulate({T(record_->steps[0].first)});
     pulled_[0] = true;
-    for_each_tile([&](int tile, int chunk, Scratch& s) {
+    for_each_tile(owner_.pull_, 1, [&](int tile, int chunk, Scratch& s) {
       load_tile(record_->states, dim_, tile * width_, count(tile), width_, s.y);
       pull(s, chunk, 0, s.y, carried_.get() + tile * tile_size());
       add(cotangent_.get() + tile * tile_size(), s.pulled, T(1), int(state_size()));
@@ -354,11 +354,15 @@ class Reversal {
     out.assign(program_.sums[id].size, 0.0);
     const PackedOp<T>* const op = op_of_sum_[id];
     if (op == nullptr) return;
-    for (int chunk = 0; chunk < chunks_; ++chunk) {
-      const T* const sums = base + chunk * per_chunk + op->sums;
-      for (size_t k = 0; k < op->entry.size(); ++k)
-        if (op->entry[k] >= 0) out[op->entry[k]] += double(sums[k]);
-    }
+    const size_t size = op->entry.size();
+    parallel_for(int((size + kGathered - 1) / kGathered), threads_, Work{owner_.gather_, double(kGathered) * chunks_}, [&](int part, int) {
+      const size_t begin = part * kGathered, end = std::min(size, begin + kGathered);
+      for (int chunk = 0; chunk < chunks_; ++chunk) {
+        const T* const sums = base + chunk * per_chunk + op->sums;
+        for (size_t k = begin; k < end; ++k)
+          if (op->entry[k] >= 0) out[op->entry[k]] += double(sums[k]);
+      }
+    });
   }
 
   // Sums whose meaning depends on time, stage by stage.
@@ -451,7 +455,7 @@ class Reversal {
 template <class T>
 std::vector<std::vector<double>> CompiledAdjoint<T>::op_seconds(int batch) {
   using Clock = std::chrono::steady_clock;
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkLock> lock(mutex_);
   Packed<T>& p = packed(width_index(batch));
   std::vector<Stage<T>> stages;
   stages.emplace_back(program_, p, kernels_);
@@ -473,7 +477,7 @@ std::vector<std::vector<double>> CompiledAdjoint<T>::op_seconds(int batch) {
 
 template <class T>
 ProgramGradient<T> CompiledAdjoint<T>::evaluate(double t, const T* x, const T* noise, int batch, int threads, const T* grad_f, const T* grad_trace, T* grad_x) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkLock> lock(mutex_);
   Tableau one;
   one.adaptive = false;
   return Reversal<T>(*this, batch, noise, one, 1, threads).evaluate(t, x, grad_f, grad_trace, grad_x);
@@ -482,7 +486,7 @@ ProgramGradient<T> CompiledAdjoint<T>::evaluate(double t, const T* x, const T* n
 template <class T>
 ProgramGradient<T> CompiledAdjoint<T>::solve(const SolveRecord<T>& record, int threads, const T* grad_xs, const T* grad_ls, T* grad_x, T* grad_l) {
   if (record.tableau.stages() > 16) throw std::invalid_argument("solve: at most 16 stages");
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkLock> lock(mutex_);
   return Reversal<T>(*this, record.batch, record.noise, record.tableau, record.sign, threads).solve(record, grad_xs, grad_ls, grad_x, grad_l);
 }
 

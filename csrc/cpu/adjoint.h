@@ -3,11 +3,12 @@
 #pragma once
 
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "../tableau.h"
+#include "fork.h"
 #include "pack.h"
+#include "thread_pool.h"
 
 namespace sparseflow {
 
@@ -50,7 +51,7 @@ class CompiledAdjoint {
 
   const Program<T>& program() const { return program_; }
   void set_values(int matrix, std::vector<T> values) {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<ForkLock> lock(mutex_);
     sparseflow::set_values(program_, matrix, std::move(values));
     if (program_.matrices[matrix].dynamic()) return;
     for (auto& one : packed_)
@@ -58,7 +59,7 @@ class CompiledAdjoint {
   }
   void set_modulation(int modulation, std::vector<T> bias, std::vector<T> gate_slope, std::vector<T> gate_offset, std::vector<T> shift_slope,
                       std::vector<T> shift_offset) {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<ForkLock> lock(mutex_);
     sparseflow::set_modulation(program_, modulation, std::move(bias), std::move(gate_slope), std::move(gate_offset), std::move(shift_slope),
                                std::move(shift_offset));
   }
@@ -84,7 +85,11 @@ class CompiledAdjoint {
   std::unique_ptr<Packed<T>> packed_[Kernels<T>::kWidths];
   std::vector<Aligned<char>> workspaces_;
   int forced_ = -1;
-  std::mutex mutex_;
+  Cost pull_, traffic_, gather_;  // of an evaluation of one sample turned back, a number copied, a sum added up
+  ForkLock mutex_{[this] {
+    for (auto& one : packed_) abandon(one);
+    abandon(workspaces_);
+  }};
 };
 
 }  // namespace sparseflow

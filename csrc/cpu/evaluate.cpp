@@ -23,7 +23,7 @@ CompiledProgram<T>::CompiledProgram(Program<T> program, const Kernels<T>& kernel
 
 template <class T>
 Packed<T>& CompiledProgram<T>::packed(int width_index) {
-  std::lock_guard<std::recursive_mutex> lock(mutex_);
+  std::lock_guard<ForkLock> lock(mutex_);
   std::unique_ptr<Packed<T>>& slot = packed_[width_index];
   if (!slot) slot = pack(program_, kernels_, width_index);
   return *slot;
@@ -50,7 +50,7 @@ void CompiledProgram<T>::refresh(const std::vector<T>& times, std::vector<Stage<
 
 template <class T>
 const std::vector<double>& CompiledProgram<T>::tile_seconds() {
-  std::lock_guard<std::recursive_mutex> lock(mutex_);
+  std::lock_guard<ForkLock> lock(mutex_);
   if (!seconds_.empty()) return seconds_;
   using Clock = std::chrono::steady_clock;
   for (int w = 0; w < Kernels<T>::kWidths; ++w) {
@@ -73,14 +73,15 @@ const std::vector<double>& CompiledProgram<T>::tile_seconds() {
 }
 
 template <class T>
-int CompiledProgram<T>::choose_width(int batch, int threads) {
+int CompiledProgram<T>::choose_width(int batch, int threads, int evaluations, double total) {
   if (forced_ >= 0) return forced_;
   const std::vector<double>& seconds = tile_seconds();
   int best = 0;
   double least = std::numeric_limits<double>::infinity();
   for (int w = 0; w < Kernels<T>::kWidths; ++w) {
     const int tiles = (batch + width(w) - 1) / width(w);
-    const double cost = double((tiles + threads - 1) / std::max(1, threads)) * seconds[w];
+    const int at_hand = threads_at_hand(tiles * seconds[w] * evaluations, total, std::min(threads, tiles));
+    const double cost = double((tiles + at_hand - 1) / at_hand) * seconds[w];
     if (cost < least) least = cost, best = w;
   }
   // keep one packing for the batch sizes to come rather than five
@@ -91,15 +92,15 @@ int CompiledProgram<T>::choose_width(int batch, int threads) {
 template <class T>
 void CompiledProgram<T>::evaluate(double t, const T* x, const T* noise, int batch, int threads, T* f, T* trace) {
   if (batch == 0) return;
-  std::lock_guard<std::recursive_mutex> lock(mutex_);
-  Packed<T>& p = packed(choose_width(batch, threads));
+  std::lock_guard<ForkLock> lock(mutex_);
+  Packed<T>& p = packed(choose_width(batch, threads, 1, 0));
   const int width = p.width, dim = program_.dim, tiles = (batch + width - 1) / width;
   std::vector<Stage<T>> stages;
   stages.emplace_back(program_, p, kernels_);
   refresh({static_cast<T>(t)}, stages);
   const int workers = std::max(1, std::min(threads, tiles));
   provide_workspaces(workers);
-  parallel_for(tiles, workers, [&](int tile, int worker) {
+  parallel_for(tiles, workers, Work{evaluation_, double(width)}, [&](int tile, int worker) {
     char* ws = workspace(worker, p.workspace_bytes);
     auto buffer = [&](int id) { return reinterpret_cast<T*>(ws + p.buffer_offset[id]); };
     const int first = tile * width, count = std::min(width, batch - first);

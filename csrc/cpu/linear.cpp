@@ -6,7 +6,6 @@
 #include <stdexcept>
 #include <utility>
 
-#include "thread_pool.h"
 
 namespace sparseflow {
 namespace {
@@ -202,14 +201,15 @@ char* SparseLinear<T>::workspace(int worker, size_t bytes) {
 // weight and offset are loaded once for all (measured: 0.6 to 0.75 of a multiply-add). Six vectors are no quicker than four
 // by the sample, but for a batch that they just hold.
 template <class T>
-int SparseLinear<T>::product_width(int64_t batch, int threads) const {
+int SparseLinear<T>::product_width(int64_t batch, int threads) {
   if (forced_ >= 0) return forced_;
   int best = 0;
   double least = 0;
   for (int w = 0; w < Kernels<T>::kWidths; ++w) {
     const int vectors = kernels_.vectors[w], width = kernels_.lanes * vectors;
     const int64_t tiles = (batch + width - 1) / width;
-    const double cost = double((tiles + threads - 1) / threads) * (0.7 + vectors) * (vectors > 4 ? 1.15 : 1.0);
+    const int at_hand = threads_at_hand(multiply_.known() ? multiply_.seconds() * work(width) * double(tiles) : 0, 0, static_cast<int>(std::min<int64_t>(threads, tiles)));
+    const double cost = double((tiles + at_hand - 1) / at_hand) * (0.7 + vectors) * (vectors > 4 ? 1.15 : 1.0);
     if (w == 0 || cost < least) least = cost, best = w;
   }
   return best;
@@ -247,7 +247,7 @@ typename SparseLinear<T>::Packing& SparseLinear<T>::product(bool transposed, int
 template <class T>
 void SparseLinear<T>::multiply(bool transposed, const T* values, const T* x, int64_t batch, const T* bias, int threads, T* out) {
   if (batch == 0) return;
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkLock> lock(mutex_);
   threads = std::max(1, threads);
   if (nnz() > 0 && (values_.empty() || std::memcmp(values_.data(), values, nnz() * sizeof(T)) != 0)) {
     values_.assign(values, values + nnz());
@@ -258,7 +258,7 @@ void SparseLinear<T>::multiply(bool transposed, const T* values, const T* x, int
   const PackedOp<T>& op = packed.body[0];
   if (packing.generation != generation_) {
     const int pieces = static_cast<int>((op.places.size() + kPiece - 1) / kPiece);
-    parallel_for(pieces, threads, [&](int piece, int) {
+    parallel_for(pieces, threads, Work{traffic_, kPiece}, [&](int piece, int) {
       const size_t begin = size_t(piece) * kPiece, end = std::min(op.places.size(), begin + kPiece);
       for (size_t e = begin; e < end; ++e) *reinterpret_cast<T*>(op.streams[op.places[e].block].get() + op.places[e].byte) = values_[e];
     });
@@ -267,7 +267,7 @@ void SparseLinear<T>::multiply(bool transposed, const T* values, const T* x, int
   const int in = transposed ? matrix_.rows : matrix_.cols, rows = transposed ? matrix_.cols : matrix_.rows, width = packed.width;
   const int tiles = static_cast<int>((batch + width - 1) / width), workers = std::min(threads, tiles);
   if (static_cast<int>(workspaces_.size()) < workers) workspaces_.resize(workers);
-  parallel_for(tiles, workers, [&](int tile, int worker) {
+  parallel_for(tiles, workers, Work{multiply_, work(width)}, [&](int tile, int worker) {
     char* const ws = workspace(worker, packed.workspace_bytes);
     const int64_t first = int64_t(tile) * width;
     const int count = static_cast<int>(std::min<int64_t>(width, batch - first));
@@ -297,7 +297,7 @@ template <class T>
 void SparseLinear<T>::gradient(const T* left, const T* right, int64_t batch, int threads, T* sums) {
   std::fill_n(sums, nnz(), T(0));
   if (batch == 0 || nnz() == 0) return;
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkLock> lock(mutex_);
   threads = std::max(1, threads);
   const int kind = gradient_kind(batch), width = gradient_width(kind), tiles = static_cast<int>((batch + width - 1) / width);
   const int slabs = threads == 1 ? 1 : std::clamp(2 * threads, 1, std::max(1, matrix_.rows / 8));
@@ -311,14 +311,14 @@ void SparseLinear<T>::gradient(const T* left, const T* right, int64_t batch, int
   std::fill_n(totals_.get(), packed.lasting_sums, T(0));
   for (int begin = 0; begin < tiles; begin += together) {
     const int end = std::min(tiles, begin + together);
-    parallel_for(end - begin, threads, [&](int index, int) {
+    parallel_for(end - begin, threads, Work{traffic_, double(matrix_.rows + matrix_.cols) * width}, [&](int index, int) {
       const int64_t first = int64_t(begin + index) * width;
       const int count = static_cast<int>(std::min<int64_t>(width, batch - first));
       char* const tile = ws + tile_bytes * index;
       load_rows(right, matrix_.cols, first, count, width, reinterpret_cast<T*>(tile + packed.buffer_offset[0]));
       load_rows(left, matrix_.rows, first, count, width, reinterpret_cast<T*>(tile + packed.buffer_offset[1]));
     });
-    parallel_for(slabs, threads, [&](int slab, int) {
+    parallel_for(slabs, threads, Work{gradient_, work(width) * (end - begin) / slabs}, [&](int slab, int) {
       const PackedOp<T>& op = packed.reverse[slab];
       const int32_t dense_blocks = static_cast<int32_t>(op.dense.size() / gradient_block_offsets(kernels_.lanes));
       for (int tile = 0; tile < end - begin; ++tile)
@@ -336,7 +336,7 @@ void SparseLinear<T>::gradient(const T* left, const T* right, int64_t batch, int
 template <class T>
 void SparseLinear<T>::force_width(int index) {
   if (index < -1 || index >= Kernels<T>::kWidths) throw std::invalid_argument("force_width: no such width");
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkLock> lock(mutex_);
   forced_ = index;
 }
 

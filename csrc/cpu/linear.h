@@ -5,10 +5,11 @@
 
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <vector>
 
+#include "fork.h"
 #include "pack.h"
+#include "thread_pool.h"
 
 namespace sparseflow {
 
@@ -49,7 +50,8 @@ class SparseLinear {
     bool operator==(const Gradient& o) const { return kind == o.kind && slabs == o.slabs; }
   };
 
-  int product_width(int64_t batch, int threads) const;
+  int product_width(int64_t batch, int threads);
+  double work(int width) const { return (double(nnz()) + matrix_.rows + matrix_.cols) * width; }  // of a tile, in multiply-adds or so
   int gradient_kind(int64_t batch) const;
   int gradient_width(int kind) const;
   Packing& product(bool transposed, int width_index);
@@ -68,7 +70,11 @@ class SparseLinear {
   std::vector<T> values_;  // the latest
   int64_t generation_ = 0;  // how many values there were before
   int forced_ = -1;
-  std::mutex mutex_;
+  Cost multiply_, gradient_, traffic_;  // of one entry and sample: a product, its gradient; of a number: loading or weaving it
+  ForkLock mutex_{[this] {
+    abandon(products_), abandon(gradients_), abandon(workspaces_), abandon(totals_), abandon(values_);
+    generation_ = 0;
+  }};
 };
 
 }  // namespace sparseflow

@@ -6,6 +6,8 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "fork.h"
+
 namespace sparseflow {
 namespace {
 
@@ -357,6 +359,7 @@ void set_values(Program<T>& program, int matrix, std::vector<T> values) {
   Matrix<T>& m = program.matrices[matrix];
   std::vector<T>& own = m.gated ? m.path_constant : m.values;
   if (m.external >= 0 || values.size() != own.size()) fail("matrix " + std::to_string(matrix) + ": not as many values as it has");
+  const NoFork whole;
   own = std::move(values);
 }
 
@@ -367,6 +370,7 @@ void set_modulation(Program<T>& program, int modulation, std::vector<T> bias, st
   Modulation<T>& m = program.modulations[modulation];
   auto set = [&](std::vector<T>& own, std::vector<T>& values) {
     if (values.size() != own.size()) fail("modulation " + std::to_string(modulation) + ": not as many numbers as it has");
+    const NoFork whole;
     own = std::move(values);
   };
   set(m.bias, bias), set(m.gate_slope, gate_slope), set(m.gate_offset, gate_offset);

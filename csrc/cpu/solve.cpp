@@ -2,13 +2,19 @@
 #include "solve.h"
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <stdexcept>
 
-#include "thread_pool.h"
 #include "tile_io.h"
 
 namespace sparseflow {
+namespace {
+
+constexpr size_t kStepsForeseen = 32;  // records of so many steps are not moved; memory that no step fills is never touched
+
+}  // namespace
 
 // One initial value problem over a range of tiles that share a step size.
 template <class T>
@@ -28,7 +34,9 @@ class Integration {
     // a gradient needs the states of all stages; of a last one at the solution it is known, and follows from no derivative
     const Tableau& t = input.tableau;
     if (input.record) kept_ = input.record_stages ? stages_ - (t.adaptive && t.last_stage_is_solution() ? 2 : 1) : t.adaptive ? 1 : 0;
-    trial_.resize(size_t(kept_) * input.batch * dim_);
+    out_.derivatives.reserve(kStepsForeseen * step_size());
+    out_.derivatives.resize(step_size());
+    if (input.record) out_.states.reserve(kStepsForeseen * input.batch * dim_);
     for (int i = 0; i < stages_; ++i) modulated_.emplace_back(program_, packed, kernels_);
     scratch_.resize(threads);
     for (int c = 0; c < 2; ++c) sums_[c].assign(size_t(tiles) * width, 0.0);
@@ -44,7 +52,7 @@ class Integration {
     load();
     if (in_.tableau.adaptive) run_adaptive();
     else run_fixed();
-    record_derivatives();  // of no step
+    std::fill(out_.derivatives.end() - step_size(), out_.derivatives.end(), T(0));  // of no step
     return std::move(out_);
   }
 
@@ -61,6 +69,9 @@ class Integration {
   int count(int tile) const { return std::min(width_, samples_ - tile * width_); }
   size_t tile_size() const { return size_t(rows_) * width_; }
   size_t state_size() const { return size_t(dim_) * width_; }  // without the log-density row
+  // What a tile costs in a loop: so many evaluations, or so many passes over its state.
+  Work evaluations(int n) const { return {owner_.evaluation_, double(n) * width_}; }
+  Work traffic(int n) const { return {owner_.traffic_, double(n) * double(tile_size())}; }
 
  public:
   static size_t scratch_bytes(const Packed<T>& packed, int rows, int stages) {
@@ -86,7 +97,7 @@ class Integration {
   T* buffer(const Scratch& s, int id) const { return reinterpret_cast<T*>(s.workspace + packed_.buffer_offset[id]); }
 
   void load() {
-    parallel_for(tiles_, threads_, [&](int tile, int) {
+    parallel_for(tiles_, threads_, traffic(1), [&](int tile, int) {
       T* y = y0_.get() + tile * tile_size();
       const int first = first_sample_ + tile * width_;
       load_tile(in_.x, dim_, first, count(tile), width_, y);
@@ -151,7 +162,7 @@ class Integration {
   }
 
   void write_output(int index, const std::function<const T*(int tile, const Scratch&)>& state) {
-    parallel_for(tiles_, threads_, [&](int tile, int worker) {
+    parallel_for(tiles_, threads_, traffic(2), [&](int tile, int worker) {
       Scratch& s = scratch(worker);
       const T* y = state(tile, s);
       const int first = first_sample_ + tile * width_;
@@ -166,15 +177,19 @@ class Integration {
     if (!in_.record) return;
     const size_t at = out_.states.size();
     out_.states.resize(at + size_t(in_.batch) * dim_);
-    for (int tile = 0; tile < tiles_; ++tile)
+    parallel_for(tiles_, threads_, traffic(1), [&](int tile, int) {
       store_tile(y0_.get() + tile * tile_size(), dim_, tile * width_, count(tile), width_, out_.states.data() + at);
+    });
   }
 
-  // The derivatives of a step that is tried wait here until it is accepted.
+  // The derivatives of a step that is tried are the last ones of the record; they stay when it is accepted.
+  size_t step_size() const { return size_t(kept_) * in_.batch * dim_; }
   void try_derivative(int stage, int tile, const T* k) {
-    if (stage < kept_) store_tile(k, dim_, tile * width_, count(tile), width_, trial_.data() + size_t(stage) * in_.batch * dim_);
+    if (stage >= kept_) return;
+    T* const step = out_.derivatives.data() + (out_.derivatives.size() - step_size());
+    store_tile(k, dim_, tile * width_, count(tile), width_, step + size_t(stage) * in_.batch * dim_);
   }
-  void record_derivatives() { out_.derivatives.insert(out_.derivatives.end(), trial_.begin(), trial_.end()); }
+  void record_derivatives() { out_.derivatives.resize(out_.derivatives.size() + step_size()); }
 
   // The derivative of the quartic `Kernels::interpolate` evaluates; y0_, f0_ are the new ends of the step.
   void record_slopes(int index, T dt, T x) {
@@ -212,7 +227,7 @@ class Integration {
   void first_derivative(T t) {
     modulate({t});
     ++out_.nfe;
-    parallel_for(tiles_, threads_, [&](int tile, int worker) {
+    parallel_for(tiles_, threads_, evaluations(1), [&](int tile, int worker) {
       Scratch& s = scratch(worker);
       begin_tile(s, tile);
       std::copy_n(y0_.get() + tile * tile_size(), state_size(), s.input);
@@ -225,7 +240,7 @@ class Integration {
   double choose_first_step(double t0) {
     const T one = T(1);
     auto norm_of = [&](const Aligned<T>& what, const T* c, int terms, const Aligned<T>* other) {
-      parallel_for(tiles_, threads_, [&](int tile, int worker) {
+      parallel_for(tiles_, threads_, traffic(2), [&](int tile, int worker) {
         Scratch& s = scratch(worker);
         const T* y = y0_.get() + tile * tile_size();
         const T* k[2] = {what.get() + tile * tile_size(), other ? other->get() + tile * tile_size() : nullptr};
@@ -238,7 +253,7 @@ class Integration {
     const double h0 = first_trial_step(d0, d1);
     modulate({T(t0 + h0)});
     ++out_.nfe;
-    parallel_for(tiles_, threads_, [&](int tile, int worker) {
+    parallel_for(tiles_, threads_, evaluations(1), [&](int tile, int worker) {
       Scratch& s = scratch(worker);
       begin_tile(s, tile);
       const T h = T(h0);
@@ -268,7 +283,7 @@ class Integration {
     std::vector<std::vector<T>> a;
     for (const auto& row : a_) a.push_back(scaled(row));
     const std::vector<T> b = scaled(b_), b_error = scaled(b_error_), b_mid = scaled(b_mid_);
-    parallel_for(tiles_, threads_, [&](int tile, int worker) {
+    parallel_for(tiles_, threads_, evaluations(stages_ - 1), [&](int tile, int worker) {
       Scratch& s = scratch(worker);
       begin_tile(s, tile);
       const size_t at = tile * tile_size();
@@ -306,8 +321,8 @@ class Integration {
 
   // Leaves zero or NaN per sample where `stop` looks for the ones to blame.
   bool state_is_finite() {
-    bool finite = true;
-    for (int tile = 0; tile < tiles_; ++tile) {
+    std::atomic<bool> finite{true};
+    parallel_for(tiles_, threads_, traffic(2), [&](int tile, int) {
       for (int s = 0; s < count(tile); ++s) {
         auto badness = [&](const Aligned<T>& part) {
           const T* rows = part.get() + tile * tile_size() + s;
@@ -318,9 +333,9 @@ class Integration {
         const double state = badness(y0_);
         sums_[0][size_t(tile) * width_ + s] = state + badness(f0_);
         sums_[1][size_t(tile) * width_ + s] = 0;
-        finite &= state == 0;
+        if (!(state == 0)) finite = false;
       }
-    }
+    });
     return finite;
   }
 
@@ -401,7 +416,7 @@ class Integration {
       }
       std::vector<T> b(b_);
       for (T& w : b) w *= step;
-      parallel_for(tiles_, threads_, [&](int tile, int worker) {
+      parallel_for(tiles_, threads_, evaluations(stages_), [&](int tile, int worker) {
         Scratch& s = scratch(worker);
         begin_tile(s, tile);
         const size_t at = tile * tile_size();
@@ -449,8 +464,7 @@ class Integration {
   std::vector<double> sums_[2];                 // [samples]
   std::vector<std::vector<T>> a_;
   std::vector<T> b_, b_error_, b_mid_;
-  int kept_ = 0;          // derivatives per step that are recorded
-  std::vector<T> trial_;  // [kept][batch][dim]
+  int kept_ = 0;  // derivatives per step that are recorded
   size_t written_ = 0;
   SolveOutput<T> out_;
   const std::function<void()>* interrupted_ = nullptr;
@@ -460,18 +474,25 @@ template <class T>
 SolveOutput<T> CompiledProgram<T>::solve(const SolveInput<T>& input, T* xs, T* ls, const std::function<void()>& interrupted) {
   SolveOutput<T> total;
   if (input.batch == 0) return total;
-  std::lock_guard<std::recursive_mutex> lock(mutex_);
+  std::lock_guard<ForkLock> lock(mutex_);
   if (input.tableau.stages() > 16) throw std::invalid_argument("solve: at most 16 stages");
   if (input.per_tile && input.record) throw std::invalid_argument("solve: tiles that step on their own record no common steps");
-  Packed<T>& p = packed(choose_width(input.batch, input.threads));
+  const auto begin = std::chrono::steady_clock::now();
+  const double expected = solve_.known() ? solve_.seconds() * input.batch : 0.0;
+  Packed<T>& p = packed(choose_width(input.batch, input.threads, input.tableau.stages(), expected));
   const int tiles = (input.batch + p.width - 1) / p.width;
   const int threads = std::max(1, std::min(input.threads, tiles));
   provide_workspaces(threads);
-  if (!input.per_tile) return Integration<T>(*this, p, input, 0, tiles, threads, 0, xs, ls).run(interrupted);
+  if (!input.per_tile) {
+    expect_work(expected, threads);
+    total = Integration<T>(*this, p, input, 0, tiles, threads, 0, xs, ls).run(interrupted);
+    solve_.learn(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() / input.batch);
+    return total;
+  }
 
   std::vector<SolveOutput<T>> outs(tiles);
   const std::function<void()> nothing = [] {};
-  parallel_for(tiles, threads, [&](int tile, int worker) {
+  parallel_for(tiles, threads, Work{solve_, double(p.width)}, [&](int tile, int worker) {
     outs[tile] = Integration<T>(*this, p, input, tile, 1, 1, worker, xs, ls).run(nothing);
   });
   for (const SolveOutput<T>& out : outs) {

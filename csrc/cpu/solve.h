@@ -4,14 +4,15 @@
 #include <functional>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "../step_control.h"
 #include "../tableau.h"
+#include "fork.h"
 #include "pack.h"
+#include "thread_pool.h"
 
 namespace sparseflow {
 
@@ -38,6 +39,21 @@ struct SolveInput {
   int threads = 1;
 };
 
+// What is written before it is read need not be filled first: that takes as long as writing it, on one thread.
+template <class T>
+struct Unfilled : std::allocator<T> {
+  template <class U>
+  struct rebind {
+    using other = Unfilled<U>;
+  };
+  template <class U>
+  void construct(U* at) {
+    ::new (static_cast<void*>(at)) U;
+  }
+};
+template <class T>
+using Record = std::vector<T, Unfilled<T>>;
+
 template <class T>
 struct SolveOutput {
   long long nfe = 0, accepted = 0, rejected = 0;
@@ -48,7 +64,8 @@ struct SolveOutput {
   // With `record`: x at the ends of the steps, [accepted + 1][batch][dim]; the first derivatives of every stage of theirs
   // that were kept, [accepted + 1][kept][batch][dim], where the last ones stand for no step; and, of an adaptive method,
   // dx/dt and dl/dt of what was read off at the outputs, [times][batch][dim] and [times][batch], zero at the first one.
-  std::vector<T> states, derivatives, x_slopes, l_slopes;
+  Record<T> states, derivatives;
+  std::vector<T> x_slopes, l_slopes;
 };
 
 template <class T>
@@ -59,14 +76,14 @@ class CompiledProgram {
   const Program<T>& program() const { return program_; }
   // New numbers for the same program (pack.h), no solve running.
   void set_values(int matrix, std::vector<T> values) {
-    std::lock_guard<std::recursive_mutex> lock(mutex_);
+    std::lock_guard<ForkLock> lock(mutex_);
     sparseflow::set_values(program_, matrix, std::move(values));
     if (program_.matrices[matrix].dynamic()) return;
     for (auto& entry : packed_) reweave(program_, *entry.second, matrix);
   }
   void set_modulation(int modulation, std::vector<T> bias, std::vector<T> gate_slope, std::vector<T> gate_offset, std::vector<T> shift_slope,
                       std::vector<T> shift_offset) {
-    std::lock_guard<std::recursive_mutex> lock(mutex_);
+    std::lock_guard<ForkLock> lock(mutex_);
     sparseflow::set_modulation(program_, modulation, std::move(bias), std::move(gate_slope), std::move(gate_offset), std::move(shift_slope),
                                std::move(shift_offset));
   }
@@ -81,7 +98,8 @@ class CompiledProgram {
   // Seconds per evaluation of one tile, for every width; and the width this batch would use. Results do not depend on
   // the width, so the choice is free to be made by the clock.
   const std::vector<double>& tile_seconds();
-  int choose_width(int batch, int threads);
+  // `evaluations` of a tile are one piece of a loop; `total`: seconds that the whole call takes, 0: not known.
+  int choose_width(int batch, int threads, int evaluations, double total);
   int width(int index) const { return kernels_.lanes * kernels_.vectors[index]; }
   void force_width(int index) { forced_ = index; }
   Packed<T>& packed(int width_index);
@@ -110,7 +128,8 @@ class CompiledProgram {
   std::vector<Aligned<char>> workspaces_;
   std::vector<double> seconds_;
   int forced_ = -1;
-  std::recursive_mutex mutex_;
+  Cost evaluation_, traffic_, solve_;  // of one sample: an evaluation, a number loaded or stored, a whole solve
+  ForkLock mutex_{[this] { abandon(packed_), abandon(workspaces_), abandon(seconds_); }};
 };
 
 }  // namespace sparseflow

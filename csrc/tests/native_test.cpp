@@ -362,29 +362,6 @@ void test_spoiled(Random& random, const Program<double>& good, const KernelSet& 
   check(error.empty() || error.rfind("refresh: ", 0) == 0, "what was accepted runs: " + error);
 }
 
-void test_threads() {
-  for (int threads : {1, 2, 4, 9}) {
-    for (int count : {0, 1, 3, 1000}) {
-      std::vector<int> visits(count, 0);
-      std::vector<char> workers(std::max(threads, 1), 0);
-      parallel_for(count, threads, [&](int index, int worker) {
-        ++visits[index];
-        workers[worker] = 1;
-        // nested in a parallel one: on the caller alone
-        if (threads > 1 && count > 1) parallel_for(3, 4, [&](int, int inner) { visits[index] += inner; });
-      });
-      check(visits == std::vector<int>(count, 1), "every index once");
-    }
-    const std::string message = thrown([&] {
-      parallel_for(100, threads, [](int index, int) { if (index == 57) throw std::runtime_error("at 57"); });
-    });
-    check(message == "at 57", "an exception of a body arrives");
-    int sum = 0;
-    parallel_for(1, threads, [&](int, int) { ++sum; });
-    check(sum == 1, "the pool goes on after an exception");
-  }
-}
-
 void test_refresh(Random& random, const KernelSet& set) {
   Program<double> p;
   while (p.externals == 0) p = random_program(random, 1);
@@ -429,7 +406,7 @@ void test_errors_of_a_solve(Random& random, const KernelSet& set) {
 }  // namespace
 
 int main() {
-  test_threads();
+  force_threads(true);
   const KernelSet* sets;
   const int n = available_sets(&sets);
   for (int i = 0; i < n; ++i) {

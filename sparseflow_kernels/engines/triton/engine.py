@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from dataclasses import replace
 from typing import Any, Callable, Collection, Iterator, Sequence
@@ -24,6 +25,18 @@ from ..program import Externals, write_program
 OLDEST = (3, 6)
 DTYPES = (torch.float32, torch.float64)
 HELD = 8  # batch sizes and methods whose memory and graphs are kept
+_engines: weakref.WeakSet[TritonEngine] = weakref.WeakSet()
+
+
+def _free_locks() -> None:
+    """A child of a fork lacks the threads that may have held these, and does not know how far they had come."""
+    for engine in list(_engines):
+        engine._lock = threading.RLock()
+        engine._held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_locks)
 
 
 @functools.cache
@@ -66,6 +79,7 @@ class TritonEngine(NativeEngine):
         self.form, self.notes = form, []
         self._lock = threading.RLock()  # one workspace is one caller's at a time
         self._held: OrderedDict = OrderedDict()
+        _engines.add(self)
         self._adjoint: tuple | None = None  # made when a gradient is first asked for
         with self._guard():
             builder = Builder(field.dtype, field.device, form)
