@@ -232,6 +232,8 @@ class _Lent:
 
 def is_autocast_enabled(like: Tensor) -> bool:
     """On this tensor's device."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():  # quick, but not for tracing
+        return False
     kind = like.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
