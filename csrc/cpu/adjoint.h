@@ -3,7 +3,6 @@
 #pragma once
 
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "../tableau.h"
@@ -50,7 +49,7 @@ class CompiledAdjoint {
 
   const Program<T>& program() const { return program_; }
   void set_values(int matrix, std::vector<T> values) {
-    std::lock_guard<std::mutex> lock(mutex_);
+    const Exclusive::Hold held(one_caller_);
     sparseflow::set_values(program_, matrix, std::move(values));
     if (program_.matrices[matrix].dynamic()) return;
     for (auto& one : packed_)
@@ -58,14 +57,14 @@ class CompiledAdjoint {
   }
   void set_modulation(int modulation, std::vector<T> bias, std::vector<T> gate_slope, std::vector<T> gate_offset, std::vector<T> shift_slope,
                       std::vector<T> shift_offset) {
-    std::lock_guard<std::mutex> lock(mutex_);
+    const Exclusive::Hold held(one_caller_);
     sparseflow::set_modulation(program_, modulation, std::move(bias), std::move(gate_slope), std::move(gate_offset), std::move(shift_slope),
                                std::move(shift_offset));
   }
   // Measured seconds per tile of every operation of body, keep and reverse, at the width for this batch.
   std::vector<std::vector<double>> op_seconds(int batch);
   int width(int batch) const;  // of the tiles, in samples: it follows from the program and the batch, never from the clock
-  void force_width(int index) { forced_ = index; }
+  void force_width(int index);  // -1: as the batch asks for; throws std::invalid_argument for those without adjoint kernels
 
  private:
   template <class U>
@@ -84,7 +83,7 @@ class CompiledAdjoint {
   std::unique_ptr<Packed<T>> packed_[Kernels<T>::kWidths];
   std::vector<Aligned<char>> workspaces_;
   int forced_ = -1;
-  std::mutex mutex_;
+  Exclusive one_caller_;
 };
 
 }  // namespace sparseflow

@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "pack.h"
@@ -68,7 +67,7 @@ class SparseLinear {
   std::vector<T> values_;  // the latest
   int64_t generation_ = 0;  // how many values there were before
   int forced_ = -1;
-  std::mutex mutex_;
+  Exclusive one_caller_;
 };
 
 }  // namespace sparseflow

@@ -39,8 +39,7 @@ class Integration {
     b_mid_.assign(tableau.b_mid.begin(), tableau.b_mid.end());
   }
 
-  SolveOutput<T> run(const std::function<void()>& interrupted) {
-    interrupted_ = &interrupted;
+  SolveOutput<T> run() {
     load();
     if (in_.tableau.adaptive) run_adaptive();
     else run_fixed();
@@ -187,6 +186,7 @@ class Integration {
     std::vector<T> slope(tile_size());
     for (int tile = 0; tile < tiles_; ++tile) {
       const size_t at = tile * tile_size();
+      worked(8 * int64_t(tile_size()));
       const T *a = y1_.get() + at, *b = y0_.get() + at, *mid = mid_.get() + at, *fa = f1_.get() + at, *fb = f0_.get() + at;
       for (size_t j = 0; j < tile_size(); ++j) slope[j] = (in_b * (b[j] - a[j]) + in_mid * (mid[j] - a[j])) / dt + in_fa * fa[j] + in_fb * fb[j];
       const int first = tile * width_;
@@ -308,6 +308,7 @@ class Integration {
   bool state_is_finite() {
     bool finite = true;
     for (int tile = 0; tile < tiles_; ++tile) {
+      worked(8 * int64_t(tile_size()));
       for (int s = 0; s < count(tile); ++s) {
         auto badness = [&](const Aligned<T>& part) {
           const T* rows = part.get() + tile * tile_size() + s;
@@ -346,7 +347,6 @@ class Integration {
         const Proposal proposal = control.propose();
         if (proposal == Proposal::kTooManySteps) return stop("max_num_steps", control.t1, control.dt);
         if (proposal == Proposal::kUnderflow) return stop("underflow", control.t1, control.dt);
-        if ((control.taken & 15) == 0) (*interrupted_)();
         if (!state_checked && !state_is_finite()) return stop("non_finite", control.t1, control.dt);
         state_checked = true;
 
@@ -387,7 +387,6 @@ class Integration {
     record_state();
     size_t index = 1;
     for (size_t i = 0; i + 1 < in_.grid.size(); ++i) {
-      if ((i & 15) == 15) (*interrupted_)();
       const double t0 = in_.grid[i], t1 = in_.grid[i + 1];
       const T start = T(t0), end = T(t1), step = T(t1 - t0);
       std::vector<T> times{in_.perturb ? after(start) : start};
@@ -453,26 +452,24 @@ class Integration {
   std::vector<T> trial_;  // [kept][batch][dim]
   size_t written_ = 0;
   SolveOutput<T> out_;
-  const std::function<void()>* interrupted_ = nullptr;
 };
 
 template <class T>
-SolveOutput<T> CompiledProgram<T>::solve(const SolveInput<T>& input, T* xs, T* ls, const std::function<void()>& interrupted) {
+SolveOutput<T> CompiledProgram<T>::solve(const SolveInput<T>& input, T* xs, T* ls) {
   SolveOutput<T> total;
   if (input.batch == 0) return total;
-  std::lock_guard<std::recursive_mutex> lock(mutex_);
+  const Exclusive::Hold held(one_caller_);
   if (input.tableau.stages() > 16) throw std::invalid_argument("solve: at most 16 stages");
   if (input.per_tile && input.record) throw std::invalid_argument("solve: tiles that step on their own record no common steps");
   Packed<T>& p = packed(choose_width(input.batch, input.threads));
   const int tiles = (input.batch + p.width - 1) / p.width;
   const int threads = std::max(1, std::min(input.threads, tiles));
   provide_workspaces(threads);
-  if (!input.per_tile) return Integration<T>(*this, p, input, 0, tiles, threads, 0, xs, ls).run(interrupted);
+  if (!input.per_tile) return Integration<T>(*this, p, input, 0, tiles, threads, 0, xs, ls).run();
 
   std::vector<SolveOutput<T>> outs(tiles);
-  const std::function<void()> nothing = [] {};
   parallel_for(tiles, threads, [&](int tile, int worker) {
-    outs[tile] = Integration<T>(*this, p, input, tile, 1, 1, worker, xs, ls).run(nothing);
+    outs[tile] = Integration<T>(*this, p, input, tile, 1, 1, worker, xs, ls).run();
   });
   for (const SolveOutput<T>& out : outs) {
     total.nfe += out.nfe;
@@ -485,7 +482,7 @@ SolveOutput<T> CompiledProgram<T>::solve(const SolveInput<T>& input, T* xs, T* l
   return total;
 }
 
-template SolveOutput<float> CompiledProgram<float>::solve(const SolveInput<float>&, float*, float*, const std::function<void()>&);
-template SolveOutput<double> CompiledProgram<double>::solve(const SolveInput<double>&, double*, double*, const std::function<void()>&);
+template SolveOutput<float> CompiledProgram<float>::solve(const SolveInput<float>&, float*, float*);
+template SolveOutput<double> CompiledProgram<double>::solve(const SolveInput<double>&, double*, double*);
 
 }  // namespace sparseflow

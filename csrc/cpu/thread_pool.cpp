@@ -10,8 +10,12 @@
 #include <thread>
 #include <vector>
 
+#include "../calls.h"
+
 namespace sparseflow {
 namespace {
+
+constexpr int64_t kWorkOfBody = 1 << 10;  // what every piece counts for, whatever it does
 
 class Pool {
  public:
@@ -37,19 +41,31 @@ class Pool {
       next_.store(0, std::memory_order_relaxed);
       busy_ = static_cast<int>(workers_.size());
       error_ = nullptr;
+      call_ = this_call();
       ++generation_;
     }
     wake_.notify_all();
     drain(0);
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return busy_ == 0; });
+    while (!done_.wait_for(lock, kAskEvery, [this] { return busy_ == 0; })) {
+      lock.unlock();
+      give_up_on_error([] { look(); });
+      lock.lock();
+    }
     if (error_) std::rethrow_exception(error_);
   }
 
  private:
   void drain(int number) {
+    give_up_on_error([&] {
+      for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_; worked(kWorkOfBody)) (*body_)(i, number);
+    });
+  }
+
+  template <class Work>
+  void give_up_on_error(Work work) {
     try {
-      for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) (*body_)(i, number);
+      work();
     } catch (...) {
       std::lock_guard<std::mutex> lock(mutex_);
       if (!error_) error_ = std::current_exception();
@@ -65,7 +81,10 @@ class Pool {
       seen = generation_;
       const bool mine = number < limit_;
       lock.unlock();
-      if (mine) drain(number);
+      if (mine) {
+        const Helping helping(call_);
+        drain(number);
+      }
       lock.lock();
       if (--busy_ == 0) done_.notify_one();
     }
@@ -80,6 +99,7 @@ class Pool {
   long generation_ = 0;
   bool stop_ = false;
   std::exception_ptr error_;
+  Call call_;  // of the thread that has the pool
 };
 
 thread_local bool inside = false;
@@ -92,7 +112,7 @@ void parallel_for(int count, int threads, const std::function<void(int, int)>& b
   static std::mutex owner;
   std::unique_lock<std::mutex> lock(owner, std::defer_lock);
   if (threads <= 1 || inside || !lock.try_lock()) {
-    for (int i = 0; i < count; ++i) body(i, 0);
+    for (int i = 0; i < count; ++i, worked(kWorkOfBody)) body(i, 0);
     return;
   }
   // Threads do not survive a fork: a child starts a pool of its own and leaves the parent's alone.
