@@ -14,7 +14,7 @@ BENCH_ARGS ?=
 export OMP_NUM_THREADS = 1
 export MKL_NUM_THREADS = 1
 
-.PHONY: demo test native-test bench gpu sanitize clean
+.PHONY: demo test native-test bench gpu sanitize fuzz clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sparseflow demo
@@ -47,6 +47,12 @@ native-test: build/native/.built
 
 sanitize: build/sanitize/.built
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+
+# Mutated programs without end in sight: FUZZ of them, from another seed every day (or SEED=number, which a failure names).
+FUZZ ?= 200000
+SEED ?= $(shell date +%Y%m%d)
+fuzz: build/sanitize/.built
+	build/sanitize/sparseflow_fuzz_test $(FUZZ) $(SEED)
 
 # Configured without CUDA: these trees compile the .cu as C++ over the host shim.
 build/native/.built: CMAKE_ARGS = -DSPARSEFLOW_PYTHON=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)

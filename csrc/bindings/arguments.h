@@ -8,6 +8,8 @@
 #include <climits>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -49,6 +51,12 @@ inline double real(py::handle value, const char* name, double low, double high) 
 inline constexpr int kMostSamples = INT_MAX - 4096;
 inline int batch_of(py::handle value) { return static_cast<int>(whole(value, "batch", 0, kMostSamples)); }
 inline int threads_of(py::handle value) { return static_cast<int>(whole(value, "threads", 1, INT_MAX)); }
+
+inline int sign_of(py::handle value) {
+  const int sign = static_cast<int>(whole(value, "sign", -1, 1));
+  if (sign == 0) refuse("sign", "1 or -1", value);
+  return sign;
+}
 
 // The address of memory; 0, which is none, where that is allowed.
 template <class T>

@@ -41,12 +41,6 @@ void set_refresh(CompiledProgram<T>& self, py::function function) {
   });
 }
 
-int sign_of(py::handle value) {
-  const int sign = static_cast<int>(whole(value, "sign", -1, 1));
-  if (sign == 0) refuse("sign", "1 or -1", value);
-  return sign;
-}
-
 // An array that takes over the memory of a vector.
 template <class V>
 py::array_t<V> array_of(std::vector<V>&& values) {

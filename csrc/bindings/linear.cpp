@@ -26,9 +26,10 @@ void bind(py::module_& m, const char* name) {
           "multiply",
           [](Linear& self, bool transposed, uintptr_t values, uintptr_t x, const py::object& batch, uintptr_t bias, const py::object& threads, uintptr_t out) {
             const int64_t samples = samples_of(batch);
-            const int workers = threads_of(threads);
-            const T *weights = address<T>(values, "values", samples > 0 && self.nnz() > 0), *from = address<T>(x, "x", samples > 0), *more = address<T>(bias, "bias", false);
-            T* const to = address<T>(out, "out", samples > 0);
+            const int workers = threads_of(threads), in = transposed ? self.rows() : self.cols(), of = transposed ? self.cols() : self.rows();
+            const T *weights = address<T>(values, "values", samples > 0 && self.nnz() > 0), *from = address<T>(x, "x", samples > 0 && in > 0);
+            const T* more = address<T>(bias, "bias", false);
+            T* const to = address<T>(out, "out", samples > 0 && of > 0);
             interruptible([&] { self.multiply(transposed, weights, from, samples, more, workers, to); });
           },
           py::arg("transposed"), py::arg("values"), py::arg("x"), py::arg("batch"), py::arg("bias"), py::arg("threads"),
@@ -38,7 +39,8 @@ void bind(py::module_& m, const char* name) {
           [](Linear& self, uintptr_t left, uintptr_t right, const py::object& batch, const py::object& threads, uintptr_t sums) {
             const int64_t samples = samples_of(batch);
             const int workers = threads_of(threads);
-            const T *of_out = address<T>(left, "left", samples > 0), *from = address<T>(right, "right", samples > 0);
+            const bool any = samples > 0 && self.nnz() > 0;
+            const T *of_out = address<T>(left, "left", any), *from = address<T>(right, "right", any);
             T* const to = address<T>(sums, "sums", self.nnz() > 0);
             interruptible([&] { self.gradient(of_out, from, samples, workers, to); });
           },

@@ -29,6 +29,8 @@ class SparseLinear {
   // Products in tiles of this width from now on, an index into Kernels::vectors; -1: as the batch asks for.
   void force_width(int index);
 
+  int rows() const { return matrix_.rows; }
+  int cols() const { return matrix_.cols; }
   int nnz() const { return static_cast<int>(matrix_.col.size()); }
 
  private:

@@ -4,6 +4,7 @@ plain data is handed over, and whose gradient is whose."""
 from __future__ import annotations
 
 import contextlib
+import threading
 from typing import Callable, ClassVar, Collection, Iterator
 
 import torch
@@ -15,6 +16,30 @@ from ..numerics.step_control import StepOptions
 from ..numerics.tableaus import FixedTableau, Tableau
 from .adjoint import no_adjoint
 from .base import Engine, SolveRequest, SolveResult
+
+
+MOST_SAMPLES = 2**31 - 2**16  # of a batch
+
+
+class OneCaller:
+    """A lock for what one call at a time may use, as csrc/calls.h has it: other threads wait, but a call that is made from
+    within another one, by a function of time say, is told so."""
+
+    def __init__(self) -> None:
+        self._lock, self._owner = threading.Lock(), None
+
+    def __enter__(self) -> None:
+        if self._owner == threading.get_ident():
+            raise RuntimeError(
+                "a function of time may not run the same compiled field that is asking it, and neither may anything else that "
+                "Python runs meanwhile, a signal handler say: compile another one for it"
+            )
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __exit__(self, *_) -> None:
+        self._owner = None
+        self._lock.release()
 
 
 class NativeEngine(Engine):
@@ -53,6 +78,8 @@ class NativeEngine(Engine):
     # ---- what every entry checks: kernels read raw memory, and nothing unchecked gets past these lines
 
     def _ready(self, x: Tensor, name: str) -> Tensor:
+        if x.dim() == 2 and x.shape[0] > MOST_SAMPLES:
+            raise ValueError(f"{name} has {x.shape[0]} rows, more than the {MOST_SAMPLES} that 32 bits count: use smaller batches")
         if x.dim() != 2 or x.shape[1] != self.dim or x.dtype != self.dtype or x.device != self.device:
             raise ValueError(
                 f"{name} must be [batch, {self.dim}], {self.dtype} on {self.device}, "
