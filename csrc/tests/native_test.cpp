@@ -1,9 +1,11 @@
 // The CPU engine without Python, meant to run under the address and undefined-behaviour sanitizers (`make sanitize`):
 // random programs against a plain interpreter in double, every instruction set, tile width and thread count. Programs that
 // are wrong: fuzz_test.cpp.
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <stdexcept>
+#include <thread>
 
 #include "cpu/thread_pool.h"
 #include "native_case.h"
@@ -289,6 +291,56 @@ void test_threads() {
   }
 }
 
+// Work without an end is ended by what `ask` throws, whoever is at it; and what is in use by a call is not used within it.
+void test_calls() {
+  for (int threads : {1, 3}) {
+    for (bool helpers_only : {false, true}) {
+      Interruption interruption([] { throw std::runtime_error("that is enough"); });
+      const std::string message = thrown([&] {
+        interruption.during([&] {
+          parallel_for(threads, threads, [&](int, int worker) {
+            if (helpers_only && threads > 1 && worker == 0) return;  // the caller waits for them
+            for (;;) worked(1000);
+          });
+        });
+      });
+      check(message == "that is enough", "an interruption arrives, not: " + message);
+      check(thrown([] { worked(int64_t(1) << 40); }).empty(), "and is over");
+    }
+  }
+  Exclusive one, other;
+  const std::string message = thrown([&] {
+    const Exclusive::Hold held(one), also(other);
+    parallel_for(4, 3, [&](int, int) { const Exclusive::Hold again(one); });
+  });
+  check(message.find("may not run the same") != std::string::npos, "a call within a call is refused, not: " + message);
+  int sum = 0;
+  auto add = [&] {
+    for (int i = 0; i < 1000; ++i) {
+      const Exclusive::Hold held(one);
+      ++sum;
+    }
+  };
+  std::thread thread(add);
+  add();
+  thread.join();
+  check(sum == 2000, "one call at a time");
+  Interruption impatient([] { throw std::runtime_error("cannot wait"); });
+  std::thread owner;
+  {
+    std::atomic<bool> ready{false}, done{false};
+    owner = std::thread([&] {
+      const Exclusive::Hold held(one);
+      ready = true;
+      while (!done) std::this_thread::yield();
+    });
+    while (!ready) std::this_thread::yield();
+    check(thrown([&] { impatient.during([&] { const Exclusive::Hold held(one); }); }) == "cannot wait", "waiting can be interrupted");
+    done = true;
+    owner.join();
+  }
+}
+
 void test_refresh(Random& random, const KernelSet& set) {
   Program<double> p;
   while (p.externals == 0) p = random_program(random, 1);
@@ -334,6 +386,7 @@ void test_errors_of_a_solve(Random& random, const KernelSet& set) {
 
 int main() {
   test_threads();
+  test_calls();
   const KernelSet* sets;
   const int n = available_sets(&sets);
   for (int i = 0; i < n; ++i) {
