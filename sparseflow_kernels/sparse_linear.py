@@ -52,8 +52,8 @@ class _CpuMatrix:
             rows, cols = self._pattern.shape
             if rows + cols + 2 > _cpu.MOST_ROWS or self._pattern.nnz > _cpu.MOST_ENTRIES:
                 raise ValueError(
-                    f"SparseLinear: {cols} and {rows} features with {self._pattern.nnz} weights are more than the CPU's kernels "
-                    f"reach with 32-bit offsets ({_cpu.MOST_ROWS} features, {_cpu.MOST_ENTRIES} weights); prune it, {_REMEDY}"
+                    f"SparseLinear: {cols} and {rows} features with {self._pattern.nnz} weights are more than 32-bit offsets "
+                    f"reach ({_cpu.MOST_ROWS} features, {_cpu.MOST_ENTRIES} weights); prune it, {_REMEDY}"
                 )
             row_ptr, col = (index.to(torch.int32).numpy() for index in (self._pattern.row_ptr, self._pattern.col))
             self._native[dtype] = getattr(_cpu, _CPU_CLASSES[dtype])(rows, cols, row_ptr, col)

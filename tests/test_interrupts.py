@@ -1,5 +1,5 @@
-"""Ctrl-C ends whatever the CPU engine is at: an alarm raises what Ctrl-C raises, after a while, in work that would take far
-longer. What is aimed at is 0.2 s; machines that test are busy, and the bound here tells that from a hang."""
+"""Ctrl-C ends whatever the CPU engine is at: an alarm raises what Ctrl-C raises, after a while, in work that would take
+far longer. What is aimed at is 0.2 s; machines that test are busy, and the bound here tells that from a hang."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def interrupted(work) -> None:
     assert late < LATENCY, f"{late:.2f} s after the signal"
 
 
-def request_of(x: torch.Tensor, method: str, steps: int = 0, **more) -> SolveRequest:
-    grid = torch.linspace(0.0, 1.0, steps + 1, dtype=F64) if steps else None
+def request_of(x: torch.Tensor, method: str, steps: int) -> SolveRequest:
+    grid = torch.linspace(0.0, 1.0, steps + 1, dtype=F64)
     return SolveRequest(
-        x, None, torch.tensor([0.0, 1.0], dtype=F64), 1, METHODS[method], (1e-9,), (1e-9,), StepOptions(), grid=grid, **more
+        x, None, torch.tensor([0.0, 1.0], dtype=F64), 1, METHODS[method], (1e-9,), (1e-9,), StepOptions(), grid=grid
     )
 
 

@@ -1,4 +1,4 @@
-"""Fields too large for 32-bit offsets are refused when they are compiled, at once; and so is what exceeds them later."""
+"""Fields too large for 32-bit offsets are refused when they are compiled, at once; so is what exceeds them later."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def test_a_grid_constructor_may_solve_the_field():
 
 
 def test_two_threads_at_once():
-    """Each gets what it would get alone, and the one that waits does not keep the other's function of time from Python."""
+    """Each gets what it would get alone; who waits does not keep the other's function of time from Python."""
     gate = Gate()
     field = sfk.compile(field_with(gate), engine="cpu")
     sizes = (5, 700, 33, 3000)

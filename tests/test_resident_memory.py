@@ -1,5 +1,5 @@
-"""Resident memory stays where it is, over thousands of solves, evaluations, training steps and compilations, and over calls
-that end in an exception. Each in a process of its own, after a warm-up."""
+"""Resident memory stays where it is, over thousands of solves, evaluations, training steps and compilations, and over
+calls that end in an exception. Each in a process of its own, after a warm-up."""
 
 from __future__ import annotations
 
@@ -74,6 +74,6 @@ MOST = 6.0  # MB: 3 KB a call over 2,000 of them, far less than the smallest wor
      ("compile_anew", 200), pytest.param("compile_anew", 2000, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_does_not_grow(work, count):
-    result = in_a_process_of_its_own(PROGRAM.replace("{work}", work).replace("{count}", str(count)))
+    result = in_a_process_of_its_own(PROGRAM.replace("{work}", work).replace("{count}", str(count)), timeout=600)
     assert result.returncode == 0, result.stderr[-2000:]
     assert float(result.stdout.split("grew by ")[1].split()[0]) < MOST, result.stdout

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cpu_cases import states
@@ -16,7 +18,7 @@ from sparseflow_kernels.engines.reference import ReferenceEngine
 from sparseflow_kernels.engines.triton import TritonEngine, operator, tuning
 from sparseflow_kernels.engines.triton import forms as triton_forms
 from sparseflow_kernels.engines.triton.forms import Tile, choose_form
-from sparseflow_kernels.field import Pattern
+from sparseflow_kernels.field import Pattern, TimeFunction, VectorField
 
 T = 0.375  # exact in float32
 
@@ -204,3 +206,24 @@ def test_wrong_input_is_refused(monkeypatch):
     monkeypatch.undo()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "on a GPU" in TritonEngine.unsupported(field.map_tensors(torch.Tensor.cpu))
+
+
+def test_a_function_of_time_that_runs_the_engine_is_told_so():
+    """The workspace is one call's at a time."""
+    field, box = on_device(random_field((2, 5, 2), density=0.8, seed=3)), {}
+    gate = torch.tensor([0.5, 0.25], dtype=field.dtype, device=DEVICE)
+
+    def function(t):
+        if "x" in box:
+            box["engine"].evaluate(0.1, box["x"])
+        return gate
+
+    field = VectorField([*field.layers[:-1], replace(field.layers[-1], gate=TimeFunction(function))])
+    engine = box["engine"] = TritonEngine(field)
+    x = states(3, 2)[0].to(DEVICE, field.dtype)
+    before = engine.evaluate(0.3, x)
+    box["x"] = x
+    with pytest.raises(RuntimeError, match="a function of time may not run the same compiled field"):
+        engine.evaluate(0.3, x)
+    del box["x"]
+    assert torch.equal(engine.evaluate(0.3, x), before)

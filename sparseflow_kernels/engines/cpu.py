@@ -30,7 +30,7 @@ def _native():
 
 
 def _rows(field: VectorField, slots: int = 1) -> int:
-    """Rows that the activations of a tile take at least, as csrc/validate.cpp counts them; slots: of a hidden layer's."""
+    """Rows that a tile's activations take at least, as csrc/validate.cpp counts them. slots: of a hidden layer's buffer."""
     widths = [layer.out_features for layer in field.layers]
     return field.dim + 1 + sum((width + 1) * slots for width in widths[:-1]) + widths[-1] + 1
 
@@ -40,14 +40,14 @@ def _too_large(field: VectorField, slots: int = 1, what: str = "its layers") -> 
     native = _native()
     if (rows := _rows(field, slots)) > native.MOST_ROWS:
         return (
-            f"{what} take {rows} rows of activations, more than the {native.MOST_ROWS} that 32-bit offsets reach: prune "
-            "neurons, or use engine='reference'"
+            f"{what} take {rows} rows of activations, more than the {native.MOST_ROWS} that 32-bit offsets reach: "
+            "prune neurons, or use engine='reference'"
         )
     for layer in field.layers:
         if layer.pattern.nnz > native.MOST_ENTRIES:
             return (
-                f"layer {layer.name!r} has {layer.pattern.nnz} weights, more than the {native.MOST_ENTRIES} that 32-bit offsets "
-                "reach: prune it, or use engine='reference'"
+                f"layer {layer.name!r} has {layer.pattern.nnz} weights, more than the {native.MOST_ENTRIES} that 32-bit "
+                "offsets reach: prune it, or use engine='reference'"
             )
     return None
 

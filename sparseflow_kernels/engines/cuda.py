@@ -128,8 +128,8 @@ class CudaEngine(NativeEngine):
                 return f"layer {layer.name!r} is wider than 65535; the triton engine runs any width"
         if (size := _image_bytes(field)) >= IMAGE_BYTES:
             return (
-                f"its weights take {size / 2**30:.1f} GB, more than the 2 GB that the cuda engine's 32-bit offsets reach; the "
-                "triton engine runs it"
+                f"its weights take {size / 2**30:.1f} GB, more than the 2 GB that the cuda engine's 32-bit offsets reach; "
+                "the triton engine runs it"
             )
         return None
 
@@ -631,8 +631,8 @@ def _offending(blame: Tensor, dim: int, tiles: list[int] | None, width: int) -> 
 
 
 def _image_bytes(field: VectorField) -> int:
-    """What the program takes on the device at least (csrc/cuda/image.cpp): its weights, and 16 bits for the column of each
-    where rows are sparse."""
+    """What the program takes on the device at least (csrc/cuda/image.cpp): its weights and, where rows are sparse, 16
+    bits for the column of each."""
     total = 0
     for layer in field.layers:
         pattern, item = layer.pattern, field.dtype.itemsize

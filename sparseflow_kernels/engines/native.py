@@ -22,8 +22,8 @@ MOST_SAMPLES = 2**31 - 2**16  # of a batch
 
 
 class OneCaller:
-    """A lock for what one call at a time may use, as csrc/calls.h has it: other threads wait, but a call that is made from
-    within another one, by a function of time say, is told so."""
+    """A lock for what one call at a time may use, as csrc/calls.h has it: other threads wait, but a call that is made
+    from within another one, by a function of time say, is told so."""
 
     def __init__(self) -> None:
         self._lock, self._owner = threading.Lock(), None
@@ -31,8 +31,8 @@ class OneCaller:
     def __enter__(self) -> None:
         if self._owner == threading.get_ident():
             raise RuntimeError(
-                "a function of time may not run the same compiled field that is asking it, and neither may anything else that "
-                "Python runs meanwhile, a signal handler say: compile another one for it"
+                "a function of time may not run the same compiled field that is asking it, and neither may anything else "
+                "that Python runs meanwhile, a signal handler say: compile another one for it"
             )
         self._lock.acquire()
         self._owner = threading.get_ident()
@@ -79,7 +79,9 @@ class NativeEngine(Engine):
 
     def _ready(self, x: Tensor, name: str) -> Tensor:
         if x.dim() == 2 and x.shape[0] > MOST_SAMPLES:
-            raise ValueError(f"{name} has {x.shape[0]} rows, more than the {MOST_SAMPLES} that 32 bits count: use smaller batches")
+            raise ValueError(
+                f"{name} has {x.shape[0]} rows, more than the {MOST_SAMPLES} that 32 bits count: use smaller batches"
+            )
         if x.dim() != 2 or x.shape[1] != self.dim or x.dtype != self.dtype or x.device != self.device:
             raise ValueError(
                 f"{name} must be [batch, {self.dim}], {self.dtype} on {self.device}, "

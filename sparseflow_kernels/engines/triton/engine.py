@@ -59,11 +59,11 @@ class TritonEngine(NativeEngine):
         # kernels count entries, rows of modulations and a gradient's sums in 32 bits
         if (count := sum(layer.pattern.nnz + 2 * layer.out_features for layer in field.layers)) > MOST_COUNTED:
             return (
-                f"its weights and neurons are {count} numbers, more than the {MOST_COUNTED} that 32-bit offsets reach: prune it, or "
-                "use engine='reference'"
+                f"its weights and neurons are {count} numbers, more than the {MOST_COUNTED} that 32-bit offsets reach: prune "
+                "it, or use engine='reference'"
             )
         if (widest := max(layer.in_features for layer in field.layers)) > MOST_COUNTED:
-            return f"its state or a layer has {widest} components, more than the {MOST_COUNTED} that 32-bit offsets reach"
+            return f"a layer reads {widest} components, more than the {MOST_COUNTED} that 32-bit offsets reach"
         return None
 
     def __init__(self, field: VectorField, plan: DivergencePlan | None = None, form: str | None = None) -> None:

@@ -571,7 +571,7 @@ class Workspace:
             self.sum_first[number] = total
             total += program.sums[number]
         if total >= 2**31 - FLAT:
-            raise ValueError(f"the gradient of this field has {total} sums, more than the kernels' 32-bit offsets reach: prune it")
+            raise ValueError(f"this field's gradient has {total} sums, more than 32-bit offsets reach: prune it")
         self.n_sums = total
         self.n_lasting = total - sum(program.sums[n] for n in of_stage)
         item = torch.empty((), dtype=program.dtype).element_size()
