@@ -15,7 +15,7 @@ TESTS = native_tests
 export OMP_NUM_THREADS = 1
 export MKL_NUM_THREADS = 1
 
-.PHONY: demo test native-test bench gpu sanitize tsan clean
+.PHONY: demo test native-test bench gpu sanitize tsan fuzz clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sparseflow demo
@@ -52,6 +52,12 @@ sanitize: build/sanitize/.built
 # The thread pool and what is shared by means of it, under the thread sanitizer; the portable kernels suffice.
 tsan: build/tsan/.built
 	$(BIN)/ctest --test-dir build/tsan --output-on-failure --no-tests=error -R thread_test
+
+# Mutated programs without end in sight: FUZZ of them, from another seed every day (or SEED=number, which a failure names).
+FUZZ ?= 200000
+SEED ?= $(shell date +%Y%m%d)
+fuzz: build/sanitize/.built
+	build/sanitize/sparseflow_fuzz_test $(FUZZ) $(SEED)
 
 # Configured without CUDA: these trees compile the .cu as C++ over the host shim.
 build/native/.built: CMAKE_ARGS = -DSPARSEFLOW_PYTHON=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)

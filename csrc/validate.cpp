@@ -14,6 +14,8 @@ void check_range(const Container& values, int low, int high, const std::string& 
 
 template <class T>
 void validate_matrix(const Matrix<T>& m, const Program<T>& p, const std::string& name) {
+  if (m.col.size() > size_t(kMostEntries) || m.path_entry.size() > size_t(kMostEntries))
+    fail(name + ": more than " + std::to_string(kMostEntries) + " entries or paths, too many for 32-bit offsets");
   if (m.rows < 0 || m.cols < 0 || static_cast<int64_t>(m.row_ptr.size()) != int64_t(m.rows) + 1 || m.row_ptr.front() != 0 ||
       m.row_ptr.back() != m.nnz())
     fail(name + ": row pointers do not fit " + std::to_string(m.rows) + " rows and " + std::to_string(m.nnz()) + " entries");
@@ -50,6 +52,8 @@ void validate_op(const Op& op, const Program<T>& p, const std::string& name) {
   auto need = [&](const Operand& o, int rows, const char* role) {
     if (rows_of(o, role) < rows) fail(name + ": the " + role + " buffer has too few rows");
   };
+  if (op.kind < OpKind::kAffine || op.kind > OpKind::kGradient) fail(name + ": unknown kind");
+  if (op.carries && op.kind < OpKind::kKeep) fail(name + ": only an adjoint's operations say that they carry a tangent");
   if (op.matrix < 0 || op.matrix >= static_cast<int>(p.matrices.size())) fail(name + ": no such matrix");
   // packing looks at every operand, used or not
   auto optional = [&](const Operand& o, const char* role) {
@@ -177,11 +181,12 @@ void validate(const Program<T>& p) {
     if (b.rows < 0 || b.slots < 1 || b.slots > 3) fail("a buffer needs rows >= 0 and one to three slots");
     rows += (int64_t(b.rows) + 1) * b.slots;
   }
-  if (rows > (int64_t(1) << 31) / 512) fail("the layers are too wide for 32-bit offsets");
+  if (rows > kMostRows) fail("the layers are too wide for 32-bit offsets");
   auto check_buffer = [&](int id, const char* name, bool optional) {
     if ((id < 0 && !optional) || id >= n_buffers) fail(std::string("no ") + name + " buffer");
     if (id >= 0 && p.buffers[id].rows != (std::string(name) == "ones" ? 1 : p.dim)) fail(std::string("the ") + name + " buffer has the wrong size");
   };
+  if (p.externals < 0) fail("the number of externals is negative");
   check_buffer(p.input, "input", false);
   check_buffer(p.output, "output", false);
   check_buffer(p.noise, "noise", true);
@@ -203,16 +208,26 @@ void validate(const Program<T>& p) {
     if (p.prologue[i].kind != OpKind::kProduct || p.matrices[p.prologue[i].matrix].dynamic())
       fail("the prologue holds products of constant matrices only");
   }
-  for (size_t i = 0; i < p.body.size(); ++i) validate_op(p.body[i], p, "operation " + std::to_string(i));
+  for (size_t i = 0; i < p.body.size(); ++i) {
+    validate_op(p.body[i], p, "operation " + std::to_string(i));
+    if (p.body[i].kind >= OpKind::kKeep) fail("operation " + std::to_string(i) + ": it belongs to an adjoint's lists");
+  }
   for (int id : {p.trace_cotangent, p.state_cotangent})
     if (id >= n_buffers) fail("a cotangent names buffer " + std::to_string(id) + ", and there are " + std::to_string(n_buffers));
-  if (!p.adjoint()) return;
+  if (!p.adjoint()) {
+    if (!p.keep.empty() || !p.reverse.empty() || !p.sums.empty()) fail("keep, reverse and sums belong to an adjoint, which names a cotangent");
+    return;
+  }
   check_buffer(p.cotangent, "cotangent", false);
   check_buffer(p.state_cotangent, "state cotangent", false);
   if (p.divergence && (p.trace_cotangent < 0 || p.trace_cotangent >= n_buffers || p.buffers[p.trace_cotangent].rows != 1))
     fail("the trace's cotangent needs a buffer of one row");
   if (!p.prologue.empty() || p.externals > 0) fail("an adjoint has neither a prologue nor functions of time that live outside");
-  for (size_t i = 0; i < p.keep.size(); ++i) validate_op(p.keep[i], p, "keep operation " + std::to_string(i));
+  if (p.noise >= 0 && (p.noise != p.input || p.buffers[p.input].slots < 2)) fail("an adjoint's noise lies in slot 1 of the input");
+  for (size_t i = 0; i < p.keep.size(); ++i) {
+    validate_op(p.keep[i], p, "keep operation " + std::to_string(i));
+    if (p.keep[i].kind == OpKind::kGradient) fail("keep operation " + std::to_string(i) + ": gradients belong to the reverse list");
+  }
   for (size_t i = 0; i < p.reverse.size(); ++i) validate_op(p.reverse[i], p, "reverse operation " + std::to_string(i));
   std::vector<const Op*> taken(p.sums.size(), nullptr);
   for (const Op& op : p.reverse) {

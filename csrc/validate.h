@@ -1,6 +1,7 @@
 // What every native engine asks of a program before it looks at a number of it, and matrices as they are walked.
 #pragma once
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -8,6 +9,11 @@
 #include "field.h"
 
 namespace sparseflow {
+
+// What byte offsets of 32 bits allow, for the widest tile (384 bytes to a row) and the largest step of a stream (16 bytes to
+// an entry, a few of them to fill up).
+inline constexpr int64_t kMostRows = (int64_t(1) << 31) / 512;  // of all buffers, one more each, times their slots
+inline constexpr int64_t kMostEntries = (int64_t(1) << 28) - (int64_t(1) << 25);  // of a matrix, or paths
 
 [[noreturn]] inline void fail(const std::string& what) { throw std::invalid_argument("program: " + what); }
 

@@ -50,8 +50,11 @@ class _CpuMatrix:
                     f"compiles it, {_REMEDY}"
                 ) from error
             rows, cols = self._pattern.shape
-            if max(rows, cols, self._pattern.nnz) >= 2**31:
-                raise ValueError("SparseLinear: a layer on the CPU has fewer than 2**31 features and weights")
+            if rows + cols + 2 > _cpu.MOST_ROWS or self._pattern.nnz > _cpu.MOST_ENTRIES:
+                raise ValueError(
+                    f"SparseLinear: {cols} and {rows} features with {self._pattern.nnz} weights are more than 32-bit offsets "
+                    f"reach ({_cpu.MOST_ROWS} features, {_cpu.MOST_ENTRIES} weights); prune it, {_REMEDY}"
+                )
             row_ptr, col = (index.to(torch.int32).numpy() for index in (self._pattern.row_ptr, self._pattern.col))
             self._native[dtype] = getattr(_cpu, _CPU_CLASSES[dtype])(rows, cols, row_ptr, col)
         return self._native[dtype]
@@ -63,9 +66,10 @@ class _CpuMatrix:
         return self._multiply(True, grad, values, None)
 
     def _multiply(self, transposed: bool, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        native = self._of(x.dtype)
         x, values, bias = x.contiguous(), values.contiguous(), None if bias is None else bias.contiguous()
         out = x.new_empty(len(x), self._pattern.shape[1 if transposed else 0])
-        self._of(x.dtype).multiply(
+        native.multiply(
             transposed, values.data_ptr(), x.data_ptr(), len(x), 0 if bias is None else bias.data_ptr(),
             get_num_threads(), out.data_ptr(),
         )  # fmt: skip

@@ -56,7 +56,7 @@ from sparseflow_kernels.engines.cpu import CpuEngine
 """
 
 
-def in_a_process_of_its_own(code: str, **environment: str) -> subprocess.CompletedProcess:
+def in_a_process_of_its_own(code: str, *, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
     """Runs code that might crash or hang the interpreter."""
     command = [sys.executable, "-P", "-c", PRELUDE + code]
-    return subprocess.run(command, env=isolated_environment(**environment), capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=isolated_environment(**environment), capture_output=True, text=True, timeout=timeout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from sparseflow_kernels.engines.reference import ReferenceEngine
 from sparseflow_kernels.engines.triton import TritonEngine, operator, tuning
 from sparseflow_kernels.engines.triton import forms as triton_forms
 from sparseflow_kernels.engines.triton.forms import Tile, choose_form
-from sparseflow_kernels.field import Pattern
+from sparseflow_kernels.field import Pattern, TimeFunction, VectorField
 
 T = 0.375  # exact in float32
 
@@ -225,9 +226,30 @@ def test_a_fork_leaves_no_engine_locked():
         held.wait()
         child = os.fork()
         if child == 0:
-            os._exit(0 if engine._lock.acquire(timeout=20) else 1)
+            os._exit(0 if engine._lock._lock.acquire(timeout=20) else 1)
         assert os.waitpid(child, 0)[1] == 0
-        assert not engine._lock.acquire(blocking=False)  # the parent's is another thread's, as before
+        assert not engine._lock._lock.acquire(blocking=False)  # the parent's is another thread's, as before
     finally:
         over.set()
         thread.join()
+
+
+def test_a_function_of_time_that_runs_the_engine_is_told_so():
+    """The workspace is one call's at a time."""
+    field, box = on_device(random_field((2, 5, 2), density=0.8, seed=3)), {}
+    gate = torch.tensor([0.5, 0.25], dtype=field.dtype, device=DEVICE)
+
+    def function(t):
+        if "x" in box:
+            box["engine"].evaluate(0.1, box["x"])
+        return gate
+
+    field = VectorField([*field.layers[:-1], replace(field.layers[-1], gate=TimeFunction(function))])
+    engine = box["engine"] = TritonEngine(field)
+    x = states(3, 2)[0].to(DEVICE, field.dtype)
+    before = engine.evaluate(0.3, x)
+    box["x"] = x
+    with pytest.raises(RuntimeError, match="a function of time may not run the same compiled field"):
+        engine.evaluate(0.3, x)
+    del box["x"]
+    assert torch.equal(engine.evaluate(0.3, x), before)

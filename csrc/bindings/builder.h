@@ -9,10 +9,9 @@
 #include "../field.h"
 #include "../step_control.h"
 #include "../tableau.h"
+#include "arguments.h"
 
 namespace sparseflow {
-
-namespace py = pybind11;
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
@@ -31,22 +30,22 @@ inline Operand operand(Ref r) { return Operand{r.first, r.second}; }
 template <class T>
 class Builder {
  public:
-  int matrix(int rows, int cols, const Array<int32_t>& row_ptr, const Array<int32_t>& col, const Array<T>& values) {
+  int matrix(int rows, int cols, const py::array& row_ptr, const py::array& col, const Array<T>& values) {
     Matrix<T>& m = add(rows, cols, row_ptr, col);
     m.values = copy(values);
     return last();
   }
-  int gated_matrix(int rows, int cols, const Array<int32_t>& row_ptr, const Array<int32_t>& col, const Array<int32_t>& entry,
-                   const Array<int32_t>& gate, const Array<T>& constant, int modulation) {
+  int gated_matrix(int rows, int cols, const py::array& row_ptr, const py::array& col, const py::array& entry,
+                   const py::array& gate, const Array<T>& constant, int modulation) {
     Matrix<T>& m = add(rows, cols, row_ptr, col);
     m.gated = true;
-    m.path_entry = copy(entry);
-    m.path_gate = copy(gate);
+    m.path_entry = indices(entry, "entry");
+    m.path_gate = indices(gate, "gate");
     m.path_constant = copy(constant);
     m.gate_modulation = modulation;
     return last();
   }
-  int external_matrix(int rows, int cols, const Array<int32_t>& row_ptr, const Array<int32_t>& col, int external) {
+  int external_matrix(int rows, int cols, const py::array& row_ptr, const py::array& col, int external) {
     add(rows, cols, row_ptr, col).external = external;
     return last();
   }
@@ -152,32 +151,32 @@ class Builder {
     op.weight = operand(weight);
     program_.body.push_back(op);
   }
-  void product(int matrix, Ref source, Ref target, Ref factor, const std::optional<Array<int32_t>>& factor_row, bool prologue,
-               bool transposed, Ref addend, bool second, Ref factor2, const std::optional<Array<int32_t>>& factor2_row, const std::string& list) {
+  void product(int matrix, Ref source, Ref target, Ref factor, const std::optional<py::array>& factor_row, bool prologue,
+               bool transposed, Ref addend, bool second, Ref factor2, const std::optional<py::array>& factor2_row, const std::string& list) {
     Op op;
     op.transposed = transposed;
     op.addend = operand(addend);
     op.second = second;
     op.factor2 = operand(factor2);
-    op.factor2_row = copy(factor2_row);
+    op.factor2_row = optional_indices(factor2_row, "factor2_row");
     op.kind = OpKind::kProduct;
     op.matrix = matrix;
     op.source = operand(source);
     op.target = operand(target);
     op.factor = operand(factor);
-    op.factor_row = copy(factor_row);
+    op.factor_row = optional_indices(factor_row, "factor_row");
     (prologue ? program_.prologue : ops(list)).push_back(op);
   }
-  void reduction(int matrix, Ref source, Ref factor, Ref factor2, const std::optional<Array<int32_t>>& factor_row,
-                 const std::optional<Array<int32_t>>& factor2_row, int coefficient_matrix, Ref target) {
+  void reduction(int matrix, Ref source, Ref factor, Ref factor2, const std::optional<py::array>& factor_row,
+                 const std::optional<py::array>& factor2_row, int coefficient_matrix, Ref target) {
     Op op;
     op.kind = OpKind::kReduction;
     op.matrix = matrix;
     op.source = operand(source);
     op.factor = operand(factor);
     op.factor2 = operand(factor2);
-    op.factor_row = copy(factor_row);
-    op.factor2_row = copy(factor2_row);
+    op.factor_row = optional_indices(factor_row, "factor_row");
+    op.factor2_row = optional_indices(factor2_row, "factor2_row");
     op.coefficient_matrix = coefficient_matrix;
     op.target = operand(target);
     program_.body.push_back(op);
@@ -185,14 +184,17 @@ class Builder {
   const Program<T>& program() const { return program_; }
 
  private:
-  Matrix<T>& add(int rows, int cols, const Array<int32_t>& row_ptr, const Array<int32_t>& col) {
+  Matrix<T>& add(int rows, int cols, const py::array& row_ptr, const py::array& col) {
     Matrix<T> m;
     m.rows = rows;
     m.cols = cols;
-    m.row_ptr = copy(row_ptr);
-    m.col = copy(col);
+    m.row_ptr = indices(row_ptr, "row_ptr");
+    m.col = indices(col, "col");
     program_.matrices.push_back(std::move(m));
     return program_.matrices.back();
+  }
+  static std::vector<int32_t> optional_indices(const std::optional<py::array>& values, const char* name) {
+    return values ? indices(*values, name) : std::vector<int32_t>();
   }
   int last() const { return static_cast<int>(program_.matrices.size()) - 1; }
   std::vector<Op>& ops(const std::string& list) {
@@ -260,18 +262,28 @@ inline Tableau tableau_of(const py::dict& tableau) {
   return out;
 }
 
+// Ascending, as many as there are.
+inline std::vector<double> points_of(std::vector<double> points, const char* name, bool repeat = false) {
+  for (size_t i = 0; i < points.size(); ++i)
+    if (!std::isfinite(points[i]) || (i > 0 && (repeat ? points[i] < points[i - 1] : points[i] <= points[i - 1])))
+      throw std::invalid_argument(std::string(name) + " must be finite and ascend, and number " + std::to_string(i) + " is " + std::to_string(points[i]));
+  return points;
+}
+
 inline StepOptions options_of(const py::dict& options) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  auto number = [&](const char* name) { return real(options[name], name, -kInfinity, kInfinity); };
   StepOptions out;
-  out.min_step = options["min_step"].cast<double>();
-  out.max_step = options["max_step"].cast<double>();
+  out.min_step = number("min_step");
+  out.max_step = number("max_step");
   if (!options["first_step"].is_none()) out.first_step = options["first_step"].cast<double>();
-  out.safety = options["safety"].cast<double>();
-  out.ifactor = options["ifactor"].cast<double>();
-  out.dfactor = options["dfactor"].cast<double>();
-  out.max_num_steps = options["max_num_steps"].cast<long long>();
+  out.safety = number("safety");
+  out.ifactor = number("ifactor");
+  out.dfactor = number("dfactor");
+  out.max_num_steps = whole(options["max_num_steps"], "max_num_steps", INT64_MIN, INT64_MAX);
   out.stop_at_outputs = options["stop_at_outputs"].cast<bool>();
-  out.step_t = options["step_t"].cast<std::vector<double>>();
-  out.jump_t = options["jump_t"].cast<std::vector<double>>();
+  out.step_t = points_of(options["step_t"].cast<std::vector<double>>(), "step_t", true);
+  out.jump_t = points_of(options["jump_t"].cast<std::vector<double>>(), "jump_t", true);
   return out;
 }
 

@@ -25,11 +25,6 @@ const Kernels<T>& kernel_table() {
 }
 
 template <class T>
-T* address(uintptr_t p) {
-  return reinterpret_cast<T*>(p);
-}
-
-template <class T>
 void set_refresh(CompiledProgram<T>& self, py::function function) {
   // The callback may run, and the last copy of it may die, on a thread that does not hold the interpreter.
   auto held = std::shared_ptr<py::function>(new py::function(std::move(function)), [](py::function* f) {
@@ -75,79 +70,75 @@ py::dict gradient_dict(ProgramGradient<T>&& gradient) {
 }
 
 template <class T>
-py::dict adjoint_evaluate(CompiledAdjoint<T>& self, double t, uintptr_t x, uintptr_t noise, int batch, int threads, uintptr_t grad_f,
-                          uintptr_t grad_trace, uintptr_t grad_x) {
-  if (self.program().noise >= 0 && noise == 0) throw std::invalid_argument("evaluate: this program needs noise");
-  ProgramGradient<T> gradient;
-  {
-    py::gil_scoped_release release;
-    gradient = self.evaluate(t, address<T>(x), address<T>(noise), batch, threads, address<T>(grad_f), address<T>(grad_trace), address<T>(grad_x));
-  }
-  return gradient_dict(std::move(gradient));
+py::dict adjoint_evaluate(CompiledAdjoint<T>& self, double t, uintptr_t x, uintptr_t noise, const py::object& batch, const py::object& threads,
+                          uintptr_t grad_f, uintptr_t grad_trace, uintptr_t grad_x) {
+  const int samples = batch_of(batch), workers = threads_of(threads);
+  const bool any = samples > 0;
+  if (any && self.program().noise >= 0 && noise == 0) throw std::invalid_argument("evaluate: this program needs noise");
+  const T *from = address<T>(x, "x", any), *probe = address<T>(noise, "noise", false), *of_f = address<T>(grad_f, "grad_f", any);
+  const T* of_trace = address<T>(grad_trace, "grad_trace", false);
+  T* const to = address<T>(grad_x, "grad_x", any);
+  return gradient_dict(interruptible([&] { return self.evaluate(t, from, probe, samples, workers, of_f, of_trace, to); }));
 }
 
 template <class T>
-py::dict adjoint_solve(CompiledAdjoint<T>& self, uintptr_t noise, int batch, std::vector<double> times, int sign, const py::dict& tableau, bool perturb,
-                       const Array<double>& steps, const Array<T>& states, const Array<T>& derivatives, int threads, uintptr_t grad_xs, uintptr_t grad_ls, uintptr_t grad_x,
-                       uintptr_t grad_l) {
+py::dict adjoint_solve(CompiledAdjoint<T>& self, uintptr_t noise, const py::object& batch, std::vector<double> times, const py::object& sign,
+                       const py::dict& tableau, bool perturb, const Array<double>& steps, const Array<T>& states, const Array<T>& derivatives,
+                       const py::object& threads, uintptr_t grad_xs, uintptr_t grad_ls, uintptr_t grad_x, uintptr_t grad_l) {
   SolveRecord<T> record;
-  record.batch = batch;
-  record.sign = sign;
+  const int samples = record.batch = batch_of(batch), workers = threads_of(threads);
+  record.sign = sign_of(sign);
   record.tableau = tableau_of(tableau);
   record.perturb = perturb;
-  record.noise = address<T>(noise);
-  record.times = std::move(times);
+  record.noise = address<T>(noise, "noise", false);
+  record.times = points_of(std::move(times), "times");
   record.states = states.data();
   record.derivatives = derivatives.data();
+  if (steps.size() > 0 && (steps.ndim() != 2 || steps.shape(1) != 2)) throw std::invalid_argument("steps must be [steps, 2]");
   const py::ssize_t count = steps.size() / 2;
   for (py::ssize_t i = 0; i < count; ++i) record.steps.emplace_back(steps.data()[2 * i], steps.data()[2 * i + 1]);
-  const py::ssize_t wanted = (count + 1) * batch * self.program().dim;
+  const py::ssize_t wanted = (count + 1) * samples * self.program().dim;
   record.kept = wanted > 0 ? static_cast<int>(derivatives.size() / wanted) : 0;
   if (states.size() != wanted || derivatives.size() != record.kept * wanted || record.kept < (record.tableau.adaptive ? 1 : 0) ||
       record.kept >= record.tableau.stages())
     throw std::invalid_argument("solve: the recorded states and derivatives do not fit the steps");
   if (self.program().noise >= 0 && noise == 0) throw std::invalid_argument("solve: this program needs noise");
   if (record.times.empty()) throw std::invalid_argument("solve: no output times");
-  ProgramGradient<T> gradient;
-  {
-    py::gil_scoped_release release;
-    gradient = self.solve(record, threads, address<T>(grad_xs), address<T>(grad_ls), address<T>(grad_x), address<T>(grad_l));
-  }
-  return gradient_dict(std::move(gradient));
+  const bool any = samples > 0;
+  const T *of_xs = address<T>(grad_xs, "grad_xs", any), *of_ls = address<T>(grad_ls, "grad_ls", false);
+  T *const to = address<T>(grad_x, "grad_x", any), *const to_l = address<T>(grad_l, "grad_l", any && self.program().divergence);
+  return gradient_dict(interruptible([&] { return self.solve(record, workers, of_xs, of_ls, to, to_l); }));
 }
 
 template <class T>
-py::dict solve(CompiledProgram<T>& self, uintptr_t x, uintptr_t l, uintptr_t noise, int batch, std::vector<double> times, int sign,
-               const py::dict& tableau, std::pair<double, double> rtol, std::pair<double, double> atol, const py::dict& options,
-               std::vector<double> grid, bool perturb, bool per_tile, bool record, bool record_stages, int threads, uintptr_t xs, uintptr_t ls) {
+py::dict solve(CompiledProgram<T>& self, uintptr_t x, uintptr_t l, uintptr_t noise, const py::object& batch, std::vector<double> times,
+               const py::object& sign, const py::dict& tableau, const std::pair<py::object, py::object>& rtol,
+               const std::pair<py::object, py::object>& atol, const py::dict& options, std::vector<double> grid, bool perturb, bool per_tile,
+               bool record, bool record_stages, const py::object& threads, uintptr_t xs, uintptr_t ls) {
   SolveInput<T> in;
-  in.batch = batch;
-  in.x = address<T>(x);
-  in.l = address<T>(l);
-  in.noise = address<T>(noise);
-  in.times = std::move(times);
-  in.sign = sign;
+  in.batch = batch_of(batch);
+  const bool any = in.batch > 0;
+  in.x = address<T>(x, "x", any);
+  in.l = address<T>(l, "l", false);
+  in.noise = address<T>(noise, "noise", false);
+  in.times = points_of(std::move(times), "times");
+  in.sign = sign_of(sign);
   in.tableau = tableau_of(tableau);
   if (in.times.empty()) throw std::invalid_argument("solve: no output times");
-  in.rtol[0] = rtol.first, in.rtol[1] = rtol.second;
-  in.atol[0] = atol.first, in.atol[1] = atol.second;
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  in.rtol[0] = real(rtol.first, "rtol", 0.0, kInfinity), in.rtol[1] = real(rtol.second, "rtol", 0.0, kInfinity);
+  in.atol[0] = real(atol.first, "atol", 0.0, kInfinity), in.atol[1] = real(atol.second, "atol", 0.0, kInfinity);
   in.options = options_of(options);
-  if (self.program().noise >= 0 && noise == 0) throw std::invalid_argument("solve: this program needs noise");
-  if (self.program().divergence && (l == 0 || ls == 0)) throw std::invalid_argument("solve: a divergence needs l");
-  in.grid = std::move(grid);
+  if (any && self.program().noise >= 0 && noise == 0) throw std::invalid_argument("solve: this program needs noise");
+  if (any && self.program().divergence && (l == 0 || ls == 0)) throw std::invalid_argument("solve: a divergence needs l");
+  in.grid = points_of(std::move(grid), "grid");
   in.perturb = perturb;
   in.per_tile = per_tile;
   in.record = record;
   in.record_stages = record_stages;
-  in.threads = threads;
-  SolveOutput<T> out;
-  {
-    py::gil_scoped_release release;
-    out = self.solve(in, address<T>(xs), address<T>(ls), [] {
-      py::gil_scoped_acquire gil;
-      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-    });
-  }
+  in.threads = threads_of(threads);
+  T *const to = address<T>(xs, "xs", any), *const to_l = address<T>(ls, "ls", false);
+  SolveOutput<T> out = interruptible([&] { return self.solve(in, to, to_l); });
   py::array_t<double> steps({py::ssize_t(out.steps.size()), py::ssize_t(2)});
   for (size_t i = 0; i < out.steps.size(); ++i) {
     steps.mutable_at(i, 0) = out.steps[i].first;
@@ -173,50 +164,60 @@ py::dict solve(CompiledProgram<T>& self, uintptr_t x, uintptr_t l, uintptr_t noi
 
 // What CompiledProgram and CompiledAdjoint have in common.
 template <class T, class C>
-void bind_numbers(py::class_<C>& c) {
+void bind_common(py::class_<C>& c) {
   using Optional = std::optional<Array<T>>;
   c.def("set_values", [](C& self, int matrix, const Array<T>& values) {
       std::vector<T> numbers = copy(values);
-      py::gil_scoped_release release;  // a solve that holds the program may be waiting for the interpreter
-      self.set_values(matrix, std::move(numbers)); }, py::arg("matrix"), py::arg("values"),
+      // without the interpreter, which a solve that holds the program may be waiting for
+      interruptible([&] { self.set_values(matrix, std::move(numbers)); }); }, py::arg("matrix"), py::arg("values"),
         "new values of a matrix, or path constants of a gated one");
   c.def("set_modulation", [](C& self, int modulation, const Array<T>& bias, const Optional& gate_slope, const Optional& gate_offset,
                              const Optional& shift_slope, const Optional& shift_offset, int, int) {
       std::vector<T> parts[] = {copy(bias), copy(gate_slope), copy(gate_offset), copy(shift_slope), copy(shift_offset)};
-      py::gil_scoped_release release;
-      self.set_modulation(modulation, std::move(parts[0]), std::move(parts[1]), std::move(parts[2]), std::move(parts[3]), std::move(parts[4])); },
+      interruptible([&] {
+        self.set_modulation(modulation, std::move(parts[0]), std::move(parts[1]), std::move(parts[2]), std::move(parts[3]), std::move(parts[4]));
+      }); },
     py::arg("modulation"), py::arg("bias"), py::arg("gate_slope") = py::none(), py::arg("gate_offset") = py::none(), py::arg("shift_slope") = py::none(),
-    py::arg("shift_offset") = py::none(), py::arg("external_gate") = -1, py::arg("external_shift") = -1, "as Builder.modulation; externals stay");
+    py::arg("shift_offset") = py::none(), py::arg("external_gate") = -1, py::arg("external_shift") = -1, "as Builder.modulation; externals stay")
+      .def("force_width", [](C& self, const py::object& index) {
+             const int number = static_cast<int>(whole(index, "index", INT_MIN, INT_MAX));
+             interruptible([&] { self.force_width(number); });
+           }, py::arg("index"), "use this width from now on; -1: choose it anew for every batch");
 }
 
 template <class T>
 void bind(py::module_& m, const char* builder, const char* compiled, const char* adjoint) {
   bind_builder<T>(m, builder)
-      .def("compile", [](const Builder<T>& b) { return std::make_unique<CompiledProgram<T>>(b.program(), kernel_table<T>()); })
-      .def("compile_adjoint", [](const Builder<T>& b) { return std::make_unique<CompiledAdjoint<T>>(b.program(), kernel_table<T>()); });
+      .def("compile", [](const Builder<T>& b) { return interruptible([&] { return std::make_unique<CompiledProgram<T>>(b.program(), kernel_table<T>()); }); })
+      .def("compile_adjoint", [](const Builder<T>& b) { return interruptible([&] { return std::make_unique<CompiledAdjoint<T>>(b.program(), kernel_table<T>()); }); });
 
   py::class_<CompiledAdjoint<T>> adjoint_class(m, adjoint, "A checked adjoint program: gradients of evaluations and solves.");
-  bind_numbers<T>(adjoint_class);
+  bind_common<T>(adjoint_class);
   adjoint_class
       .def("evaluate", &adjoint_evaluate<T>, py::arg("t"), py::arg("x"), py::arg("noise"), py::arg("batch"), py::arg("threads"), py::arg("grad_f"),
            py::arg("grad_trace"), py::arg("grad_x"))
       .def("solve", &adjoint_solve<T>, py::arg("noise"), py::arg("batch"), py::arg("times"), py::arg("sign"), py::arg("tableau"), py::arg("perturb"),
            py::arg("steps"), py::arg("states"), py::arg("derivatives"), py::arg("threads"), py::arg("grad_xs"), py::arg("grad_ls"), py::arg("grad_x"), py::arg("grad_l"))
-      .def("op_seconds", &CompiledAdjoint<T>::op_seconds, py::call_guard<py::gil_scoped_release>(), py::arg("batch"), "measured seconds per tile of every operation: body, keep, reverse")
-      .def("width", &CompiledAdjoint<T>::width, py::arg("batch"), "samples per tile")
-      .def("force_width", &CompiledAdjoint<T>::force_width, py::arg("index"));
+      .def("op_seconds", [](CompiledAdjoint<T>& self, const py::object& batch) {
+             const int samples = batch_of(batch);
+             return interruptible([&] { return self.op_seconds(samples); });
+           }, py::arg("batch"), "measured seconds per tile of every operation: body, keep, reverse")
+      .def("width", [](const CompiledAdjoint<T>& self, const py::object& batch) { return self.width(batch_of(batch)); }, py::arg("batch"), "samples per tile");
 
   py::class_<CompiledProgram<T>> program_class(m, compiled, "A checked program; evaluates and solves over batches in memory.");
-  bind_numbers<T>(program_class);
+  bind_common<T>(program_class);
   program_class
       .def("set_refresh", &set_refresh<T>, py::arg("function"),
            "function(times) -> for every time a sequence of arrays, one per external of the program")
       .def(
           "evaluate",
-          [](CompiledProgram<T>& self, double t, uintptr_t x, uintptr_t noise, int batch, int threads, uintptr_t f, uintptr_t trace) {
-            if (trace != 0 && self.program().noise >= 0 && noise == 0) throw std::invalid_argument("evaluate: this program needs noise");
-            py::gil_scoped_release release;
-            self.evaluate(t, address<T>(x), address<T>(noise), batch, threads, address<T>(f), address<T>(trace));
+          [](CompiledProgram<T>& self, double t, uintptr_t x, uintptr_t noise, const py::object& batch, const py::object& threads, uintptr_t f, uintptr_t trace) {
+            const int samples = batch_of(batch), workers = threads_of(threads);
+            const bool any = samples > 0;
+            if (any && trace != 0 && self.program().noise >= 0 && noise == 0) throw std::invalid_argument("evaluate: this program needs noise");
+            const T *from = address<T>(x, "x", any), *probe = address<T>(noise, "noise", false);
+            T *const to = address<T>(f, "f", any), *const to_trace = address<T>(trace, "trace", false);
+            interruptible([&] { self.evaluate(t, from, probe, samples, workers, to, to_trace); });
           },
           py::arg("t"), py::arg("x"), py::arg("noise"), py::arg("batch"), py::arg("threads"), py::arg("f"), py::arg("trace"))
       .def("solve", &solve<T>, py::arg("x"), py::arg("l"), py::arg("noise"), py::arg("batch"), py::arg("times"), py::arg("sign"),
@@ -227,22 +228,20 @@ void bind(py::module_& m, const char* builder, const char* compiled, const char*
              for (int i = 0; i < Kernels<T>::kWidths; ++i) out.push_back(self.width(i));
              return out;
            }, "the tile widths on offer, in samples")
-      .def("tile_seconds", [](CompiledProgram<T>& self) { py::gil_scoped_release release; return self.tile_seconds(); },
+      .def("tile_seconds", [](CompiledProgram<T>& self) { return interruptible([&] { return self.tile_seconds(); }); },
            "measured seconds of one evaluation of one tile, per width")
-      .def("workspace_bytes", [](CompiledProgram<T>& self, int index) {
-             if (index < 0 || index >= Kernels<T>::kWidths) throw std::invalid_argument("workspace_bytes: no such width");
-             py::gil_scoped_release release;  // a refresh callback may hold the program and wait for the interpreter
-             return self.workspace_bytes(index);
-           }, py::arg("width_index"))
-      .def("force_width", [](CompiledProgram<T>& self, int index) {
-             if (index < -1 || index >= Kernels<T>::kWidths) throw std::invalid_argument("force_width: no such width");
-             self.force_width(index);
-           }, py::arg("index"), "use this width from now on; -1: choose by the clock");
+      .def("workspace_bytes", [](CompiledProgram<T>& self, const py::object& index) {
+             const int number = static_cast<int>(whole(index, "width_index", INT_MIN, INT_MAX));
+             return interruptible([&] { return self.workspace_bytes(number); });
+           }, py::arg("width_index"));
 }
 
 template <class T>
 std::pair<Array<T>, Array<T>> activation_with(const Kernels<T>& table, int id, double a, double b, const Array<T>& z) {
-  if (id < 0 || id >= kActivations) throw std::invalid_argument("activation: unknown id");
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  if (id < 0 || id >= kActivations) throw std::invalid_argument("activation: unknown id " + std::to_string(id));
+  if (!(std::fabs(a) < kInfinity) || a == 0.0 || std::isnan(b)) throw std::invalid_argument("activation: a must be finite and not 0, and b a number");
+  if (z.size() > INT_MAX) throw std::invalid_argument("activation: z is too long");
   Array<T> h(z.size()), slope(z.size());
   table.activation(id, T(a), T(b), z.data(), static_cast<int>(z.size()), h.mutable_data(), slope.mutable_data(), nullptr);
   return {h, slope};
@@ -275,6 +274,7 @@ Matrix<float> random_matrix(int rows, int cols, double density, std::mt19937& ra
   m.cols = cols;
   m.row_ptr.push_back(0);
   for (int i = 0; i < rows; ++i) {
+    worked(16 * int64_t(cols));
     for (int j = 0; j < cols; ++j)
       if (uniform(random) < density) m.col.push_back(j), m.values.push_back(uniform(random) - 0.5f);
     m.row_ptr.push_back(static_cast<int32_t>(m.col.size()));
@@ -307,45 +307,74 @@ std::pair<double, double> bench_op(Program<float> program, const Op& op, bool re
   return {best_seconds, best_work};
 }
 
+struct BenchMatrix {
+  int rows, cols;
+  double density;
+  unsigned seed;
+  int repeats;
+
+  BenchMatrix(py::handle rows_, py::handle cols_, py::handle density_, py::handle seed_, py::handle repeats_)
+      : rows(int(whole(rows_, "rows", 1, kMost))), cols(int(whole(cols_, "cols", 1, kMost))), density(real(density_, "density", 0.0, 1.0)),
+        seed(unsigned(whole(seed_, "seed", 0, UINT_MAX))), repeats(int(whole(repeats_, "repeats", 1, kMost))) {
+    if (int64_t(rows) * cols > int64_t(kMost) * 256) throw std::invalid_argument("rows * cols must be at most " + std::to_string(int64_t(kMost) * 256));
+  }
+  Matrix<float> make() const {
+    std::mt19937 random(seed);
+    return random_matrix(rows, cols, density, random);
+  }
+
+  static constexpr int kMost = 1 << 20;
+};
+
 // A sparse matrix times activations.
-std::pair<double, double> bench_spmm(int rows, int cols, double density, unsigned seed, int repeats) {
-  std::mt19937 random(seed);
-  Program<float> p;
-  p.matrices.push_back(random_matrix(rows, cols, density, random));
-  p.buffers = {{cols, 1}, {rows, 1}};
-  Op op;
-  op.kind = OpKind::kProduct;
-  op.matrix = 0;
-  op.source = {0, 0};
-  op.target = {1, 0};
-  return bench_op(std::move(p), op, false, seed, repeats);
+std::pair<double, double> bench_spmm(const py::object& rows, const py::object& cols, const py::object& density, const py::object& seed, const py::object& repeats) {
+  const BenchMatrix of(rows, cols, density, seed, repeats);
+  return interruptible([&] {
+    Program<float> p;
+    p.matrices.push_back(of.make());
+    p.buffers = {{of.cols, 1}, {of.rows, 1}};
+    Op op;
+    op.kind = OpKind::kProduct;
+    op.matrix = 0;
+    op.source = {0, 0};
+    op.target = {1, 0};
+    return bench_op(std::move(p), op, false, of.seed, of.repeats);
+  });
 }
 
 // The gradient of a sparse matrix: an inner product over the samples at each of its entries; `carries`: of values and
 // tangents together.
-std::pair<double, double> bench_sddmm(int rows, int cols, double density, bool carries, unsigned seed, int repeats) {
-  std::mt19937 random(seed);
-  Program<float> p;
-  p.matrices.push_back(random_matrix(rows, cols, density, random));
-  p.buffers = {{cols, 2}, {rows, 2}};
-  p.sums.push_back({p.matrices[0].nnz(), false});
-  Op op;
-  op.kind = OpKind::kGradient;
-  op.matrix = 0;
-  op.source = {0, 0};
-  op.factor = {1, 0};
-  op.sum = 0;
-  op.carries = carries;
-  return bench_op(std::move(p), op, true, seed, repeats);
+std::pair<double, double> bench_sddmm(const py::object& rows, const py::object& cols, const py::object& density, bool carries, const py::object& seed, const py::object& repeats) {
+  const BenchMatrix of(rows, cols, density, seed, repeats);
+  return interruptible([&] {
+    Program<float> p;
+    p.matrices.push_back(of.make());
+    p.buffers = {{of.cols, 2}, {of.rows, 2}};
+    p.sums.push_back({p.matrices[0].nnz(), false});
+    Op op;
+    op.kind = OpKind::kGradient;
+    op.matrix = 0;
+    op.source = {0, 0};
+    op.factor = {1, 0};
+    op.sum = 0;
+    op.carries = carries;
+    return bench_op(std::move(p), op, true, of.seed, of.repeats);
+  });
 }
 
 // Activations with slope per second of one core, on arrays in the first-level cache.
-double activation_rate(int id, int repeats) {
+double activation_rate(const py::object& id, const py::object& repeats) {
+  const int which = int(whole(id, "id", 0, kActivations - 1)), times = int(whole(repeats, "repeats", 1, BenchMatrix::kMost));
   const int n = 1536;
   std::vector<float> z(n), h(n), slope(n);
   for (int i = 0; i < n; ++i) z[i] = -6.0f + 12.0f * float(i) / float(n);
-  const double seconds = seconds_of([&] { for (int i = 0; i < 200; ++i) kernels().f32->activation(id, 1.0f, 20.0f, z.data(), n, h.data(), slope.data(), nullptr); }, repeats);
-  return 200.0 * n / seconds;
+  return interruptible([&] {
+    const double seconds = seconds_of([&] {
+      for (int i = 0; i < 200; ++i) kernels().f32->activation(which, 1.0f, 20.0f, z.data(), n, h.data(), slope.data(), nullptr);
+      look();
+    }, times);
+    return 200.0 * n / seconds;
+  });
 }
 
 }  // namespace
@@ -370,13 +399,17 @@ PYBIND11_MODULE(_cpu, m) {
   bind<double>(m, "BuilderF64", "ProgramF64", "AdjointF64");
   bind_linear(m);
   bind_snapshot(m);
+  m.attr("MOST_ROWS") = kMostRows;
+  m.attr("MOST_ENTRIES") = kMostEntries;
   m.def("activation_f32", [](int id, double a, double b, const Array<float>& z, const std::string& isa) {
     return activation_with<float>(*find_set(isa).f32, id, a, b, z); },
     py::arg("id"), py::arg("a"), py::arg("b"), py::arg("z"), py::arg("isa") = "", "(value, slope) of an activation");
   m.def("activation_f64", [](int id, double a, double b, const Array<double>& z, const std::string& isa) {
     return activation_with<double>(*find_set(isa).f64, id, a, b, z); },
     py::arg("id"), py::arg("a"), py::arg("b"), py::arg("z"), py::arg("isa") = "", "(value, slope) of an activation");
-  m.def("fma_peak", &measure_fma_rate, py::arg("seconds") = 0.2, "measured float32 multiply-adds per second of one core");
+  m.def("fma_peak", [](const py::object& seconds) {
+    const double long_enough = real(seconds, "seconds", 1e-6, 3600.0);
+    return interruptible([&] { return measure_fma_rate(long_enough); }); }, py::arg("seconds") = 0.2, "measured float32 multiply-adds per second of one core");
   m.def("bench_spmm", &bench_spmm, py::arg("rows"), py::arg("cols"), py::arg("density"), py::arg("seed") = 0, py::arg("repeats") = 15,
         "(seconds, multiply-adds) of one sparse product, at the best tile width");
   m.def("bench_sddmm", &bench_sddmm, py::arg("rows"), py::arg("cols"), py::arg("density"), py::arg("carries") = true, py::arg("seed") = 0,

@@ -21,11 +21,6 @@ using namespace sparseflow::cuda;
 
 namespace {
 
-template <class T>
-T* address(uintptr_t p) {
-  return reinterpret_cast<T*>(p);
-}
-
 void check(int code, const char* what) {
   if (code == 0) return;
   std::string message = std::string(what) + " failed: " + say(code);
@@ -33,8 +28,12 @@ void check(int code, const char* what) {
   throw std::runtime_error(message);
 }
 
+int device_number(py::handle value) { return int(whole(value, "device", 0, INT_MAX)); }
+int blocks_of(py::handle value) { return int(whole(value, "blocks", 1, INT_MAX)); }
+
 Device device_of(const py::dict& d) {
-  return {d["multiprocessors"].cast<int>(), d["shared_per_block"].cast<int>(), d["shared_per_multiprocessor"].cast<int>(), d["threads_per_multiprocessor"].cast<int>()};
+  auto count = [&](const char* name) { return int(whole(d[name], name, 1, INT_MAX)); };
+  return {count("multiprocessors"), count("shared_per_block"), count("shared_per_multiprocessor"), count("threads_per_multiprocessor")};
 }
 
 template <class V>
@@ -61,21 +60,22 @@ DeviceProgram program_at(const Image<T>& image, uintptr_t at) {
 
 // Blocks that a multiprocessor takes at once, by the driver.
 template <class T>
-int occupancy(const Image<T>& image, const Plan& plan, int device) {
+int occupancy(const Image<T>& image, const Plan& plan, const py::object& device) {
   int blocks = 0;
   const bool adjoint = image.program.list[kReverse + 1] > image.program.list[kReverse];
-  check((adjoint ? adjoint_occupancy<T> : solve_occupancy<T>)(instance_of(plan), device, plan.block.threads, plan.block.shared_bytes, blocks), "asking for the kernel's occupancy");
+  check((adjoint ? adjoint_occupancy<T> : solve_occupancy<T>)(instance_of(plan), device_number(device), plan.block.threads, plan.block.shared_bytes, blocks), "asking for the kernel's occupancy");
   return blocks;
 }
 
 template <class T>
-void evaluate(const Image<T>& self, const Plan& plan, uintptr_t image, int device, int blocks, uintptr_t stream, uintptr_t global, int batch, uintptr_t x, uintptr_t noise,
-              double time_value, uintptr_t time, uintptr_t f, uintptr_t trace) {
+void evaluate(const Image<T>& self, const Plan& plan, uintptr_t image, const py::object& device, const py::object& blocks, uintptr_t stream, uintptr_t global,
+              const py::object& batch, uintptr_t x, uintptr_t noise, double time_value, uintptr_t time, uintptr_t f, uintptr_t trace) {
   SolveParams<T> p;
   p.program = program_at(self, image);
   p.plan = plan.block;
-  p.batch = batch;
+  p.batch = batch_of(batch);
   p.tiles = plan.tiles;
+  const Launch launch{device_number(device), blocks_of(blocks), address<void>(stream), false};
   p.x = address<T>(x), p.noise = address<T>(noise);
   p.global = address<char>(global);
   p.evaluate = true;
@@ -84,30 +84,31 @@ void evaluate(const Image<T>& self, const Plan& plan, uintptr_t image, int devic
   p.time_value = T(time_value);
   if (trace != 0 && p.program.noise.row >= 0 && noise == 0) throw std::invalid_argument("evaluate: this program needs noise");
   py::gil_scoped_release release;
-  check(launch_solve<T>(p, instance_of(plan), {device, blocks, address<void>(stream), false}), "the evaluation's launch");
+  check(launch_solve<T>(p, instance_of(plan), launch), "the evaluation's launch");
 }
 
 template <class T>
 void solve(const Image<T>& self, const Plan& plan, const py::dict& a) {
-  auto number = [&](const char* name) { return a[name].cast<int>(); };
+  auto number = [&](const char* name) { return int(whole(a[name], name, 0, INT_MAX)); };
   auto at = [&](const char* name) { return a[name].cast<uintptr_t>(); };
   SolveParams<T> p;
   p.program = program_at(self, at("image"));
   p.plan = plan.block;
-  p.batch = number("batch");
+  p.batch = batch_of(a["batch"]);
   p.tiles = plan.tiles;
   p.x = address<T>(at("x")), p.l = address<T>(at("l")), p.noise = address<T>(at("noise"));
   p.global = address<char>(at("global"));
   const bool shared = a["shared"].cast<bool>();
   p.control = shared ? Control::kShared : Control::kPerTile;
   p.tableau = a["tableau"].cast<const DeviceTableau&>();
-  const auto rtol = a["rtol"].cast<std::pair<double, double>>(), atol = a["atol"].cast<std::pair<double, double>>();
-  p.rtol[0] = rtol.first, p.rtol[1] = rtol.second;
-  p.atol[0] = atol.first, p.atol[1] = atol.second;
+  const auto rtol = a["rtol"].cast<std::pair<py::object, py::object>>(), atol = a["atol"].cast<std::pair<py::object, py::object>>();
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  p.rtol[0] = real(rtol.first, "rtol", 0.0, kInfinity), p.rtol[1] = real(rtol.second, "rtol", 0.0, kInfinity);
+  p.atol[0] = real(atol.first, "atol", 0.0, kInfinity), p.atol[1] = real(atol.second, "atol", 0.0, kInfinity);
   const StepOptions options = options_of(a["options"]);
   p.rule = options;
   p.first_step = options.first_step;
-  p.sign = number("sign"), p.perturb = a["perturb"].cast<bool>();
+  p.sign = sign_of(a["sign"]), p.perturb = a["perturb"].cast<bool>();
   p.n_times = number("n_times"), p.n_grid = number("n_grid"), p.n_step_t = int(options.step_t.size()), p.n_jump_t = int(options.jump_t.size());
   p.times = address<double>(at("times"));
   p.xs = address<T>(at("xs")), p.ls = address<T>(at("ls"));
@@ -128,21 +129,21 @@ void solve(const Image<T>& self, const Plan& plan, const py::dict& a) {
   if (p.program.noise.row >= 0 && p.noise == nullptr) throw std::invalid_argument("solve: this program needs noise");
   if (p.program.divergence && (p.l == nullptr || p.ls == nullptr)) throw std::invalid_argument("solve: a divergence needs l");
   if (p.n_times < 1) throw std::invalid_argument("solve: no output times");
-  const int blocks = number("blocks");
+  const int blocks = blocks_of(a["blocks"]);
   if (shared && p.tiles > blocks && p.tile_state == nullptr) throw std::invalid_argument("solve: several tiles to a block need memory for their states");
-  const Launch launch{number("device"), blocks, address<void>(at("stream")), shared && blocks > 1};
+  const Launch launch{device_number(a["device"]), blocks, address<void>(at("stream")), shared && blocks > 1};
   py::gil_scoped_release release;
   check(launch_solve<T>(p, instance_of(plan), launch), "the solve's launch");
 }
 
 template <class T>
 void backward(const Image<T>& self, const Plan& plan, const py::dict& a) {
-  auto number = [&](const char* name) { return a[name].cast<int>(); };
+  auto number = [&](const char* name) { return int(whole(a[name], name, 0, INT_MAX)); };
   auto at = [&](const char* name) { return a[name].cast<uintptr_t>(); };
   AdjointParams<T> p;
   p.program = program_at(self, at("image"));
   p.plan = plan.block;
-  p.batch = number("batch");
+  p.batch = batch_of(a["batch"]);
   p.tiles = plan.tiles;
   p.x = address<T>(at("x")), p.noise = address<T>(at("noise"));
   p.global = address<char>(at("global"));
@@ -157,14 +158,14 @@ void backward(const Image<T>& self, const Plan& plan, const py::dict& a) {
     p.time_value = T(a["time_value"].cast<double>());
   } else {
     p.tableau = a["tableau"].cast<const DeviceTableau&>();
-    p.sign = number("sign"), p.perturb = a["perturb"].cast<bool>();
+    p.sign = sign_of(a["sign"]), p.perturb = a["perturb"].cast<bool>();
     p.n_times = number("n_times"), p.n_steps = number("n_steps");
     p.times = address<double>(at("times")), p.steps = address<double>(at("steps"));
     p.states = address<T>(at("states")), p.derivatives = address<T>(at("derivatives"));
     p.grad_xs = address<T>(at("grad_xs")), p.grad_ls = address<T>(at("grad_ls"));
   }
   if (p.program.noise.row >= 0 && p.noise == nullptr) throw std::invalid_argument("backward: this program needs noise");
-  const Launch launch{number("device"), number("blocks"), address<void>(at("stream")), false};
+  const Launch launch{device_number(a["device"]), blocks_of(a["blocks"]), address<void>(at("stream")), false};
   py::gil_scoped_release release;
   check(launch_adjoint<T>(p, instance_of(plan), launch), "the backward pass's launch");
 }
@@ -172,7 +173,10 @@ void backward(const Image<T>& self, const Plan& plan, const py::dict& a) {
 template <class T>
 void bind(py::module_& m, const char* builder, const char* name) {
   bind_builder<T>(m, builder)
-      .def("image", [](const Builder<T>& b, bool cut, double dense_above) { return make_image(b.program(), cut ? kChunkBytes : kUncut, dense_above); },
+      .def("image", [](const Builder<T>& b, bool cut, const py::object& dense_above) {
+        const double density = real(dense_above, "dense_above", 0.0, std::numeric_limits<double>::infinity());
+        return interruptible([&] { return make_image(b.program(), cut ? kChunkBytes : kUncut, density); });
+      },
            py::arg("cut") = false, py::arg("dense_above") = 2.0,
            "the program laid out for a GPU; cut: its streams in pieces that can pass through shared memory; dense_above: the density from which a matrix "
            "is stored whole");
@@ -207,9 +211,9 @@ void bind(py::module_& m, const char* builder, const char* name) {
              out["shift.slope"] = range_of<T>(t.shift_slope), out["shift.offset"] = range_of<T>(t.shift_offset);
              return out;
            }, py::arg("modulation"), "(first, size) among a block's sums; first -1: none")
-      .def("plans", [](const I& i, const py::dict& device, int batch, int stages, bool per_tile, bool per_sample) {
+      .def("plans", [](const I& i, const py::dict& device, const py::object& batch, const py::object& stages, bool per_tile, bool per_sample) {
              const bool adjoint = i.program.list[kReverse + 1] > i.program.list[kReverse];
-             return plans(i, device_of(device), batch, stages, adjoint, per_tile, per_sample);
+             return plans(i, device_of(device), batch_of(batch), int(whole(stages, "stages", 1, kMaxStages)), adjoint, per_tile, per_sample);
            }, py::arg("device"), py::arg("batch"), py::arg("stages"), py::arg("per_tile") = false, py::arg("per_sample") = false,
            "the launch shapes that fit, the one expected to be the quickest first")
       .def("occupancy", &occupancy<T>, py::arg("plan"), py::arg("device"), "blocks a multiprocessor takes at once")

@@ -25,6 +25,7 @@ void load_cotangent(const T* source, int columns, int first, int count, int widt
     for (int s = 0; s < count; ++s) row[s] = source[size_t(first + s) * columns + c];
     std::fill(row + count, row + width, T(0));
   }
+  worked(int64_t(columns) * width);
 }
 
 }  // namespace
@@ -60,6 +61,14 @@ int CompiledAdjoint<T>::width_index(int batch) const {
 template <class T>
 int CompiledAdjoint<T>::width(int batch) const {
   return kernels_.lanes * kernels_.vectors[width_index(batch)];
+}
+
+template <class T>
+void CompiledAdjoint<T>::force_width(int index) {
+  if (index < -1 || index >= Kernels<T>::kWidths || (index >= 0 && kernels_.pull[0][0][index] == nullptr))
+    throw std::invalid_argument("force_width: no such width for gradients: index is " + std::to_string(index));
+  const Exclusive::Hold held(one_caller_);
+  forced_ = index;
 }
 
 // One backward pass over the tiles of a batch. Tiles are dealt out in chunks of neighbours; a chunk has its own place to
@@ -359,6 +368,7 @@ class Reversal {
       const size_t begin = part * kGathered, end = std::min(size, begin + kGathered);
       for (int chunk = 0; chunk < chunks_; ++chunk) {
         const T* const sums = base + chunk * per_chunk + op->sums;
+        worked(int64_t(end - begin));
         for (size_t k = begin; k < end; ++k)
           if (op->entry[k] >= 0) out[op->entry[k]] += double(sums[k]);
       }
@@ -455,7 +465,7 @@ class Reversal {
 template <class T>
 std::vector<std::vector<double>> CompiledAdjoint<T>::op_seconds(int batch) {
   using Clock = std::chrono::steady_clock;
-  std::lock_guard<ForkLock> lock(mutex_);
+  const Exclusive::Hold held(one_caller_);
   Packed<T>& p = packed(width_index(batch));
   std::vector<Stage<T>> stages;
   stages.emplace_back(program_, p, kernels_);
@@ -477,7 +487,7 @@ std::vector<std::vector<double>> CompiledAdjoint<T>::op_seconds(int batch) {
 
 template <class T>
 ProgramGradient<T> CompiledAdjoint<T>::evaluate(double t, const T* x, const T* noise, int batch, int threads, const T* grad_f, const T* grad_trace, T* grad_x) {
-  std::lock_guard<ForkLock> lock(mutex_);
+  const Exclusive::Hold held(one_caller_);
   Tableau one;
   one.adaptive = false;
   return Reversal<T>(*this, batch, noise, one, 1, threads).evaluate(t, x, grad_f, grad_trace, grad_x);
@@ -486,7 +496,7 @@ ProgramGradient<T> CompiledAdjoint<T>::evaluate(double t, const T* x, const T* n
 template <class T>
 ProgramGradient<T> CompiledAdjoint<T>::solve(const SolveRecord<T>& record, int threads, const T* grad_xs, const T* grad_ls, T* grad_x, T* grad_l) {
   if (record.tableau.stages() > 16) throw std::invalid_argument("solve: at most 16 stages");
-  std::lock_guard<ForkLock> lock(mutex_);
+  const Exclusive::Hold held(one_caller_);
   return Reversal<T>(*this, record.batch, record.noise, record.tableau, record.sign, threads).solve(record, grad_xs, grad_ls, grad_x, grad_l);
 }
 

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "../tableau.h"
-#include "fork.h"
 #include "pack.h"
 #include "thread_pool.h"
 
@@ -51,7 +50,7 @@ class CompiledAdjoint {
 
   const Program<T>& program() const { return program_; }
   void set_values(int matrix, std::vector<T> values) {
-    std::lock_guard<ForkLock> lock(mutex_);
+    const Exclusive::Hold held(one_caller_);
     sparseflow::set_values(program_, matrix, std::move(values));
     if (program_.matrices[matrix].dynamic()) return;
     for (auto& one : packed_)
@@ -59,14 +58,14 @@ class CompiledAdjoint {
   }
   void set_modulation(int modulation, std::vector<T> bias, std::vector<T> gate_slope, std::vector<T> gate_offset, std::vector<T> shift_slope,
                       std::vector<T> shift_offset) {
-    std::lock_guard<ForkLock> lock(mutex_);
+    const Exclusive::Hold held(one_caller_);
     sparseflow::set_modulation(program_, modulation, std::move(bias), std::move(gate_slope), std::move(gate_offset), std::move(shift_slope),
                                std::move(shift_offset));
   }
   // Measured seconds per tile of every operation of body, keep and reverse, at the width for this batch.
   std::vector<std::vector<double>> op_seconds(int batch);
   int width(int batch) const;  // of the tiles, in samples: it follows from the program and the batch, never from the clock
-  void force_width(int index) { forced_ = index; }
+  void force_width(int index);  // -1: as the batch asks for; throws std::invalid_argument for those without adjoint kernels
 
  private:
   template <class U>
@@ -86,7 +85,7 @@ class CompiledAdjoint {
   std::vector<Aligned<char>> workspaces_;
   int forced_ = -1;
   Cost pull_, traffic_, gather_;  // of an evaluation of one sample turned back, a number copied, a sum added up
-  ForkLock mutex_{[this] {
+  Exclusive one_caller_{[this] {
     for (auto& one : packed_) abandon(one);
     abandon(workspaces_);
   }};

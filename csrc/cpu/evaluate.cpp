@@ -23,7 +23,6 @@ CompiledProgram<T>::CompiledProgram(Program<T> program, const Kernels<T>& kernel
 
 template <class T>
 Packed<T>& CompiledProgram<T>::packed(int width_index) {
-  std::lock_guard<ForkLock> lock(mutex_);
   std::unique_ptr<Packed<T>>& slot = packed_[width_index];
   if (!slot) slot = pack(program_, kernels_, width_index);
   return *slot;
@@ -49,9 +48,9 @@ void CompiledProgram<T>::refresh(const std::vector<T>& times, std::vector<Stage<
 }
 
 template <class T>
-const std::vector<double>& CompiledProgram<T>::tile_seconds() {
-  std::lock_guard<ForkLock> lock(mutex_);
+const std::vector<double>& CompiledProgram<T>::seconds() {
   if (!seconds_.empty()) return seconds_;
+  std::vector<double> found;  // all or nothing: it may be interrupted
   using Clock = std::chrono::steady_clock;
   for (int w = 0; w < Kernels<T>::kWidths; ++w) {
     Packed<T>& p = packed(w);
@@ -66,16 +65,17 @@ const std::vector<double>& CompiledProgram<T>::tile_seconds() {
       best = std::min(best, took);
       spent += took;
     }
-    seconds_.push_back(best);
+    found.push_back(best);
     if (p.bytes() > kKeptBytes) packed_.erase(w);  // the chosen one is packed again: that costs less than all at once
   }
+  seconds_ = std::move(found);
   return seconds_;
 }
 
 template <class T>
 int CompiledProgram<T>::choose_width(int batch, int threads, int evaluations, double total) {
   if (forced_ >= 0) return forced_;
-  const std::vector<double>& seconds = tile_seconds();
+  const std::vector<double>& seconds = this->seconds();
   int best = 0;
   double least = std::numeric_limits<double>::infinity();
   for (int w = 0; w < Kernels<T>::kWidths; ++w) {
@@ -92,7 +92,7 @@ int CompiledProgram<T>::choose_width(int batch, int threads, int evaluations, do
 template <class T>
 void CompiledProgram<T>::evaluate(double t, const T* x, const T* noise, int batch, int threads, T* f, T* trace) {
   if (batch == 0) return;
-  std::lock_guard<ForkLock> lock(mutex_);
+  const Exclusive::Hold held(one_caller_);
   Packed<T>& p = packed(choose_width(batch, threads, 1, 0));
   const int width = p.width, dim = program_.dim, tiles = (batch + width - 1) / width;
   std::vector<Stage<T>> stages;

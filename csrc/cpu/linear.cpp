@@ -247,7 +247,7 @@ typename SparseLinear<T>::Packing& SparseLinear<T>::product(bool transposed, int
 template <class T>
 void SparseLinear<T>::multiply(bool transposed, const T* values, const T* x, int64_t batch, const T* bias, int threads, T* out) {
   if (batch == 0) return;
-  std::lock_guard<ForkLock> lock(mutex_);
+  const Exclusive::Hold held(one_caller_);
   threads = std::max(1, threads);
   if (nnz() > 0 && (values_.empty() || std::memcmp(values_.data(), values, nnz() * sizeof(T)) != 0)) {
     values_.assign(values, values + nnz());
@@ -277,6 +277,7 @@ void SparseLinear<T>::multiply(bool transposed, const T* values, const T* x, int
     args.source = ws + op.source;
     args.target = ws + op.target;
     op.kernel(args);
+    worked(op.work + int64_t(in + rows) * width);
     (bias ? store_rows<T, true> : store_rows<T, false>)(reinterpret_cast<const T*>(ws + op.target), rows, first, count, width, bias, out);
   });
 }
@@ -297,7 +298,7 @@ template <class T>
 void SparseLinear<T>::gradient(const T* left, const T* right, int64_t batch, int threads, T* sums) {
   std::fill_n(sums, nnz(), T(0));
   if (batch == 0 || nnz() == 0) return;
-  std::lock_guard<ForkLock> lock(mutex_);
+  const Exclusive::Hold held(one_caller_);
   threads = std::max(1, threads);
   const int kind = gradient_kind(batch), width = gradient_width(kind), tiles = static_cast<int>((batch + width - 1) / width);
   const int slabs = threads == 1 ? 1 : std::clamp(2 * threads, 1, std::max(1, matrix_.rows / 8));
@@ -321,7 +322,7 @@ void SparseLinear<T>::gradient(const T* left, const T* right, int64_t batch, int
     parallel_for(slabs, threads, Work{gradient_, work(width) * (end - begin) / slabs}, [&](int slab, int) {
       const PackedOp<T>& op = packed.reverse[slab];
       const int32_t dense_blocks = static_cast<int32_t>(op.dense.size() / gradient_block_offsets(kernels_.lanes));
-      for (int tile = 0; tile < end - begin; ++tile)
+      for (int tile = 0; tile < end - begin; ++tile, worked(op.work))
         op.gradient({ws + tile_bytes * tile, op.dense.data(), dense_blocks, op.runs.data(), op.right.data(),
                      static_cast<int32_t>(op.runs_of_batch.size()), op.runs_of_batch.data(), totals_.get() + op.sums});
     });
@@ -335,8 +336,8 @@ void SparseLinear<T>::gradient(const T* left, const T* right, int64_t batch, int
 
 template <class T>
 void SparseLinear<T>::force_width(int index) {
-  if (index < -1 || index >= Kernels<T>::kWidths) throw std::invalid_argument("force_width: no such width");
-  std::lock_guard<ForkLock> lock(mutex_);
+  if (index < -1 || index >= Kernels<T>::kWidths) throw std::invalid_argument("force_width: no such width: index is " + std::to_string(index));
+  const Exclusive::Hold held(one_caller_);
   forced_ = index;
 }
 

@@ -7,7 +7,6 @@
 #include <memory>
 #include <vector>
 
-#include "fork.h"
 #include "pack.h"
 #include "thread_pool.h"
 
@@ -31,6 +30,8 @@ class SparseLinear {
   // Products in tiles of this width from now on, an index into Kernels::vectors; -1: as the batch asks for.
   void force_width(int index);
 
+  int rows() const { return matrix_.rows; }
+  int cols() const { return matrix_.cols; }
   int nnz() const { return static_cast<int>(matrix_.col.size()); }
 
  private:
@@ -71,7 +72,7 @@ class SparseLinear {
   int64_t generation_ = 0;  // how many values there were before
   int forced_ = -1;
   Cost multiply_, gradient_, traffic_;  // of one entry and sample: a product, its gradient; of a number: loading or weaving it
-  ForkLock mutex_{[this] {
+  Exclusive one_caller_{[this] {
     abandon(products_), abandon(gradients_), abandon(workspaces_), abandon(totals_), abandon(values_);
     generation_ = 0;
   }};

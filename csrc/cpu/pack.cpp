@@ -6,10 +6,12 @@
 #include <numeric>
 #include <stdexcept>
 
-#include "fork.h"
+#include "../fork.h"
 
 namespace sparseflow {
 namespace {
+
+constexpr int64_t kWorkToPack = 64;  // an entry takes as long as so many multiply-adds
 
 // Columns per block: as many as let the activations a block reads live in a first-level cache, but no fewer than leave a
 // dozen entries per row and block, below which reloading the sums costs more than it saves. A block's sums start from
@@ -117,6 +119,7 @@ void pack_gradient(PackedOp<T>& out, const Op& op, const Program<T>& program, Pa
     const std::vector<int32_t> rows = block.in_groups_of(height);
     for (size_t first = 0; first < rows.size(); first += height) {
       const Union all(block, rows.data() + first, height);
+      worked(kWorkToPack * (all.entries + height));
       const size_t slots = (all.columns.size() + width - 1) / width * kernels.lanes;
       if (all.entries > kDenseGradientShare * double(slots)) {
         add_dense(block, rows.data() + first, all.columns);
@@ -152,6 +155,7 @@ Stream<T> sparse_stream(const BlockRows& block, int R, ptrdiff_t source_stride, 
   char* step = out.steps.get();
   for (size_t g = 0; g < out.counts.size(); ++g) {
     const int32_t* const rows = out.rows.data() + g * R;
+    worked(kWorkToPack * (out.counts[g] + 1) * R);
     int fallback = 0;  // an activation row this group reads anyway, for the padding of an empty row
     for (int r = 0; r < R; ++r)
       if (block.length(rows[r]) > 0) fallback = m.col[block.begin[rows[r]]];
@@ -183,6 +187,7 @@ Stream<T> dense_stream(const BlockRows& block, int R, ptrdiff_t source_stride, P
   double entries = 0;
   for (size_t first = 0; first < out.rows.size(); first += R) {
     const Union all(block, out.rows.data() + first, R);
+    worked(kWorkToPack * (all.entries + R));
     out.counts.push_back(static_cast<int32_t>(all.columns.size()));
     columns.insert(columns.end(), all.columns.begin(), all.columns.end());
     entries += all.entries;
@@ -194,6 +199,7 @@ Stream<T> dense_stream(const BlockRows& block, int R, ptrdiff_t source_stride, P
   const int32_t* column = columns.data();
   char* step = out.steps.get();
   for (size_t g = 0; g < out.counts.size(); ++g) {
+    worked(kWorkToPack * (out.counts[g] + 1) * R);
     for (int k = 0; k < out.counts[g]; ++k, ++column, step += bytes) {
       T* const weights = reinterpret_cast<T*>(step);
       *reinterpret_cast<uint32_t*>(weights + R) = static_cast<uint32_t>(*column * source_stride);
@@ -217,6 +223,8 @@ template <class T>
 PackedOp<T> pack_op(const Op& op, const Program<T>& program, Packed<T>& packed, const Kernels<T>& kernels, int& dynamic_ops) {
   PackedOp<T> out;
   out.op = &op;
+  const int lanes = packed.width * (op.tangent() ? 2 : 1);
+  out.work = (int64_t(program.matrices[op.matrix].nnz()) + 4 * int64_t(program.matrices[op.matrix].rows)) * lanes;
   if (op.kind == OpKind::kGradient) {
     pack_gradient(out, op, program, packed, kernels);
     return out;
@@ -396,6 +404,7 @@ Stage<T>::Stage(const Program<T>& program, const Packed<T>& packed, const Kernel
   packed.for_each_op([&](const PackedOp<T>& op) {
     if (op.dynamic < 0) return;
     for (size_t b = 0; b < op.streams.size(); ++b) {
+      worked(int64_t(op.streams[b].size()));
       streams_[op.dynamic].emplace_back(op.streams[b].size());
       std::copy_n(op.streams[b].get(), op.streams[b].size(), streams_[op.dynamic].back().get());
       PackedBlock<T> block = op.blocks[b];
@@ -458,7 +467,8 @@ void Stage<T>::refresh(std::vector<Stage<T>>& stages, const std::vector<T>& time
         for (int s = 0; s < lanes; ++s)
           for (int g = 0; g < gates; ++g) gate[size_t(g) * kLanes + s] = stages[first + s].scale_[m.gate_modulation][g];
         const size_t paths = m.path_entry.size();
-        for (size_t p = 0; p < paths;) {
+        for (size_t p = 0, looked = 0; p < paths;) {
+          if (p - looked > size_t(kWorkPerLook) / kLanes) look(), looked = p;
           const int32_t entry = m.path_entry[p];
           T sum[kLanes] = {};
           for (; p < paths && m.path_entry[p] == entry; ++p) {
@@ -476,8 +486,11 @@ void Stage<T>::refresh(std::vector<Stage<T>>& stages, const std::vector<T>& time
 
 template <class T>
 void Stage<T>::run(const std::vector<PackedOp<T>>& ops, char* workspace, T* lasting, T* each_stage, size_t first, size_t count) const {
+  int64_t work = 0;
   for (size_t i = first; i < ops.size() && i - first < count; ++i) {
+    if (work > kWorkPerLook) worked(std::exchange(work, 0));
     const PackedOp<T>& op = ops[i].repeats < 0 ? ops[i] : ops[ops[i].repeats];
+    work += op.work;
     if (op.gradient) {
       T* const sums = (program_->sums[op.op->sum].each_stage ? each_stage : lasting) + op.sums;
       const int32_t dense_blocks = static_cast<int32_t>(op.dense.size() / gradient_block_offsets(kernels_->lanes));
@@ -508,6 +521,7 @@ void Stage<T>::run(const std::vector<PackedOp<T>>& ops, char* workspace, T* last
     args.coefficient = op.op->coefficient_matrix < 0 ? nullptr : coefficients_[op.op->coefficient_matrix].data();
     op.kernel(args);
   }
+  worked(work);
 }
 
 template std::unique_ptr<Packed<float>> pack(const Program<float>&, const Kernels<float>&, int);

@@ -7,6 +7,7 @@
 #include <new>
 #include <vector>
 
+#include "../calls.h"
 #include "../validate.h"
 #include "kernels.h"
 
@@ -21,7 +22,11 @@ class Aligned {
     const size_t bytes = (n * sizeof(T) + 127) / 64 * 64;  // one line to spare: streams may be read one entry ahead
     data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
     if (!data_) throw std::bad_alloc();
-    __builtin_memset(static_cast<void*>(data_.get()), 0, bytes);
+    constexpr size_t kPiece = size_t(64) << 20;  // new memory is slow to write
+    for (size_t at = 0; at < bytes; at += kPiece) {
+      if (at > 0) look();
+      __builtin_memset(reinterpret_cast<char*>(data_.get()) + at, 0, bytes - at < kPiece ? bytes - at : kPiece);
+    }
   }
   T* get() const { return data_.get(); }
   T& operator[](size_t i) const { return data_.get()[i]; }
@@ -40,6 +45,7 @@ struct PackedOp {
   const Op* op = nullptr;
   int repeats = -1;  // index, in its list, of the operation that it says again; nothing below is filled then
   RowKernel<T> kernel = nullptr;
+  int64_t work = 0;  // multiply-adds for a tile, about
   RowArgs<T> args{};  // everything but what depends on the workspace or the stage
   ptrdiff_t source = 0, target = 0, seed = 0, weight = 0, factor = 0, factor2 = 0, addend = 0, kept = 0, slope_cotangent = 0, value = 0;  // workspace offsets, bytes; -1 absent
   std::vector<Aligned<char>> streams;  // one per block

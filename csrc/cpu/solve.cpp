@@ -47,8 +47,7 @@ class Integration {
     b_mid_.assign(tableau.b_mid.begin(), tableau.b_mid.end());
   }
 
-  SolveOutput<T> run(const std::function<void()>& interrupted) {
-    interrupted_ = &interrupted;
+  SolveOutput<T> run() {
     load();
     if (in_.tableau.adaptive) run_adaptive();
     else run_fixed();
@@ -202,6 +201,7 @@ class Integration {
     std::vector<T> slope(tile_size());
     for (int tile = 0; tile < tiles_; ++tile) {
       const size_t at = tile * tile_size();
+      worked(8 * int64_t(tile_size()));
       const T *a = y1_.get() + at, *b = y0_.get() + at, *mid = mid_.get() + at, *fa = f1_.get() + at, *fb = f0_.get() + at;
       for (size_t j = 0; j < tile_size(); ++j) slope[j] = (in_b * (b[j] - a[j]) + in_mid * (mid[j] - a[j])) / dt + in_fa * fa[j] + in_fb * fb[j];
       const int first = tile * width_;
@@ -323,6 +323,7 @@ class Integration {
   bool state_is_finite() {
     std::atomic<bool> finite{true};
     parallel_for(tiles_, threads_, traffic(2), [&](int tile, int) {
+      worked(8 * int64_t(tile_size()));
       for (int s = 0; s < count(tile); ++s) {
         auto badness = [&](const Aligned<T>& part) {
           const T* rows = part.get() + tile * tile_size() + s;
@@ -361,7 +362,6 @@ class Integration {
         const Proposal proposal = control.propose();
         if (proposal == Proposal::kTooManySteps) return stop("max_num_steps", control.t1, control.dt);
         if (proposal == Proposal::kUnderflow) return stop("underflow", control.t1, control.dt);
-        if ((control.taken & 15) == 0) (*interrupted_)();
         if (!state_checked && !state_is_finite()) return stop("non_finite", control.t1, control.dt);
         state_checked = true;
 
@@ -402,7 +402,6 @@ class Integration {
     record_state();
     size_t index = 1;
     for (size_t i = 0; i + 1 < in_.grid.size(); ++i) {
-      if ((i & 15) == 15) (*interrupted_)();
       const double t0 = in_.grid[i], t1 = in_.grid[i + 1];
       const T start = T(t0), end = T(t1), step = T(t1 - t0);
       std::vector<T> times{in_.perturb ? after(start) : start};
@@ -467,14 +466,13 @@ class Integration {
   int kept_ = 0;  // derivatives per step that are recorded
   size_t written_ = 0;
   SolveOutput<T> out_;
-  const std::function<void()>* interrupted_ = nullptr;
 };
 
 template <class T>
-SolveOutput<T> CompiledProgram<T>::solve(const SolveInput<T>& input, T* xs, T* ls, const std::function<void()>& interrupted) {
+SolveOutput<T> CompiledProgram<T>::solve(const SolveInput<T>& input, T* xs, T* ls) {
   SolveOutput<T> total;
   if (input.batch == 0) return total;
-  std::lock_guard<ForkLock> lock(mutex_);
+  const Exclusive::Hold held(one_caller_);
   if (input.tableau.stages() > 16) throw std::invalid_argument("solve: at most 16 stages");
   if (input.per_tile && input.record) throw std::invalid_argument("solve: tiles that step on their own record no common steps");
   const auto begin = std::chrono::steady_clock::now();
@@ -485,15 +483,14 @@ SolveOutput<T> CompiledProgram<T>::solve(const SolveInput<T>& input, T* xs, T* l
   provide_workspaces(threads);
   if (!input.per_tile) {
     expect_work(expected, threads);
-    total = Integration<T>(*this, p, input, 0, tiles, threads, 0, xs, ls).run(interrupted);
+    total = Integration<T>(*this, p, input, 0, tiles, threads, 0, xs, ls).run();
     solve_.learn(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() / input.batch);
     return total;
   }
 
   std::vector<SolveOutput<T>> outs(tiles);
-  const std::function<void()> nothing = [] {};
   parallel_for(tiles, threads, Work{solve_, double(p.width)}, [&](int tile, int worker) {
-    outs[tile] = Integration<T>(*this, p, input, tile, 1, 1, worker, xs, ls).run(nothing);
+    outs[tile] = Integration<T>(*this, p, input, tile, 1, 1, worker, xs, ls).run();
   });
   for (const SolveOutput<T>& out : outs) {
     total.nfe += out.nfe;
@@ -506,7 +503,7 @@ SolveOutput<T> CompiledProgram<T>::solve(const SolveInput<T>& input, T* xs, T* l
   return total;
 }
 
-template SolveOutput<float> CompiledProgram<float>::solve(const SolveInput<float>&, float*, float*, const std::function<void()>&);
-template SolveOutput<double> CompiledProgram<double>::solve(const SolveInput<double>&, double*, double*, const std::function<void()>&);
+template SolveOutput<float> CompiledProgram<float>::solve(const SolveInput<float>&, float*, float*);
+template SolveOutput<double> CompiledProgram<double>::solve(const SolveInput<double>&, double*, double*);
 
 }  // namespace sparseflow

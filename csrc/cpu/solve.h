@@ -10,7 +10,6 @@
 
 #include "../step_control.h"
 #include "../tableau.h"
-#include "fork.h"
 #include "pack.h"
 #include "thread_pool.h"
 
@@ -76,39 +75,57 @@ class CompiledProgram {
   const Program<T>& program() const { return program_; }
   // New numbers for the same program (pack.h), no solve running.
   void set_values(int matrix, std::vector<T> values) {
-    std::lock_guard<ForkLock> lock(mutex_);
+    const Exclusive::Hold held(one_caller_);
     sparseflow::set_values(program_, matrix, std::move(values));
     if (program_.matrices[matrix].dynamic()) return;
-    for (auto& entry : packed_) reweave(program_, *entry.second, matrix);
+    for (auto& entry : packed_)
+      if (entry.second) reweave(program_, *entry.second, matrix);
   }
   void set_modulation(int modulation, std::vector<T> bias, std::vector<T> gate_slope, std::vector<T> gate_offset, std::vector<T> shift_slope,
                       std::vector<T> shift_offset) {
-    std::lock_guard<ForkLock> lock(mutex_);
+    const Exclusive::Hold held(one_caller_);
     sparseflow::set_modulation(program_, modulation, std::move(bias), std::move(gate_slope), std::move(gate_offset), std::move(shift_slope),
                                std::move(shift_offset));
   }
-  void set_refresh(RefreshCallback<T> refresh) { refresh_ = std::move(refresh); }
+  void set_refresh(RefreshCallback<T> refresh) {
+    const Exclusive::Hold held(one_caller_);
+    refresh_ = std::move(refresh);
+  }
 
   // f [batch, dim] and, if asked for, the trace [batch] at one time; noise may be null where the trace is not asked for
   void evaluate(double t, const T* x, const T* noise, int batch, int threads, T* f, T* trace);
 
-  // xs [times, batch, dim], ls [times, batch]; `interrupted` is asked now and then and may throw
-  SolveOutput<T> solve(const SolveInput<T>& input, T* xs, T* ls, const std::function<void()>& interrupted);
+  // xs [times, batch, dim], ls [times, batch]
+  SolveOutput<T> solve(const SolveInput<T>& input, T* xs, T* ls);
 
-  // Seconds per evaluation of one tile, for every width; and the width this batch would use. Results do not depend on
-  // the width, so the choice is free to be made by the clock.
-  const std::vector<double>& tile_seconds();
-  // `evaluations` of a tile are one piece of a loop; `total`: seconds that the whole call takes, 0: not known.
-  int choose_width(int batch, int threads, int evaluations, double total);
+  // Seconds per evaluation of one tile, for every width.
+  std::vector<double> tile_seconds() {
+    const Exclusive::Hold held(one_caller_);
+    return seconds();
+  }
   int width(int index) const { return kernels_.lanes * kernels_.vectors[index]; }
-  void force_width(int index) { forced_ = index; }
-  Packed<T>& packed(int width_index);
-  size_t workspace_bytes(int width_index) { return packed(width_index).workspace_bytes; }
+  void force_width(int index) {  // -1: by the clock
+    if (index < -1 || index >= Kernels<T>::kWidths) throw std::invalid_argument("force_width: no such width: index is " + std::to_string(index));
+    const Exclusive::Hold held(one_caller_);
+    forced_ = index;
+  }
+  size_t workspace_bytes(int width_index) {
+    if (width_index < 0 || width_index >= Kernels<T>::kWidths)
+      throw std::invalid_argument("workspace_bytes: no such width: width_index is " + std::to_string(width_index));
+    const Exclusive::Hold held(one_caller_);
+    return packed(width_index).workspace_bytes;
+  }
 
  private:
   template <class U>
   friend class Integration;
 
+  // Who calls these holds the program.
+  const std::vector<double>& seconds();
+  // Results do not depend on the width, so the choice is free to be made by the clock. `evaluations` of a tile are one piece
+  // of a loop; `total`: seconds that the whole call takes, 0: not known.
+  int choose_width(int batch, int threads, int evaluations, double total);
+  Packed<T>& packed(int width_index);
   void refresh(const std::vector<T>& times, std::vector<Stage<T>>& stages);
 
   // Workspaces outlive a call, one per worker: new memory costs page faults, and in a small solve they show.
@@ -129,7 +146,7 @@ class CompiledProgram {
   std::vector<double> seconds_;
   int forced_ = -1;
   Cost evaluation_, traffic_, solve_;  // of one sample: an evaluation, a number loaded or stored, a whole solve
-  ForkLock mutex_{[this] { abandon(packed_), abandon(workspaces_), abandon(seconds_); }};
+  Exclusive one_caller_{[this] { abandon(packed_), abandon(workspaces_), abandon(seconds_); }};
 };
 
 }  // namespace sparseflow

@@ -13,12 +13,16 @@
 #include <thread>
 #include <utility>
 
+#include "../calls.h"
+#include "../fork.h"
 #include "cores.h"
-#include "fork.h"
+
+#include "../calls.h"
 
 namespace sparseflow {
 namespace {
 
+constexpr int64_t kWorkOfBody = 1 << 10;  // what every piece counts for, whatever it does
 constexpr int kMostHelpers = 1023;
 constexpr double kGrain = 4e-6;           // of work for every thread: sharing it out costs a tenth of that
 constexpr double kWorthWaking = 250e-6;   // of work to come: a helper takes up to 50 us to wake, and the call of it up to 20
@@ -127,7 +131,7 @@ class Pool {
     const double each = forced ? 0 : work.cost.seconds() * work.units;
     const int limit = gather(each * left, std::min(threads, left), begin);
     if (limit == 0) {
-      for (int i = first; i < count; ++i) body(context, i, 0);
+      for (int i = first; i < count; ++i, worked(kWorkOfBody)) body(context, i, 0);
       last_end_ = Clock::now();
       if (first == 0) work.cost.learn(seconds_between(begin, last_end_) / (count * work.units));
       return;
@@ -139,6 +143,8 @@ class Pool {
     each_.store(each, std::memory_order_relaxed);
     largest_claim_.store(each > 0 ? std::max(1, int(std::min(1e9, kLongestClaim / each))) : 1, std::memory_order_relaxed);
     failed_.store(false, std::memory_order_relaxed);
+    interruption_.store(this_call().interruption, std::memory_order_relaxed);
+    held_.store(this_call().held, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
     claims_.store(++loops_ << 32 | uint32_t(left), std::memory_order_release);
 
@@ -273,15 +279,17 @@ class Pool {
       const void* const context = context_.load(std::memory_order_relaxed);
       const int begin = count_.load(std::memory_order_relaxed) - left;
       const double each = each_.load(std::memory_order_relaxed);
+      const Call call{interruption_.load(std::memory_order_relaxed), held_.load(std::memory_order_relaxed)};
       const int claim = std::clamp(left / (4 * (limit + 1)), 1, largest_claim_.load(std::memory_order_relaxed));
       if (!claims_.compare_exchange_weak(claims, claims - claim, std::memory_order_acq_rel, std::memory_order_relaxed)) continue;
       const Time from = helper ? Clock::now() : Time();
-      for (int i = begin; i < begin + claim && !failed_.load(std::memory_order_relaxed); ++i) {
-        try {
-          body(context, i, number);
-        } catch (...) {
-          fail();
-        }
+      {
+        const Helping helping(call);  // with these pieces only: then the call may be over
+        for (int i = begin; i < begin + claim && !failed_.load(std::memory_order_relaxed); ++i)
+          or_fail([&] {
+            body(context, i, number);
+            worked(kWorkOfBody);
+          });
       }
       served += claim;
       if (helper == nullptr) continue;
@@ -294,17 +302,31 @@ class Pool {
     return served;
   }
 
-  void fail() {
-    std::lock_guard<std::mutex> lock(error_mutex_);
-    if (!error_) error_ = std::current_exception();
-    failed_.store(true, std::memory_order_relaxed);
+  // Pieces that nobody has begun are left out when one has failed.
+  template <class Piece>
+  void or_fail(Piece piece) {
+    try {
+      piece();
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(error_mutex_);
+      if (!error_) error_ = std::current_exception();
+      failed_.store(true, std::memory_order_relaxed);
+    }
   }
 
   // For pieces that helpers have claimed. One may share this thread's core: it gets a turn.
-  void wait(int pieces) const {
-    for (int i = 0; done_.load(std::memory_order_acquire) != pieces; ++i)
-      if (i < 200) pause();
-      else sched_yield();
+  void wait(int pieces) {
+    Time looked = Clock::now();
+    for (int i = 0; done_.load(std::memory_order_acquire) != pieces; ++i) {
+      if (i < 200) {
+        pause();
+        continue;
+      }
+      sched_yield();
+      if (Clock::now() - looked < kAskEvery) continue;
+      looked = Clock::now();
+      or_fail([] { look(); });
+    }
   }
 
   static thread_local bool inside_;
@@ -318,6 +340,8 @@ class Pool {
   std::atomic<int> count_{0}, limit_{0}, largest_claim_{1};
   std::atomic<double> each_{0};
   std::atomic<bool> failed_{false};
+  std::atomic<Interruption*> interruption_{nullptr};  // of the owner's call
+  std::atomic<const Exclusive::Hold*> held_{nullptr};
   alignas(64) std::atomic<bool> helped_{true};
   std::atomic<int> last_called_{0};
   std::atomic<Helper*> helpers_[kMostHelpers + 1] = {};
@@ -367,7 +391,7 @@ void parallel_for(int count, int threads, const Work& each, LoopBody body, const
       return shared.run(count, threads, each, body, context);
     }
   }
-  for (int i = 0; i < count; ++i) body(context, i, 0);
+  for (int i = 0; i < count; ++i, worked(kWorkOfBody)) body(context, i, 0);
 }
 
 int threads_at_hand(double seconds, double total, int threads) {

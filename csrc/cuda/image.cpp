@@ -7,6 +7,8 @@
 #include <tuple>
 #include <utility>
 
+#include "../calls.h"
+
 namespace sparseflow::cuda {
 namespace {
 
@@ -96,7 +98,7 @@ class Writer {
     const std::vector<Op>* lists[] = {&p_.prologue, &p_.body, &p_.keep, &p_.reverse};
     for (int l = 0; l < kLists; ++l) {
       d.list[l] = static_cast<int32_t>(ops_.size());
-      for (const Op& op : *lists[l]) ops_.push_back(describe(op));
+      for (const Op& op : *lists[l]) look(), ops_.push_back(describe(op));
       round_and_round(d.list[l], static_cast<int>(ops_.size()));
     }
     d.list[kLists] = d.n_ops = static_cast<int32_t>(ops_.size());
@@ -124,6 +126,10 @@ class Writer {
     if (bytes > 0) std::memcpy(out_.bytes.data() + at, data, bytes);
     return static_cast<int32_t>(at);
   }
+  static int32_t counted(int64_t n, const char* what) {
+    if (n >= int64_t(0x7fffffff)) fail(std::string("the field is too large: more ") + what + " than 32 bits count");
+    return static_cast<int32_t>(n);
+  }
   template <class U>
   int32_t append(const std::vector<U>& values) {
     return append(values.data(), values.size() * sizeof(U));
@@ -142,7 +148,7 @@ class Writer {
     for (const auto& sum : p_.sums) {
       int32_t& at = sum.each_stage ? d.stage_sums : d.lasting_sums;
       sums_.push_back(at);
-      at += sum.size;
+      at = counted(int64_t(at) + sum.size, "gradients");
     }
     int64_t total = 0;
     auto next = [&](int64_t n) {
@@ -171,7 +177,8 @@ class Writer {
       }
       next(1);
     }
-    d.totals = static_cast<int32_t>(total);
+    d.totals = counted(total, "gradients");
+    counted(int64_t(d.lasting_sums) + total, "gradients");
   }
 
   // ---- what time changes
@@ -184,7 +191,7 @@ class Writer {
       DeviceModulation to{};
       to.first = d.modulation_rows;
       to.n = m.n;
-      d.modulation_rows += m.n;
+      d.modulation_rows = counted(int64_t(d.modulation_rows) + m.n, "rows of modulations");
       first_row_.push_back(to.first);
       auto put = [&](const std::vector<T>& values) { return values.empty() ? -1 : append(values); };
       to.bias = append(m.bias);
@@ -216,7 +223,7 @@ class Writer {
       const int paths = static_cast<int>(m.path_entry.size()), gates = p_.modulations[m.gate_modulation].n;
       to.entries = m.nnz();
       to.values = dynamic_values_[i] = d.dynamic_values;
-      d.dynamic_values += m.nnz();
+      d.dynamic_values = counted(int64_t(d.dynamic_values) + m.nnz(), "values that depend on time");
       auto pointers = [](const std::vector<int32_t>& of, int n) {
         std::vector<int32_t> ptr(size_t(n) + 1, 0);
         for (int32_t v : of) ++ptr[v + 1];
@@ -425,6 +432,7 @@ class Writer {
         const int row = order[r];
         heads[r - begin] = {uint32_t(row) | uint32_t(quads(row)) << 16, at};
         const std::vector<int> order_in_row = spread_over_banks(m, row);
+        worked(64 * int64_t(order_in_row.size() + 1));
         for (int k = 0; k < quads(row) * kQuad; ++k) {
           // filled up with columns of the row's own: their activations are what the sum depends on anyway
           const bool real = order_in_row[k] >= 0;

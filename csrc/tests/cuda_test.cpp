@@ -18,14 +18,12 @@
 #include "cuda/launch.h"
 #include "cuda/plan.h"
 #include "cuda/tableau.h"
-#include "random_program.h"
+#include "mutate.h"
 
 using namespace sparseflow;
 using namespace sparseflow::testing;
 
 namespace {
-
-const std::function<void()> kNothing = [] {};
 
 // Memory of a device: exactly as large as promised, so that the sanitizer sees any step beyond; full of NaNs at first.
 template <class T>
@@ -356,7 +354,7 @@ void test_program(Random& random, const Program<double>& meaning, const std::str
   const States states(random, std::min(sizes[pick(random, 0, 3)], 70), dim);
   const int stages = problem.tableau.stages();
   std::vector<double> xs(problem.times.size() * states.x.size()), ls(problem.times.size() * states.batch);
-  const SolveOutput<double> wanted = reference.solve(input_of<double>(problem, states), xs.data(), ls.data(), kNothing);
+  const SolveOutput<double> wanted = reference.solve(input_of<double>(problem, states), xs.data(), ls.data());
   const cuda::Plan plan = plan_of(on.image, way, states.batch, stages, false, false);
   const std::string what = full + " " + name_of(plan) + " solve of " + std::to_string(states.batch);
   for (int blocks : {std::min(plan.tiles, 3), 1}) {
@@ -390,7 +388,7 @@ void test_program(Random& random, const Program<double>& meaning, const std::str
     const int first = which * tile, n = std::min(tile, states.batch - first), outputs = static_cast<int>(problem.times.size());
     const States part = states.rows(first, n, dim);
     std::vector<double> part_xs(outputs * part.x.size()), part_ls(outputs * n);
-    const SolveOutput<double> alone = reference.solve(input_of<double>(problem, part), part_xs.data(), part_ls.data(), kNothing);
+    const SolveOutput<double> alone = reference.solve(input_of<double>(problem, part), part_xs.data(), part_ls.data());
     const cuda::SolveStats& s = found.stats[which];
     check((s.status == 0) == (alone.status == "ok") && s.nfe == double(alone.nfe), what + ": counts of a tile alone");
     if (alone.status != "ok") continue;
@@ -469,7 +467,7 @@ void test_adjoint(Random& random, const Program<double>& meaning, const std::str
     in.record = true;
     const size_t outputs = problem.times.size();
     std::vector<double> xs(outputs * states.x.size());
-    const SolveOutput<double> out = field.solve(in, xs.data(), nullptr, kNothing);
+    const SolveOutput<double> out = field.solve(in, xs.data(), nullptr);
     if (out.status != "ok") continue;
     const std::vector<double> grad_xs = random_states<double>(random, static_cast<int>(xs.size())), grad_ls = random_states<double>(random, static_cast<int>(outputs) * states.batch);
     SolveRecord<double> record;

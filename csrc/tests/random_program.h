@@ -404,34 +404,4 @@ inline Program<double> adjoint_program(Random& random, bool tangent) {
   return p;
 }
 
-// One number of a good program spoiled. What validate lets through must still run.
-template <class T>
-Program<T> spoiled(Random& random, const Program<double>& good) {
-  Program<T> p = convert<T>(good);
-  std::vector<int*> fields{&p.dim, &p.input, &p.output, &p.noise, &p.ones, &p.externals};
-  auto operand = [&](Operand& o) { fields.push_back(&o.buffer), fields.push_back(&o.slot); };
-  auto list = [&](std::vector<int32_t>& v) {
-    if (!v.empty()) fields.push_back(&v[pick(random, 0, static_cast<int>(v.size()) - 1)]);
-  };
-  for (auto& b : p.buffers) fields.insert(fields.end(), {&b.rows, &b.slots});
-  for (auto& m : p.modulations) fields.insert(fields.end(), {&m.n, &m.external_gate, &m.external_shift, &m.shift_sum, &m.gate_sum});
-  for (auto& sum : p.sums) fields.push_back(&sum.size);
-  fields.insert(fields.end(), {&p.cotangent, &p.trace_cotangent, &p.state_cotangent});
-  for (auto& m : p.matrices) {
-    fields.insert(fields.end(), {&m.rows, &m.cols, &m.gate_modulation, &m.external, &m.sum});
-    list(m.row_ptr), list(m.col), list(m.path_entry), list(m.path_gate);
-  }
-  for (auto* ops : {&p.prologue, &p.body, &p.keep, &p.reverse})
-    for (Op& op : *ops) {
-      fields.insert(fields.end(), {&op.matrix, &op.modulation, &op.store, &op.coefficient_matrix, &op.sum, &op.slope_from});
-      for (Operand* o : {&op.source, &op.target, &op.seed, &op.weight, &op.factor, &op.factor2, &op.addend, &op.kept, &op.slope_cotangent, &op.value})
-        operand(*o);
-      list(op.factor_row), list(op.factor2_row);
-    }
-  int* field = fields[pick(random, 0, static_cast<int>(fields.size()) - 1)];
-  const int values[] = {-2, -1, 0, 1, 2, 3, 5, 7, 30, 31, 1 << 20, 1 << 30, INT_MAX, INT_MIN, *field + 1, *field - 1};
-  *field = values[pick(random, 0, 13 + (*field < INT_MAX ? 1 : 0) + (*field > INT_MIN ? 1 : 0))];
-  return p;
-}
-
 }  // namespace sparseflow::testing

@@ -20,8 +20,6 @@ using namespace sparseflow::testing;
 
 namespace {
 
-const std::function<void()> kNothing = [] {};
-
 struct Forced {
   Forced() { force_threads(true); }
   ~Forced() { force_threads(false); }
@@ -156,7 +154,7 @@ struct Field {
     in.threads = threads;
     Result result;
     result.xs.resize(2 * batch * dim), result.grad_x.resize(batch * dim);
-    const SolveOutput<float> out = field->solve(in, result.xs.data(), nullptr, kNothing);
+    const SolveOutput<float> out = field->solve(in, result.xs.data(), nullptr);
     if (out.status != "ok") throw std::runtime_error("a solve ended with " + out.status);
     SolveRecord<float> record;
     record.batch = batch, record.tableau = in.tableau, record.noise = x.data(), record.times = in.times;

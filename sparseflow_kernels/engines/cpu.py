@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..divergence import DivergencePlan
-from ..field import VectorField
+from ..field import UnsupportedFieldError, VectorField
 from ..threads import get_num_threads
 from .adjoint import write_adjoint
 from .base import Gradient, SolveRequest, SolveResult
@@ -17,6 +17,9 @@ from .program import write_program
 
 STAGE_BYTES = 4 << 20  # the stages of a step are kept for its gradient if they take no more; larger ones are computed again
 
+# Rows of a gradient's program for one of a layer, at most but for what the exact divergence stacks.
+_ADJOINT_SLOTS = 12
+
 _BUILDERS = {torch.float32: "BuilderF32", torch.float64: "BuilderF64"}
 
 
@@ -24,6 +27,29 @@ def _native():
     from .. import _cpu  # late: a checkout without the extension can still import the package
 
     return _cpu
+
+
+def _rows(field: VectorField, slots: int = 1) -> int:
+    """Rows that a tile's activations take at least, as csrc/validate.cpp counts them. slots: of a hidden layer's buffer."""
+    widths = [layer.out_features for layer in field.layers]
+    return field.dim + 1 + sum((width + 1) * slots for width in widths[:-1]) + widths[-1] + 1
+
+
+def _too_large(field: VectorField, slots: int = 1, what: str = "its layers") -> str | None:
+    """Why kernels with 32-bit offsets cannot run the field; None if they can."""
+    native = _native()
+    if (rows := _rows(field, slots)) > native.MOST_ROWS:
+        return (
+            f"{what} take {rows} rows of activations, more than the {native.MOST_ROWS} that 32-bit offsets reach: "
+            "prune neurons, or use engine='reference'"
+        )
+    for layer in field.layers:
+        if layer.pattern.nnz > native.MOST_ENTRIES:
+            return (
+                f"layer {layer.name!r} has {layer.pattern.nnz} weights, more than the {native.MOST_ENTRIES} that 32-bit "
+                "offsets reach: prune it, or use engine='reference'"
+            )
+    return None
 
 
 class CpuEngine(NativeEngine):
@@ -41,10 +67,12 @@ class CpuEngine(NativeEngine):
             return f"the field is on {field.device}, the cpu engine needs it on the CPU: call .to('cpu')"
         if field.dtype not in _BUILDERS:
             return f"the cpu engine computes in float32 and float64, not {field.dtype}: call .float() or .double()"
-        return None
+        return _too_large(field)
 
     def __init__(self, field: VectorField, plan: DivergencePlan | None = None) -> None:
         super().__init__(field, plan)
+        if plan is not None and (reason := _too_large(field, 2, "its layers with their derivatives")) is not None:
+            raise UnsupportedFieldError(f"engine 'cpu': the divergence of this field: {reason}")
         self._adjoint: tuple | None = None  # made when a gradient is first asked for
         builder = getattr(_native(), _BUILDERS[field.dtype])()
         self._writer = write_program(builder, field, plan)
@@ -114,6 +142,15 @@ class CpuEngine(NativeEngine):
         return result
 
     # ---- gradients
+
+    def no_gradient(self, wanted: Collection[str], request: SolveRequest | None = None) -> str | None:
+        reason = super().no_gradient(wanted, request)
+        if reason is None and _rows(self._field, _ADJOINT_SLOTS) > _native().MOST_ROWS:  # then it is worth to write it
+            try:
+                self._adjoint_program()
+            except ValueError as error:
+                return f"the program of the gradient cannot be run ({error})"
+        return reason
 
     def _adjoint_program(self):
         if self._adjoint is None:

@@ -28,6 +28,7 @@ FIRST_CAPACITY = 24  # steps that a solve can record at first; a longer one is r
 RECORD_BYTES = 256 << 20  # but no more than fit in here, at first
 STEP_CAPACITY = 4096  # steps whose times and sizes are kept for the statistics
 READ_AT_ONCE = 64  # of them, those that come along with the counts
+IMAGE_BYTES = 2**31 - 16  # of a program
 SUMS_BYTES = 1 << 30  # memory for the gradients that blocks add up, each in a place of its own
 # Rows of a nearly dense layer share activations (csrc/cuda/block.cuh). By wavefronts of shared memory: a sparse row reaches
 # 0.22 of the multiply-add rate, four dense ones about 0.6. Not yet measured on a GPU.
@@ -125,6 +126,11 @@ class CudaEngine(NativeEngine):
                 )
             if max(layer.out_features, layer.in_features) > 0xFFFF:
                 return f"layer {layer.name!r} is wider than 65535; the triton engine runs any width"
+        if (size := _image_bytes(field)) >= IMAGE_BYTES:
+            return (
+                f"its weights take {size / 2**30:.1f} GB, more than the 2 GB that the cuda engine's 32-bit offsets reach; "
+                "the triton engine runs it"
+            )
         return None
 
     @classmethod
@@ -622,6 +628,18 @@ def _offending(blame: Tensor, dim: int, tiles: list[int] | None, width: int) -> 
     if not bool(bad.any()):
         bad = (blame > torch.tensor([float(dim), 1.0], dtype=blame.dtype)[: len(blame), None]).any(0) & among
     return tuple(bad.nonzero()[:, 0].tolist())
+
+
+def _image_bytes(field: VectorField) -> int:
+    """What the program takes on the device at least (csrc/cuda/image.cpp): its weights and, where rows are sparse, 16
+    bits for the column of each."""
+    total = 0
+    for layer in field.layers:
+        pattern, item = layer.pattern, field.dtype.itemsize
+        whole = pattern.density > _dense_above() and min(pattern.shape) > 1
+        total += pattern.shape[0] * pattern.shape[1] * item if whole else pattern.nnz * (item + 2)
+        total += pattern.shape[0] * item
+    return total
 
 
 @lru_cache

@@ -4,6 +4,9 @@ plain data is handed over, and whose gradient is whose."""
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
+import weakref
 from typing import Callable, ClassVar, Collection, Iterator
 
 import torch
@@ -15,6 +18,44 @@ from ..numerics.step_control import StepOptions
 from ..numerics.tableaus import FixedTableau, Tableau
 from .adjoint import no_adjoint
 from .base import Engine, SolveRequest, SolveResult
+
+
+MOST_SAMPLES = 2**31 - 2**16  # of a batch
+
+
+class OneCaller:
+    """A lock for what one call at a time may use, as csrc/calls.h has it: other threads wait, but a call that is made
+    from within another one, by a function of time say, is told so."""
+
+    _all: weakref.WeakSet[OneCaller] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self._lock, self._owner = threading.Lock(), None
+        self._all.add(self)
+
+    def __enter__(self) -> None:
+        if self._owner == threading.get_ident():
+            raise RuntimeError(
+                "a function of time may not run the same compiled field that is asking it, and neither may anything else "
+                "that Python runs meanwhile, a signal handler say: compile another one for it"
+            )
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __exit__(self, *_) -> None:
+        self._owner = None
+        self._lock.release()
+
+    @classmethod
+    def _free_all(cls) -> None:
+        """In a child of a fork, which lacks the other threads that may have held these."""
+        for one in list(cls._all):
+            if one._owner != threading.get_ident():
+                one._lock, one._owner = threading.Lock(), None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=OneCaller._free_all)
 
 
 class NativeEngine(Engine):
@@ -53,6 +94,10 @@ class NativeEngine(Engine):
     # ---- what every entry checks: kernels read raw memory, and nothing unchecked gets past these lines
 
     def _ready(self, x: Tensor, name: str) -> Tensor:
+        if x.dim() == 2 and x.shape[0] > MOST_SAMPLES:
+            raise ValueError(
+                f"{name} has {x.shape[0]} rows, more than the {MOST_SAMPLES} that 32 bits count: use smaller batches"
+            )
         if x.dim() != 2 or x.shape[1] != self.dim or x.dtype != self.dtype or x.device != self.device:
             raise ValueError(
                 f"{name} must be [batch, {self.dim}], {self.dtype} on {self.device}, "

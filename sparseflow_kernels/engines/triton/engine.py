@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import threading
-import weakref
 from collections import OrderedDict
 from dataclasses import replace
 from typing import Any, Callable, Collection, Iterator, Sequence
@@ -19,25 +17,13 @@ from ...field import VectorField
 from ...numerics.tableaus import Tableau
 from ..adjoint import write_adjoint
 from ..base import Gradient, SolveRequest, SolveResult
-from ..native import NativeEngine, field_gradients, solve_of_nothing, times_gradient
+from ..native import NativeEngine, OneCaller, field_gradients, solve_of_nothing, times_gradient
 from ..program import Externals, write_program
 
 OLDEST = (3, 6)
 DTYPES = (torch.float32, torch.float64)
+MOST_COUNTED = 2**31 - 2**16  # the last lanes of a tile may count beyond what there is
 HELD = 8  # batch sizes and methods whose memory and graphs are kept
-_engines: weakref.WeakSet[TritonEngine] = weakref.WeakSet()
-
-
-def _free_locks() -> None:
-    """A child of a fork lacks the threads that may have held these, and does not know how far they had come."""
-    for engine in list(_engines):
-        engine._lock = threading.RLock()
-        engine._held.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_free_locks)
-
 
 @functools.cache
 def _no_triton() -> str | None:
@@ -69,6 +55,14 @@ class TritonEngine(NativeEngine):
             return f"the field is on {field.device}, the triton engine needs it on a GPU: call .to('cuda')"
         if field.dtype not in DTYPES:
             return f"the triton engine computes in float32 and float64, not {field.dtype}: call .float() or .double()"
+        # kernels count entries, rows of modulations and a gradient's sums in 32 bits
+        if (count := sum(layer.pattern.nnz + 2 * layer.out_features for layer in field.layers)) > MOST_COUNTED:
+            return (
+                f"its weights and neurons are {count} numbers, more than the {MOST_COUNTED} that 32-bit offsets reach: prune "
+                "it, or use engine='reference'"
+            )
+        if (widest := max(layer.in_features for layer in field.layers)) > MOST_COUNTED:
+            return f"a layer reads {widest} components, more than the {MOST_COUNTED} that 32-bit offsets reach"
         return None
 
     def __init__(self, field: VectorField, plan: DivergencePlan | None = None, form: str | None = None) -> None:
@@ -77,9 +71,8 @@ class TritonEngine(NativeEngine):
         from .program import Builder  # late: without triton the class can still say why it cannot run
 
         self.form, self.notes = form, []
-        self._lock = threading.RLock()  # one workspace is one caller's at a time
+        self._lock = OneCaller()  # one workspace is one caller's at a time
         self._held: OrderedDict = OrderedDict()
-        _engines.add(self)
         self._adjoint: tuple | None = None  # made when a gradient is first asked for
         with self._guard():
             builder = Builder(field.dtype, field.device, form)

@@ -570,6 +570,8 @@ class Workspace:
         for number in order:
             self.sum_first[number] = total
             total += program.sums[number]
+        if total >= 2**31 - FLAT:
+            raise ValueError(f"this field's gradient has {total} sums, more than 32-bit offsets reach: prune it")
         self.n_sums = total
         self.n_lasting = total - sum(program.sums[n] for n in of_stage)
         item = torch.empty((), dtype=program.dtype).element_size()
