@@ -155,6 +155,8 @@ def multiply(reading: Reading, left, right, out: Tensor) -> StateValue:
 def sum_rule(reading: Reading, func, args, kwargs, out) -> Any:
     base = base_name(func)
     alpha = args[2] if len(args) > 2 else kwargs.get("alpha", 1)
+    if isinstance(alpha, TimeValue):
+        refuse("a sum whose alpha depends on t", "Multiply by it and add the product instead")
     signs = {"add": (1, alpha), "sub": (1, -alpha), "rsub": (-alpha, 1)}[base]
     return add(reading, args[0], args[1], out, signs)
 
@@ -292,6 +294,8 @@ def _activate(reading: Reading, state: StateValue, activation: Activation) -> St
 
 def _number(args, kwargs, position: int, name: str, default: float | None) -> float | None:
     value = args[position] if len(args) > position else kwargs.get(name, default)
+    if isinstance(value, TimeValue):
+        refuse(f"an activation whose {name} depends on t")
     return float(value) if isinstance(value, (int, float)) else value
 
 
