@@ -8,7 +8,8 @@
 """
 
 from .build_info import build_info
-from .compiled_field import CompiledField, DivergenceField, compile, with_divergence  # noqa: A004
+from .compiled_field import CompiledField, compile  # noqa: A004
+from .divergence_field import DivergenceField, with_divergence
 from .field import UnsupportedFieldError, VectorField
 from .flows import ContinuousFlow
 from .nonfinite import get_nonfinite_gradients, set_nonfinite_gradients

@@ -1,48 +1,33 @@
-"""The door users come through: a module compiled to a field (`compile`), and a field with its divergence.
+"""The door users come through: a module compiled to a field (`compile`).
 
-Both are nn.Modules that go wherever the original `f(t, y)` went. Values come from the chosen engine, gradients as
+It is an nn.Module that goes wherever the original `f(t, y)` went. Values come from the chosen engine, gradients as
 `gradients` says.
 """
 
 from __future__ import annotations
 
-import hashlib
 import operator
 from dataclasses import replace
 from typing import Any, Callable, Iterator, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
 from . import gradients, operators
 from .capture import capture_with_origins, check_like, unwrapped
 from .capture.replay import TimeProgram
 from .devices import factories_on_cpu
-from .divergence import DivergencePlan
+from .divergence import KINDS, DivergencePlan
 from .engines import choose
 from .engines.base import Engine
-from .engines.reference import ReferenceEngine, is_autocast_enabled, layer_output, own_precision
+from .engines.reference import ReferenceEngine, is_autocast_enabled, own_precision
 from .field import Layer, LinearShift, SigmoidGate, TimeFunction, UnsupportedFieldError, VectorField
+from .hooks import GLOBAL_HOOKS, hooks_of
+from .layer_parameters import LayerParameters, lost, zeroing
 from .origin import CONSTANT, Derivation, Key, Origin
 from .packing import Packing
 from .simplify import simplify
 from .trained import Entries, Held, Shares, starts_at_zero
-from .warn import warn
-
-KINDS = ("exact", "hutchinson")
-NOISES = ("rademacher", "gaussian")
-
-_GLOBAL_HOOKS = (
-    nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks, nn_module._global_backward_hooks,
-    nn_module._global_backward_pre_hooks,
-)  # fmt: skip
-
-
-def hooks_of(module: nn.Module) -> tuple[dict, ...]:
-    """The dicts that hold the hooks of a module's calls and of their gradients; they live as long as the module."""
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-
 
 @factories_on_cpu
 def compile(  # noqa: A001 (the field's own word; the builtin is not needed here)
@@ -93,109 +78,6 @@ def _check_like(field: VectorField, like: Tensor) -> None:
     reason = field.refused(like.dim())
     if reason is not None:
         raise UnsupportedFieldError(f"like: {reason}")
-
-
-def _zeroing(mask: Tensor) -> Callable[[Tensor], Tensor]:
-    """A hook that zeroes the gradient under the mask, which goes to the gradient's device once, not every time."""
-
-    def hook(grad: Tensor) -> Tensor:
-        nonlocal mask
-        here = mask.to(grad.device)
-        if not torch.compiler.is_compiling():  # what is copied there has no values
-            mask = here
-        return grad.masked_fill(here, 0)
-
-    return hook
-
-
-def _lost(name: str) -> RuntimeError:
-    return RuntimeError(
-        f"the compiled field has lost its parameter {name!r} (torch.nn.utils.prune, weight_norm and parametrizations put "
-        "others in its place); prune or parametrize the module, then compile it"
-    )
-
-
-class _LayerParameters(nn.Module):
-    """One layer's tensors, as parameters if they are trained and else as buffers: values, bias, gate.slope, gate.offset,
-    shift.slope, shift.offset, without those that are made from `entries`; and the modules of its functions of time.
-
-    Its state holds a digest of the layer's pattern: values in CSR order are another matrix under another pattern.
-    """
-
-    def __init__(
-        self, layer: Layer, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor],
-        functions: dict[str, nn.Module],
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.layer_name = layer.name
-        self._pattern = layer.pattern
-        self._made = {name for name, _ in layer.tensors()} - parameters.keys() - buffers.keys()
-        for name, tensor in (parameters | buffers).items():
-            owner, _, leaf = name.rpartition(".")
-            if owner and owner not in self._modules:
-                self.add_module(owner, nn.Module())
-            target = self.get_submodule(owner)
-            if isinstance(tensor, nn.Parameter):
-                target.register_parameter(leaf, tensor)
-            else:
-                target.register_buffer(leaf, tensor)
-        for name, function in functions.items():
-            self.add_module(name, function)
-        self._complete = True
-
-    def register_parameter(self, name: str, parameter: nn.Parameter | None) -> None:
-        if self.__dict__.get("_complete"):  # torch.nn.utils.prune, parametrizations
-            raise TypeError(
-                f"{name!r} cannot be added to a layer of a compiled field: its engine would not see it. Prune or "
-                "parametrize the module, then compile it"
-            )
-        super().register_parameter(name, parameter)
-
-    def tensor(self, name: str) -> Tensor | None:
-        """The tensor of this name; None if it is made from `entries`. Raises RuntimeError if it was taken out."""
-        if name in self._made:
-            return None
-        owner, _, leaf = name.rpartition(".")
-        module = self._modules[owner] if owner else self
-        found = module._parameters.get(leaf, module._buffers.get(leaf))
-        if found is None:
-            raise _lost(name)
-        return found
-
-    def _digest(self) -> Tensor:
-        pattern = self._pattern
-        found = hashlib.sha256(repr(pattern.shape).encode())
-        for part in (pattern.row_ptr, pattern.col):
-            found.update(part.numpy().tobytes())
-        return torch.frombuffer(bytearray(found.digest()), dtype=torch.int64).clone()
-
-    def get_extra_state(self) -> Tensor:
-        return self._digest()
-
-    def set_extra_state(self, state: Any) -> None:
-        """Nothing to set: what does not fit was refused before."""
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
-        key = prefix + nn_module._EXTRA_STATE_KEY_SUFFIX
-        if key not in state_dict:
-            warn(
-                f"{prefix}: this state does not say for which pattern of weights it is (it was saved by version 0.1.0, "
-                "or parts of it are missing); it is right only if the field was compiled from the same masks"
-            )
-            state_dict = {**state_dict, key: self._digest()}
-        elif not torch.equal(torch.as_tensor(state_dict[key]).cpu(), self._digest()):
-            errors.append(
-                f"layer {self.layer_name!r} ({prefix.rstrip('.')}) has other masks: its weights stand elsewhere than those "
-                "of the field that this state was saved from. Compile a module with those masks, then load"
-            )
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
-        )  # fmt: skip
-
-    def forward(self, t: Tensor, h: Tensor, layer: Layer) -> Tensor:
-        """The layer's output, for those who hook it; engines do not come here."""
-        return layer_output(layer, layer.weight, t, h)[0]
 
 
 class CompiledField(nn.Module):
@@ -264,7 +146,7 @@ class CompiledField(nn.Module):
                     parameters[name] = nn.Parameter(tensor, trained)
                 elif key in self.shares.fixed:
                     buffers[name] = tensor
-            self.layers.append(_LayerParameters(layer, parameters, buffers, functions[number]))
+            self.layers.append(LayerParameters(layer, parameters, buffers, functions[number]))
         self._mask_gradients()
 
     def _mask_gradients(self) -> None:
@@ -274,7 +156,7 @@ class CompiledField(nn.Module):
             if bool(absent.any()):
                 parameter = self.layers[number].tensor(name)
                 wanted = parameter.requires_grad
-                parameter.requires_grad_(True).register_hook(_zeroing(absent))  # torch hooks no others
+                parameter.requires_grad_(True).register_hook(zeroing(absent))  # torch hooks no others
                 parameter.requires_grad_(wanted)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -384,7 +266,7 @@ class CompiledField(nn.Module):
             try:
                 tensor = module.__dict__[kind][name]
             except KeyError:
-                raise _lost(name) from None
+                raise lost(name) from None
             if tensor is not None:
                 yield tensor
 
@@ -393,7 +275,7 @@ class CompiledField(nn.Module):
         if self._inner_hooks is None:
             layers = [module for layer in self.layers for module in layer.modules()]
             self._inner_hooks = [hooks for module in layers for hooks in hooks_of(module)]
-        return any(_GLOBAL_HOOKS) or any(self._inner_hooks)
+        return any(GLOBAL_HOOKS) or any(self._inner_hooks)
 
     def ordered(self) -> list[Tensor]:
         """The program's tensors in the order of `VectorField.tensors()`, differentiable in the parameters; plainly
@@ -612,157 +494,3 @@ def _run_eagerly(field: CompiledField, *arguments: Any) -> tuple[Tensor, ...]:
     return field._run(*arguments)
 
 
-# ------------------------------------------------------------------------------------------------------- divergence
-
-
-def with_divergence(
-    field: CompiledField | Callable[[Tensor, Tensor], Tensor],
-    kind: Literal["exact", "hutchinson"] = "exact",
-    noise: Tensor | Literal["rademacher", "gaussian"] | None = None,
-) -> "DivergenceField":
-    """The field beside its log-density: (x, l) -> (dx/dt, dl/dt = -tr df/dx), see DivergenceField.
-
-    field: a CompiledField, or any f(t, x [..., dim]) that treats its rows independently (then by autograd).
-    kind: "exact", or "hutchinson": e' (df/dx) e with the probe e fixed during a solve.
-    noise: only for "hutchinson": "rademacher" (None; +1 or -1) or "gaussian", drawn at the start of each solve from
-    torch's generator; or the probe itself, shaped like x.
-
-    Raises ValueError for an unknown kind or noise and for noise with "exact", TypeError for other objects.
-    """
-    return DivergenceField(field, kind, noise)
-
-
-class DivergenceField(nn.Module):
-    """A vector field with its divergence, `field(t, (x, l)) -> (dx/dt, dl/dt)`. Made by `with_divergence`.
-
-    field: what was given.  kind: "exact" or "hutchinson".  Source of the instantaneous change of variables: Chen et al.
-    2018 (Neural ODEs); of the estimator with noise fixed per solve: Grathwohl et al. 2019 (FFJORD).
-    """
-
-    def __init__(
-        self, field: CompiledField | Callable, kind: str = "exact", noise: Tensor | str | None = None
-    ) -> None:
-        super().__init__()
-        if isinstance(field, (VectorField, DivergenceField, type)) or not callable(field):
-            what = f"the class {field.__name__}" if isinstance(field, type) else type(field).__name__
-            raise TypeError(
-                f"with_divergence: field must be a callable f(t, x), not {what}"
-                + ("; compile(field) it first" if isinstance(field, VectorField) else "")
-            )
-        if kind not in KINDS:
-            raise ValueError(f'with_divergence: kind must be "exact" or "hutchinson", not {kind!r}')
-        if kind == "exact" and noise is not None:
-            raise ValueError('with_divergence: noise is only for kind="hutchinson"; the exact divergence has none')
-        if isinstance(noise, str) and noise not in NOISES:
-            raise ValueError(f'with_divergence: noise must be a tensor, "rademacher" or "gaussian", not {noise!r}')
-        if noise is not None and not isinstance(noise, (str, Tensor)):
-            raise TypeError(f"with_divergence: noise must be a tensor or a name, not {type(noise).__name__}")
-        self.field = field
-        self.kind = kind
-        self.distribution = "rademacher" if noise is None else noise if isinstance(noise, str) else "given"
-        self.register_buffer("noise", noise if isinstance(noise, Tensor) else None, persistent=False)
-        self._drawn: Tensor | None = None
-
-    def hooked_inside(self) -> bool:
-        """Are there hooks of torch's on the field below, or on all modules?"""
-        field = self._modules.get("field")  # quicker than self.field
-        if not isinstance(field, CompiledField):
-            return any(_GLOBAL_HOOKS)
-        return field.hooked_inside() or any(hooks_of(field))
-
-    def extra_repr(self) -> str:
-        return f"kind={self.kind!r}" + (f", noise={self.distribution!r}" if self.kind == "hutchinson" else "")
-
-    def begin_solve(self, x: Tensor) -> Tensor | None:
-        """Fix the probe for a solve that starts at x, and return it (shaped like x); None for "exact".
-
-        The solver calls of this package do this. Under another solver the probe is drawn at the first evaluation and
-        kept until `resample()`, or until x has another shape, dtype or device.
-        """
-        if self.kind == "exact":
-            return None
-        if self.noise is not None:
-            if self.noise.shape != x.shape:
-                raise ValueError(f"noise: is {list(self.noise.shape)}, the state {list(x.shape)}; they must be alike")
-            return self.noise.to(x.device, x.dtype)
-        if self.distribution == "gaussian":
-            drawn = torch.randn_like(x.detach())
-        else:
-            drawn = torch.randint_like(x.detach(), 2) * 2 - 1
-        if not torch.compiler.is_exporting():  # what is drawn there has no values
-            self._drawn = drawn
-        return drawn
-
-    def resample(self) -> None:
-        """Forget the drawn probe; the next evaluation or solve draws another. A probe that was given stays."""
-        self._drawn = None
-
-    def _probe(self, x: Tensor) -> Tensor | None:
-        drawn = self._drawn
-        if drawn is not None and (drawn.shape, drawn.dtype, drawn.device) == (x.shape, x.dtype, x.device):
-            return drawn
-        return self.begin_solve(x)
-
-    def forward(self, t: Tensor | float, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """(dx/dt shaped like x, dl/dt shaped like l) at state (x [..., dim], l [...] or [..., 1]).
-
-        Differentiable in t, x and the parameters; l does not enter.
-        """
-        if not isinstance(state, (tuple, list)) or len(state) != 2 or not all(isinstance(p, Tensor) for p in state):
-            raise TypeError("state: must be a tuple (x, l) of two tensors")
-        x, l = state  # noqa: E741
-        compiled = isinstance(self.field, CompiledField)
-        if compiled:
-            t, x = self.field._check_time(t), self.field.in_own_dtype(x)
-            self.field._check_state("x", x)
-        elif x.dim() < 1 or not x.is_floating_point():
-            raise TypeError(f"x: must be a real floating point tensor [..., dim], not {x.dtype} {list(x.shape)}")
-        if l.shape not in (x.shape[:-1], x.shape[:-1] + (1,)):
-            raise ValueError(f"l: must be {list(x.shape[:-1])} or {[*x.shape[:-1], 1]}, not {list(l.shape)}")
-        noise = self._probe(x)
-        if compiled and x.numel() == 0:
-            return x.clone(), torch.zeros_like(l)
-        if compiled and not self.hooked_inside():
-            flat = None if noise is None else noise.reshape(-1, self.field.dim).contiguous()
-            dx, trace = self.field._run(self.kind, t, x.reshape(-1, self.field.dim).contiguous(), flat)
-            return dx.view(x.shape), -trace.view(l.shape)
-        dx, trace = _autograd_divergence(self.field, t, x, noise)
-        return dx, -trace.view(l.shape)
-
-
-def _autograd_divergence(
-    f: Callable[[Tensor, Tensor], Tensor], t: Tensor | float, x: Tensor, noise: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(f(t, x), tr df/dx [...]) of any f, one vector-Jacobian product per component, or one for a noise vector."""
-    wanted = torch.is_grad_enabled()
-    if isinstance(f, nn.Module):  # what any other callable depends on cannot be known
-        depends = [value for value in (t, x, noise) if isinstance(value, Tensor)] + list(f.parameters())
-        wanted = wanted and any(tensor.requires_grad for tensor in depends)
-    with torch.inference_mode(False), torch.enable_grad():
-        if x.is_inference():
-            x = x.clone()
-        if isinstance(t, Tensor) and t.is_inference():
-            t = t.clone()
-        inputs = x if wanted and x.requires_grad else x.detach().requires_grad_()
-        dx = f(t, inputs)
-        if not isinstance(dx, Tensor) or dx.shape != x.shape:
-            shape = list(dx.shape) if isinstance(dx, Tensor) else type(dx).__name__
-            raise ValueError(f"f(t, x): must be shaped like x, {list(x.shape)}, not {shape}")
-
-        def product(cotangent: Tensor) -> Tensor:
-            if not dx.requires_grad:
-                return torch.zeros_like(x)
-            (found,) = torch.autograd.grad(
-                dx, inputs, cotangent, create_graph=wanted, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            return found
-
-        if noise is not None:
-            trace = (product(noise) * noise).sum(-1)
-        else:
-            trace = torch.zeros_like(x[..., 0])
-            for m in range(x.shape[-1]):
-                unit = torch.zeros_like(x)
-                unit[..., m] = 1
-                trace = trace + product(unit)[..., m]
-    return (dx, trace) if wanted else (dx.detach(), trace.detach())

@@ -21,6 +21,8 @@ from torch.nn import functional
 
 from .field import Layer, Pattern, VectorField
 
+KINDS = ("exact", "hutchinson")
+
 PATH_LIMIT = 4_000_000  # longest path list a plan stores (a path is a few int64); above it values are multiplied out
 BLOCK_ELEMENTS = 4_000_000  # largest dense intermediate while counting, listing and multiplying out
 STACKED_ENTRIES = 1 << 20  # live weights of all columns together that a plan always lays out side by side

@@ -20,7 +20,8 @@ from typing import Any, Callable, Iterator
 import torchdiffeq
 from torch import Tensor
 
-from .compiled_field import CompiledField, DivergenceField
+from .compiled_field import CompiledField
+from .divergence_field import DivergenceField
 from .engines.reference import is_autocast_enabled
 from .field import VectorField
 from .numerics.tableaus import METHODS

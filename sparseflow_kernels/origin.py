@@ -123,7 +123,6 @@ class Recipe:
         return known[2]
 
     def _make(self, origin: Origin, like: Tensor) -> Iterator[tuple]:
-        n = origin.parameter.numel()
         sources = [(name, origin.parameter == number) for number, name in enumerate(origin.parameters)]
         sources.append((origin.expression, origin.parameter == COMPUTED))
         sources = [(source, own) for source, own in sources if bool(own.any())]

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from random_fields import random_field
 
-from sparseflow_kernels.compiled_field import CompiledField, with_divergence
+from sparseflow_kernels.compiled_field import CompiledField
+from sparseflow_kernels.divergence_field import with_divergence
 from sparseflow_kernels.engines.base import Engine, SolveRequest, SolveResult
 from sparseflow_kernels.engines.reference import ReferenceEngine
 from sparseflow_kernels.field import VectorField

@@ -13,7 +13,8 @@ from torch import nn
 
 import sparseflow_kernels as sfk
 from sparseflow_kernels import engines
-from sparseflow_kernels.compiled_field import CompiledField, DivergenceField, with_divergence
+from sparseflow_kernels.compiled_field import CompiledField
+from sparseflow_kernels.divergence_field import DivergenceField, with_divergence
 from sparseflow_kernels.engines.reference import ReferenceEngine
 from sparseflow_kernels.field import Activation, Pattern, TimeFunction, UnsupportedFieldError
 

@@ -16,7 +16,7 @@ from random_fields import jacobians, plain_forward, random_field
 
 import sparseflow_kernels as sfk
 from sparseflow_kernels import divergence
-from sparseflow_kernels.compiled_field import with_divergence
+from sparseflow_kernels.divergence_field import with_divergence
 from sparseflow_kernels.engines.base import SolveRequest
 from sparseflow_kernels.engines.cpu import CpuEngine
 from sparseflow_kernels.engines.reference import ReferenceEngine

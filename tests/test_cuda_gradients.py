@@ -15,7 +15,7 @@ from test_cpu_engine import forms
 
 from sparseflow_kernels import divergence
 from sparseflow_kernels.activations import ACTIVATIONS
-from sparseflow_kernels.compiled_field import with_divergence
+from sparseflow_kernels.divergence_field import with_divergence
 from sparseflow_kernels.engines import cuda as cuda_engine
 from sparseflow_kernels.engines.reference import ReferenceEngine
 from sparseflow_kernels.field import Activation

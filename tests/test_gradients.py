@@ -20,7 +20,7 @@ from torch.nn.utils import prune
 import sparseflow_kernels as sfk
 from sparseflow_kernels import engines
 from sparseflow_kernels.activations import ACTIVATIONS
-from sparseflow_kernels.compiled_field import with_divergence
+from sparseflow_kernels.divergence_field import with_divergence
 from sparseflow_kernels.engines.base import Gradient
 from sparseflow_kernels.engines.reference import ReferenceEngine
 from sparseflow_kernels.field import Layer, Pattern, TimeFunction, VectorField

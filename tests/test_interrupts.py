@@ -13,7 +13,7 @@ from cpu_cases import threads  # noqa: F401
 
 import sparseflow_kernels as sfk
 from sparseflow_kernels import SparseLinear
-from sparseflow_kernels.compiled_field import with_divergence
+from sparseflow_kernels.divergence_field import with_divergence
 from sparseflow_kernels.engines.base import SolveRequest, SolveResult
 from sparseflow_kernels.engines.cpu import CpuEngine
 from sparseflow_kernels.field import Activation, Layer, Pattern, VectorField

@@ -13,7 +13,7 @@ from engine_fields import OpaqueEngine, PlainField, compiled
 from torch import nn
 
 from sparseflow_kernels import engines
-from sparseflow_kernels.compiled_field import with_divergence
+from sparseflow_kernels.divergence_field import with_divergence
 from sparseflow_kernels.engines.reference import ReferenceEngine
 from sparseflow_kernels.field import Layer, Pattern, TimeFunction, VectorField
 from sparseflow_kernels.numerics.adaptive import replay_adaptive, solve_adaptive

@@ -10,7 +10,7 @@ from random_fields import plain_forward, random_field
 from torch import nn
 
 from sparseflow_kernels import engines
-from sparseflow_kernels.compiled_field import with_divergence
+from sparseflow_kernels.divergence_field import with_divergence
 from sparseflow_kernels.engines.reference import ReferenceEngine
 from sparseflow_kernels.odeint import odeint, odeint_adjoint
 

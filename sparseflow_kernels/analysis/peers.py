@@ -22,7 +22,8 @@ import torchdiffeq
 from torch import Tensor, nn
 
 from ..capture import capture
-from ..compiled_field import CompiledField, compile as compile_field, with_divergence
+from ..compiled_field import CompiledField, compile as compile_field
+from ..divergence_field import with_divergence
 from ..field import Activation, VectorField
 from ..odeint import solve
 from ..threads import get_num_threads, set_num_threads

@@ -17,7 +17,7 @@ from torch.distributions import Distribution
 
 from ..compiled_field import CompiledField
 from ..compiled_field import compile as compile_field
-from ..compiled_field import with_divergence
+from ..divergence_field import with_divergence
 from ..engines.reference import is_autocast_enabled
 from ..finite import refuse_not_finite
 from ..numerics.host import plain

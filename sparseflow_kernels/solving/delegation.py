@@ -9,7 +9,7 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from ..compiled_field import DivergenceField
+from ..divergence_field import DivergenceField
 from ..numerics.tableaus import ADAPTIVE
 from ..solution import Solution, Stats
 from .arguments import CALLBACKS, State

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import gradients, operators
-from ..compiled_field import CompiledField, DivergenceField, hooks_of
+from ..compiled_field import CompiledField
+from ..divergence_field import DivergenceField
+from ..hooks import hooks_of
 from ..devices import factories_on_cpu
 from ..field import UnsupportedFieldError
 from ..numerics.tableaus import ADAPTIVE, METHODS

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..compiled_field import CompiledField
 from ..data.dataset import Dataset
 from ..finite import refuse_not_finite
 from ..flows import ContinuousFlow

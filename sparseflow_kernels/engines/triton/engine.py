@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 from collections import OrderedDict
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ...divergence import DivergencePlan
 from ...field import VectorField
-from ...numerics.tableaus import Tableau
+
 from ..adjoint import write_adjoint
 from ..base import Gradient, SolveRequest, SolveResult
 from ..native import NativeEngine, OneCaller, field_gradients, solve_of_nothing, times_gradient
