@@ -23,7 +23,6 @@ from ..data.dataset import Dataset
 from ..files import DamagedFileError, atomic_write, read_arrays, read_json, write_json
 from ..flows import ContinuousFlow
 from ..pruning import dense_size
-from .checkpoint import CheckpointError
 from .cycles import Cycle, sparse_flow
 from .distributed import on_rank_0, rank
 from .evaluation import evaluate_or_nan

@@ -6,14 +6,13 @@ import functools
 import os
 from collections import OrderedDict
 from dataclasses import replace
-from typing import Any, Callable, Collection, Iterator, Sequence
+from typing import Any, Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from ...divergence import DivergencePlan
 from ...field import VectorField
-
 from ..adjoint import write_adjoint
 from ..base import Gradient, SolveRequest, SolveResult
 from ..native import NativeEngine, OneCaller, field_gradients, solve_of_nothing, times_gradient
