@@ -31,7 +31,7 @@ void set_refresh(CompiledProgram<T>& self, py::function function) {
     py::gil_scoped_acquire gil;
     delete f;
   });
-  self.set_refresh([held](const std::vector<double>& times) {
+  RefreshCallback<T> callback = [held](const std::vector<double>& times) {
     py::gil_scoped_acquire gil;
     std::vector<std::vector<std::vector<T>>> answers;
     for (py::handle one : (*held)(times)) {
@@ -39,7 +39,8 @@ void set_refresh(CompiledProgram<T>& self, py::function function) {
       for (py::handle part : one) answers.back().push_back(copy(py::cast<Array<T>>(part)));
     }
     return answers;
-  });
+  };
+  interruptible([&] { self.set_refresh(std::move(callback)); });
 }
 
 // An array that takes over the memory of a vector.

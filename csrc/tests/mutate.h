@@ -63,8 +63,8 @@ void mutate(Random& random, Program<T>& p) {
     case 1: op.kind = static_cast<OpKind>(pick(random, -1, 6)); break;
     case 2: op.activation = static_cast<Activation>(pick(random, -1, kActivations)); break;
     case 3: {  // an operand of another operation, or of another role
-      Op& other = *one_of(ops);
-      *one_of(operands(op)) = chance(random, 0.2) ? Operand{} : *one_of(operands(other));
+      std::vector<Operand*> own = operands(op), others = operands(*one_of(ops));
+      *one_of(own) = chance(random, 0.2) ? Operand{} : *one_of(others);
       break;
     }
     case 4: {  // an operation elsewhere

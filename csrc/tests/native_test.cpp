@@ -2,6 +2,7 @@
 // random programs against a plain interpreter in double, every instruction set, tile width and thread count. Programs that
 // are wrong: fuzz_test.cpp.
 #include <atomic>
+#include <chrono>
 #include <functional>
 #include <memory>
 #include <stdexcept>
@@ -278,11 +279,11 @@ void test_calls() {
       const std::string message = thrown([&] {
         interruption.during([&] {
           parallel_for(threads, threads, Work{cost, 1}, [&](int, int worker) {
-            if (helpers_only && threads > 1 && worker == 0) {  // the caller waits for them
-              while (!helped) std::this_thread::yield();
-              return;
+            if (worker > 0) helped = true;
+            if (helpers_only && worker == 0 && threads > 1) {  // the caller is done, and waits for them, if they have come
+              for (int i = 0; i < 2000 && !helped; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+              if (helped) return;
             }
-            helped = true;
             for (;;) worked(1000);
           });
         });
