@@ -299,8 +299,9 @@ class _Training:
         trial = copy_module(flow)  # what does not fit must not touch the flow
         load_module_state(trial, part("flow"), str(path))
         if engine is not None:
-            expected = {name: t.shape for name, t in trial.compile(engine).state_dict().items()}
-            if expected != {name: t.shape for name, t in part("model").items()}:
+            compiled, given = trial.compile(engine).state_dict(), part("model")
+            digests = {name for name in compiled if name.endswith("_extra_state")} - given.keys()  # new since 0.1.0
+            if {n: t.shape for n, t in compiled.items() if n not in digests} != {n: t.shape for n, t in given.items()}:
                 raise CheckpointError(
                     f"{path} holds another compiled flow than this version of the package makes of its module; delete "
                     "it to train this cycle anew"
