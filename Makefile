@@ -53,11 +53,13 @@ sanitize: build/sanitize/.built
 tsan: build/tsan/.built
 	$(BIN)/ctest --test-dir build/tsan --output-on-failure --no-tests=error -R thread_test
 
-# Mutated programs without end in sight: FUZZ of them, from another seed every day (or SEED=number, which a failure names).
+# Mutated programs, FUZZ of them, and a fiftieth as many modules, from another seed every day (or SEED=number, which a
+# failure names).
 FUZZ ?= 200000
 SEED ?= $(shell date +%Y%m%d)
-fuzz: build/sanitize/.built
+fuzz: build/sanitize/.built $(VENV)/.test
 	build/sanitize/sparseflow_fuzz_test $(FUZZ) $(SEED)
+	SPARSEFLOW_FUZZ=$$(($(FUZZ) / 50)) SPARSEFLOW_FUZZ_SEED=$(SEED) $(BIN)/pytest -n $(JOBS) tests/test_fuzz.py
 
 # Configured without CUDA: these trees compile the .cu as C++ over the host shim.
 build/native/.built: CMAKE_ARGS = -DSPARSEFLOW_PYTHON=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
