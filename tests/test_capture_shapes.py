@@ -242,8 +242,8 @@ TENSORS = {
     "COO": lambda: Field(lambda m, t, y: torch.sparse.mm(m.w, y.t()).t(), w=SPARSE.to_sparse()),
     "CSR": lambda: Field(lambda m, t, y: torch.sparse.mm(m.w, y.t()).t(), w=SPARSE.to_sparse_csr()),
     "CSR in F.linear": lambda: Field(lambda m, t, y: F.linear(y, m.w), w=SPARSE.to_sparse_csr()),
-    "a COO parameter": lambda: Field(lambda m, t, y: (m.w @ y.t()).t(), w=nn.Parameter(SPARSE.to_sparse())),
-    "a CSR parameter": lambda: Field(lambda m, t, y: (m.w @ y.t()).t(), w=nn.Parameter(SPARSE.to_sparse_csr())),
+    "a fixed COO parameter": lambda: Field(lambda m, t, y: (m.w @ y.t()).t(), w=nn.Parameter(SPARSE.to_sparse(), False)),
+    "a fixed CSR parameter": lambda: Field(lambda m, t, y: (m.w @ y.t()).t(), w=nn.Parameter(SPARSE.to_sparse_csr(), False)),
     "sparse.addmm": lambda: Field(
         lambda m, t, y: torch.sparse.addmm(m.b, m.w, y.t()).t(), w=SPARSE.to_sparse(), b=torch.randn(3, 1)),
     "made dense": lambda: Field(lambda m, t, y: y @ m.w.to_dense(), w=SPARSE.to_sparse()),
@@ -259,6 +259,15 @@ def test_sparse_tensors(name: str) -> None:
     field = sfk.compile(module)
     assert field.nnz <= 5 + 72
     is_the_module(field, module, y)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+@pytest.mark.parametrize("kind, what", [(nn.Parameter, "parameter 'w'"), (torch.Tensor.requires_grad_, "tensor")])
+def test_sparse_tensors_that_are_trained_are_refused(make, kind, what: str) -> None:
+    module = Field(lambda m, t, y: (m.w @ y.t()).t(), w=kind(make(SPARSE.clone())))
+    with pytest.raises(sfk.UnsupportedFieldError, match=f"sparse {what} .*requires a gradient.*sfk.SparseLinear"):
+        sfk.compile(module)
 
 
 def test_what_nobody_thought_of_is_a_refusal() -> None:
