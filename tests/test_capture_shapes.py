@@ -149,6 +149,18 @@ def test_an_example_settles_what_cannot_be_told() -> None:
     is_the_module(field, module, y.detach())
 
 
+def test_a_field_compiled_again_remembers_the_example() -> None:
+    module = Field(lambda m, t, y: m.n(y[:, :, :, :]), n=net())
+    y = torch.randn(2, 5, 4, 3)
+    with pytest.raises((ValueError, sfk.UnsupportedFieldError)):
+        sfk.compile(module)
+    field = sfk.compile(sfk.compile(module, like=y))
+    with torch.no_grad():
+        field.layers[0].values.mul_(1.5)
+    field.copy_to(module)
+    is_the_module(field, module, y)
+
+
 @pytest.mark.parametrize("like, dim, error, words", [
     (torch.ones(2, 3, dtype=torch.float64), None, TypeError, "float64 .*the module torch.float32"),
     (torch.ones(2, 3, device="meta"), None, ValueError, "on meta, the module"),

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import sparseflow_kernels as sfk
+from sparseflow_kernels.capture.replay import Computed
 
 F64 = torch.float64
 T = torch.tensor([0.0, 0.4, 1.0], dtype=F64)
@@ -196,6 +197,13 @@ def test_gradients_and_a_step_are_the_modules(name: str, masked: bool) -> None:
         torch.testing.assert_close(p.detach(), stepped[name], rtol=1e-5, atol=1e-8 * scale, msg=lambda text: f"{name}: {text}")
     t = torch.tensor(0.7, dtype=F64)
     torch.testing.assert_close(field(t, y0), module(t, y0), rtol=1e-9, atol=1e-10)
+
+
+def test_a_formula_that_gives_something_else_is_refused(monkeypatch) -> None:
+    evaluate = Computed.evaluate
+    monkeypatch.setattr(Computed, "evaluate", lambda self, derivation: 1.01 * evaluate(self, derivation))
+    with pytest.raises(sfk.UnsupportedFieldError, match="0.values of the field.*something else when it is computed again"):
+        sfk.compile(made("low rank"))
 
 
 @pytest.mark.parametrize("name", ["scales in the code", "folded", "weight norm", "used twice", "network of time"])
