@@ -53,7 +53,8 @@ def _of_arithmetic(base: str, args, kwargs) -> Traced | None:
         return None
     if any(v != 1 for v in kwargs.values()):  # alpha, beta, rounding_mode
         return None
-    operands = [a if isinstance(a, Constant) else Constant(torch.as_tensor(a, dtype=None if isinstance(a, Tensor) else torch.float64)) for a in args]
+    own = lambda a: a if isinstance(a, Tensor) else torch.tensor(a, dtype=torch.float64)
+    operands = [a if isinstance(a, Constant) else Constant(own(a)) for a in args]
     minus = Constant(torch.tensor(-1.0, dtype=torch.float64))
     match base, operands:
         case "neg", [a]:
