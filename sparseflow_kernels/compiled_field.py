@@ -27,7 +27,8 @@ from .layer_parameters import LayerParameters, lost, zeroing
 from .origin import CONSTANT, Derivation, Key, Origin
 from .packing import Packing
 from .simplify import simplify
-from .trained import Entries, Held, Shares, starts_at_zero
+from .trained import Entries, Held, Shares, check_made_again, starts_at_zero
+
 
 @factories_on_cpu
 def compile(  # noqa: A001 (the field's own word; the builtin is not needed here)
@@ -51,7 +52,9 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
     unknown engine, or a `dim` or `like` that does not fit; TypeError for other objects.
     """
     module_or_field = unwrapped(module_or_field)
+    example = None
     if isinstance(module_or_field, CompiledField):
+        example = module_or_field.example
         field, held = module_or_field.vector_field, module_or_field.held()
         present = zip(module_or_field.origins.items(), field.tensors())
         origins = {key: replace(origin, value=tensor.detach()) for (key, origin), (_, tensor) in present}
@@ -67,7 +70,9 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
         _check_like(field, like)
     simplified, report = simplify(field, origins, starts_at_zero(origins, held))
     compiled = CompiledField(simplified, engine, origins=report.origins, held=held, simplification=str(report))
-    compiled.example = None if like is None else tuple(like.shape)
+    compiled.example = example if like is None else tuple(like.shape)
+    if compiled.shares.derived:
+        check_made_again(simplified, compiled.ordered)
     return compiled
 
 

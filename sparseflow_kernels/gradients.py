@@ -18,12 +18,11 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
-from . import nonfinite
+from . import memory, nonfinite
 from .devices import factories_on_cpu
 from .engines.base import Engine, Gradient, SolveRequest, SolveResult
 from .engines.reference import ReferenceEngine
 from .solution import GradientError
-from .solving import memory
 
 SOLVE_INPUTS = ("x", "l", "times", "grid", "noise")
 EVALUATE_INPUTS = ("t", "x", "noise")

@@ -133,7 +133,7 @@ class Recipe:
             size = None
             if isinstance(source, str) and (elements := self.held[source]) is not None:
                 index, size = torch.searchsorted(elements, index), elements.numel()
-            if index.numel() == size and torch.equal(index, torch.arange(size)):
+            if index.numel() == size and torch.equal(index, torch.arange(size, device=index.device)):
                 index = None
             where = None if bool(own.all()) else own.nonzero()[:, 0].to(like.device)
             yield (

@@ -9,12 +9,12 @@ has nothing to do with a parameter is fixed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Iterable, Mapping
+from typing import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from .field import VectorField
+from .field import UnsupportedFieldError, VectorField
 from .origin import CONSTANT, Key, Origin, Recipe
 
 
@@ -118,6 +118,26 @@ class Shares:
         return len(mine) == len(theirs) and all(
             a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(mine, theirs)
         )
+
+
+@torch.no_grad()
+def check_made_again(field: VectorField, make: Callable[[], list[Tensor]]) -> None:
+    """Raises UnsupportedFieldError where make(), the field's tensors made of what is held, gives others than were read."""
+    remedy = "use the module uncompiled with sfk.odeint, which hands it to torchdiffeq"
+    try:
+        made = make()
+    except Exception as error:
+        raise UnsupportedFieldError(
+            "compile: what the module computes from its parameters cannot be computed again "
+            f"({type(error).__name__}: {error}); {remedy}"
+        ) from error
+    for (name, read), again in zip(field.tensors(), made, strict=True):
+        size = 1.0 + (float(read.abs().max()) if read.numel() else 0.0)
+        if bool(((again - read).abs() > 4000 * torch.finfo(read.dtype).eps * size).any()):
+            raise UnsupportedFieldError(
+                f"compile: {name} of the field is computed from the module's parameters, and comes to something else when "
+                f"it is computed again; {remedy}"
+            )
 
 
 class Entries(nn.Module):

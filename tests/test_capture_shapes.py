@@ -149,6 +149,18 @@ def test_an_example_settles_what_cannot_be_told() -> None:
     is_the_module(field, module, y.detach())
 
 
+def test_a_field_compiled_again_remembers_the_example() -> None:
+    module = Field(lambda m, t, y: m.n(y[:, :, :, :]), n=net())
+    y = torch.randn(2, 5, 4, 3)
+    with pytest.raises((ValueError, sfk.UnsupportedFieldError)):
+        sfk.compile(module)
+    field = sfk.compile(sfk.compile(module, like=y))
+    with torch.no_grad():
+        field.layers[0].values.mul_(1.5)
+    field.copy_to(module)
+    is_the_module(field, module, y)
+
+
 @pytest.mark.parametrize("like, dim, error, words", [
     (torch.ones(2, 3, dtype=torch.float64), None, TypeError, "float64 .*the module torch.float32"),
     (torch.ones(2, 3, device="meta"), None, ValueError, "on meta, the module"),
@@ -242,8 +254,8 @@ TENSORS = {
     "COO": lambda: Field(lambda m, t, y: torch.sparse.mm(m.w, y.t()).t(), w=SPARSE.to_sparse()),
     "CSR": lambda: Field(lambda m, t, y: torch.sparse.mm(m.w, y.t()).t(), w=SPARSE.to_sparse_csr()),
     "CSR in F.linear": lambda: Field(lambda m, t, y: F.linear(y, m.w), w=SPARSE.to_sparse_csr()),
-    "a COO parameter": lambda: Field(lambda m, t, y: (m.w @ y.t()).t(), w=nn.Parameter(SPARSE.to_sparse())),
-    "a CSR parameter": lambda: Field(lambda m, t, y: (m.w @ y.t()).t(), w=nn.Parameter(SPARSE.to_sparse_csr())),
+    "a fixed COO parameter": lambda: Field(lambda m, t, y: (m.w @ y.t()).t(), w=nn.Parameter(SPARSE.to_sparse(), False)),
+    "a fixed CSR parameter": lambda: Field(lambda m, t, y: (m.w @ y.t()).t(), w=nn.Parameter(SPARSE.to_sparse_csr(), False)),
     "sparse.addmm": lambda: Field(
         lambda m, t, y: torch.sparse.addmm(m.b, m.w, y.t()).t(), w=SPARSE.to_sparse(), b=torch.randn(3, 1)),
     "made dense": lambda: Field(lambda m, t, y: y @ m.w.to_dense(), w=SPARSE.to_sparse()),
@@ -259,6 +271,15 @@ def test_sparse_tensors(name: str) -> None:
     field = sfk.compile(module)
     assert field.nnz <= 5 + 72
     is_the_module(field, module, y)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+@pytest.mark.parametrize("kind, what", [(nn.Parameter, "parameter 'w'"), (torch.Tensor.requires_grad_, "tensor")])
+def test_sparse_tensors_that_are_trained_are_refused(make, kind, what: str) -> None:
+    module = Field(lambda m, t, y: (m.w @ y.t()).t(), w=kind(make(SPARSE.clone())))
+    with pytest.raises(sfk.UnsupportedFieldError, match=f"sparse {what} .*requires a gradient.*sfk.SparseLinear"):
+        sfk.compile(module)
 
 
 def test_what_nobody_thought_of_is_a_refusal() -> None:

@@ -150,7 +150,7 @@ BAD_OPTIONS = [
     ("min_step", -1.0), ("min_step", math.nan), ("min_step", math.inf), ("max_step", 0.0), ("max_step", math.nan),
     ("safety", 0), ("safety", -0.5), ("safety", 1.5), ("safety", math.nan), ("ifactor", -2.0), ("ifactor", 0.5),
     ("ifactor", math.inf), ("dfactor", 0.0), ("dfactor", 1.0), ("dfactor", torch.tensor(math.nan)), ("max_num_steps", -1),
-    ("max_num_steps", math.inf), ("max_num_steps", math.nan),
+    ("max_num_steps", math.inf), ("max_num_steps", math.nan), ("max_num_steps", 2**31), ("max_num_steps", 2**40),
 ]  # fmt: skip
 
 
@@ -184,9 +184,14 @@ def test_stops_that_are_no_times(run, name, value):
         run(options={name: value})
 
 
-def test_a_step_limit_beyond_what_can_be_counted_is_no_limit(run):
-    """torchdiffeq fails on it."""
-    assert torch.equal(run(options={"max_num_steps": 2**40}), run())
+def test_the_largest_step_limit_is_no_limit(run):
+    assert torch.equal(run(options={"max_num_steps": 2**31 - 1}), run())
+
+
+@pytest.mark.parametrize("value", ["no", None, 1])
+def test_stop_at_outputs_is_said_plainly(run, value):
+    with pytest.raises(TypeError, match=r"^options\['stop_at_outputs'\] must be True or False, not "):
+        run(options={"stop_at_outputs": value})
 
 
 def test_adjoints_are_checked_too():

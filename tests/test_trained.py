@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import sparseflow_kernels as sfk
+from sparseflow_kernels.capture.replay import Computed
 
 F64 = torch.float64
 T = torch.tensor([0.0, 0.4, 1.0], dtype=F64)
@@ -82,11 +83,19 @@ def normed(norm):
     return make
 
 
+def sparse_layers(m):
+    linears(a=(2, 8), b=(8, 2), s=(1, 8))(m)
+    for layer in (m.a, m.b):
+        prune.l1_unstructured(layer, "weight", amount=0.6)
+    sfk.sparsify_(m)
+
+
 def time_network(m):
     linears(a=(2, 8), b=(8, 2), e=(2, 8))(m)
 
 
 two = lambda m, t, y: m.b(torch.tanh(m.a(y)))
+scattered = lambda v: torch.sparse_coo_tensor(torch.tensor([[0, 1], [1, 0]]), v, (2, 2), check_invariants=False)
 wave = lambda t: torch.stack([torch.sin(t), torch.cos(3.0 * t)])
 three = lambda m, t, y: m.c(torch.tanh(m.b(torch.tanh(m.a(y)))))
 small = linears(a=(2, 8), b=(8, 2))
@@ -113,6 +122,8 @@ MADE = {
     "low rank": (linears(a=(2, 3), b=(3, 8), c=(8, 2)), lambda m, t, y: m.c(torch.tanh(nn.functional.linear(y, m.b.weight @ m.a.weight)))),
     "antisymmetric": (linears(a=(2, 2)), lambda m, t, y: torch.tanh(y @ (m.a.weight - m.a.weight.T) + m.a.bias)),
     "written in place": (small, lambda m, t, y: m.b(torch.tanh(nn.functional.linear(y, m.a.weight.clone().mul_(2.0).add_(0.1), m.a.bias)))),
+    "scaled sparse layer": (sparse_layers, lambda m, t, y: m.b(torch.tanh(m.a(y) * m.s.bias))),
+    "sparse tensor made of a parameter": (linears(a=(2, 2)), lambda m, t, y: torch.tanh(torch.sparse.mm(scattered(m.a.bias), y.T).T)),
     "detached twin": (linears(a=(2, 2)), lambda m, t, y: torch.tanh(m.a(y) + 0.5 * m.a.bias.detach())),
     "data of a parameter": (linears(a=(2, 2)), lambda m, t, y: torch.tanh(m.a(y) + m.a.bias.data)),
     "network of time": (time_network, lambda m, t, y: m.b(torch.tanh(m.a(y) + m.e(wave(t))))),
@@ -186,6 +197,13 @@ def test_gradients_and_a_step_are_the_modules(name: str, masked: bool) -> None:
         torch.testing.assert_close(p.detach(), stepped[name], rtol=1e-5, atol=1e-8 * scale, msg=lambda text: f"{name}: {text}")
     t = torch.tensor(0.7, dtype=F64)
     torch.testing.assert_close(field(t, y0), module(t, y0), rtol=1e-9, atol=1e-10)
+
+
+def test_a_formula_that_gives_something_else_is_refused(monkeypatch) -> None:
+    evaluate = Computed.evaluate
+    monkeypatch.setattr(Computed, "evaluate", lambda self, derivation: 1.01 * evaluate(self, derivation))
+    with pytest.raises(sfk.UnsupportedFieldError, match="0.values of the field.*something else when it is computed again"):
+        sfk.compile(made("low rank"))
 
 
 @pytest.mark.parametrize("name", ["scales in the code", "folded", "weight norm", "used twice", "network of time"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_pruning import Residual
 from torch import nn
 
 import sparseflow_kernels as sfk
@@ -15,16 +16,6 @@ from sparseflow_kernels.flows import ContinuousFlow, mlp_field
 from sparseflow_kernels.pruning import prune_neurons_, prune_weights_
 from sparseflow_kernels.training import prune_cycle_
 from sparseflow_kernels.warn import warn
-
-
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, t, y):
-        h = torch.tanh(self.a(y))
-        return self.c(h + torch.tanh(self.b(h)))
 
 
 class Warning_(nn.Module):

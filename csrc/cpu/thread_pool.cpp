@@ -17,8 +17,6 @@
 #include "../fork.h"
 #include "cores.h"
 
-#include "../calls.h"
-
 namespace sparseflow {
 namespace {
 

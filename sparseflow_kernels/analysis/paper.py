@@ -467,7 +467,8 @@ def _pictures(flow: ContinuousFlow, rows: Dataset, experiment: Experiment) -> di
             "density": lambda: compiled.log_prob(torch.cartesian_prod(line, line)).exp().view(resolution, -1).T,
             "samples": lambda: compiled.sample(4000),
             "trajectories": lambda: solve(
-                compiled.vector_fields[0], torch.randn(300, 2, dtype=rows.train.dtype), times, rtol=compiled.rtol, atol=compiled.atol
+                compiled.vector_fields[0], torch.randn(300, 2, dtype=rows.train.dtype), times, rtol=compiled.rtol,
+                atol=compiled.atol,
             ).ys,
         }
         for name, draw in parts.items():

@@ -32,9 +32,11 @@ def evaluate(func, args, kwargs, value=None) -> Any:
 
 
 def _of_constants(func, args, kwargs, values: list) -> list[Constant]:
-    values = [v.to_dense() if isinstance(v, Tensor) and v.layout != torch.strided else v for v in values]
+    sparse = [isinstance(v, Tensor) and v.layout != torch.strided for v in values]
+    values = [v.to_dense() if s else v for v, s in zip(values, sparse)]
     origins = trace(func, args, kwargs, values)
     nodes = [None] * len(values) if all(source is None for source, _ in origins) else _nodes(func, args, kwargs, values)
+    nodes = [Node(operator.methodcaller("to_dense"), (node,)) if s and node else node for node, s in zip(nodes, sparse)]
     return [Constant(v, *origin, None if origin[0] is None else node) for v, origin, node in zip(values, origins, nodes)]
 
 
@@ -43,6 +45,7 @@ def _nodes(func, args, kwargs, values: list) -> list[Node]:
 
     def to_node(a):
         if isinstance(a, Constant):
+            assert (a.node is None) == (a.source is None), "a constant computed from parameters has lost how"
             return a.value if a.node is None else a.node
         return a.node if isinstance(a, TimeValue) else a
 

@@ -16,6 +16,7 @@ from .refusal import refuse
 from .replay import Computed, Leaf, Node
 from .values import NOT_A_PARAMETER, NOT_PLAIN, Constant
 
+LARGEST = 1 << 27  # entries of a sparse tensor as capture reads it
 Traced = tuple[Tensor | None, Tensor | None]  # source and factor, as in Constant
 
 
@@ -52,7 +53,8 @@ def _of_arithmetic(base: str, args, kwargs) -> Traced | None:
         return None
     if any(v != 1 for v in kwargs.values()):  # alpha, beta, rounding_mode
         return None
-    operands = [a if isinstance(a, Constant) else Constant(torch.as_tensor(a, dtype=None if isinstance(a, Tensor) else torch.float64)) for a in args]
+    own = lambda a: a if isinstance(a, Tensor) else torch.tensor(a, dtype=torch.float64)
+    operands = [a if isinstance(a, Constant) else Constant(own(a)) for a in args]
     minus = Constant(torch.tensor(-1.0, dtype=torch.float64))
     match base, operands:
         case "neg", [a]:
@@ -124,17 +126,19 @@ class ParameterNumbers:
             self._parameters.append(parameter)
             self._starts.append(start)
             self._number_of[id(parameter)] = number
-            if parameter.numel():
+            if parameter.numel() and parameter.layout == torch.strided:
                 self._memory.setdefault(parameter.untyped_storage()._cdata, number)
             start += parameter.numel()
 
     def constant(self, tensor: Tensor) -> Constant:
         """A tensor that the trace meets for the first time."""
         number = self._number_of.get(id(tensor))
+        if tensor.layout != torch.strided:
+            return self._sparse(tensor, None if number is None else self.names[number])
         if number is not None:
             numbers = torch.arange(self._starts[number], self._starts[number] + tensor.numel()).view(tensor.shape)
             return Constant(tensor.detach(), numbers, None, Leaf(self.names[number]))
-        number = self._memory.get(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else None
+        number = self._memory.get(tensor.untyped_storage()._cdata)
         if number is not None:  # parameter.data: it moves with the parameter, and has no gradient
             parameter = self._parameters[number]
             offset = tensor.storage_offset() - parameter.storage_offset()
@@ -150,6 +154,20 @@ class ParameterNumbers:
             )
         return Constant(tensor.detach())
 
+    @staticmethod
+    def _sparse(tensor: Tensor, name: str | None) -> Constant:
+        """A sparse tensor, as the dense one that it stands for."""
+        what = "a sparse tensor" if name is None else f"the sparse parameter {name!r}"
+        if tensor.requires_grad:
+            refuse(
+                f"{what} of {list(tensor.shape)} that requires a gradient",
+                "Make it a dense parameter with a mask (torch.nn.utils.prune) or an sfk.SparseLinear, which are trained "
+                "with the field, or fix it with requires_grad_(False)",
+            )
+        if tensor.numel() > LARGEST:
+            refuse(f"{what} of {list(tensor.shape)}, which is read as a dense one,")
+        return Constant(tensor.detach().to_dense())
+
     def first_name(self, value: Constant) -> str | None:
         """The parameter of the first plain entry."""
         plain = value.sources[value.sources >= 0]
@@ -161,7 +179,9 @@ class ParameterNumbers:
     def starts_at_zero(self, value: Constant) -> Tensor:
         """bool of its shape: zeros that are no pruned weights, for their whole parameter is zero and trained (the usual
         start of a last layer)."""
-        fresh = torch.tensor([p.requires_grad and not bool(p.detach().any()) for p in self._parameters] + [False])
+        trained = (p.requires_grad and p.layout == torch.strided for p in self._parameters)
+        fresh = [own and not bool(p.detach().any()) for own, p in zip(trained, self._parameters)]
+        fresh = torch.tensor([*fresh, False])
         if not bool(fresh.any()):
             return torch.zeros(value.shape, dtype=torch.bool)
         which = torch.searchsorted(torch.tensor(self._starts), value.sources.contiguous(), right=True) - 1

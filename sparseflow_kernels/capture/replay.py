@@ -96,16 +96,17 @@ class Computed:
 
     def __init__(self, node: Node | Leaf, dtype: torch.dtype) -> None:
         self._replay = Replay(node, dtype)
+        self._names = self._replay.leaves()
 
     def evaluate(self, derivation: Derivation) -> Tensor:
-        values = {name: derivation.whole(name) for name in self.whole()}
+        values = {name: derivation.whole(name) for name in self._names}
         return self._replay.run(next(iter(values.values())), None, values.__getitem__).reshape(-1)
 
     def origins(self) -> Iterator[Origin]:
         return iter(())
 
     def whole(self) -> frozenset[str]:
-        return self._replay.leaves()
+        return self._names
 
 
 class TimeProgram(nn.Module):

@@ -20,7 +20,7 @@ from .operations import STRUCTURAL, aten, base_name
 from .refusal import REMEDY, refuse
 from .rows import RowTable
 from .samples import Samples
-from .values import NOT_A_PARAMETER, Constant, StateValue, TimeValue
+from .values import Constant, StateValue, TimeValue
 
 
 @dataclass
@@ -253,13 +253,10 @@ def sparse_linear(reading: Reading, args: tuple, out: Tensor) -> Any:
     outputs = row_ptr.numel() - 1
     where = torch.repeat_interleave(torch.arange(outputs), row_ptr.diff()) * inputs + col
 
-    def dense(entries: Tensor, empty: float) -> Tensor:
-        table = torch.full((outputs * inputs,), empty, dtype=entries.dtype, device=entries.device)
-        return table.index_put((where.to(entries.device),), entries).view(outputs, inputs)
-
-    source = None if values.source is None else dense(values.source, NOT_A_PARAMETER)
-    factor = None if values.factor is None else dense(values.factor, 1.0)
-    matrix = apply(aten.t.default, Constant(dense(values.value, 0.0), source, factor))
+    device = values.value.device
+    zeros = Constant(torch.zeros(outputs * inputs, dtype=values.value.dtype, device=device))
+    matrix = apply(aten.index_put.default, zeros, [Constant(where.to(device))], values)
+    matrix = apply(aten.t.default, apply(aten.view.default, matrix, [outputs, inputs]))
     if isinstance(x, StateValue):
         product = _matrix_product(reading, x, matrix)
         return product if bias is None else add(reading, product, bias, out)

@@ -26,14 +26,7 @@ from .replay import Node
 from .values import Constant, Overwritten, StateValue, TimeValue
 
 
-LARGEST = 1 << 27  # entries of a sparse tensor as capture reads it
 DENSE = {aten._sparse_addmm.default: aten.addmm.default, aten._sparse_mm.default: aten.mm.default}  # what they compute
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    if tensor.numel() > LARGEST:
-        refuse(f"a sparse tensor of {list(tensor.shape)}, which is read as a dense one,")
-    return tensor.detach().to_dense()
 
 
 def _memory(tensor: Tensor) -> int:
@@ -130,7 +123,7 @@ class Tracer(TorchDispatchMode):
     def value_of(self, tensor: Tensor) -> Any:
         value = self.values.get(id(tensor))
         if value is None:
-            value = self.parameters.constant(tensor) if tensor.layout == torch.strided else Constant(_dense(tensor))
+            value = self.parameters.constant(tensor)
             self.bind(tensor, value)
         elif isinstance(value, Overwritten):
             refuse("writing into a slice of a tensor", "Join the parts with torch.cat or torch.stack instead")

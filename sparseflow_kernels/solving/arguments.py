@@ -32,7 +32,7 @@ _RULES = {  # option -> (is it one?, what it has to be)
     "safety": (lambda v: 0.0 < v <= 1.0, "above 0 and at most 1: it makes a step smaller than the error asks for"),
     "ifactor": (lambda v: 1.0 <= v < math.inf, "a finite number, 1 or more: the most that a step may grow by"),
     "dfactor": (lambda v: 0.0 < v < 1.0, "between 0 and 1: a step that was rejected must shrink"),
-    "max_num_steps": (lambda v: 0.0 <= v < math.inf, "a finite number of steps, 0 or more"),
+    "max_num_steps": (lambda v: 0.0 <= v <= _MOST_STEPS, "a number of steps from 0 to 2**31 - 1, the default and no limit"),
 }
 
 
@@ -59,20 +59,19 @@ def checked_options(options: dict, method: str | None, name: str) -> dict:
             for option in unknown
             for near in [difflib.get_close_matches(str(option), sorted(known), 1)]
         ]
-        text = f"{method or 'dopri5'}: Unexpected arguments {unknown} are ignored. {'; '.join(hints)}"
-        warn(text)
+        warn(f"{method or 'dopri5'}: Unexpected arguments {unknown} are ignored. {'; '.join(hints)}")
     options = {option: value for option, value in options.items() if option in known}
     for option, value in options.items():
         if option in _RULES:
             _check_option(name, option, value)
         elif option in ("step_t", "jump_t") and value is not None and _has_nan(value):
             raise ValueError(f"{name}[{option!r}] must hold points of time, and one is NaN: {value}")
+        elif option == "stop_at_outputs" and not isinstance(value, bool):
+            raise TypeError(f"{name}['stop_at_outputs'] must be True or False, not {value!r}")
     if "min_step" in options and "max_step" in options:
         least, most = _option_number(options["min_step"]), _option_number(options["max_step"])
         if least > most:
             raise ValueError(f"{name}: min_step must be at most max_step, and they are {least:g} and {most:g}")
-    if "max_num_steps" in options and _option_number(options["max_num_steps"]) > _MOST_STEPS:
-        options["max_num_steps"] = _MOST_STEPS
     return options
 
 

@@ -8,18 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import gradients, operators
+from .. import gradients, memory, operators
 from ..compiled_field import CompiledField
 from ..divergence_field import DivergenceField
-from ..hooks import hooks_of
 from ..devices import factories_on_cpu
 from ..field import UnsupportedFieldError
+from ..hooks import hooks_of
 from ..numerics.tableaus import ADAPTIVE, METHODS
 from ..solution import Solution, SolverError, Stats
-from . import memory
-from .arguments import (
-    CALLBACKS, State, check_tolerance, numbers_of, request_of, upward,
-)  # fmt: skip
+from .arguments import CALLBACKS, State, check_tolerance, numbers_of, request_of, upward
 
 
 @dataclass

@@ -23,6 +23,7 @@ DTYPES = (torch.float32, torch.float64)
 MOST_COUNTED = 2**31 - 2**16  # the last lanes of a tile may count beyond what there is
 HELD = 8  # batch sizes and methods whose memory and graphs are kept
 
+
 @functools.cache
 def _no_triton() -> str | None:
     try:
