@@ -23,12 +23,11 @@ from .engines.base import Engine
 from .engines.reference import ReferenceEngine, is_autocast_enabled, own_precision
 from .field import Layer, LinearShift, SigmoidGate, TimeFunction, UnsupportedFieldError, VectorField
 from .hooks import GLOBAL_HOOKS, hooks_of
-from .layer_parameters import LayerParameters, lost, zeroing
+from .layer_parameters import LayerParameters, lost
 from .origin import CONSTANT, Derivation, Key, Origin
 from .packing import Packing
 from .simplify import simplify
-from .trained import Entries, Held, Shares, check_made_again, starts_at_zero
-
+from .trained import Entries, Held, Shares, check_made_again, zeros_to_keep
 
 @factories_on_cpu
 def compile(  # noqa: A001 (the field's own word; the builtin is not needed here)
@@ -68,7 +67,7 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
         raise ValueError(f"compile: dim is {dim}, but the field's state has {field.dim} components")
     if like is not None and isinstance(module_or_field, (CompiledField, VectorField)):
         _check_like(field, like)
-    simplified, report = simplify(field, origins, starts_at_zero(origins, held))
+    simplified, report = simplify(field, origins, zeros_to_keep(origins, held))
     compiled = CompiledField(simplified, engine, origins=report.origins, held=held, simplification=str(report))
     compiled.example = example if like is None else tuple(like.shape)
     if compiled.shares.derived:
@@ -122,6 +121,7 @@ class CompiledField(nn.Module):
         self._program = field.map_tensors(lambda tensor: tensor.detach().to("meta"))
         self._packing = Packing(engine)
         self.described = operators.describe(field, engine)
+        self.register_load_state_dict_post_hook(_follow_entries)
         self._slots: list[tuple[nn.Module, str, str]] | None = None
         self._live: tuple[list[Tensor], VectorField] | None = None
         self._inner_hooks: list[dict] | None = None
@@ -152,21 +152,9 @@ class CompiledField(nn.Module):
                 elif key in self.shares.fixed:
                     buffers[name] = tensor
             self.layers.append(LayerParameters(layer, parameters, buffers, functions[number]))
-        self._mask_gradients()
-
-    def _mask_gradients(self) -> None:
-        """Zeros that the module does not have between a tensor's entries have no gradient."""
-        for number, name in self.shares.own:
-            absent = self.origins[number, name].parameter == CONSTANT
-            if bool(absent.any()):
-                parameter = self.layers[number].tensor(name)
-                wanted = parameter.requires_grad
-                parameter.requires_grad_(True).register_hook(zeroing(absent))  # torch hooks no others
-                parameter.requires_grad_(wanted)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._mask_gradients()  # copies and pickles of a parameter lose its hooks
+        absent = {key: self.origins[key].parameter == CONSTANT for key in self.shares.own}
+        # Entries of parameters that the module does not have: zero in the field whatever they hold, so without gradient.
+        self._absent = {key: entries for key, entries in absent.items() if bool(entries.any())}
 
     def __getstate__(self) -> dict[str, Any]:
         forgotten = dict.fromkeys(("_slots", "_live", "_inner_hooks"))
@@ -243,7 +231,11 @@ class CompiledField(nn.Module):
     def runner(self, kind: Literal["exact", "hutchinson"] | None = None) -> Engine:
         """The engine for a call made now: `packed(kind)`, or the reference engine where only torch operations may take
         part."""
-        return self.reference(kind) if gradients.only_torch() else self.packed(kind)
+        if gradients.only_torch():
+            return self.reference(kind)
+        engine = self.packed(kind)
+        # What autograd flows through stands over the parameters of this call, not over those that it was packed from.
+        return self.reference(kind) if engine.differentiable and torch.is_grad_enabled() else engine
 
     def reference(self, kind: Literal["exact", "hutchinson"] | None = None) -> ReferenceEngine:
         """The reference engine over the live parameters: autograd flows through it to them."""
@@ -252,7 +244,7 @@ class CompiledField(nn.Module):
 
     def _live_field(self) -> VectorField:
         """`vector_field`, made once for the same parameters: it takes as long as a small solve. To be left as it is."""
-        if self.shares.derived:  # what is made of parameters has a graph and values of its own at every call
+        if self.shares.derived or self._absent:  # what is made of parameters has a graph of its own at every call
             return self.vector_field
         tensors = list(self._tensors())
         if self._live is None or not all(map(operator.is_, self._live[0], tensors)):
@@ -292,7 +284,11 @@ class CompiledField(nn.Module):
         found = []
         for number, name in self.origins:
             tensor = self.layers[number].tensor(name)
-            found.append(derivation.tensor(self.origins[number, name]) if tensor is None else tensor)
+            if tensor is None:
+                tensor = derivation.tensor(self.origins[number, name])
+            elif (number, name) in self._absent:
+                tensor = tensor.masked_fill(self._absent[number, name].to(tensor.device), 0)
+            found.append(tensor)
         return found
 
     @factories_on_cpu
@@ -383,7 +379,7 @@ class CompiledField(nn.Module):
         like = None if self.example is None else torch.ones(self.example, dtype=self.dtype, device=self.device)
         original, origins = capture_with_origins(module, self.dim, like)
         theirs = Held.by_module(module)
-        simplified, report = simplify(original, origins, starts_at_zero(origins, theirs))
+        simplified, report = simplify(original, origins, zeros_to_keep(origins, theirs))
         for number, (other, mine) in enumerate(zip(simplified.layers, self._program.layers)):
             if not _same_layout(other, mine):
                 raise ValueError(
@@ -492,6 +488,13 @@ def _same_layout(one: Layer, other: Layer) -> bool:
 def _part_name(part: Any) -> str:
     names = {SigmoidGate: "sigmoid", LinearShift: "linear", TimeFunction: "function of t"}
     return "-" if part is None else names[type(part)]
+
+
+def _follow_entries(field: CompiledField, _: Any) -> None:
+    """Functions of time read the parameters of `entries`; load_state_dict(assign=True) has put others in their place."""
+    for module in field.layers.modules():
+        if isinstance(module, TimeProgram):
+            module.read(field._entry)
 
 
 @torch._disable_dynamo  # torch.compiler.disable, which would import the compiler with this package

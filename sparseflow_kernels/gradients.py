@@ -109,14 +109,6 @@ def solve_backward(
     return gradient
 
 
-def _as_it_was(engine: Engine, stamp: int, reference: ReferenceEngine) -> Engine:
-    """The engine as it was packed on the way forwards, if it has taken over other values since (of parameters lent by
-    torch.func.functional_call, say: changes in place were noticed before)."""
-    if engine.stamp == stamp:
-        return engine
-    return type(engine)(reference.field.map_tensors(Tensor.detach), engine.plan)
-
-
 def only_torch() -> bool:
     """Only torch operations may take part in what runs now: inside torch.func's transforms, forward-mode
     differentiation, torch.jit.trace and torch.export."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +12,6 @@ from torch.nn.modules import module as nn_module
 from .engines.reference import layer_output
 from .field import Layer
 from .warn import warn
-
-
-def zeroing(mask: Tensor) -> Callable[[Tensor], Tensor]:
-    """A hook that zeroes the gradient under the mask, which goes to the gradient's device once, not every time."""
-
-    def hook(grad: Tensor) -> Tensor:
-        nonlocal mask
-        here = mask.to(grad.device)
-        if not torch.compiler.is_compiling():  # what is copied there has no values
-            mask = here
-        return grad.masked_fill(here, 0)
-
-    return hook
 
 
 def lost(name: str) -> RuntimeError:
@@ -63,7 +50,7 @@ class LayerParameters(nn.Module):
         self._complete = True
 
     def register_parameter(self, name: str, parameter: nn.Parameter | None) -> None:
-        if self.__dict__.get("_complete"):  # torch.nn.utils.prune, parametrizations
+        if self.__dict__.get("_complete") and name not in self._parameters:  # torch.nn.utils.prune, parametrizations
             raise TypeError(
                 f"{name!r} cannot be added to a layer of a compiled field: its engine would not see it. Prune or "
                 "parametrize the module, then compile it"
@@ -86,7 +73,8 @@ class LayerParameters(nn.Module):
         found = hashlib.sha256(repr(pattern.shape).encode())
         for part in (pattern.row_ptr, pattern.col):
             found.update(part.numpy().tobytes())
-        return torch.frombuffer(bytearray(found.digest()), dtype=torch.int64).clone()
+        # Small whole numbers in floating point: states are averaged, scaled and cast, by code that knows no other tensors.
+        return torch.tensor(list(found.digest()), dtype=torch.float32)
 
     def get_extra_state(self) -> Tensor:
         return self._digest()
@@ -102,7 +90,7 @@ class LayerParameters(nn.Module):
                 "or parts of it are missing); it is right only if the field was compiled from the same masks"
             )
             state_dict = {**state_dict, key: self._digest()}
-        elif not torch.equal(torch.as_tensor(state_dict[key]).cpu(), self._digest()):
+        elif not torch.equal(torch.as_tensor(state_dict[key]).detach().cpu().float().round(), self._digest()):
             errors.append(
                 f"layer {self.layer_name!r} ({prefix.rstrip('.')}) has other masks: its weights stand elsewhere than those "
                 "of the field that this state was saved from. Compile a module with those masks, then load"

@@ -93,7 +93,8 @@ class Packing:
         known = self._engines.get(kind)
         if known is None or not known[0].same(tensors):
             # Copied before it is packed: a change in between (of another thread) is seen at the next call.
-            program, snapshot = field(), Snapshot(tensors)
+            with torch.no_grad():  # an engine outlives the graph of what is made from parameters
+                program, snapshot = field(), Snapshot(tensors)
             engine = None if known is None else known[1]
             if engine is None or not engine.update(program):
                 engine_class, _ = choose(program, self.requested)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .field import UnsupportedFieldError, VectorField
-from .origin import CONSTANT, Key, Origin, Recipe
+from .origin import COMPUTED, CONSTANT, Derivation, Key, Origin, Recipe
 
 
 @dataclass
@@ -57,14 +57,31 @@ def keys_of(field: VectorField) -> list[Key]:
     return [(number, name) for number, layer in enumerate(field.layers) for name, _ in layer.tensors()]
 
 
-def starts_at_zero(origins: Mapping[Key, Origin], held: Mapping[str, Held]) -> dict[int, Tensor]:
-    """Layer -> bool [nnz]: weights that are zero because their whole parameter is, and that is trained. They have not
-    been pruned: training starts from there."""
-    found = {}
-    for (number, name), origin in origins.items():
-        if name == "values" and origin.parameters:
-            fresh = [held[p].trained and not bool(held[p].values.any()) for p in origin.parameters]
-            found[number] = torch.tensor([*fresh, False, False])[origin.parameter]  # -1 and -2: no plain entries
+def starts_at_zero(origin: Origin, held: Mapping[str, Held]) -> Tensor:
+    """bool [n]: which zeros of a tensor are where training starts, and not pruned: entries of a parameter that is trained
+    and zero altogether, and results that are zero only until such a parameter, or one that is not zero, has moved."""
+    fresh = [held[name].trained and not bool(held[name].values.any()) for name in origin.parameters]
+    found = torch.tensor([*fresh, False, False])[origin.parameter]  # -1 and -2: no plain entries
+    if origin.computed:
+        moved = Derivation(Recipe({name: h.elements for name, h in held.items()}), _moved(held)).tensor(origin)
+        found |= (origin.parameter == COMPUTED) & (moved != 0).cpu()
+    return found
+
+
+def zeros_to_keep(origins: Mapping[Key, Origin], held: Mapping[str, Held]) -> dict[int, Tensor]:
+    """Layer -> bool [nnz]: `starts_at_zero` of its weights."""
+    return {
+        number: starts_at_zero(origin, held)
+        for (number, name), origin in origins.items() if name == "values" and not bool(origin.value.all())
+    }
+
+
+def _moved(held: Mapping[str, Held]) -> dict[str, Tensor]:
+    """Other values of the parameters that are trained, near by; pruned entries stay zero."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    for name, h in held.items():
+        noise = (0.01 + 0.01 * torch.rand(h.values.shape, generator=generator)).to(h.values)
+        found[name] = h.values if not h.trained else h.values * (1.0 + noise) if bool(h.values.any()) else noise
     return found
 
 

@@ -131,19 +131,19 @@ def test_compiled_training_never_trains_what_the_module_does_not_have():
     assert not torch.allclose(after["vector_fields.0.last.weight"], before["vector_fields.0.last.weight"])
 
 
-def test_a_constant_folded_into_an_entry_that_is_not_trained_does_not_decay():
-    flow = make_flow()
-    first, last = (layer.linear for layer in flow.vector_fields[0].layers)
-    with_inputs = torch.arange(16).unsqueeze(1).expand(16, 2) > 0  # all but neuron 0
-    nn.utils.prune.custom_from_mask(first, "weight", with_inputs)
-    nn.utils.prune.custom_from_mask(last, "bias", torch.tensor([0.0, 1.0]))
-    field = flow.compile().vector_fields[0]
-    folded = field.layers[1].bias.detach().clone()
-    assert folded[0] != 0
-    train(flow, small_set(), engine="auto", steps=3, batch=64, lr=0.1, weight_decay=0.5)
-    again = flow.compile().vector_fields[0].layers[1].bias.detach()
-    assert torch.allclose(again[0], folded[0]) and not torch.allclose(again[1], folded[1])
-    assert values(flow)["vector_fields.0.layers.1.linear.bias"][0] == 0
+def test_a_constant_folded_into_an_entry_that_is_not_trained_is_trained_as_the_module_trains_it():
+    trained = {}
+    for engine in (None, "auto"):
+        flow = make_flow()
+        first, last = (layer.linear for layer in flow.vector_fields[0].layers)
+        with_inputs = torch.arange(16).unsqueeze(1).expand(16, 2) > 0  # all but neuron 0
+        nn.utils.prune.custom_from_mask(first, "weight", with_inputs)
+        nn.utils.prune.custom_from_mask(last, "bias", torch.tensor([0.0, 1.0]))
+        train(flow, small_set(), engine=engine, steps=3, batch=64, lr=0.1, weight_decay=0.5)
+        trained[engine] = values(flow)
+        assert trained[engine]["vector_fields.0.layers.1.linear.bias"][0] == 0
+    for name, value in trained[None].items():
+        torch.testing.assert_close(trained["auto"][name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_masks_nest_and_dead_parameters_do_not_grow_back():
@@ -483,7 +483,8 @@ def test_sweep_writes_results_and_resumes(tmp_path, monkeypatch):
     assert len(rows) == len(document["rows"]) == 2 * 3 * 3
     for (seed, method, cycle), row in rows.items():
         assert math.isfinite(row["test_nll"]) and row["nfe"] > 0 and row["step_seconds"] > 0
-        assert row["size"] == 82 if method == "none" else row["size"] <= row["keep"] * 82
+        bound = {"none": 82, "weights": row["keep"] * 82, "neurons": 1.2 * row["keep"] * 82}[method]  # whole neurons
+        assert row["size"] == 82 if method == "none" else row["size"] <= bound
         assert row["live_size"] <= row["size"]
         if cycle == 0:  # one dense net per seed
             assert row["test_nll"] == rows[seed, "weights", 0]["test_nll"]

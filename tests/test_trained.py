@@ -74,6 +74,16 @@ def zero_start(m):
     nn.init.zeros_(m.b.bias)
 
 
+def gated_shut(m):
+    linears(a=(2, 8), b=(8, 2))(m)
+    m.s = nn.Parameter(torch.zeros(2))
+
+
+def zero_low_rank(m):
+    linears(a=(2, 8), b=(8, 2))(m)
+    m.A, m.B = nn.Parameter(torch.randn(3, 8)), nn.Parameter(torch.zeros(2, 3))
+
+
 def normed(norm):
     def make(m):
         linears(a=(2, 8), b=(8, 2))(m)
@@ -115,6 +125,10 @@ MADE = {
     "folded, with time": (pruned_rows, lambda m, t, y: m.c(torch.tanh(m.b(m.a(y) + t)))),
     "output row pruned": (output_row_pruned, lambda m, t, y: torch.tanh(m.a(y))),
     "zero start": (zero_start, two),
+    "zero scale": (gated_shut, lambda m, t, y: m.s * m.b(torch.tanh(m.a(y)))),
+    "zero scale, computed": (gated_shut, lambda m, t, y: torch.tanh(m.s) * m.b(torch.tanh(m.a(y)))),
+    "zero low rank": (zero_low_rank, lambda m, t, y: torch.tanh(m.a(y)) @ (m.B @ m.A).T),
+    "zero low rank, added": (zero_low_rank, lambda m, t, y: m.b(h := torch.tanh(m.a(y))) + h @ (m.B @ m.A).T),
     "weight norm": (normed(parametrizations.weight_norm), two),
     "old weight norm": (normed(torch.nn.utils.weight_norm), two),
     "spectral norm": (normed(parametrizations.spectral_norm), two),
@@ -227,6 +241,73 @@ def test_made_tensors_go_wherever_a_field_goes(name: str) -> None:
         torch.testing.assert_close(copy.deepcopy(field).float()(0.3, y.float()).double(), field(0.3, y), rtol=1e-4, atol=1e-5)
         again.copy_to(module)
         torch.testing.assert_close(module(torch.tensor(0.3, dtype=F64), y), field(0.3, y))
+
+
+WAYS = ["scales in the code", "folded", "used twice", "network of time", "time network shared"]
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.parametrize("name", WAYS)
+def test_parameters_lent_for_a_call_get_the_gradients(name: str, engine: str) -> None:
+    module = made(name)
+    field, y, t = sfk.compile(module, engine), start(module), torch.tensor(0.3, dtype=F64)
+    wanted = torch.autograd.grad(field(t, y).square().sum(), list(field.parameters()))
+    lent = {n: p.detach().clone().requires_grad_() for n, p in field.named_parameters()}
+    for _ in range(2):
+        found = torch.autograd.grad(torch.func.functional_call(field, lent, (t, y)).square().sum(), list(lent.values()))
+        torch.testing.assert_close(found, wanted)
+        assert all(p.grad is None for p in field.parameters())
+    again = torch.autograd.grad(field(t, y).square().sum(), list(field.parameters()))
+    torch.testing.assert_close(again, wanted)
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.parametrize("name", WAYS)
+def test_states_that_are_assigned_or_averaged_load(name: str, engine: str) -> None:
+    module = made(name)
+    one, other, y = sfk.compile(module, engine), sfk.compile(module, engine), start(module)
+    with torch.no_grad():
+        for p in one.parameters():
+            p.mul_(1.1)
+    before = other(0.3, y)
+    other.load_state_dict({n: v.clone() for n, v in one.state_dict().items()}, assign=True)
+    assert not torch.equal(other(0.3, y), before)
+    for field in (one, other):
+        field(0.3, y).square().sum().backward()
+    for (n, p), q in zip(other.named_parameters(), one.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, msg=lambda text: f"{n}: {text}")
+    assert torch.equal(other(0.3, y), one(0.3, y))
+    mean = {n: 0.999 * v + 0.001 * v for n, v in one.state_dict().items()}
+    for tensor, v in zip(mean.values(), one.state_dict().values()):
+        tensor.mul_(0.9).add_(v, alpha=0.1)
+    other.load_state_dict(mean)
+    torch.testing.assert_close(other(0.3, y), one(0.3, y))
+
+
+def test_entries_that_the_module_does_not_have_stay_out_of_the_field() -> None:
+    module = made("powers of the state")
+    prune.custom_from_mask(module.b, "bias", torch.tensor([1.0, 0.0]))
+    field, y, t = sfk.compile(module), start(module), torch.tensor(0.3, dtype=F64)
+    before = field(t, y)
+    with torch.no_grad():
+        field.layers[-1].bias[1] = 7.0
+    lent = {n: p.detach().clone().requires_grad_() for n, p in field.named_parameters()}
+    for one in (field, copy.deepcopy(field)):
+        one.load_state_dict(field.state_dict(), assign=True)
+        torch.testing.assert_close(one(t, y), before)
+        one(t, y).sum().backward()
+        assert one.layers[-1].bias.grad.tolist() == [4.0, 0.0]
+        one.layers[-1].bias.grad = None
+    torch.func.functional_call(field, lent, (t, y)).sum().backward()
+    assert lent["layers.1.bias"].grad.tolist() == [4.0, 0.0]
+
+
+def test_a_field_follows_its_dtype_there_and_back() -> None:
+    field, y = sfk.compile(made("powers of the state")), start(made("buffer"))
+    before = field(0.3, y)
+    for dtype in (torch.float32, F64, torch.float32, F64):
+        out = field.to(dtype)(0.3, y.to(dtype))
+        torch.testing.assert_close(out.double(), before, rtol=1e-5, atol=1e-6)
 
 
 def test_freezing_a_field_and_thawing_it_trains_no_more_than_the_module_has() -> None:

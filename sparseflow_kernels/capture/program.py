@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..field import IDENTITY, Activation, Layer, LinearShift, Pattern, SigmoidGate, TimeFunction, VectorField
 from ..origin import Key, Origin
+from ..trained import Held, starts_at_zero
 from .algebra import apply
 from .operations import aten
 from .refusal import NotFinite
@@ -41,7 +42,10 @@ def assemble(tracer: Tracer, last: Affine, root: Hidden) -> tuple[VectorField, d
 
 def _layer(tracer: Tracer, a: Affine, activation: Activation, name: str) -> tuple[Layer, dict[str, Constant]]:
     weight = tracer.table.dense(a)
-    mask = (weight.value != 0).cpu() | tracer.parameters.starts_at_zero(weight)
+    mask = (weight.value != 0).cpu()
+    if not bool(mask.all()):
+        start = starts_at_zero(tracer.parameters.origin(weight), Held.by_module(tracer.module))
+        mask |= start.view(mask.shape)
     entries = [Constant(index.to(weight.value.device)) for index in mask.nonzero().unbind(1)]
     constants = {"values": apply(aten.index.Tensor, weight, entries), "bias": a.bias}
 

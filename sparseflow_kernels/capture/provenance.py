@@ -176,17 +176,6 @@ class ParameterNumbers:
     def value(self, name: str) -> Tensor:
         return self._parameters[self.names.index(name)].detach()
 
-    def starts_at_zero(self, value: Constant) -> Tensor:
-        """bool of its shape: zeros that are no pruned weights, for their whole parameter is zero and trained (the usual
-        start of a last layer)."""
-        trained = (p.requires_grad and p.layout == torch.strided for p in self._parameters)
-        fresh = [own and not bool(p.detach().any()) for own, p in zip(trained, self._parameters)]
-        fresh = torch.tensor([*fresh, False])
-        if not bool(fresh.any()):
-            return torch.zeros(value.shape, dtype=torch.bool)
-        which = torch.searchsorted(torch.tensor(self._starts), value.sources.contiguous(), right=True) - 1
-        return torch.where((value.sources >= 0) & (value.factors != 0), fresh[which], False)
-
     def origin(self, value: Constant) -> Origin:
         source, scale = value.sources.reshape(-1).contiguous(), value.factors.reshape(-1)
         source = torch.where((source >= 0) & (scale == 0), NOT_A_PARAMETER, source)

@@ -128,9 +128,13 @@ class TimeProgram(nn.Module):
         other = TimeProgram.__new__(TimeProgram)
         nn.Module.__init__(other)
         other._replay, other.names = self._replay, self.names
-        for number, name in enumerate(self.names):
-            other.register_parameter(str(number), parameters(name))
+        other.read(parameters)
         return other
+
+    def read(self, parameters: Callable[[str], nn.Parameter]) -> None:
+        """Be a function of these from now on, by name."""
+        for number, name in enumerate(self.names):
+            self.register_parameter(str(number), parameters(name))
 
     def forward(self, t: Tensor) -> Tensor:
         numbers = {name: str(number) for number, name in enumerate(self.names)}

@@ -62,7 +62,7 @@ class Affine:
         """Nothing but elements of the parent."""
         return (
             self.select is not None and self.scale is None and self.gate is None and self.shift is None
-            and bool((self.select >= 0).all()) and not bool(self.bias.value.any())
+            and bool((self.select >= 0).all()) and self.bias.is_zero
         )
 
     def value(self) -> Constant | TimeValue:

@@ -74,8 +74,8 @@ class NativeEngine(Engine):
 
     def _takes_over(self, field: VectorField) -> bool:
         """Whether this field is the present one but for its values."""
-        old = self._field
-        return (field.dtype, field.device, len(field.layers)) == (old.dtype, old.device, len(old.layers)) and all(
+        old = self._field  # its tensors may be other ones by now: module.to() gives them other memory in place
+        return (field.dtype, field.device, len(field.layers)) == (self.dtype, self.device, len(old.layers)) and all(
             new.pattern is now.pattern and new.activation == now.activation
             and (type(new.gate), type(new.shift)) == (type(now.gate), type(now.shift))
             for new, now in zip(field.layers, old.layers)
