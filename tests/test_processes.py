@@ -87,9 +87,21 @@ def test_training_killed_at_any_moment_comes_to_the_same_bits(tmp_path):
         time.sleep(random.SystemRandom().random() * 0.01)  # within a step, or a write
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    resumed = list(sparse_flow(make_flow(seed=3), small_set(), (0.5,), folder=tmp_path, **LONG))
+    # Another start shows that training goes on from a checkpoint; where none was written yet, it starts anew.
+    seed = 3 if any(tmp_path.glob("cycle_*.safetensors")) else 0
+    resumed = list(sparse_flow(make_flow(seed), small_set(), (0.5,), folder=tmp_path, **LONG))
     assert all(same(a.flow, b.flow) for a, b in zip(straight, resumed, strict=True)), f"killed after step {moment}"
     assert {path.name for path in tmp_path.glob("[!.]*")} == {"cycle_00.safetensors", "cycle_01.safetensors"}
+
+
+def test_what_a_kill_between_two_files_leaves_is_removed(tmp_path):
+    finished = list(sparse_flow(make_flow(), small_set(), (0.5,), folder=tmp_path, **RUN))
+    left = [tmp_path / name for name in ("cycle_00.running.safetensors", ".cycle_01.running.safetensors.x.safetensors")]
+    for path in left:
+        path.write_bytes((tmp_path / "cycle_00.safetensors").read_bytes())
+    again = list(sparse_flow(make_flow(seed=3), small_set(), (0.5,), folder=tmp_path, **RUN))
+    assert all(cycle.resumed for cycle in again) and same(again[-1].flow, finished[-1].flow)
+    assert not any(path.exists() for path in left)
 
 
 # ----------------------------------------------------------------------------------------------- two in the same folder

@@ -17,14 +17,14 @@ import sparseflow_kernels as sfk
 from torch import nn
 
 class Field(nn.Module):
-    def __init__(self):
+    def __init__(self, *middle):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(2, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 2))
+        self.net = nn.Sequential(nn.Linear(2, 40), nn.Tanh(), *middle, nn.Linear(40, 2))
     def forward(self, t, y):
         return self.net(y)
 
 sfk.set_num_threads(2)
-field, times = sfk.compile(Field(), engine="cpu"), torch.tensor([0.0, 1.0])
+field, times = sfk.compile(Field(nn.Linear(40, 40), nn.Tanh()), engine="cpu"), torch.tensor([0.0, 1.0])
 optimizer = torch.optim.SGD(field.parameters(), lr=1e-3)
 sizes = (1, 7, 300, 64)
 

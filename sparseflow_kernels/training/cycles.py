@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 from dataclasses import dataclass
@@ -212,6 +213,7 @@ class _Loop:
             _, facts = read_state(path)
             check_identity(path, facts.get("run"), run)
             load_checkpoint(path, flow)
+            _remove_stale(path, running)
             return {key: value for key, value in facts.items() if key != "run"}, True
         if keep < 1 and not (running is not None and agree(running.exists())):
             prune_cycle_(flow, keep, self.method, self.dead, self.data, **self.prune_options)
@@ -222,8 +224,7 @@ class _Loop:
         facts = self._measure(flow, history)
         if path is not None and rank() == 0:
             save_checkpoint(path, flow, {"run": run, **facts})
-            for stale in (running, *path.parent.glob(f".{name}.*")):  # what a killed write left behind
-                stale.unlink(missing_ok=True)
+            _remove_stale(path, running)
         return facts, False
 
     def _measure(self, flow: ContinuousFlow, history: list[dict[str, Any]]) -> dict[str, Any]:
@@ -245,3 +246,10 @@ class _Loop:
         if self.progress is None:
             return None
         return lambda facts: self.progress({**facts, "cycle": index, "keep": keep, "control": control})
+
+
+def _remove_stale(path: Path, running: Path) -> None:
+    """What a process that was killed while it wrote, or between two files, left beside the finished cycle at `path`."""
+    for stale in (running, *path.parent.glob(f".{path.stem}.*")) if rank() == 0 else ():
+        with contextlib.suppress(OSError):  # a folder that is only read
+            stale.unlink(missing_ok=True)
