@@ -152,8 +152,8 @@ struct States {
     return s;
   }
 };
-template <class T>
-std::vector<T> as(const std::vector<double>& v) {
+template <class T, class Numbers>
+std::vector<T> as(const Numbers& v) {
   return std::vector<T>(v.begin(), v.end());
 }
 
