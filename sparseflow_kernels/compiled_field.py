@@ -392,7 +392,7 @@ class CompiledField(nn.Module):
         module = unwrapped(module)
         like = None if self.example is None else torch.ones(self.example, dtype=self.dtype, device=self.device)
         held, parameters = self.held(), dict(module.named_parameters())
-        with without_zeros(parameters, held, self.shares.trained):  # a weight that training has left at zero is none that was pruned
+        with without_zeros(parameters, held, self.shares.trained):
             original, origins = capture_with_origins(module, self.dim, like)
             theirs = Held.by_module(module)
             for name in held.keys() & theirs.keys():  # what is trained was settled when this was compiled

@@ -59,8 +59,8 @@ def keys_of(field: VectorField) -> list[Key]:
 
 
 def starts_at_zero(origin: Origin, held: Mapping[str, Held]) -> Tensor:
-    """bool [n]: which zeros of a tensor are where training starts, and not pruned: entries of a parameter that is trained
-    and zero altogether, and results that are zero only until such a parameter, or one that is not zero, has moved."""
+    """bool [n]: which zeros of a tensor are where training starts, and not pruned: entries of a parameter that is zero
+    altogether and trained, and results that are zero only until such a parameter, or one that is not zero, has moved."""
     fresh = [held[name].trained and not bool(held[name].values.any()) for name in origin.parameters]
     found = torch.tensor([*fresh, False, False])[origin.parameter]  # -1 and -2: no plain entries
     if origin.computed:
@@ -90,8 +90,8 @@ def _moved(held: Mapping[str, Held]) -> dict[str, Tensor]:
 def without_zeros(
     parameters: Mapping[str, nn.Parameter], held: Mapping[str, Held], trained: Mapping[str, bool]
 ) -> Iterator[None]:
-    """For as long as this lasts, the parameters without zeros that are no pruned weights: those of parameters that start
-    at zero, and those that are zero in the field too, which training has not moved."""
+    """For as long as this lasts, the parameters without zeros that are no pruned weights: those of parameters that
+    start at zero, and those that are zero in the field too, which training has not moved."""
     before = []
     for name, h in held.items():
         parameter = parameters.get(name)

@@ -320,6 +320,14 @@ def test_a_parameter_that_starts_at_zero_is_no_missing_one() -> None:
         sfk.compile(module)
 
 
+@pytest.mark.parametrize("norm", [parametrizations.spectral_norm, torch.nn.utils.spectral_norm])
+def test_norms_that_update_themselves_in_training_ask_for_eval(norm) -> None:
+    module = Made(normed(norm), two).double()
+    with pytest.raises(sfk.UnsupportedFieldError, match=r"spectral norm.*Call .eval\(\)"):
+        sfk.compile(module.train())
+    sfk.compile(module.eval())
+
+
 def test_freezing_a_field_and_thawing_it_trains_no_more_than_the_module_has() -> None:
     field = sfk.compile(made("constants in the code"))
     before = {name: b.clone() for name, b in field.named_buffers()}
