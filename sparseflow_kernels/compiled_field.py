@@ -23,11 +23,12 @@ from .engines.base import Engine
 from .engines.reference import ReferenceEngine, is_autocast_enabled, own_precision
 from .field import Layer, LinearShift, SigmoidGate, TimeFunction, UnsupportedFieldError, VectorField
 from .hooks import GLOBAL_HOOKS, hooks_of
-from .layer_parameters import LayerParameters, lost
+from .layer_parameters import LayerParameters, lost, zeroing
 from .origin import CONSTANT, Derivation, Key, Origin
 from .packing import Packing
 from .simplify import simplify
-from .trained import Entries, Held, Shares, check_made_again, zeros_to_keep
+from .trained import Entries, Held, Shares, check_made_again, without_zeros, write, zeros_to_keep
+
 
 @factories_on_cpu
 def compile(  # noqa: A001 (the field's own word; the builtin is not needed here)
@@ -121,7 +122,7 @@ class CompiledField(nn.Module):
         self._program = field.map_tensors(lambda tensor: tensor.detach().to("meta"))
         self._packing = Packing(engine)
         self.described = operators.describe(field, engine)
-        self.register_load_state_dict_post_hook(_follow_entries)
+        self.register_load_state_dict_post_hook(_follow_assigned)
         self._slots: list[tuple[nn.Module, str, str]] | None = None
         self._live: tuple[list[Tensor], VectorField] | None = None
         self._inner_hooks: list[dict] | None = None
@@ -153,11 +154,24 @@ class CompiledField(nn.Module):
                     buffers[name] = tensor
             self.layers.append(LayerParameters(layer, parameters, buffers, functions[number]))
         absent = {key: self.origins[key].parameter == CONSTANT for key in self.shares.own}
-        # Entries of parameters that the module does not have: zero in the field whatever they hold, so without gradient.
         self._absent = {key: entries for key, entries in absent.items() if bool(entries.any())}
+        self._mask_gradients()
+
+    def _mask_gradients(self) -> None:
+        """Zeros that the module does not have between a tensor's entries have no gradient: by a hook on our own
+        parameters. Others in their place (of torch.func.functional_call) are masked at every call (`ordered`)."""
+        self._masked = {(number, name): self.layers[number].tensor(name) for number, name in self._absent}
+        for key, parameter in self._masked.items():
+            wanted = parameter.requires_grad
+            parameter.requires_grad_(True).register_hook(zeroing(self._absent[key]))  # torch hooks no others
+            parameter.requires_grad_(wanted)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mask_gradients()  # copies and pickles of a parameter lose its hooks
 
     def __getstate__(self) -> dict[str, Any]:
-        forgotten = dict.fromkeys(("_slots", "_live", "_inner_hooks"))
+        forgotten = dict.fromkeys(("_slots", "_live", "_inner_hooks", "_masked"))
         return {**self.__dict__, "_packing": Packing(self.requested), **forgotten}
 
     def held(self, of: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Held]:
@@ -244,11 +258,14 @@ class CompiledField(nn.Module):
 
     def _live_field(self) -> VectorField:
         """`vector_field`, made once for the same parameters: it takes as long as a small solve. To be left as it is."""
-        if self.shares.derived or self._absent:  # what is made of parameters has a graph of its own at every call
+        if self.shares.derived:  # what is made of parameters has a graph and values of its own at every call
             return self.vector_field
         tensors = list(self._tensors())
         if self._live is None or not all(map(operator.is_, self._live[0], tensors)):
-            self._live = tensors, self.vector_field
+            field = self.vector_field
+            if any(self.layers[n].tensor(name) is not own for (n, name), own in self._masked.items()):
+                return field  # masked, with a graph of its own too
+            self._live = tensors, field
         return self._live[1]
 
     def _tensors(self) -> Iterator[Tensor]:
@@ -286,7 +303,9 @@ class CompiledField(nn.Module):
             tensor = self.layers[number].tensor(name)
             if tensor is None:
                 tensor = derivation.tensor(self.origins[number, name])
-            elif (number, name) in self._absent:
+            elif (number, name) in self._absent and (
+                torch.compiler.is_compiling() or tensor is not self._masked[number, name]
+            ):
                 tensor = tensor.masked_fill(self._absent[number, name].to(tensor.device), 0)
             found.append(tensor)
         return found
@@ -377,9 +396,13 @@ class CompiledField(nn.Module):
         """
         module = unwrapped(module)
         like = None if self.example is None else torch.ones(self.example, dtype=self.dtype, device=self.device)
-        original, origins = capture_with_origins(module, self.dim, like)
-        theirs = Held.by_module(module)
-        simplified, report = simplify(original, origins, zeros_to_keep(origins, theirs))
+        held, parameters = self.held(), dict(module.named_parameters())
+        with without_zeros(parameters, held, self.shares.trained):
+            original, origins = capture_with_origins(module, self.dim, like)
+            theirs = Held.by_module(module)
+            for name in held.keys() & theirs.keys():  # what is trained was settled when this was compiled
+                theirs[name].trained = self.shares.trained[name]
+            simplified, report = simplify(original, origins, zeros_to_keep(origins, theirs))
         for number, (other, mine) in enumerate(zip(simplified.layers, self._program.layers)):
             if not _same_layout(other, mine):
                 raise ValueError(
@@ -397,14 +420,13 @@ class CompiledField(nn.Module):
                 "copy_to: the module computes its field from its parameters in another way than the one this was compiled "
                 "from (shared, scaled or computed weights, or constants that were none)"
             )
-        parameters = dict(module.named_parameters())
-        for mine, (name, elements) in zip(self.shares.recipe.held, shares.recipe.held.items()):
-            _write(parameters[name], elements, self._entry(mine))
+        for own_name, (name, elements) in zip(self.shares.recipe.held, shares.recipe.held.items()):
+            write(parameters[name], elements, self._entry(own_name))
         for number, name in self.shares.own:
             origin, tensor = report.origins[number, name], self.layers[number].tensor(name)
             for which, parameter in enumerate(origin.parameters):
                 own = origin.parameter == which
-                _write(parameters[parameter], origin.index[own], tensor[own.to(tensor.device)])
+                write(parameters[parameter], origin.index[own], tensor[own.to(tensor.device)])
 
     # ------------------------------------------------------------------------------------------------- telling of it
 
@@ -449,15 +471,6 @@ class CompiledField(nn.Module):
         return [f"gradient ({', '.join(kinds)}): {who}" for who, kinds in told.items()]
 
 
-def _write(parameter: nn.Parameter, elements: Tensor | None, values: Tensor) -> None:
-    values = values.detach().to(parameter)
-    if elements is None:
-        parameter.copy_(values)
-    else:
-        where = torch.unravel_index(elements.to(parameter.device), parameter.shape)
-        parameter.index_put_(where, values)
-
-
 def _time_functions(field: VectorField) -> list[tuple[int, str, TimeFunction]]:
     """(layer number, "gate" or "shift", function)."""
     return [
@@ -490,8 +503,11 @@ def _part_name(part: Any) -> str:
     return "-" if part is None else names[type(part)]
 
 
-def _follow_entries(field: CompiledField, _: Any) -> None:
-    """Functions of time read the parameters of `entries`; load_state_dict(assign=True) has put others in their place."""
+def _follow_assigned(field: CompiledField, _: Any) -> None:
+    """load_state_dict(assign=True) has put other parameters in the place of ours: functions of time read those of
+    `entries`, and hooks are lost."""
+    if any(field.layers[n].tensor(name) is not own for (n, name), own in field._masked.items()):
+        field._mask_gradients()
     for module in field.layers.modules():
         if isinstance(module, TimeProgram):
             module.read(field._entry)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,19 @@ from torch.nn.modules import module as nn_module
 from .engines.reference import layer_output
 from .field import Layer
 from .warn import warn
+
+
+def zeroing(mask: Tensor) -> Callable[[Tensor], Tensor]:
+    """A hook that zeroes the gradient under the mask, which goes to the gradient's device once, not every time."""
+
+    def hook(grad: Tensor) -> Tensor:
+        nonlocal mask
+        here = mask.to(grad.device)
+        if not torch.compiler.is_compiling():  # what is copied there has no values
+            mask = here
+        return grad.masked_fill(here, 0)
+
+    return hook
 
 
 def lost(name: str) -> RuntimeError:

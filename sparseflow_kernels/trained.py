@@ -8,8 +8,9 @@ has nothing to do with a parameter is fixed.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
-from typing import Callable, Iterable, Mapping
+from typing import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +59,8 @@ def keys_of(field: VectorField) -> list[Key]:
 
 
 def starts_at_zero(origin: Origin, held: Mapping[str, Held]) -> Tensor:
-    """bool [n]: which zeros of a tensor are where training starts, and not pruned: entries of a parameter that is trained
-    and zero altogether, and results that are zero only until such a parameter, or one that is not zero, has moved."""
+    """bool [n]: which zeros of a tensor are where training starts, and not pruned: entries of a parameter that is zero
+    altogether and trained, and results that are zero only until such a parameter, or one that is not zero, has moved."""
     fresh = [held[name].trained and not bool(held[name].values.any()) for name in origin.parameters]
     found = torch.tensor([*fresh, False, False])[origin.parameter]  # -1 and -2: no plain entries
     if origin.computed:
@@ -83,6 +84,42 @@ def _moved(held: Mapping[str, Held]) -> dict[str, Tensor]:
         noise = (0.01 + 0.01 * torch.rand(h.values.shape, generator=generator)).to(h.values)
         found[name] = h.values if not h.trained else h.values * (1.0 + noise) if bool(h.values.any()) else noise
     return found
+
+
+@contextlib.contextmanager
+def without_zeros(
+    parameters: Mapping[str, nn.Parameter], held: Mapping[str, Held], trained: Mapping[str, bool]
+) -> Iterator[None]:
+    """For as long as this lasts, the parameters without zeros that are no pruned weights: those of parameters that
+    start at zero, and those that are zero in the field too, which training has not moved."""
+    before = []
+    for name, h in held.items():
+        parameter = parameters.get(name)
+        fresh = parameter is not None and trained[name] and not bool(parameter.any())
+        if parameter is None or (h.elements is None and not fresh):
+            continue
+        elements = torch.arange(parameter.numel()) if h.elements is None else h.elements
+        within = elements < parameter.numel()
+        elements, values = elements[within].to(parameter.device), h.values.reshape(-1)[within.to(h.values.device)]
+        zeros = elements[(parameter.reshape(-1)[elements] == 0) & (fresh | (values == 0).to(parameter.device))]
+        if zeros.numel():
+            before.append((parameter, zeros))
+            write(parameter, zeros, torch.full(zeros.shape, 0.01))
+    try:
+        yield
+    finally:
+        for parameter, zeros in before:
+            write(parameter, zeros, torch.zeros(zeros.shape))
+
+
+def write(parameter: nn.Parameter, elements: Tensor | None, values: Tensor) -> None:
+    """Elements of a parameter; None: all of them. Without a graph: under torch.no_grad."""
+    values = values.detach().to(parameter)
+    if elements is None:
+        parameter.copy_(values)
+    else:
+        where = torch.unravel_index(elements.to(parameter.device), parameter.shape)
+        parameter.index_put_(where, values)
 
 
 class Shares:
@@ -113,6 +150,7 @@ class Shares:
                 )
             )  # fmt: skip
 
+        self.trained = {name: h.trained for name, h in held.items()}
         self.fixed = [key for key, origin in origins.items() if origin.constant]
         self.own = [key for key, origin in origins.items() if not origin.constant and itself(origin)]
         taken = {*self.fixed, *self.own}

@@ -284,22 +284,18 @@ def test_states_that_are_assigned_or_averaged_load(name: str, engine: str) -> No
     torch.testing.assert_close(other(0.3, y), one(0.3, y))
 
 
-def test_entries_that_the_module_does_not_have_stay_out_of_the_field() -> None:
+def test_entries_that_the_module_does_not_have_get_no_gradient() -> None:
     module = made("powers of the state")
     prune.custom_from_mask(module.b, "bias", torch.tensor([1.0, 0.0]))
     field, y, t = sfk.compile(module), start(module), torch.tensor(0.3, dtype=F64)
-    before = field(t, y)
-    with torch.no_grad():
-        field.layers[-1].bias[1] = 7.0
     lent = {n: p.detach().clone().requires_grad_() for n, p in field.named_parameters()}
     for one in (field, copy.deepcopy(field)):
         one.load_state_dict(field.state_dict(), assign=True)
-        torch.testing.assert_close(one(t, y), before)
         one(t, y).sum().backward()
         assert one.layers[-1].bias.grad.tolist() == [4.0, 0.0]
         one.layers[-1].bias.grad = None
     torch.func.functional_call(field, lent, (t, y)).sum().backward()
-    assert lent["layers.1.bias"].grad.tolist() == [4.0, 0.0]
+    assert lent[f"layers.{len(field.layers) - 1}.bias"].grad.tolist() == [4.0, 0.0]
 
 
 def test_a_field_follows_its_dtype_there_and_back() -> None:
@@ -308,6 +304,46 @@ def test_a_field_follows_its_dtype_there_and_back() -> None:
     for dtype in (torch.float32, F64, torch.float32, F64):
         out = field.to(dtype)(0.3, y.to(dtype))
         torch.testing.assert_close(out.double(), before, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_that_training_leaves_at_zero_and_frozen_copies_can_be_written_to_again() -> None:
+    def make() -> nn.Module:
+        module = Made(linears(a=(2, 8), b=(8, 2)), lambda m, t, y: m.b(torch.relu(m.a(y)))).double()
+        nn.init.zeros_(module.b.weight)
+        with torch.no_grad():
+            module.a.bias[:3] = -10.0  # units that never fire
+        return module
+
+    module, y = make(), start(made("buffer"))
+    field, copies = sfk.compile(module), [module, make().requires_grad_(False)]
+    copies[1].b.weight.requires_grad_(True)
+    optimizer = torch.optim.SGD(field.parameters(), lr=0.1)
+    for _ in range(3):
+        field(0.3, y).square().sum().backward()
+        optimizer.step()
+        for one in copies:
+            field.copy_to(one)
+            assert torch.equal(one.b.weight[:, :3], torch.zeros(2, 3))
+            torch.testing.assert_close(one(torch.tensor(0.3, dtype=F64), y), field(0.3, y))
+
+
+def test_a_parameter_that_starts_at_zero_is_no_missing_one() -> None:
+    def run(m, t, y):
+        h = m.a(y)
+        return m.b(h * (torch.sigmoid(h) + m.e.bias))
+
+    module = Made(linears(a=(2, 8), b=(8, 2), e=(1, 8)), run)
+    nn.init.zeros_(module.e.bias)
+    with pytest.raises(sfk.UnsupportedFieldError, match="product of two states"):
+        sfk.compile(module)
+
+
+@pytest.mark.parametrize("norm", [parametrizations.spectral_norm, torch.nn.utils.spectral_norm])
+def test_norms_that_update_themselves_in_training_ask_for_eval(norm) -> None:
+    module = Made(normed(norm), two).double()
+    with pytest.raises(sfk.UnsupportedFieldError, match=r"spectral norm.*Call .eval\(\)"):
+        sfk.compile(module.train())
+    sfk.compile(module.eval())
 
 
 def test_freezing_a_field_and_thawing_it_trains_no_more_than_the_module_has() -> None:

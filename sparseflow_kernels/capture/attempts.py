@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..field import UnsupportedFieldError
-from .probe import Probe, dtype_and_device
+from .probe import Probe, check_settled, dtype_and_device
 from .refusal import REMEDY, TUPLES
 
 FAILED = object()  # what a call that raised returned
@@ -28,6 +28,7 @@ TIME_NAMES = {"t", "tt", "ts", "time", "times"}
 def find_probe(module: nn.Module, dim: int | None, like: Tensor | None = None) -> Probe:
     """The one way to call the module that returns [batch, dim]; with an example `like`, one of its number of axes
     first. Where forward runs for one batch only, a probe that says so (`Probe.only`)."""
+    check_settled(module)
     dtype, device = dtype_and_device(module, like)
     registered = [*module.parameters(), *module.buffers()]
     # A state that is concatenated with t makes a matrix one wider.

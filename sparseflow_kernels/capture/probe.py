@@ -11,6 +11,8 @@ from typing import Any, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..field import UnsupportedFieldError
 from .refusal import NotFinite, TUPLES
@@ -102,6 +104,17 @@ def check_like(like: Any, dim: int | None) -> None:
         raise TypeError(f"like must be float32 or float64, not {like.dtype}")
     if dim is not None and like.shape[-1] != dim:
         raise ValueError(f"dim is {dim}, but the last axis of like is {like.shape[-1]}; one of them is enough")
+
+
+def check_settled(module: nn.Module) -> None:
+    """Refuses spectral norms in training: every call moves them, so that the module has no field of its own."""
+    for name, child in module.named_modules():
+        hooks = [type(hook) for hook in child._forward_pre_hooks.values()]
+        if child.training and (isinstance(child, _SpectralNorm) or SpectralNorm in hooks):
+            raise UnsupportedFieldError(
+                f"{name!r} is a spectral norm that updates itself at every call in training. Call .eval() on the module "
+                "first"
+            )
 
 
 def dtype_and_device(module: nn.Module, example: Tensor | None) -> tuple[torch.dtype, torch.device]:
