@@ -193,7 +193,7 @@ def test_a_signal_handler_is_told_so():
 
     before = signal.signal(signal.SIGALRM, handler)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)  # again, where it came between two calls
         for _ in range(2000):
             program.evaluate(0.0, x.data_ptr(), 0, len(x), 1, f.data_ptr(), 0)
             if heard:
@@ -201,7 +201,7 @@ def test_a_signal_handler_is_told_so():
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
-    assert len(heard) == 1 and MESSAGE in heard[0]
+    assert heard and MESSAGE in heard[0]
 
 
 def test_endless_recursion_is_an_error_too():
