@@ -259,6 +259,7 @@ def test_ctrl_c_ends_a_sweep_and_says_how_to_go_on(tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 130 and "Traceback" not in errors, errors
+    assert len(errors.strip().splitlines()) == 2, errors[-3000:]
     words, again = errors.strip().splitlines()
     assert words == "stopped; every finished epoch is in here. To go on, run the same command again:"
     assert again.split()[1:] == ["-P", "-m", "sparseflow_kernels.cli.main", *SWEEP]

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any, Callable, Iterator, Sequence
 
 import torch
@@ -74,6 +75,7 @@ def run_in_processes(
 @contextmanager
 def _no_interrupt() -> Iterator[None]:
     """Processes started within never see Ctrl-C, which the terminal sends to all of them: their parent ends them."""
+    resource_tracker.ensure_running()  # which the first process would start, and it lets SIGINT through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -85,15 +87,27 @@ def _child(
     work: Callable[[Any, Tell], Any], task: Any, pipe: multiprocessing.connection.Connection, parent: int
 ) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception: what is held is let go of
+    told_to_end = False
+
+    def end(*_: Any) -> None:
+        nonlocal told_to_end
+        told_to_end = True
+        sys.exit(1)  # an exception: what is held is let go of
+
+    signal.signal(signal.SIGTERM, end)
     torch.set_num_threads(1)
     set_num_threads(1)
     try:
-        pipe.send(("done", work(task, lambda value: pipe.send(("told", value)))))
-    except Exception as error:  # noqa: BLE001 - told to the parent, whatever it is
-        pipe.send(("error", f"{type(error).__name__}: {error}"))
-    except SystemExit:
-        os._exit(1)  # the parent waits, and taking torch down in order takes a second
+        try:
+            message = ("done", work(task, lambda value: pipe.send(("told", value))))
+        except Exception as error:  # noqa: BLE001 - told to the parent, whatever it is
+            message = ("error", f"{type(error).__name__}: {error}")
+        pipe.send(message)
+    except BaseException:
+        # Nobody wants to hear of what ending has become on its way here, and taking torch down in order takes a second.
+        if told_to_end:
+            os._exit(1)
+        raise
 
 
 def _end_with(parent: int) -> None:
