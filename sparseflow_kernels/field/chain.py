@@ -5,7 +5,7 @@
 The last layer's activation is always the identity: capture appends an identity layer where a module ends in an
 activation, and prepends one where a module applies an activation to the state itself (`y**3` before the first layer).
 
-This file imports nothing else of the package.
+This file imports nothing else of the library.
 """
 
 from __future__ import annotations

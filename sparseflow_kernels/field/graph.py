@@ -1,0 +1,401 @@
+"""Nodes of a vector field as a graph, and the builder that makes them.
+
+Values are rows: every node is [rows] numbers per sample. Two operations make new ones: `linear` mixes rows by a sparse
+matrix, the same for all samples; a primitive (`apply`) mixes nothing and works row by row, a node of one row serving all
+rows of the others. `rows` selects and concatenates. Nodes are interned: what is built twice is there once.
+
+When a node is computed follows from what it depends on (its binding): nothing but parameters: when the field is packed;
+the context (numbers given per sample): once a solve; time: once an evaluation, for all samples; the state: per sample
+and evaluation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .chain import Activation, Pattern
+from .primitives import PRIMITIVES
+
+STATE, TIME, CONTEXT = 1, 2, 4  # bits of Node.binding
+SAMPLES = (STATE, STATE | TIME, STATE | CONTEXT, STATE | TIME | CONTEXT, TIME | CONTEXT)  # bindings that need them all
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A sparse matrix of the graph: a pattern with the values of part `part` of the field, or of ones (part None)."""
+
+    pattern: Pattern
+    part: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.pattern.shape
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """kind: "input" (name), "vector" (part: its values, one per row), "number" (value, one row), "constant" (a tensor
+    that is nobody's), "linear" (matrix, or its transpose, times the operand), "rows" (pieces of operands), "time" (a
+    function of time kept in Python), or the name of a primitive. origin: where the user's module computes it."""
+
+    kind: str
+    rows: int
+    operands: tuple["Node", ...] = ()
+    binding: int = 0
+    name: str = ""
+    part: int = -1
+    value: float = 0.0
+    tensor: Tensor | None = None
+    matrix: Matrix | None = None
+    transposed: bool = False
+    pieces: tuple[tuple[int, int], ...] = ()  # rows: first row and number of rows of each operand
+    function: Callable[[Tensor], Tensor] | None = None
+    origin: str = ""
+
+    @property
+    def elementwise(self) -> bool:
+        return self.kind in PRIMITIVES
+
+    @property
+    def per_sample(self) -> bool:
+        """It differs from sample to sample and has to be computed at every evaluation."""
+        return self.binding in SAMPLES
+
+
+def order(outputs: Iterable[Node], stop: Callable[[Node], bool] = lambda node: False) -> list[Node]:
+    """The nodes that outputs depend on, operands first; behind a node where `stop` holds it is not looked further."""
+    seen: set[int] = set()
+    found: list[Node] = []
+    waiting: list[tuple[Node, bool]] = [(node, False) for node in reversed(list(outputs))]
+    while waiting:
+        node, done = waiting.pop()
+        if done:
+            found.append(node)
+        elif id(node) not in seen:
+            seen.add(id(node))
+            waiting.append((node, True))
+            if not stop(node):
+                waiting += [(operand, False) for operand in reversed(node.operands) if id(operand) not in seen]
+    return found
+
+
+class Graph:
+    """Makes nodes. What cannot change the result is simplified away while it is built."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple, Node] = {}
+        self._matrices: dict[tuple, Matrix] = {}
+        self.origin = ""  # given to the nodes that are made
+        self.activations: dict[Node, tuple[Activation, Node]] = {}  # node -> what of which it is, for fused kernels
+
+    def _intern(self, key: tuple, make: Callable[[], Node]) -> Node:
+        node = self._known.get(key)
+        if node is None:
+            node = self._known[key] = make()
+        return node
+
+    # ---- leaves
+
+    def input(self, name: str, rows: int, binding: int) -> Node:
+        """An input by name: "state", "time", "context", or a cotangent or seed (binding STATE)."""
+        return self._intern(("input", name, rows), lambda: Node("input", rows, binding=binding, name=name))
+
+    def vector(self, part: int, rows: int) -> Node:
+        """The values of a part of the field, one per row."""
+        return self._intern(("vector", part), lambda: Node("vector", rows, part=part, origin=self.origin))
+
+    def number(self, value: float) -> Node:
+        value = float(value)
+        key = ("number", value if value != 0 and value == value else repr(value))
+        return self._intern(key, lambda: Node("number", 1, value=value))
+
+    def constant(self, tensor: Tensor) -> Node:
+        """Numbers [rows] that are nobody's: masks, unit vectors."""
+        if tensor.numel() and bool((tensor == tensor[0]).all()):
+            return self.number(float(tensor[0]))
+        numbers = tensor.detach().cpu().to(torch.float64)
+        key = ("constant", numbers.numel(), numbers.numpy().tobytes())
+        return self._intern(key, lambda: Node("constant", numbers.numel(), tensor=numbers))
+
+    def time_function(self, function: Callable[[Tensor], Tensor], rows: int) -> Node:
+        """t 0-d -> [rows], in Python."""
+        return self._intern(
+            ("time", id(function)),
+            lambda: Node("time", rows, binding=TIME, function=function, origin=self.origin),
+        )
+
+    # ---- mixing rows
+
+    def ones(self, pattern: Pattern) -> Matrix:
+        """A matrix of ones at the entries of a pattern: selections, sums of rows."""
+        key = (pattern.shape, pattern.row_ptr.numpy().tobytes(), pattern.col.numpy().tobytes())
+        if key not in self._matrices:
+            self._matrices[key] = Matrix(pattern)
+        return self._matrices[key]
+
+    def linear(self, matrix: Matrix, x: Node, transposed: bool = False) -> Node:
+        """matrix [out, in] times x [in], or its transpose times x [out]."""
+        out, width = matrix.shape[::-1] if transposed else matrix.shape
+        if x.rows == 1 and width != 1:
+            x = self.spread(x, width)
+        assert x.rows == width, f"a matrix with {width} columns, times {x.rows} rows"
+        if matrix.pattern.nnz == 0 or _is(x, 0.0):
+            return self.spread(self.number(0.0), out)
+        return self._intern(
+            ("linear", id(matrix), transposed, id(x)),
+            lambda: Node("linear", out, (x,), x.binding, matrix=matrix, transposed=transposed, origin=self.origin),
+        )
+
+    def select(self, x: Node, index: Tensor) -> Node:
+        """x[index], int64 [rows]."""
+        index = index.cpu()
+        if x.rows == 1 and x.kind == "number":
+            return self.spread(x, index.numel())
+        if torch.equal(index, torch.arange(x.rows)):
+            return x
+        if x.kind == "rows":  # the pieces themselves
+            starts = torch.tensor([0, *(count for _, count in x.pieces)]).cumsum(0)
+            which = torch.searchsorted(starts, index, right=True) - 1
+            if index.numel() and bool((which == which[0]).all()):
+                piece = int(which[0])
+                return self.select(x.operands[piece], index - starts[piece] + x.pieces[piece][0])
+        runs = _runs(index)
+        if len(runs) <= 4 or (x.elementwise and len(runs) * 8 <= index.numel()):
+            return self.concatenate([self._piece(x, first, count) for first, count in runs])
+        pattern = Pattern((index.numel(), x.rows), torch.arange(index.numel() + 1), index)
+        return self.linear(self.ones(pattern), x)
+
+    def _piece(self, x: Node, first: int, count: int) -> Node:
+        if count == x.rows:
+            return x
+        return self._intern(
+            ("rows", (id(x),), ((first, count),)),
+            lambda: Node("rows", count, (x,), x.binding, pieces=((first, count),), origin=self.origin),
+        )
+
+    def concatenate(self, parts: Sequence[Node]) -> Node:
+        """[a, b, ...] one after the other."""
+        operands: list[Node] = []
+        pieces: list[list[int]] = []
+        for part in parts:
+            inner = [(part, (0, part.rows))] if part.kind != "rows" else list(zip(part.operands, part.pieces))
+            for node, (first, count) in inner:
+                if operands and operands[-1] is node and sum(pieces[-1]) == first:
+                    pieces[-1][1] += count
+                elif count:
+                    operands.append(node)
+                    pieces.append([first, count])
+        if len(operands) == 1:
+            first, count = pieces[0]
+            return self._piece(operands[0], first, count)
+        binding = 0
+        for operand in operands:
+            binding |= operand.binding
+        spans = tuple((first, count) for first, count in pieces)
+        return self._intern(
+            ("rows", tuple(map(id, operands)), spans),
+            lambda: Node("rows", sum(c for _, c in spans), tuple(operands), binding, pieces=spans, origin=self.origin),
+        )
+
+    def spread(self, x: Node, rows: int) -> Node:
+        """One row as many alike."""
+        if x.rows == rows:
+            return x
+        if x.kind == "number":
+            tensor = torch.full((rows,), x.value, dtype=torch.float64)
+            key = ("constant", rows, tensor.numpy().tobytes())
+            return self._intern(key, lambda: Node("constant", rows, tensor=tensor))
+        pattern = Pattern((rows, 1), torch.arange(rows + 1), torch.zeros(rows, dtype=torch.int64))
+        return self.linear(self.ones(pattern), x)
+
+    def total(self, x: Node) -> Node:
+        """The sum of the rows, [1]."""
+        return x if x.rows == 1 else self.linear(self.ones(full_row(x.rows)), x)
+
+    # ---- row by row
+
+    def apply(self, name: str, *operands: Node) -> Node:
+        """A primitive."""
+        rows = max(operand.rows for operand in operands)
+        assert all(operand.rows in (1, rows) for operand in operands), f"{name} of {[o.rows for o in operands]} rows"
+        if all(operand.kind == "number" for operand in operands):
+            return self.number(_on_numbers(name, [operand.value for operand in operands]))
+        binding = 0
+        for operand in operands:
+            binding |= operand.binding
+        return self._intern(
+            (name, *map(id, operands)), lambda: Node(name, rows, operands, binding, origin=self.origin)
+        )
+
+    def add(self, a: Node | None, b: Node | None) -> Node:
+        """a + b; None is zero."""
+        if a is None or b is None:
+            return b if a is None else a
+        if _is(a, 0.0) and a.rows <= b.rows:
+            return b
+        if _is(b, 0.0) and b.rows <= a.rows:
+            return a
+        if b.kind == "neg":
+            return self.sub(a, b.operands[0])
+        return self.apply("add", a, b)
+
+    def sub(self, a: Node, b: Node) -> Node:
+        if _is(b, 0.0) and b.rows <= a.rows:
+            return a
+        if _is(a, 0.0) and a.rows <= b.rows:
+            return self.neg(b)
+        return self.apply("sub", a, b)
+
+    def mul(self, a: Node, b: Node) -> Node:
+        for x, y in ((a, b), (b, a)):
+            if x.kind == "number" and x.value in (1.0, -1.0, 0.0):
+                return y if x.value == 1.0 else self.neg(y) if x.value == -1.0 else self.zeros(y.rows)
+            if x.kind == "number" and y.kind == "mul" and y.operands[1].kind == "number":
+                return self.mul(y.operands[0], self.number(x.value * y.operands[1].value))
+        if a.kind == "number":
+            a, b = b, a
+        if _is(a, 0.0) or _is(b, 0.0):
+            return self.zeros(max(a.rows, b.rows))
+        if a is b:
+            return self.square(a)
+        return self.apply("mul", a, b)
+
+    def zeros(self, rows: int) -> Node:
+        return self.spread(self.number(0.0), rows)
+
+    def scaled(self, a: Node, factor: float) -> Node:
+        return self.mul(a, self.number(factor))
+
+    def neg(self, a: Node) -> Node:
+        if a.kind == "neg":
+            return a.operands[0]
+        return self.apply("neg", a)
+
+    def square(self, a: Node) -> Node:
+        return self.apply("square", a)
+
+    def activation(self, activation: Activation, z: Node) -> Node:
+        """One of the activations that engines have fused kernels for, as primitives; remembered as such."""
+        node = _ACTIVATIONS[activation.name](self, z, *activation.params)
+        if node is not z and node.kind != "number":
+            self.activations.setdefault(node, (activation, z))
+        return node
+
+
+def _softplus(g: Graph, z: Node, beta: float = 1.0, threshold: float = 20.0) -> Node:
+    x = g.scaled(z, beta)
+    return g.apply("where", g.apply("gt", x, g.number(threshold)), z, g.scaled(g.apply("softplus", x), 1.0 / beta))
+
+
+def _elu(g: Graph, z: Node, alpha: float = 1.0) -> Node:
+    below = g.apply("expm1", g.apply("where", g.apply("gt", z, g.number(0.0)), g.number(0.0), z))
+    return g.apply("where", g.apply("gt", z, g.number(0.0)), z, g.scaled(below, alpha))
+
+
+_ACTIVATIONS: dict[str, Callable[..., Node]] = {
+    "identity": lambda g, z: z,
+    "tanh": lambda g, z: g.apply("tanh", z),
+    "sigmoid": lambda g, z: g.apply("sigmoid", z),
+    "softplus": _softplus,
+    "relu": lambda g, z: g.apply("where", g.apply("ge", g.number(0.0), z), g.number(0.0), z),
+    "elu": _elu,
+    "silu": lambda g, z: g.mul(z, g.apply("sigmoid", z)),
+    "sin": lambda g, z: g.apply("sin", z),
+    "square": lambda g, z: g.square(z),
+    "cube": lambda g, z: g.mul(z, g.square(z)),
+}
+
+
+def full_row(count: int) -> Pattern:
+    return Pattern((1, count), torch.tensor([0, count]), torch.arange(count))
+
+
+def _is(node: Node, value: float) -> bool:
+    if node.kind == "number":
+        return node.value == value
+    return node.kind == "constant" and bool((node.tensor == value).all())
+
+
+def _runs(index: Tensor) -> list[tuple[int, int]]:
+    """(first, count) of consecutive numbers."""
+    if not index.numel():
+        return []
+    ends = ((index[1:] - index[:-1]) != 1).nonzero().flatten() + 1
+    starts = torch.cat((torch.zeros(1, dtype=torch.int64), ends))
+    stops = torch.cat((ends, torch.tensor([index.numel()])))
+    return [(int(index[a]), int(b - a)) for a, b in zip(starts, stops)]
+
+
+def _on_numbers(name: str, values: Sequence[float]) -> float:
+    tensors = [torch.tensor(value, dtype=torch.float64) for value in values]
+    return float(PRIMITIVES[name].value(*tensors))
+
+
+def evaluate(
+    outputs: Sequence[Node], inputs: dict[str, Tensor], part: Callable[[int], Tensor],
+    known: dict[Node, Tensor] | None = None,
+) -> list[Tensor]:
+    """The nodes' values [batch or 1, rows] in torch, dense, differentiable in everything: this is what they mean.
+
+    inputs: by name, [batch or 1, rows] each ("time" too: [1, 1], or [batch, 1] for a time per sample).  part: values of a
+    part of the field.  known: values that are given.
+    """
+    values: dict[Node, Tensor] = dict(known or {})
+    like = next(iter(inputs.values())) if inputs else part(0)
+    weights: dict[int, Tensor] = {}
+
+    def weight(matrix: Matrix) -> Tensor:
+        if id(matrix) not in weights:
+            pattern = matrix.pattern
+            numbers = like.new_ones(pattern.nnz) if matrix.part is None else part(matrix.part)
+            weights[id(matrix)] = pattern.dense(numbers)
+        return weights[id(matrix)]
+
+    def wide(x: Tensor, rows: int) -> Tensor:
+        return x if x.shape[1] == rows else x.expand(x.shape[0], rows)
+
+    for node in order(outputs, stop=lambda node: node in values):
+        if node in values:
+            continue
+        operands = [values[operand] for operand in node.operands]
+        match node.kind:
+            case "input":
+                value = inputs[node.name]
+            case "vector":
+                value = part(node.part)[None]
+            case "number":
+                value = like.new_full((1, 1), node.value)
+            case "constant":
+                value = node.tensor.to(like)[None]
+            case "time":
+                times = inputs["time"]
+                value = torch.stack([node.function(t) for t in times.reshape(-1)])
+            case "linear":
+                matrix = weight(node.matrix)
+                value = wide(operands[0], node.operands[0].rows) @ (matrix if node.transposed else matrix.T)
+            case "rows":
+                batch = max(operand.shape[0] for operand in operands)
+                parts = [
+                    wide(operand, source.rows)[:, first : first + count].expand(batch, count)
+                    for operand, source, (first, count) in zip(operands, node.operands, node.pieces)
+                ]
+                value = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            case _:
+                value = PRIMITIVES[node.kind].value(*operands)
+        values[node] = wide(value, node.rows)
+    return [values[output] for output in outputs]
+
+
+def depends(outputs: Sequence[Node]) -> Iterator[int]:
+    """Numbers of the parts that are read."""
+    seen: set[int] = set()
+    for node in order(outputs):
+        for number in (node.part if node.kind == "vector" else -1, -1 if node.matrix is None else node.matrix.part):
+            if number is not None and number >= 0 and number not in seen:
+                seen.add(number)
+                yield number
+

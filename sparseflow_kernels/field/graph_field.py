@@ -1,0 +1,92 @@
+"""A vector field as a graph over parts: the tensors that a module's parameters became."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field as dataclass_field, replace
+from typing import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from .chain import MOST_AXES, Pattern
+from .graph import CONTEXT, STATE, TIME, Graph, Node, order
+from .layout import Layout
+
+
+@dataclass(eq=False)
+class Part:
+    """One tensor of a graph: the values [nnz] of a matrix, or one number per row [rows] (pattern None)."""
+
+    values: Tensor
+    pattern: Pattern | None = None
+    name: str = ""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield "values", self.values
+
+
+@dataclass(eq=False)
+class GraphField:
+    """f(t, y) as a graph; y is [batch, dim], the context (numbers given per sample) [batch, context].
+
+    graph: the builder that made the nodes; new ones are made there.  output: the node of the derivative.  parts: the
+    tensors that nodes name by number.  `notes` and `refused_axes` as in VectorField.  layout: how the user's state lies
+    in y.  read_context: the present context [samples, context] of the module that was read, with a graph where it has
+    one; None where there is none, or where it is given with every call.
+    """
+
+    graph: Graph
+    state: Node
+    time: Node
+    context: Node | None
+    output: Node
+    parts: list[Part]
+    device: torch.device
+    dtype: torch.dtype
+    notes: list[str] = dataclass_field(default_factory=list)
+    refused_axes: dict[int, str] = dataclass_field(default_factory=dict)
+    layout: Layout | None = None
+    read_context: Callable[[], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout is None:
+            self.layout = Layout(((self.dim,),))
+
+    @staticmethod
+    def inputs(graph: Graph, dim: int, context: int = 0) -> tuple[Node, Node, Node | None]:
+        """(state, time, context)."""
+        return (
+            graph.input("state", dim, STATE), graph.input("time", 1, TIME),
+            graph.input("context", context, CONTEXT) if context else None,
+        )  # fmt: skip
+
+    @property
+    def layers(self) -> list[Part]:
+        """Those whose tensors are the field's, as a chain has layers."""
+        return self.parts
+
+    @property
+    def dim(self) -> int:
+        return self.state.rows
+
+    @property
+    def nnz(self) -> int:
+        """Multiply-adds per sample and evaluation of the matrices."""
+        return sum(
+            node.matrix.pattern.nnz for node in order([self.output])
+            if node.kind == "linear" and node.per_sample and node.matrix.part is not None
+        )
+
+    def refused(self, axes: int) -> str | None:
+        """Why this field does not run states with so many axes; None: it does."""
+        return self.refused_axes.get(min(axes, MOST_AXES)) if self.refused_axes else None
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for number, part in enumerate(self.parts):
+            yield f"{number}.values", part.values
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "GraphField":
+        """The same field with `function` applied to every tensor."""
+        parts = [replace(part, values=function(part.values)) for part in self.parts]
+        like = parts[0].values if parts else torch.empty(0, dtype=self.dtype, device=self.device)
+        return replace(self, parts=parts, device=like.device, dtype=like.dtype, notes=list(self.notes))

@@ -1,0 +1,126 @@
+"""Graphs are closed under differentiation: the tangent and the adjoint of a graph are graphs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .graph import Graph, Matrix, Node, order
+from .primitives import PRIMITIVES
+
+
+def tangent(g: Graph, outputs: Sequence[Node], seeds: Mapping[Node, Node]) -> list[Node | None]:
+    """The directional derivatives of the outputs, the inputs moving along their seeds; None is zero."""
+    dots: dict[Node, Node | None] = dict(seeds)
+    for node in order(outputs, stop=lambda node: node in dots):
+        if node not in dots:
+            dots[node] = _tangent_of(g, node, [dots[operand] for operand in node.operands])
+    return [dots[output] for output in outputs]
+
+
+def _tangent_of(g: Graph, node: Node, moved: Sequence[Node | None]) -> Node | None:
+    if all(dot is None for dot in moved):
+        return None
+    if node.kind == "linear":
+        return g.linear(node.matrix, moved[0], node.transposed)
+    if node.kind == "rows":
+        parts = [g.zeros(o.rows) if dot is None else g.spread(dot, o.rows) for o, dot in zip(node.operands, moved)]
+        return g.concatenate([
+            g.select(part, _range(first, count)) for part, (first, count) in zip(parts, node.pieces)
+        ])  # fmt: skip
+    total = None
+    for slope, dot in zip(PRIMITIVES[node.kind].partials(g, node, node.operands), moved):
+        if slope is not None and dot is not None:
+            total = g.add(total, g.mul(slope, dot))
+    return None if total is None else g.spread(total, node.rows)
+
+
+def _range(first: int, count: int) -> Tensor:
+    return torch.arange(first, first + count)
+
+
+@dataclass
+class Adjoint:
+    """cotangents: of the leaves that were asked for (absent: zero).  matrices: matrix -> pairs (left [rows], right
+    [columns]) whose inner products over the samples, at the entries of its pattern, add up to its gradient."""
+
+    cotangents: dict[Node, Node]
+    matrices: dict[Matrix, list[tuple[Node, Node]]]
+
+
+def adjoint(
+    g: Graph, cotangents: Mapping[Node, Node], leaf: Callable[[Node], bool], needed: Callable[[Node], bool] | None = None
+) -> Adjoint:
+    """From cotangents of nodes, those of the leaves, and the gradients of matrices. leaf: nodes behind which nothing is
+    differentiated.  needed: whether a leaf's cotangent is wanted (None: all but numbers and constants)."""
+    nodes = order(cotangents, stop=leaf)
+    wanted = needed or (lambda node: node.kind not in ("number", "constant"))
+    moves: dict[Node, bool] = {}
+    for node in nodes:  # whether a cotangent of it leads anywhere
+        if leaf(node) or not node.operands:
+            moves[node] = wanted(node)
+        else:
+            trained = node.matrix is not None and node.matrix.part is not None
+            moves[node] = trained or any(moves[operand] for operand in node.operands)
+    bars: dict[Node, Node | None] = {}
+    pairs: dict[Matrix, list[tuple[Node, Node]]] = {}
+    gathered: dict[Node, list[tuple[int, Node]]] = {}  # of nodes that are read in pieces: (first row, cotangent)
+
+    def give(node: Node, bar: Node) -> None:
+        if moves[node]:
+            if bar.rows != node.rows:
+                bar = g.total(bar) if node.rows == 1 else g.spread(bar, node.rows)
+            bars[node] = g.add(bars.get(node), bar)
+
+    for node, bar in cotangents.items():
+        give(node, bar)
+    for node in reversed(nodes):
+        if node in gathered:
+            give(node, _together(g, node.rows, gathered[node]))
+        bar = bars.get(node)
+        if bar is None or leaf(node) or not node.operands:
+            continue
+        if node.kind == "linear":
+            (x,) = node.operands
+            if node.matrix.part is not None:
+                pair = (x, bar) if node.transposed else (bar, x)
+                pairs.setdefault(node.matrix, []).append(pair)
+            if moves[x]:
+                give(x, g.linear(node.matrix, bar, not node.transposed))
+        elif node.kind == "rows":
+            start = 0
+            for operand, (first, count) in zip(node.operands, node.pieces):
+                if moves[operand]:
+                    piece = g.select(bar, _range(start, count)) if bar.rows > 1 else bar
+                    gathered.setdefault(operand, []).append((first, g.spread(piece, count)))
+                start += count
+        else:
+            for operand, slope in zip(node.operands, PRIMITIVES[node.kind].partials(g, node, node.operands)):
+                if slope is not None and moves[operand]:
+                    give(operand, g.spread(g.mul(slope, bar), node.rows))
+    found = {node: bars[node] for node in nodes if (leaf(node) or not node.operands) and bars.get(node) is not None}
+    return Adjoint(found, pairs)
+
+
+def _together(g: Graph, rows: int, pieces: Iterable[tuple[int, Node]]) -> Node:
+    """The sum of pieces, each at its rows, zero elsewhere. Pieces that do not overlap are laid one after the other."""
+    pending = sorted(pieces, key=lambda piece: piece[0])
+    total = None
+    while pending:
+        parts, rest, at = [], [], 0
+        for first, bar in pending:
+            if first < at:
+                rest.append((first, bar))
+                continue
+            if first > at:
+                parts.append(g.zeros(first - at))
+            parts.append(bar)
+            at = first + bar.rows
+        if at < rows:
+            parts.append(g.zeros(rows - at))
+        total = g.add(total, g.concatenate(parts))
+        pending = rest
+    return total
