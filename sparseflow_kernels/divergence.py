@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .field import Layer, Pattern, VectorField
+from .divergence_graph import GraphForm, plan_graph
+from .field import GraphField, Layer, Pattern, VectorField
 
 KINDS = ("exact", "hutchinson")
 
@@ -162,7 +163,7 @@ class NoHiddenForm:
     trace: GatedMatrix
 
 
-Form = NoHiddenForm | DiagonalForm | PairsForm | PathsForm | ColumnsForm | HutchinsonForm
+Form = NoHiddenForm | DiagonalForm | PairsForm | PathsForm | ColumnsForm | HutchinsonForm | GraphForm
 
 
 @dataclass(eq=False)
@@ -180,7 +181,7 @@ class DivergencePlan:
 # ------------------------------------------------------------------------------------------------------------ planning
 
 
-def plan(field: VectorField, kind: Literal["exact", "hutchinson"] = "exact") -> DivergencePlan:
+def plan(field: VectorField | GraphField, kind: Literal["exact", "hutchinson"] = "exact") -> DivergencePlan:
     """Choose the divergence's form for these masks. Reads patterns only, never values; runs on the CPU; deterministic.
 
     Raises ValueError for an unknown kind. Source of the identities: tr is cyclic, so the two outer matrices can be
@@ -188,6 +189,9 @@ def plan(field: VectorField, kind: Literal["exact", "hutchinson"] = "exact") -> 
     """
     if kind not in ("exact", "hutchinson"):
         raise ValueError(f'plan: kind must be "exact" or "hutchinson", not {kind!r}')
+    if isinstance(field, GraphField):
+        form, costs, reason = plan_graph(field, kind)
+        return DivergencePlan(kind, form, costs, reason)
     patterns = [layer.pattern for layer in field.layers]
     output_gate = field.layers[-1].gate is not None
     probe = sum(pattern.nnz for pattern in patterns[1:-1]) + (patterns[-1].nnz if output_gate else 0)

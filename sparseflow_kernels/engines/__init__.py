@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from ..field import UnsupportedFieldError, VectorField
+from typing import TYPE_CHECKING
+
+from ..field import GraphField, UnsupportedFieldError, VectorField
 from .base import Engine
+
+if TYPE_CHECKING:
+    from ..divergence import DivergencePlan
+    from .reference import ReferenceEngine
 
 ENGINES = {
     "reference": ("reference", "ReferenceEngine"),
@@ -14,22 +20,37 @@ ENGINES = {
     "triton": ("triton", "TritonEngine"),
 }
 
+# Of fields that are graphs. Those that are missing run chains only.
+GRAPH_ENGINES = {
+    "reference": ("graph_reference", "GraphReferenceEngine"),
+    "cpu": ("graph_cpu", "GraphCpuEngine"),
+}
+
 # By type of device, the one that is expected to be the quickest first.
 NATIVE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
-def available(name: str) -> tuple[type[Engine] | None, str]:
-    """(the engine's class, "") or (None, why this installation lacks it). Raises ValueError for unknown names."""
+def available(name: str, graph: bool = False) -> tuple[type[Engine] | None, str]:
+    """(the engine's class, for chains or for graphs, "") or (None, why there is none). Raises ValueError for unknown
+    names."""
     if name not in ENGINES:
         raise ValueError(f'engine: unknown name {name!r}; known are "auto", {", ".join(map(repr, ENGINES))}')
-    module, class_name = ENGINES[name]
+    if graph and name not in GRAPH_ENGINES:
+        return None, "only for fields that are chains of layers, and this one is a graph; use engine='cpu' or 'reference'"
+    module, class_name = (GRAPH_ENGINES if graph else ENGINES)[name]
     try:
         return getattr(import_module(f".{module}", __name__), class_name), ""
     except ImportError as error:
         return None, f"not built in this installation ({error}); sparseflow_kernels.build_info() says why"
 
 
-def choose(field: VectorField, engine: str = "auto") -> tuple[type[Engine], str]:
+def reference(field: VectorField | GraphField, plan: DivergencePlan | None = None) -> ReferenceEngine:
+    """The reference engine over a field's own tensors."""
+    found, _ = available("reference", isinstance(field, GraphField))
+    return found(field, plan)
+
+
+def choose(field: VectorField | GraphField, engine: str = "auto") -> tuple[type[Engine], str]:
     """The engine class that runs the field, and why, in a sentence.
 
     "auto" takes, of the native engines of the field's device (`NATIVE`), the first one that is built, can run the field
@@ -37,10 +58,11 @@ def choose(field: VectorField, engine: str = "auto") -> tuple[type[Engine], str]
     was passed over is named with its reason.
     Raises ValueError for an unknown name, UnsupportedFieldError where an engine asked for by name cannot run the field.
     """
-    reference, _ = available("reference")
+    graph = isinstance(field, GraphField)
+    reference, _ = available("reference", graph)
     meaningless = reference.unsupported(field)  # what the reference cannot run has no meaning
     if engine != "auto":
-        found, obstacle = available(engine)
+        found, obstacle = available(engine, graph)
         if found is not None:
             obstacle = meaningless or found.unsupported(field)
         if obstacle:
@@ -54,7 +76,7 @@ def choose(field: VectorField, engine: str = "auto") -> tuple[type[Engine], str]
     passed_over: list[str] = []
     willing: list[tuple[type[Engine], str]] = []
     for name in NATIVE[kind]:
-        found, obstacle = available(name)
+        found, obstacle = available(name, graph)
         obstacle = f"the {name} engine is {obstacle}" if found is None else found.unsupported(field)
         if obstacle:
             passed_over.append(obstacle)

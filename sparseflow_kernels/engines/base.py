@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Collection
 
 from torch import Tensor
 
-from ..field import VectorField
+from ..field import GraphField, VectorField
 from ..numerics.step_control import StepOptions
 from ..numerics.tableaus import FixedTableau, Tableau
 
@@ -36,6 +36,7 @@ class SolveRequest:
     replay: float64 CPU [steps, 2], (t, dt) of an earlier solve's accepted steps, to be taken again without control, for
         the gradient of that solve. Only ever given to differentiable engines.
     record: keep in the result what `solve_backward` needs beside the request.
+    context: [batch, context] numbers per sample, constant during the solve; only for fields that have a context.
     """
 
     x: Tensor
@@ -52,6 +53,7 @@ class SolveRequest:
     step_control: str = "shared"
     replay: Tensor | None = None
     record: bool = False
+    context: Tensor | None = None
 
 
 @dataclass
@@ -88,7 +90,7 @@ class Gradient:
     """What a backward pass found; None for what was not asked for or does not exist.
 
     x: [batch, dim].  l: [batch].  t: 0-d, of an evaluation.  times, grid: float64 CPU, shaped like the request's.
-    noise: [batch, dim].  tensors: one per tensor of the field, in the order of `VectorField.tensors()` (the reference
+    noise: [batch, dim].  context: [batch, context].  tensors: one per tensor of the field, in the order of `VectorField.tensors()` (the reference
         engine adds the parameters of functions of time).
     """
 
@@ -99,6 +101,7 @@ class Gradient:
     times: Tensor | None = None
     grid: Tensor | None = None
     noise: Tensor | None = None
+    context: Tensor | None = None
 
 
 class Engine(ABC):

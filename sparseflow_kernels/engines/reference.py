@@ -152,13 +152,12 @@ class ReferenceEngine(Engine):
 
     def over(self, tensors: Sequence[Tensor]) -> "ReferenceEngine":
         """This engine over other tensors, in the order of `tensors()`."""
-        lent = {id(own): other for own, other in zip(self.tensors(), tensors)}
+        others = {id(own): other for own, other in zip(self.tensors(), tensors)}
         given = iter(tensors)
         field = self.field.map_tensors(lambda _: next(given))  # which visits them in that order
         for number, kind, module in _time_modules(self.field):
-            borrowed = {name: lent[id(parameter)] for name, parameter in module.named_parameters()}
             part = getattr(field.layers[number], kind)
-            setattr(field.layers[number], kind, TimeFunction(_Lent(module, borrowed), part.rows))
+            setattr(field.layers[number], kind, TimeFunction(lent(module, others), part.rows))
         return ReferenceEngine(field, self.plan)
 
     # ------------------------------------------------------------------------------------------------- the formulas
@@ -218,6 +217,11 @@ def _time_modules(field: VectorField) -> list[tuple[int, str, nn.Module]]:
         for kind, part in (("gate", layer.gate), ("shift", layer.shift))
         if isinstance(part, TimeFunction) and isinstance(part.function, nn.Module)
     ]
+
+
+def lent(module: nn.Module, others: dict[int, Tensor]) -> Callable[[Tensor], Tensor]:
+    """A module called with others, by id, in place of its parameters."""
+    return _Lent(module, {name: others[id(parameter)] for name, parameter in module.named_parameters()})
 
 
 class _Lent:

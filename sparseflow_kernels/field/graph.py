@@ -337,12 +337,12 @@ def _on_numbers(name: str, values: Sequence[float]) -> float:
 
 def evaluate(
     outputs: Sequence[Node], inputs: dict[str, Tensor], part: Callable[[int], Tensor],
-    known: dict[Node, Tensor] | None = None,
-) -> list[Tensor]:
+    known: dict[Node, Tensor] | None = None, functions: dict[int, Callable[[Tensor], Tensor]] | None = None,
+) -> list[Tensor]:  # fmt: skip
     """The nodes' values [batch or 1, rows] in torch, dense, differentiable in everything: this is what they mean.
 
     inputs: by name, [batch or 1, rows] each ("time" too: [1, 1], or [batch, 1] for a time per sample).  part: values of a
-    part of the field.  known: values that are given.
+    part of the field.  known: values that are given.  functions: what stands for a function of time, by its id.
     """
     values: dict[Node, Tensor] = dict(known or {})
     like = next(iter(inputs.values())) if inputs else part(0)
@@ -372,8 +372,8 @@ def evaluate(
             case "constant":
                 value = node.tensor.to(like)[None]
             case "time":
-                times = inputs["time"]
-                value = torch.stack([node.function(t) for t in times.reshape(-1)])
+                function = (functions or {}).get(id(node.function), node.function)
+                value = torch.stack([function(t) for t in inputs["time"].reshape(-1)])
             case "linear":
                 matrix = weight(node.matrix)
                 value = wide(operands[0], node.operands[0].rows) @ (matrix if node.transposed else matrix.T)
