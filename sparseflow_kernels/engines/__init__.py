@@ -44,7 +44,7 @@ def available(name: str, graph: bool = False) -> tuple[type[Engine] | None, str]
         return None, f"not built in this installation ({error}); sparseflow_kernels.build_info() says why"
 
 
-def reference(field: VectorField | GraphField, plan: DivergencePlan | None = None) -> ReferenceEngine:
+def reference_engine(field: VectorField | GraphField, plan: DivergencePlan | None = None) -> ReferenceEngine:
     """The reference engine over a field's own tensors."""
     found, _ = available("reference", isinstance(field, GraphField))
     return found(field, plan)
