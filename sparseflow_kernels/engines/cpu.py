@@ -12,7 +12,15 @@ from ..field import UnsupportedFieldError, VectorField
 from ..threads import get_num_threads
 from .adjoint import write_adjoint
 from .base import Gradient, SolveRequest, SolveResult
-from .native import NativeEngine, address, field_gradients, native_options, native_tableau, times_gradient
+from .native import (
+    NativeEngine,
+    address,
+    field_gradients,
+    native_options,
+    native_tableau,
+    solve_result,
+    times_gradient,
+)
 from .program import write_program
 
 STAGE_BYTES = 4 << 20  # the stages of a step are kept for its gradient if they take no more; larger ones are computed again
@@ -128,18 +136,7 @@ class CpuEngine(NativeEngine):
             record_stages=x.nbytes * len(request.tableau.b) <= STAGE_BYTES, threads=get_num_threads(),
             xs=xs.data_ptr(), ls=address(ls),
         )
-        result = SolveResult(
-            xs=xs, ls=ls, nfe=raw["nfe"], accepted=raw["accepted"], rejected=raw["rejected"],
-            steps=torch.from_numpy(raw["steps"]), status=raw["status"], t=raw["t"], dt=raw["dt"], rows=tuple(raw["rows"]),
-        )
-        if request.record:
-            result.states, result.derivatives = (
-                torch.from_numpy(raw[name]).view(-1, batch, self.dim) for name in ("states", "derivatives")
-            )  # of the latter [accepted + 1, kept, batch, dim], the first two axes as one
-            if raw["x_slopes"].size:
-                x_slopes = torch.from_numpy(raw["x_slopes"]).view(outputs, batch, self.dim)
-                result.slopes = x_slopes, None if l is None else torch.from_numpy(raw["l_slopes"]).view(outputs, batch)
-        return result
+        return solve_result(raw, request, xs, ls, batch, self.dim)
 
     # ---- gradients
 

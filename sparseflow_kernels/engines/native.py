@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..divergence import DivergencePlan
-from ..field import VectorField
+from ..field import GraphField, VectorField
 from ..numerics.step_control import StepOptions
 from ..numerics.tableaus import FixedTableau, Tableau
 from .adjoint import no_adjoint
@@ -63,7 +63,7 @@ class NativeEngine(Engine):
 
     contiguous: ClassVar[bool] = True  # states have to be
 
-    def __init__(self, field: VectorField, plan: DivergencePlan | None = None) -> None:
+    def __init__(self, field: VectorField | GraphField, plan: DivergencePlan | None = None) -> None:
         reason = self.unsupported(field)
         if reason is not None:
             raise ValueError(f"engine {self.name!r}: {reason}")
@@ -156,7 +156,30 @@ class NativeEngine(Engine):
                 return "the points of a fixed grid want a gradient"
             if request.options.jump_t or (request.options.step_t and "times" in wanted):
                 return "the solve has prescribed jumps or steps"
+        return self._no_adjoint()
+
+    def _no_adjoint(self) -> str | None:
+        """Why this field and divergence have no adjoint program."""
         return no_adjoint(self._field, self.plan)
+
+
+def solve_result(
+    raw: dict, request: SolveRequest, xs: Tensor, ls: Tensor | None, batch: int, dim: int
+) -> SolveResult:
+    """What a native solve returned, as plain tensors."""
+    result = SolveResult(
+        xs=xs, ls=ls, nfe=raw["nfe"], accepted=raw["accepted"], rejected=raw["rejected"],
+        steps=torch.from_numpy(raw["steps"]), status=raw["status"], t=raw["t"], dt=raw["dt"], rows=tuple(raw["rows"]),
+    )
+    if request.record:
+        result.states, result.derivatives = (
+            torch.from_numpy(raw[name]).view(-1, batch, dim) for name in ("states", "derivatives")
+        )  # of the latter [accepted + 1, kept, batch, dim], the first two axes as one
+        if raw["x_slopes"].size:
+            x_slopes = torch.from_numpy(raw["x_slopes"]).view(len(request.times), batch, dim)
+            of_l = None if ls is None else torch.from_numpy(raw["l_slopes"]).view(len(request.times), batch)
+            result.slopes = x_slopes, of_l
+    return result
 
 
 def solve_of_nothing(request: SolveRequest, x: Tensor) -> SolveResult:

@@ -338,14 +338,16 @@ def _on_numbers(name: str, values: Sequence[float]) -> float:
 def evaluate(
     outputs: Sequence[Node], inputs: dict[str, Tensor], part: Callable[[int], Tensor],
     known: dict[Node, Tensor] | None = None, functions: dict[int, Callable[[Tensor], Tensor]] | None = None,
+    like: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """The nodes' values [batch or 1, rows] in torch, dense, differentiable in everything: this is what they mean.
 
     inputs: by name, [batch or 1, rows] each ("time" too: [1, 1], or [batch, 1] for a time per sample).  part: values of a
     part of the field.  known: values that are given.  functions: what stands for a function of time, by its id.
+    like: of the dtype and device of the numbers; None: as the first input.
     """
     values: dict[Node, Tensor] = dict(known or {})
-    like = next(iter(inputs.values())) if inputs else part(0)
+    like = next(iter(inputs.values())) if like is None else like
     weights: dict[int, Tensor] = {}
 
     def weight(matrix: Matrix) -> Tensor:

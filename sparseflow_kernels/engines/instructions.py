@@ -1,0 +1,161 @@
+"""Elementwise nodes as the code of one pointwise operation (csrc/expression.h)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field as dataclass_field
+from typing import Callable, Sequence
+
+import numpy as np
+
+from ..field import Node
+from ..field.primitives import PRIMITIVES
+
+COPY, NUMBER, ROW, ADD_NUMBER, MULTIPLY_NUMBER, POWER_NUMBER, MULTIPLY_ADD, ROW_MULTIPLY, ROW_ADD = (
+    0, 1, 2, 8, 9, 28, 41, 42, 43
+)  # fmt: skip
+
+
+@dataclass
+class Code:
+    """Instructions over places: the inputs, then the outputs, then registers."""
+
+    inputs: list[Node] = dataclass_field(default_factory=list)
+    vectors: list[Node] = dataclass_field(default_factory=list)
+    outputs: list[Node] = dataclass_field(default_factory=list)  # a node twice: once kept, once added to the trace
+    registers: int = 0
+    instructions: list[tuple[int, int, int, int, int, float]] = dataclass_field(default_factory=list)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        names = ("op", "to", "a", "b", "c")
+        columns = list(zip(*self.instructions)) or [()] * 6
+        found = {name: np.array(column, dtype=np.int32) for name, column in zip(names, columns)}
+        return found | {"number": np.array(columns[5], dtype=np.float64)}
+
+
+def code_of(
+    nodes: Sequence[Node], outputs: Sequence[Node], traced: Sequence[Node], is_vector: Callable[[Node], bool]
+) -> Code:
+    """The code that computes `nodes` (elementwise, operands first), or copies what is not among them.
+
+    outputs: nodes whose values are wanted, each in rows of its own.  traced: nodes whose rows are added to the trace.
+    is_vector: leaves that are one number per row, the same for all samples.
+    """
+    code = Code(outputs=[*outputs, *traced])
+    inside = set(nodes)
+    reads: dict[Node, int] = {}
+    for node in nodes:
+        for operand in node.operands:
+            reads[operand] = reads.get(operand, 0) + 1
+    for node in code.outputs:
+        reads[node] = reads.get(node, 0) + 1
+    fused = _products_of_sums(nodes, inside, reads, set(code.outputs), is_vector)
+    absorbed = set(fused.values())
+    work = [node for node in nodes if node not in absorbed]
+
+    def operands_of(node: Node) -> list[Node]:
+        if node in fused:
+            product = fused[node]
+            return [*product.operands, next(o for o in node.operands if o is not product)]
+        return list(node.operands)
+
+    for node in [*(operand for node in work for operand in operands_of(node)), *code.outputs]:
+        if node in inside or node.kind == "number":
+            continue
+        kind = code.vectors if is_vector(node) else code.inputs
+        if node not in kind:
+            kind.append(node)
+    place: dict[Node, int] = {node: number for number, node in enumerate(code.inputs)}
+    first_output = len(code.inputs)
+    own = {}
+    for number, node in enumerate(outputs):
+        own.setdefault(node, first_output + number)
+    base = first_output + len(code.outputs)
+
+    last: dict[Node, int] = {}
+    for number, node in enumerate(work):
+        for operand in operands_of(node):
+            last[operand] = number
+    for node in code.outputs:
+        last[node] = len(work)
+    free: list[int] = []
+    emit = code.instructions.append
+
+    def register() -> int:
+        if free:
+            return free.pop()
+        code.registers += 1
+        return base + code.registers - 1
+
+    def load(node: Node) -> int:
+        """The place of an operand; numbers and vectors are spread into a register."""
+        if node in place:
+            return place[node]
+        where = place[node] = register()
+        if node.kind == "number":
+            emit((NUMBER, where, 0, 0, 0, node.value))
+        else:
+            emit((ROW, where, 0, code.vectors.index(node), 0, 0.0))
+        return where
+
+    for number, node in enumerate(work):
+        operands = operands_of(node)
+        instruction = _short(node, operands, code.vectors, place) if node not in fused else None
+        if instruction is None:
+            places = [load(operand) for operand in operands]
+            op = MULTIPLY_ADD if node in fused else PRIMITIVES[node.kind].number
+            instruction = (op, *(places + [0, 0])[:3], 0.0)
+        done = [operand for operand in set(operands) if last.get(operand) == number and place.get(operand, -1) >= base]
+        target = own.get(node)
+        if target is None:
+            target = register()  # not one of the operands': an instruction reads them while it writes
+        place[node] = target
+        op, a, b, c, value = instruction
+        emit((op, target, a, b, c, value))
+        free += [place[operand] for operand in done]
+    for number, node in enumerate(code.outputs):
+        where = first_output + number
+        if place.get(node) != where:
+            emit((COPY, where, load(node), 0, 0, 0.0))
+    return code
+
+
+def _short(node: Node, operands: list[Node], vectors: list[Node], place: dict[Node, int]) -> tuple | None:
+    """An instruction with a number or a vector in it; None where there is none, or it would read a vector alone."""
+    if node.kind not in ("add", "sub", "mul", "pow") or len(operands) != 2:
+        return None
+    a, b = operands
+    if node.kind in ("add", "mul") and (a.kind == "number" or (a in vectors and a not in place)):
+        a, b = b, a
+    if a not in place:
+        return None
+    if b.kind == "number":
+        match node.kind:
+            case "add":
+                return ADD_NUMBER, place[a], 0, 0, b.value
+            case "sub":
+                return ADD_NUMBER, place[a], 0, 0, -b.value
+            case "mul":
+                return MULTIPLY_NUMBER, place[a], 0, 0, b.value
+            case "pow":
+                return POWER_NUMBER, place[a], 0, 0, b.value
+    if b in vectors and b not in place and node.kind in ("add", "mul"):
+        return (ROW_ADD if node.kind == "add" else ROW_MULTIPLY), place[a], vectors.index(b), 0, 0.0
+    return None
+
+
+def _products_of_sums(
+    nodes: Sequence[Node], inside: set[Node], reads: dict[Node, int], outputs: set[Node],
+    is_vector: Callable[[Node], bool],
+) -> dict[Node, Node]:  # fmt: skip
+    """Sums a * b + c whose product nobody else reads: node -> the product."""
+    plain = lambda node: node.kind != "number" and not is_vector(node)
+    found: dict[Node, Node] = {}
+    for node in nodes:
+        if node.kind != "add" or node.operands[0] is node.operands[1]:
+            continue
+        for product, other in (node.operands, node.operands[::-1]):
+            alone = product in inside and product.kind == "mul" and reads[product] == 1 and product not in outputs
+            if alone and product not in found and all(map(plain, (*product.operands, other))):
+                found[node] = product
+                break
+    return found
