@@ -89,13 +89,20 @@ class GraphCpuEngine(NativeEngine):
 
     def _answer_times(self, program: _Program) -> None:
         timed = program.writer.timed
-        if any(node.kind == "time" for node in order(timed)):
-            raise NotImplementedError
+        if program.writer.time_in_python:
+            program.native.set_refresh(lambda times: self._answer_in_torch(timed, times))
+            return
         builder = getattr(_native(), _BUILDERS[self.dtype])()
         writer = GraphWriter(builder, self._field, time_bindings(self._field))
         writer.write(self._field.graph.concatenate(timed))
         program.time = _Program(builder.compile(), writer)
         program.native.set_time(program.time.native)
+
+    @torch.no_grad()
+    def _answer_in_torch(self, timed: Sequence[Node], times: list[float]) -> list[list]:
+        values = self._evaluate(timed, {"time": torch.tensor(times, dtype=self.dtype)[:, None]})
+        rows = torch.cat([value.expand(len(times), value.shape[1]) for value in values], 1)
+        return [[_array(row)] for row in rows]
 
     def _renew(self, program: _Program) -> None:
         """The present numbers of the field's parts."""

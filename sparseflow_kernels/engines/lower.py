@@ -16,7 +16,7 @@ import torch
 
 from ..activations import rule_and_params
 from ..field import GraphField, Matrix, Node, Pattern
-from ..field.graph import CONTEXT, STATE, TIME, depends
+from ..field.graph import CONTEXT, STATE, TIME, depends, order
 from ..field.transforms import adjoint
 from .instructions import code_of
 from .schedule import Affine, Schedule, schedule
@@ -75,12 +75,12 @@ class GraphWriter:
         f = self.builder.buffer(output.rows)
         summed = [self._summed(node) for node in trace]
         traced = [node for node in summed if node.kind != "number" or node.value != 0.0]
-        plan = schedule(self.graph, [output, *traced], self.bindings.per_sample, fused=True)
-        self._leaves([plan])
+        plan = schedule(self.graph, [output, *traced], self.bindings.per_sample, self.bindings.vector, fused=True)
+        self._leaves(plan.leaves)
         self._emit(plan, {output: (f, 0, 0)}, traced)
         self.builder.graph_roles(
             sum(node.rows for node in self.bindings.state), output.rows, bool(trace), state, f, context=self._context(),
-            time_rows=sum(node.rows for node in self.timed),
+            **self._time_answer(),
         )
 
     def write_adjoint(self, output: Node, trace: Node | None, names: dict[str, Node]) -> None:
@@ -89,7 +89,7 @@ class GraphWriter:
         g, builder, per_sample = self.graph, self.builder, self.bindings.per_sample
         state = self._inputs()
         f = builder.buffer(output.rows)
-        body = schedule(g, [output], per_sample, fused=True)
+        body = schedule(g, [output], per_sample, self.bindings.vector, fused=True)
         given = {output: names[COTANGENT]}
         if trace is not None:
             given[trace] = names[TRACE_COTANGENT]
@@ -98,8 +98,8 @@ class GraphWriter:
         pairs = [(matrix, left, right) for matrix, both in found.matrices.items() for left, right in both]
         bars = dict(found.cotangents)
         read = [*bars.values(), *(side for _, *sides in pairs for side in sides)]
-        plan = schedule(g, read, per_sample, fused=False, kept=read)
-        self._leaves([body, plan])
+        plan = schedule(g, read, per_sample, self.bindings.vector, fused=False)
+        self._leaves([*body.leaves, *plan.leaves, *(node for node in bars if leaf(node) and _is_trained(node))])
         cotangent, lam = builder.buffer(output.rows), -1
         self._places[names[COTANGENT]] = (cotangent, 0, 0)
         if trace is not None:
@@ -124,7 +124,7 @@ class GraphWriter:
         self._emit(plan, {}, [], pairs, targets, [(n, bar) for n, bar in bars.items() if n in self._vector and _is_trained(n)], ones)
         builder.graph_roles(
             sum(node.rows for node in self.bindings.state), output.rows, trace is not None, state, f, ones=ones,
-            context=self._context(), time_rows=sum(node.rows for node in self.timed),
+            context=self._context(), **self._time_answer(),
         )
         builder.graph_adjoint_roles(cotangent, lam, pulled, of_context)
 
@@ -137,9 +137,9 @@ class GraphWriter:
             rows += node.rows
         return state
 
-    def _leaves(self, plans: Sequence[Schedule]) -> None:
+    def _leaves(self, leaves: Iterable[Node]) -> None:
         """Row vectors and rows of the context, for what the operations read."""
-        for node in dict.fromkeys(leaf for plan in plans for leaf in plan.leaves):
+        for node in dict.fromkeys(leaves):
             if node in self._places or node.kind == "number" or node.name in (COTANGENT, TRACE_COTANGENT):
                 continue
             if self.bindings.vector(node):
@@ -161,6 +161,15 @@ class GraphWriter:
         else:
             self._vector[node] = number = self.builder.vector(node.rows, torch.zeros(node.rows).numpy(), -1)
             self.vectors.append((number, node))
+
+    @property
+    def time_in_python(self) -> bool:
+        """Some of what depends on time is a function in Python, so all of it is computed in torch."""
+        return any(node.kind == "time" for node in order(self.timed))
+
+    def _time_answer(self) -> dict[str, int]:
+        rows = sum(node.rows for node in self.timed)
+        return {"time_rows": rows} | ({"time_external": 0, "externals": 1} if self.time_in_python else {})
 
     def _context(self) -> int:
         return self._context_buffer if self.contexts else -1
@@ -434,8 +443,8 @@ class GraphWriter:
 
 
 def _is_trained(node: Node) -> bool:
-    """Parts of the field, or time, have a say in it."""
-    return bool(node.binding & TIME) or any(True for _ in depends([node]))
+    """Parts of the field, time or the context have a say in it."""
+    return node.kind != "input" and bool(node.binding) or any(True for _ in depends([node]))
 
 
 def _arrays(instructions: Iterable[tuple]) -> tuple:

@@ -60,10 +60,11 @@ class Schedule:
 
 
 def schedule(
-    g: Graph, outputs: Iterable[Node], per_sample: Callable[[Node], bool], fused: bool, kept: Iterable[Node] = ()
+    g: Graph, outputs: Iterable[Node], per_sample: Callable[[Node], bool], uniform: Callable[[Node], bool],
+    fused: bool,
 ) -> Schedule:  # fmt: skip
-    """per_sample: which nodes are to be computed; all others are given.  fused: with affine operations where a node is
-    one.  kept: nodes that are read otherwise too, so that they must be there."""
+    """per_sample: which nodes are to be computed; all others are given.  uniform: which of these are the same for all
+    samples.  fused: with affine operations where a node is one."""
     outputs = list(outputs)
     reached = order(outputs, stop=lambda node: not per_sample(node) or node.kind == "input")
     nodes = [node for node in reached if per_sample(node) and node.kind != "input"]
@@ -72,11 +73,11 @@ def schedule(
     for node in nodes:
         for operand in node.operands:
             readers.setdefault(operand, []).append(node)
-    fixed = {*outputs, *kept}
-    affine = _affine(g, nodes, readers, fixed, per_sample) if fused else {}
+    fixed = set(outputs)
+    affine = _affine(g, nodes, readers, fixed, per_sample, uniform) if fused else {}
     inner = set().union(*(_inside(node, one) for node, one in affine.items()))
     nodes = [node for node in nodes if node not in inner or node in affine]
-    sums = _sums(nodes, readers, fixed, affine, per_sample)
+    sums = _sums(nodes, fixed, affine, per_sample, uniform)
     absorbed = {product for product, _ in sums.values()}
     nodes = [node for node in nodes if node not in absorbed]
     found = Schedule(nodes, {}, affine, sums, {}, leaves)
@@ -120,7 +121,7 @@ def _outlives(found: Schedule, operand: Node, node: Node, fixed: set[Node]) -> b
 
 def _affine(
     g: Graph, nodes: Sequence[Node], readers: dict[Node, list[Node]], fixed: set[Node],
-    per_sample: Callable[[Node], bool],
+    per_sample: Callable[[Node], bool], uniform: Callable[[Node], bool],
 ) -> dict[Node, Affine]:  # fmt: skip
     found: dict[Node, Affine] = {}
     taken: set[Node] = set()
@@ -130,7 +131,7 @@ def _affine(
         activation, z = g.activations.get(node, (IDENTITY, node))
         if activation.name not in ACTIVATIONS:
             continue
-        one = _linear_part(z, activation, per_sample)
+        one = _linear_part(z, activation, per_sample, uniform)
         if one is None or (one.product is node and activation == IDENTITY):
             continue
         inside = _inside(node, one)
@@ -141,26 +142,27 @@ def _affine(
     return found
 
 
-def _linear_part(z: Node, activation: Activation, per_sample: Callable[[Node], bool]) -> Affine | None:
+def _linear_part(
+    z: Node, activation: Activation, per_sample: Callable[[Node], bool], uniform: Callable[[Node], bool]
+) -> Affine | None:  # fmt: skip
     """z as scale * (W h) + shift."""
+
+    def without(node: Node) -> tuple[Node, Node] | None:
+        """The operand that differs from sample to sample, and the other one, which does not."""
+        for moving, still in (node.operands, node.operands[::-1]):
+            if per_sample(moving) and uniform(still):
+                return moving, still
+        return None
+
     shift = scale = None
     node = z
-    if node.kind in ("add", "sub") and node.rows > 0:
-        a, b = node.operands
-        if not per_sample(b) and per_sample(a) and node.kind == "add":
-            node, shift = a, b
-        elif not per_sample(a) and per_sample(b) and node.kind == "add":
-            node, shift = b, a
-        else:
-            return None
-    if node.kind == "mul":
-        a, b = node.operands
-        if not per_sample(b) and per_sample(a):
-            node, scale = a, b
-        elif not per_sample(a) and per_sample(b):
-            node, scale = b, a
-        else:
-            return None
+    for kind in ("add", "mul"):
+        if node.kind == kind:
+            parts = without(node)
+            if parts is None:
+                return None
+            node, other = parts
+            shift, scale = (other, scale) if kind == "add" else (shift, other)
     if node.kind != "linear" or node.rows != z.rows or not per_sample(node):
         return None
     return Affine(node, scale, shift, activation)
@@ -183,19 +185,20 @@ def _inside(node: Node, one: Affine) -> set[Node]:
 
 
 def _sums(
-    nodes: Sequence[Node], readers: dict[Node, list[Node]], fixed: set[Node], affine: dict[Node, Affine],
-    per_sample: Callable[[Node], bool],
+    nodes: Sequence[Node], fixed: set[Node], affine: dict[Node, Affine], per_sample: Callable[[Node], bool],
+    uniform: Callable[[Node], bool],
 ) -> dict[Node, tuple[Node, Node]]:  # fmt: skip
     """Sums W h + a, which a product makes on its way."""
-    counts = Counter(id(operand) for node in nodes if node not in affine for operand in node.operands)
+    counts = Counter(operand for node in nodes if node not in affine for operand in node.operands)
+    counts.update(one.source for one in affine.values())
     found: dict[Node, tuple[Node, Node]] = {}
     taken: set[Node] = set()
     for node in nodes:
         if node.kind != "add" or node in affine:
             continue
         for product, addend in (node.operands, node.operands[::-1]):
-            alone = product.kind == "linear" and product not in affine and counts[id(product)] == 1
-            if alone and product not in fixed and product not in taken and per_sample(addend) and addend.rows == node.rows:
+            alone = product.kind == "linear" and product not in affine and counts[product] == 1
+            if alone and product not in fixed and product not in taken and not uniform(addend) and addend.rows == node.rows:
                 if product.rows == node.rows and addend is not product and per_sample(product):
                     found[node] = (product, addend)
                     taken.add(product)

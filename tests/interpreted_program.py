@@ -1,0 +1,219 @@
+"""What the operations of a graph program mean (csrc/field.h), in plain torch: a builder that stands in for the native one,
+so that what is written can be told from how it is run."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from sparseflow_kernels import activations
+from sparseflow_kernels.field import Activation
+from sparseflow_kernels.field.primitives import PRIMITIVES
+
+BY_NUMBER = {primitive.number: primitive for primitive in PRIMITIVES.values()}
+ACTIVATIONS = {rule.number: name for name, rule in activations.ACTIVATIONS.items()}
+
+
+class Builder:
+    dtype = torch.float64
+
+    def __init__(self):
+        self.matrices, self.vectors, self.modulations, self.buffers = [], [], [], []
+        self.expressions, self.sums, self.lists = [], [], {"body": [], "reverse": []}
+
+    def matrix(self, rows, cols, row_ptr, col, values):
+        row = np.repeat(np.arange(rows), np.diff(row_ptr))
+        self.matrices.append({"shape": (rows, cols), "row": torch.tensor(row), "col": torch.tensor(col).long(),
+                              "values": torch.tensor(values, dtype=self.dtype), "sum": -1})
+        return len(self.matrices) - 1
+
+    def vector(self, n, values=None, time_row=-1):
+        values = None if values is None else torch.tensor(values, dtype=self.dtype)
+        self.vectors.append({"n": n, "values": values, "row": time_row, "sum": -1})
+        return len(self.vectors) - 1
+
+    def vector_modulation(self, n, scale=-1, shift=-1):
+        self.modulations.append((n, scale, shift))
+        return len(self.modulations) - 1
+
+    def buffer(self, rows, slots=1):
+        self.buffers.append(rows)
+        return len(self.buffers) - 1
+
+    def expression(self, inputs, vectors, outputs, registers, op, to, a, b, c, number):
+        self.expressions.append((inputs, vectors, outputs, registers, list(zip(op, to, a, b, c, number))))
+        written = set(range(inputs))
+        for o, t, x, y, z, _ in self.expressions[-1][-1]:
+            arity = {0: 1, 1: 0, 2: 0, 8: 1, 9: 1, 28: 1, 41: 3, 42: 1, 43: 1}.get(o) if o not in BY_NUMBER else None
+            arity = BY_NUMBER[o].arity if arity is None else arity
+            assert all(p in written for p in (x, y, z)[:arity]), "reads what nobody has written"
+            assert t >= inputs and t < inputs + outputs + registers
+            written.add(t)
+        return len(self.expressions) - 1
+
+    def sum(self, size, each_stage):
+        self.sums.append((size, each_stage))
+        return len(self.sums) - 1
+
+    def sum_of_matrix(self, matrix, number):
+        assert self.matrices[matrix]["sum"] == -1
+        self.matrices[matrix]["sum"] = number
+
+    def sum_of_vector(self, vector, number):
+        assert self.vectors[vector]["sum"] == -1
+        self.vectors[vector]["sum"] = number
+
+    def pointwise(self, expression, rows, inputs, vectors, outputs, list="body"):
+        self.lists[list].append(("pointwise", expression, rows, inputs, vectors, outputs))
+
+    def product(self, matrix, source, target, transposed=False, addend=(-1, 0, 0), list="body"):
+        self.lists[list].append(("product", matrix, source, target, transposed, addend))
+
+    def affine(self, matrix, source, target, modulation, activation, a, b, store):
+        self.lists["body"].append(("affine", matrix, source, target, modulation, activation, a, b))
+
+    def gradient(self, matrix, left, right, sum):
+        self.lists["reverse"].append(("gradient", matrix, left, right, sum))
+
+    def graph_roles(self, dim, out, divergence, input, output, ones=-1, context=-1, time_rows=0, time_external=-1, externals=0):
+        self.roles = dict(dim=dim, out=out, divergence=divergence, input=input, output=output, ones=ones, context=context, time_rows=time_rows)
+
+    def graph_adjoint_roles(self, cotangent, trace_cotangent, state_cotangent, context_cotangent=-1):
+        self.roles |= dict(cotangent=cotangent, trace=trace_cotangent, pulled=state_cotangent, of_context=context_cotangent)
+
+    def compile(self):
+        return Program(self)
+
+    compile_adjoint = compile
+
+
+class Program:
+    def __init__(self, builder):
+        self.b, self.time, self.refresh = builder, None, None
+
+    def set_values(self, number, values):
+        assert len(values) == len(self.b.matrices[number]["values"])
+        self.b.matrices[number]["values"] = torch.tensor(values, dtype=Builder.dtype)
+
+    def set_vector(self, number, values):
+        assert len(values) == self.b.vectors[number]["n"] and self.b.vectors[number]["row"] < 0
+        self.b.vectors[number]["values"] = torch.tensor(values, dtype=Builder.dtype)
+
+    def set_time(self, program):
+        self.time = program
+
+    def dense(self, number):
+        m = self.b.matrices[number]
+        dense = torch.zeros(m["shape"], dtype=Builder.dtype)
+        dense[m["row"], m["col"]] = m["values"]
+        return dense
+
+    def start(self, t, x, context):
+        b, batch = self.b, len(x)
+        self.memory = [torch.full((rows, batch), math.nan, dtype=Builder.dtype) for rows in b.buffers]
+        self.memory[b.roles["input"]][:] = x.T
+        if b.roles["ones"] >= 0:
+            self.memory[b.roles["ones"]][:] = 1.0
+        if b.roles["context"] >= 0:
+            self.memory[b.roles["context"]][:] = context.T
+        self.answer = None
+        if b.roles["time_rows"]:
+            self.answer = self.time.call(0.0, torch.tensor([[t]], dtype=Builder.dtype))[0][0]
+        self.reduce = torch.zeros(batch, dtype=Builder.dtype)
+        self.totals = [torch.zeros(size, dtype=Builder.dtype) for size, _ in b.sums]
+
+    def vector(self, number):
+        v = self.b.vectors[number]
+        return v["values"] if v["row"] < 0 else self.answer[v["row"] : v["row"] + v["n"]]
+
+    def rows(self, place, count):
+        buffer, slot, row = place
+        assert 0 <= row and row + count <= self.b.buffers[buffer], "rows outside the buffer"
+        return self.memory[buffer][row : row + count]
+
+    def run(self, name):
+        for kind, *op in self.b.lists[name]:
+            getattr(self, "_" + kind)(*op)
+
+    def _product(self, matrix, source, target, transposed, addend):
+        dense = self.dense(matrix).T if transposed else self.dense(matrix)
+        value = dense @ self.rows(source, dense.shape[1])
+        if addend[0] >= 0:
+            value = value + self.rows(addend, dense.shape[0])
+        self.rows(target, dense.shape[0])[:] = value
+
+    def _affine(self, matrix, source, target, modulation, activation, a, b):
+        dense = self.dense(matrix)
+        n, scale, shift = self.b.modulations[modulation]
+        assert n == dense.shape[0]
+        z = dense @ self.rows(source, dense.shape[1])
+        z = z if scale < 0 else self.vector(scale)[:, None] * z
+        z = z if shift < 0 else z + self.vector(shift)[:, None]
+        name = ACTIVATIONS[activation]
+        params = (a, b)[: len(activations.ACTIVATIONS[name].defaults)]
+        self.rows(target, dense.shape[0])[:] = activations.apply(Activation(name, params), z)
+
+    def _pointwise(self, expression, rows, inputs, vectors, outputs):
+        n_in, n_vec, n_out, _, code = self.b.expressions[expression]
+        assert (n_in, n_vec, n_out) == (len(inputs), len(vectors), len(outputs))
+        places = {i: self.rows(p[:3], 1 if p[3] else rows).expand(rows, -1).clone() for i, p in enumerate(inputs)}
+        values = []
+        for number, first, broadcast in vectors:
+            v = self.vector(number)
+            values.append((v[first : first + 1].expand(rows) if broadcast else v[first : first + rows])[:, None])
+            assert len(values[-1]) == rows
+        one = torch.ones(rows, len(self.reduce), dtype=Builder.dtype)
+        for op, to, a, b, c, number in code:
+            match op:
+                case 0: value = places[a]
+                case 1: value = number * one
+                case 2: value = values[b] * one
+                case 8: value = places[a] + number
+                case 9: value = places[a] * number
+                case 28: value = places[a] ** number
+                case 41: value = places[a] * places[b] + places[c]
+                case 42: value = places[a] * values[b]
+                case 43: value = places[a] + values[b]
+                case _: value = BY_NUMBER[op].value(*(places[p] for p in (a, b, c)[: BY_NUMBER[op].arity]))
+            places[to] = value
+        for number, place in enumerate(outputs):
+            value = places[n_in + number]
+            if place[0] < 0:
+                self.reduce += value.sum(0)
+            else:
+                self.rows(place, rows)[:] = value
+
+    def _gradient(self, matrix, left, right, sum):
+        m = self.b.matrices[matrix]
+        left, right = self.rows(left, m["shape"][0]), self.rows(right, m["shape"][1])
+        self.totals[sum] += (left[m["row"]] * right[m["col"]]).sum(1)
+
+    def call(self, t, x, context=None):
+        self.start(t, x, context)
+        self.run("body")
+        f = self.memory[self.b.roles["output"]].T.clone()
+        assert not f.isnan().any(), "a row that nobody has written"
+        return f, self.reduce.clone()
+
+    def back(self, t, x, grad_f, grad_trace, context=None):
+        self.start(t, x, context)
+        roles = self.b.roles
+        self.memory[roles["cotangent"]][:] = grad_f.T
+        if roles["trace"] >= 0:
+            self.memory[roles["trace"]][:] = grad_trace
+        self.run("reverse")
+        raw = {
+            "matrices": [(self.totals[m["sum"]] if m["sum"] >= 0 else torch.zeros(0)).numpy() for m in self.b.matrices],
+            "vectors": [
+                (self.totals[v["sum"]] if v["sum"] >= 0 and v["row"] < 0 else torch.zeros(0)).numpy() for v in self.b.vectors
+            ],
+            "time_points": np.array([t] if roles["time_rows"] else []),
+        }
+        cotangent = torch.zeros(roles["time_rows"], dtype=Builder.dtype)
+        for v in self.b.vectors:
+            if v["sum"] >= 0 and v["row"] >= 0:
+                cotangent[v["row"] : v["row"] + v["n"]] += self.totals[v["sum"]]
+        raw["time_cotangents"] = cotangent.numpy()
+        of_context = None if roles["of_context"] < 0 else self.memory[roles["of_context"]].T.clone()
+        return self.memory[roles["pulled"]].T.clone(), of_context, raw
