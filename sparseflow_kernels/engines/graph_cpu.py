@@ -107,9 +107,9 @@ class GraphCpuEngine(NativeEngine):
     def _renew(self, program: _Program) -> None:
         """The present numbers of the field's parts."""
         parts, writer = self._field.parts, program.writer
-        for number, part in writer.matrices:
-            if part is not None:
-                program.native.set_values(number, _array(parts[part].values))
+        for number, matrix in writer.matrices:
+            if matrix.part is not None:
+                program.native.set_values(number, _array(matrix.values(parts[matrix.part].values)))
         nodes = [node for _, node in writer.vectors]
         values = evaluate(nodes, {}, lambda n: parts[n].values, like=torch.empty(0, dtype=self.dtype))
         for (number, _), value in zip(writer.vectors, values):
@@ -277,8 +277,14 @@ class GraphCpuEngine(NativeEngine):
         writer, dtype = program.writer, self.dtype
         parts = [part.values.detach() for part in self._field.parts]
         of_parts: list[Tensor | None] = [None] * len(parts)
-        for part, numbers in writer.gradients.items():
-            of_parts[part] = sum(torch.from_numpy(raw["matrices"][number]) for number in numbers)
+        for number, matrix in writer.gradients:
+            grad = torch.from_numpy(raw["matrices"][number])
+            if of_parts[matrix.part] is None:
+                of_parts[matrix.part] = torch.zeros(len(parts[matrix.part]), dtype=torch.float64)
+            if matrix.entries is None:
+                of_parts[matrix.part] += grad
+            else:
+                of_parts[matrix.part].index_add_(0, matrix.entries, grad)
         times = torch.from_numpy(raw["time_points"]).to(dtype) if writer.timed else torch.empty(0, dtype=dtype)
         with torch.enable_grad():
             leaves = [part.clone().requires_grad_() for part in parts]

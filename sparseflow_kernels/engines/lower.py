@@ -47,18 +47,18 @@ class Bindings:
 class GraphWriter:
     """One program over a native builder. After `write` or `write_adjoint`:
 
-    matrices: (native number, part, or None for ones).  vectors: (native number, node) computed when packed.  timed: nodes of
+    matrices: (native number, matrix).  vectors: (native number, node) computed when packed.  timed: nodes of
     the time answer, in order of its rows.  contexts: nodes of the context, in order of its rows.
-    gradients: of an adjoint: part -> native matrices whose sums add up to its gradient.
+    gradients: of an adjoint: (native number of a matrix whose sums are a gradient, matrix).
     """
 
     def __init__(self, builder, field: GraphField, bindings: Bindings) -> None:
         self.builder, self.field, self.graph, self.bindings = builder, field, field.graph, bindings
-        self.matrices: list[tuple[int, int | None]] = []
+        self.matrices: list[tuple[int, Matrix]] = []
         self.vectors: list[tuple[int, Node]] = []
         self.timed: list[Node] = []
         self.contexts: list[Node] = []
-        self.gradients: dict[int, list[int]] = {}
+        self.gradients: list[tuple[int, Matrix]] = []
         self._matrix: dict[Matrix, int] = {}
         self._vector: dict[Node, int] = {}
         self._places: dict[Node, Place] = {}
@@ -181,7 +181,7 @@ class GraphWriter:
                 *pattern.shape, pattern.row_ptr.to(torch.int32).numpy(), pattern.col.to(torch.int32).numpy(),
                 torch.ones(pattern.nnz).numpy(),
             )
-            self.matrices.append((number, matrix.part))
+            self.matrices.append((number, matrix))
             if fresh:
                 return number
             self._matrix[matrix] = number
@@ -427,11 +427,11 @@ class GraphWriter:
     # ---- gradients
 
     def _gradient(self, matrix: Matrix, left: Node, right: Node) -> None:
-        number = self._native(matrix, fresh=bool(self.gradients.get(matrix.part)))
+        number = self._native(matrix, fresh=any(other is matrix for _, other in self.gradients))
         total = self.builder.sum(matrix.pattern.nnz, False)
         self.builder.sum_of_matrix(number, total)
         self.builder.gradient(number, self._source(left), self._source(right), total)
-        self.gradients.setdefault(matrix.part, []).append(number)
+        self.gradients.append((number, matrix))
 
     def _sums(self, sums: Sequence[tuple[Node, Node]], ones: int) -> None:
         for node, bar in sums:

@@ -26,14 +26,20 @@ SAMPLES = (STATE, STATE | TIME, STATE | CONTEXT, STATE | TIME | CONTEXT, TIME | 
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A sparse matrix of the graph: a pattern with the values of part `part` of the field, or of ones (part None)."""
+    """A sparse matrix of the graph: a pattern with the values of part `part` of the field, or of ones (part None).
+    entries: which of the part's values they are, int64 [nnz]; None: all of them in their order."""
 
     pattern: Pattern
     part: int | None = None
+    entries: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.pattern.shape
+
+    def values(self, of_part: Tensor) -> Tensor:
+        """[nnz], from all values of the part."""
+        return of_part if self.entries is None else of_part[self.entries]
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,10 +151,44 @@ class Graph:
         assert x.rows == width, f"a matrix with {width} columns, times {x.rows} rows"
         if matrix.pattern.nnz == 0 or _is(x, 0.0):
             return self.spread(self.number(0.0), out)
+        if x.kind == "rows" and not transposed and len({operand.binding for operand in x.operands}) > 1:
+            return self._split(matrix, x)
         return self._intern(
             ("linear", id(matrix), transposed, id(x)),
             lambda: Node("linear", out, (x,), x.binding, matrix=matrix, transposed=transposed, origin=self.origin),
         )
+
+    def _split(self, matrix: Matrix, x: Node) -> Node:
+        """matrix times a concatenation, by what its pieces depend on: what does not depend on the state is not computed
+        for every sample and evaluation."""
+        groups: dict[int, tuple[list[Node], list[Tensor]]] = {}
+        start = 0
+        for operand, (first, count) in zip(x.operands, x.pieces):
+            parts, columns = groups.setdefault(operand.binding, ([], []))
+            parts.append(self._piece(operand, first, count))
+            columns.append(torch.arange(start, start + count))
+            start += count
+        total = None
+        for _, (parts, columns) in sorted(groups.items(), reverse=True):
+            term = self.linear(self.columns(matrix, torch.cat(columns)), self.concatenate(parts))
+            if not _is(term, 0.0):
+                total = self.add(total, term)
+        return self.zeros(matrix.shape[0]) if total is None else total
+
+    def columns(self, matrix: Matrix, index: Tensor) -> Matrix:
+        """The matrix's columns of these numbers, int64, ascending."""
+        key = (id(matrix), index.numpy().tobytes())
+        if key not in self._matrices:
+            pattern = matrix.pattern
+            place = torch.full((pattern.shape[1],), -1)
+            place[index] = torch.arange(index.numel())
+            own = (place[pattern.col] >= 0).nonzero().flatten()
+            row_ptr = torch.zeros_like(pattern.row_ptr)
+            torch.cumsum(torch.bincount(pattern.row[own], minlength=pattern.shape[0]), 0, out=row_ptr[1:])
+            narrow = Pattern((pattern.shape[0], index.numel()), row_ptr, place[pattern.col[own]])
+            entries = None if matrix.part is None else own if matrix.entries is None else matrix.entries[own]
+            self._matrices[key] = Matrix(narrow, matrix.part, entries)
+        return self._matrices[key]
 
     def select(self, x: Node, index: Tensor) -> Node:
         """x[index], int64 [rows]."""
@@ -353,7 +393,7 @@ def evaluate(
     def weight(matrix: Matrix) -> Tensor:
         if id(matrix) not in weights:
             pattern = matrix.pattern
-            numbers = like.new_ones(pattern.nnz) if matrix.part is None else part(matrix.part)
+            numbers = like.new_ones(pattern.nnz) if matrix.part is None else matrix.values(part(matrix.part))
             weights[id(matrix)] = pattern.dense(numbers)
         return weights[id(matrix)]
 
