@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .field import GraphField, Node, Pattern
+from .field import Graph, GraphField, Node
 from .field.graph import CONTEXT, order
 from .field.transforms import tangent
 
@@ -35,7 +35,7 @@ def plan_graph(field: GraphField, kind: Literal["exact", "hutchinson"]) -> tuple
     if kind == "hutchinson":
         noise = g.input("noise", field.dim, CONTEXT)
         (dot,) = tangent(g, [field.output], {field.state: noise})
-        trace = g.number(0.0) if dot is None else g.total(g.mul(noise, dot))
+        trace = g.number(0.0) if dot is None else inner_product(g, noise, g.spread(dot, field.dim))
         cost = _multiply_adds([field.output, trace]) - before
         return GraphForm(trace, noise, 1), {"hutchinson": cost}, f"one tangent through the graph, {cost} multiply-adds"
     jacobian = structure(field.output, field.state)
@@ -46,12 +46,37 @@ def plan_graph(field: GraphField, kind: Literal["exact", "hutchinson"]) -> tuple
         seed[columns] = 1.0
         (dot,) = tangent(g, [field.output], {field.state: g.constant(seed)})
         if dot is not None:
-            rows = g.ones(Pattern((1, field.dim), torch.tensor([0, columns.numel()]), columns))
-            trace = g.add(trace, g.linear(rows, g.spread(dot, field.dim)))
+            trace = g.add(trace, inner_product(g, g.constant(seed), g.spread(dot, field.dim)))
     cost = _multiply_adds([field.output, trace]) - before
     live = int(jacobian.diagonal().sum())
     reason = f"{len(groups)} colours for the {live} of {field.dim} columns whose diagonal entry is not zero"
     return GraphForm(trace, None, len(groups)), {"colours": len(groups), "columns": cost}, reason
+
+
+def inner_product(g: Graph, fixed: Node, dot: Node) -> Node:
+    """fixed . dot, [1], where `fixed` stays the same for a solve: what the last matrix makes of it does too."""
+    total, waiting = None, [(fixed, dot, 1.0)]
+    while waiting:
+        left, right, sign = waiting.pop()
+        if right.kind in ("add", "sub") and all(operand.rows == right.rows for operand in right.operands):
+            a, b = right.operands
+            waiting += [(left, a, sign), (left, b, -sign if right.kind == "sub" else sign)]
+            continue
+        if right.kind == "neg":
+            waiting.append((left, right.operands[0], -sign))
+            continue
+        if right.kind == "linear" and right.matrix.part is not None:
+            left, right = g.linear(right.matrix, left, not right.transposed), right.operands[0]
+            left = g.spread(left, right.rows)
+        elif right.kind == "rows" and len(right.operands) > 1:
+            start = 0
+            for operand, (first, count) in zip(right.operands, right.pieces):
+                piece = g.select(operand, torch.arange(first, first + count))
+                waiting.append((g.select(left, torch.arange(start, start + count)), piece, sign))
+                start += count
+            continue
+        total = g.add(total, g.scaled(g.total(g.mul(left, right)), sign))
+    return g.number(0.0) if total is None else total
 
 
 def _multiply_adds(outputs: list[Node]) -> int:

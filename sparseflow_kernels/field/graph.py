@@ -151,6 +151,12 @@ class Graph:
         assert x.rows == width, f"a matrix with {width} columns, times {x.rows} rows"
         if matrix.pattern.nnz == 0 or _is(x, 0.0):
             return self.spread(self.number(0.0), out)
+        if x.kind in ("mul", "neg"):
+            factor = _common_factor(x)
+            if factor is not None:
+                return self.mul(self.linear(matrix, factor[0], transposed), factor[1])
+            if x.kind == "neg":
+                return self.neg(self.linear(matrix, x.operands[0], transposed))
         if x.kind == "rows" and not transposed and len({operand.binding for operand in x.operands}) > 1:
             return self._split(matrix, x)
         return self._intern(
@@ -352,6 +358,15 @@ _ACTIVATIONS: dict[str, Callable[..., Node]] = {
 
 def full_row(count: int) -> Pattern:
     return Pattern((1, count), torch.tensor([0, count]), torch.arange(count))
+
+
+def _common_factor(x: Node) -> tuple[Node, Node] | None:
+    """(rows, the one row that multiplies them all), where the rows are the same for longer than the factor."""
+    if x.kind == "mul":
+        for rows, factor in (x.operands, x.operands[::-1]):
+            if factor.rows == 1 and rows.rows == x.rows and rows.binding != x.binding:
+                return rows, factor
+    return None
 
 
 def _is(node: Node, value: float) -> bool:

@@ -1,0 +1,118 @@
+"""What graphs are lowered to, run in torch: the programs, told apart from the kernels that run them."""
+
+from __future__ import annotations
+
+import interpreted_program
+import pytest
+import torch
+from random_graphs import random_graph
+from sparseflow_kernels import divergence
+from sparseflow_kernels.engines import graph_cpu, reference_engine
+from sparseflow_kernels.engines.graph_cpu import GraphCpuEngine
+from sparseflow_kernels.field import Activation, Graph, GraphField, Matrix, Part, Pattern
+
+WANTED = ("x", "tensors", "context", "noise", "t")
+
+
+class _Interpreted:
+    BuilderF64 = BuilderF32 = interpreted_program.Builder
+    MOST_ROWS = MOST_ENTRIES = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setattr(graph_cpu, "_native", lambda: _Interpreted)
+
+
+def assert_same(found, wanted):
+    if wanted is None:
+        wanted = torch.zeros_like(found)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [None, "exact", "hutchinson"])
+@pytest.mark.parametrize("seed", range(40))
+def test_programs_of_random_graphs(seed, kind):
+    field, n = random_graph(seed), 4
+    torch.manual_seed(seed)
+    x, noise = torch.randn(n, field.dim).double(), torch.randn(n, field.dim).double()
+    context = None if field.context is None else torch.randn(n, field.context.rows).double()
+    plan = None if kind is None else divergence.plan(field, kind)
+    noise = noise if kind == "hutchinson" else None
+    grad_f, grad_trace = torch.randn(n, field.dim).double(), torch.randn(n).double() if kind else None
+    reference, engine = reference_engine(field, plan), GraphCpuEngine(field, plan)
+    for times in (torch.tensor(0.3, dtype=torch.float64), torch.rand(n).double()):
+        own = times.dim() > 0
+        point = torch.cat((x, times[:, None]), 1) if own else x
+        program = engine._program(False, own)
+        t = 0.0 if own else float(times)
+        f, trace = program.native.call(t, point, engine._context(program, context, noise, n))
+        if kind is None:
+            assert_same(f, reference.evaluate(times, x, context))
+        else:
+            wanted = reference.evaluate_with_divergence(times, x, noise, context)
+            assert_same(f, wanted[0])
+            assert_same(trace, wanted[1])
+        adjoint = engine._program(True, own)
+        rows = engine._context(adjoint, context, noise, n)
+        pulled, of_rows, raw = adjoint.native.back(t, point, grad_f, grad_trace, rows)
+        found, of_time = engine._gradient(adjoint, raw, context, noise, of_rows, WANTED)
+        wanted = reference.evaluate_backward(times, x, noise, grad_f, grad_trace, WANTED, context=context)
+        assert_same(pulled[:, : field.dim], wanted.x)
+        assert_same(pulled[:, field.dim] if own else torch.tensor(of_time, dtype=torch.float64), wanted.t)
+        for one, other in zip(found.tensors, wanted.tensors):
+            assert_same(one, other)
+        for name in ("context", "noise"):
+            if getattr(found, name) is not None:
+                assert_same(getattr(found, name), getattr(wanted, name))
+
+
+def lists(field, kind=None):
+    engine = GraphCpuEngine(field, None if kind is None else divergence.plan(field, kind))
+    return engine._program(False).native.b.lists["body"], engine
+
+
+def layer(g, parts, x, rows, activation=None):
+    pattern = Pattern.from_mask(torch.ones(rows, x.rows, dtype=torch.bool))
+    parts.append(Part(torch.randn(pattern.nnz).double(), pattern))
+    product = g.linear(Matrix(pattern, len(parts) - 1), x)
+    parts.append(Part(torch.randn(rows).double()))
+    z = g.add(product, g.vector(len(parts) - 1, rows))
+    return z if activation is None else g.activation(Activation(activation), z)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "silu", "softplus", "elu", "relu", "sin", "cube"])
+def test_a_chain_is_one_fused_operation_a_layer(activation):
+    g, parts = Graph(), []
+    state, time, _ = GraphField.inputs(g, 3)
+    out = layer(g, parts, layer(g, parts, layer(g, parts, state, 8, activation), 8, activation), 3)
+    field = GraphField(g, state, time, None, out, parts, torch.device("cpu"), torch.float64)
+    body, _ = lists(field)
+    assert [op[0] for op in body] == ["affine"] * 3
+    _, engine = lists(field, "hutchinson")
+    products = [op for op in engine._program(True).native.b.lists["reverse"] if op[0] == "product"]
+    assert len(products) == 2 + 1 + 1 + 2 + 1  # z_1 and z_2, the tangent of z_2, its cotangent, those of h_2 and h_1, the state's
+
+
+def test_what_depends_on_time_or_context_alone_is_computed_outside():
+    g, parts = Graph(), []
+    state, time, context = GraphField.inputs(g, 3, 4)
+    features = g.concatenate([g.apply("sin", time), g.apply("cos", time)])
+    h = layer(g, parts, g.concatenate([state, context, features]), 16, "silu")
+    out = layer(g, parts, h, 3)
+    field = GraphField(g, state, time, context, out, parts, torch.device("cpu"), torch.float64)
+    body, engine = lists(field)
+    writer = engine._program(False).writer
+    assert [op[0] for op in body] == ["product", "pointwise", "affine"]
+    assert [node.rows for node in writer.contexts] == [16] and [node.rows for node in writer.timed] == [16]
+
+
+def test_slices_and_concatenations_move_nothing():
+    g, parts = Graph(), []
+    state, time, _ = GraphField.inputs(g, 6)
+    x, v = g.select(state, torch.arange(3)), g.select(state, torch.arange(3, 6))
+    force = layer(g, parts, layer(g, parts, x, 8, "tanh"), 3)
+    out = g.concatenate([v, force])
+    field = GraphField(g, state, time, None, out, parts, torch.device("cpu"), torch.float64)
+    body, _ = lists(field)
+    assert [op[0] for op in body] == ["affine", "affine", "pointwise"]  # the last one copies v into its place
