@@ -23,6 +23,9 @@ from .primitives import PRIMITIVES
 STATE, TIME, CONTEXT = 1, 2, 4  # bits of Node.binding
 SAMPLES = (STATE, STATE | TIME, STATE | CONTEXT, STATE | TIME | CONTEXT, TIME | CONTEXT)  # bindings that need them all
 
+# The order of the terms of a sum: those that differ from sample to sample first.
+_RANK = {binding: rank for rank, binding in enumerate((7, 3, 5, 1, 6, CONTEXT, TIME, 0))}
+
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
@@ -175,7 +178,7 @@ class Graph:
             columns.append(torch.arange(start, start + count))
             start += count
         total = None
-        for _, (parts, columns) in sorted(groups.items(), reverse=True):
+        for _, (parts, columns) in sorted(groups.items(), key=lambda group: _RANK[group[0]]):
             term = self.linear(self.columns(matrix, torch.cat(columns)), self.concatenate(parts))
             if not _is(term, 0.0):
                 total = self.add(total, term)
@@ -287,6 +290,10 @@ class Graph:
             return a
         if b.kind == "neg":
             return self.sub(a, b.operands[0])
+        if a.kind == "add" and a.binding & STATE and b.binding in (0, TIME):
+            rest, last = a.operands  # what no sample changes is summed up by itself
+            if last.binding in (0, TIME) or (last.binding == CONTEXT and b.binding == 0):
+                return self.add(rest, self.add(last, b))
         return self.apply("add", a, b)
 
     def sub(self, a: Node, b: Node) -> Node:

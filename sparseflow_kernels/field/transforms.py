@@ -69,27 +69,29 @@ def adjoint(
     pairs: dict[Matrix, list[tuple[Node, Node]]] = {}
     gathered: dict[Node, list[tuple[int, Node]]] = {}  # of nodes that are read in pieces: (first row, cotangent)
 
-    def give(node: Node, bar: Node) -> None:
+    def give(node: Node, bar: Node, rows: int) -> None:
+        """bar: of that many rows, or one that stands for them all."""
         if moves[node]:
-            if bar.rows != node.rows:
-                bar = g.total(bar) if node.rows == 1 else g.spread(bar, node.rows)
+            if node.rows == 1 and rows > 1:
+                bar = g.total(g.spread(bar, rows))
             bars[node] = g.add(bars.get(node), bar)
 
     for node, bar in cotangents.items():
-        give(node, bar)
+        give(node, bar, node.rows)
     for node in reversed(nodes):
         if node in gathered:
-            give(node, _together(g, node.rows, gathered[node]))
+            give(node, _together(g, node.rows, gathered[node]), node.rows)
         bar = bars.get(node)
         if bar is None or leaf(node) or not node.operands:
             continue
         if node.kind == "linear":
             (x,) = node.operands
             if node.matrix.part is not None:
-                pair = (x, bar) if node.transposed else (bar, x)
-                pairs.setdefault(node.matrix, []).append(pair)
+                wide = g.spread(bar, node.rows)
+                pairs.setdefault(node.matrix, []).append((x, wide) if node.transposed else (wide, x))
             if moves[x]:
-                give(x, g.linear(node.matrix, bar, not node.transposed))
+                sums = node.rows == 1 and node.matrix.part is None and node.matrix.pattern.nnz == x.rows
+                give(x, bar if sums else g.linear(node.matrix, bar, not node.transposed), x.rows)
         elif node.kind == "rows":
             start = 0
             for operand, (first, count) in zip(node.operands, node.pieces):
@@ -100,8 +102,9 @@ def adjoint(
         else:
             for operand, slope in zip(node.operands, PRIMITIVES[node.kind].partials(g, node, node.operands)):
                 if slope is not None and moves[operand]:
-                    give(operand, g.spread(g.mul(slope, bar), node.rows))
-    found = {node: bars[node] for node in nodes if (leaf(node) or not node.operands) and bars.get(node) is not None}
+                    give(operand, g.mul(slope, bar), node.rows)
+    leaves = [node for node in nodes if (leaf(node) or not node.operands) and bars.get(node) is not None]
+    found = {node: g.spread(bars[node], node.rows) for node in leaves}
     return Adjoint(found, pairs)
 
 
