@@ -20,10 +20,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..field import UnsupportedFieldError, VectorField
+from ..field import GraphField, UnsupportedFieldError, VectorField
+from ..field.layout import State
 from ..origin import Key, Origin
 from .attempts import find_probe
-from .probe import check_arguments, check_like, untouched, unwrapped
+from .graph_program import read_graph, unforeseen
+from .probe import Probe, check_arguments, check_like, untouched, unwrapped
 from .program import assemble
 from .reads import compare_runs
 from .refusal import REMEDY, NotFinite, with_sparsify
@@ -32,8 +34,10 @@ from .verify import verify
 
 __all__ = ["capture", "capture_with_origins", "check_like", "unwrapped"]
 
+Field = VectorField | GraphField
 
-def capture(module: nn.Module, dim: int | None = None, like: Tensor | None = None) -> VectorField:
+
+def capture(module: nn.Module, dim: int | None = None, like: State | None = None) -> Field:
     """The program of `module.forward(t, y)`, y [batch, dim] (or [dim], row by row, if only that works), t 0-d (or
     [1], [1, 1] if only those work).
 
@@ -53,8 +57,8 @@ def capture(module: nn.Module, dim: int | None = None, like: Tensor | None = Non
 
 
 def capture_with_origins(
-    module: nn.Module, dim: int | None = None, like: Tensor | None = None
-) -> tuple[VectorField, dict[Key, Origin]]:
+    module: nn.Module, dim: int | None = None, like: State | None = None
+) -> tuple[Field, dict[Key, Origin]]:
     """capture(), and for every tensor of the field where its entries come from, parameters named as by the module."""
     module = unwrapped(module)
     check_arguments(module, dim)
@@ -66,11 +70,27 @@ def capture_with_origins(
         raise with_sparsify(module, error) from error.__cause__
 
 
-def _read(module: nn.Module, dim: int | None, like: Tensor | None) -> tuple[VectorField, dict[Key, Origin]]:
+def _read(module: nn.Module, dim: int | None, like: State | None) -> tuple[Field, dict[Key, Origin]]:
+    """As a chain, where it is one, else as a graph. The error is the graph's where the module ran for it."""
+    one = like if like is None or isinstance(like, Tensor) else None
+    probe, chain = None, None
+    if like is None or one is not None:
+        try:
+            with untouched(module), torch.no_grad():
+                probe = find_probe(module, dim, one)
+        except UnsupportedFieldError as error:
+            chain = error
+        if probe is not None:
+            try:
+                return _read_chain(module, probe, one)
+            except UnsupportedFieldError as error:
+                chain = error
+    return read_graph(module, probe, like, chain)
+
+
+def _read_chain(module: nn.Module, probe: Probe, like: Tensor | None) -> tuple[VectorField, dict[Key, Origin]]:
     tracer = None
     try:
-        with untouched(module), torch.no_grad():
-            probe = find_probe(module, dim, like)
         with untouched(module), torch.no_grad():  # restored: a module may keep what a call has computed
             tracer = Tracer(module, probe)
             field, origins = assemble(tracer, *tracer.read(*probe.point()))
@@ -88,18 +108,7 @@ def _read(module: nn.Module, dim: int | None, like: Tensor | None) -> tuple[Vect
     except (NotFinite, TypeError, ValueError) as error:
         if tracer is None or isinstance(error, NotFinite):
             raise
-        raise _unforeseen(module, tracer, error) from error
+        raise unforeseen(module, tracer, error) from error
     except Exception as error:
-        raise _unforeseen(module, tracer, error) from error
+        raise unforeseen(module, tracer, error) from error
     return field, origins
-
-
-def _unforeseen(module: nn.Module, tracer: Tracer | None, error: Exception) -> UnsupportedFieldError:
-    """What a module met that nobody here thought of."""
-    if tracer is not None and tracer.stack.refusal is not None:
-        return tracer.stack.refusal
-    where = f"module {type(module).__name__}" if tracer is None else f"{tracer.stack}"
-    at = f", near the operation {tracer.operation}" if tracer is not None and tracer.operation else ""
-    return UnsupportedFieldError(
-        f"{where}: the module cannot be read{at} ({type(error).__name__}: {error}). {REMEDY}."
-    )

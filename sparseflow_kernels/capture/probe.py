@@ -95,15 +95,29 @@ def unwrapped(module: Any) -> Any:
 def check_like(like: Any, dim: int | None) -> None:
     """Raises TypeError and ValueError for what is no example of a state."""
     if isinstance(like, (tuple, list)):
-        raise TypeError(f"like must be one tensor, as a compiled field runs on one; {TUPLES}")
+        if not like or not all(isinstance(part, Tensor) for part in like):
+            raise TypeError("like must be an example of the state y0: a tensor, or a tuple of tensors")
+        if dim is not None:
+            raise ValueError("like is a tuple of tensors, which says all sizes; dim is for a state [batch, dim]")
+        if len({(part.dtype, part.device) for part in like}) > 1:
+            raise TypeError("the tensors of like must be of one dtype, on one device")
+        for part in like:
+            _check_example(part, "each tensor of like must have at least one element, not")
+        return
     if not isinstance(like, Tensor):
         raise TypeError(f"like must be a tensor, an example of the state y0, not {type(like).__name__}")
-    if like.dim() < 1 or like.numel() == 0:
+    if like.dim() < 1:
         raise ValueError(f"like must be [..., dim] with at least one sample, not {list(like.shape)}")
-    if like.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"like must be float32 or float64, not {like.dtype}")
+    _check_example(like, "like must be [..., dim] with at least one sample, not")
     if dim is not None and like.shape[-1] != dim:
         raise ValueError(f"dim is {dim}, but the last axis of like is {like.shape[-1]}; one of them is enough")
+
+
+def _check_example(part: Tensor, size: str) -> None:
+    if part.numel() == 0:
+        raise ValueError(f"{size} {list(part.shape)}")
+    if part.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"like must be float32 or float64, not {part.dtype}")
 
 
 def check_settled(module: nn.Module) -> None:

@@ -114,7 +114,7 @@ class ParameterNumbers:
     """The numbering behind Constant.source: all parameters of a module laid end to end."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+        self.dtype = dtype
         self.names: list[str] = []
         self._parameters: list[nn.Parameter] = []
         self._starts: list[int] = []
@@ -154,6 +154,9 @@ class ParameterNumbers:
             )
         return Constant(tensor.detach())
 
+    def by_name(self, name: str) -> Constant:
+        return self.constant(self._parameters[self.names.index(name)])
+
     @staticmethod
     def _sparse(tensor: Tensor, name: str | None) -> Constant:
         """A sparse tensor, as the dense one that it stands for."""
@@ -186,7 +189,7 @@ class ParameterNumbers:
         used = which[plain].unique()
         compact = torch.full((len(starts),), -1)
         compact[used] = torch.arange(used.numel())
-        expression = Computed(value.node, self._dtype) if bool((source == NOT_PLAIN).any()) else None
+        expression = Computed(value.node, self.dtype) if bool((source == NOT_PLAIN).any()) else None
         return Origin(
             tuple(self.names[i] for i in used.tolist()), torch.where(plain, compact[which.clamp(min=0)], which), index,
             torch.where(plain, scale, 1.0), value.value.detach().reshape(-1), expression,

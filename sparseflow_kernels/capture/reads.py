@@ -44,7 +44,7 @@ class Reads(TorchFunctionMode):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if name in WHOLE or name in TRUTH or name in ARRAYS:
             self._read(name, args[0])
-        elif name in ATTENTION:
+        elif name in ATTENTION and not self.tracer.attends:
             self._attention((args, kwargs))
         elif name in COPIES:
             data = args[1] if name == "new_tensor" else args[0] if args else kwargs.get("data")

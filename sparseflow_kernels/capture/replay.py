@@ -20,6 +20,11 @@ class Leaf:
     name: str
 
 
+@dataclass(frozen=True)
+class Attribute(Leaf):
+    """A tensor that the module holds, and is no parameter, by what finds it (context.py)."""
+
+
 @dataclass(eq=False)
 class Node:
     """One replayable operation; arguments are nodes, leaves, tensors and plain values. operation None: t itself, 0-d."""
@@ -56,11 +61,14 @@ class Replay:
 
     def leaves(self) -> frozenset[str]:
         """Names of the parameters that are read."""
+        return frozenset(leaf.name for leaf in self.all_leaves())
+
+    def all_leaves(self) -> frozenset[Leaf]:
         found, seen, waiting = set(), set(), [self._node]
         while waiting:
             a = waiting.pop()
             if isinstance(a, Leaf):
-                found.add(a.name)
+                found.add(a)
             elif isinstance(a, Node) and id(a) not in seen:
                 seen.add(id(a))
                 waiting += tree_leaves((a.args, a.kwargs))

@@ -76,37 +76,25 @@ class ModuleStack:
             raise self.refusal from error.__cause__
 
 
-class Tracer(TorchDispatchMode):
-    """Reads one run of module(t, y), y [batch, dim]: `tracer.read(t, y)` gives the rows of the result."""
+class Following(TorchDispatchMode):
+    """Sees every operation of one run of a module, and what its tensors depend on."""
 
-    def __init__(self, module: nn.Module, probe: Probe) -> None:
+    attends = False  # attention is followed, not refused where it is called
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.module, self.stack, self.parameters = module, ModuleStack(module), ParameterNumbers(module, probe.dtype)
-        self.probe, self.table, self.samples = probe, RowTable(probe.dtype, probe.device), Samples(probe.batch)
-        self.reading = Reading(self.table, self.samples, self.layer_name)
+        self.module, self.stack, self.parameters = module, ModuleStack(module), ParameterNumbers(module, dtype)
         self.values: dict[int, Any] = {}
         self.aliases: dict[int, list[Tensor]] = {}  # by memory; also keeps ids unique, for these tensors stay alive
         self.numbers: dict[float, TimeValue] = {}  # t, and what is read out of functions of t by .item()
         self.read_by_python = False  # values that depend on t
         self.operation = ""  # the last one
 
-    def read(self, t: Tensor, y: Tensor) -> tuple[Affine, Hidden]:
-        """The pending rows of module(t, y), and the layer that stands for y."""
-        root = Hidden(y.shape[1])
-        self.bind(y, self.samples.spread(self.table.outputs(root)))
+    def bind_time(self, t: Tensor) -> None:
         slope, offset = Constant(torch.ones_like(t)), Constant(torch.zeros_like(t))
         time = TimeValue(t, Node(aten.reshape.default, (Node(), list(t.shape))), (slope, offset))
         self.bind(t, time)
         self.numbers[t.item()] = apply(aten.reshape.default, time, [])
-        with Reads(self), self, self.stack.following():
-            out = self.probe.run(self.module, t, y)
-        with self.stack.naming():
-            value = self.value_of(out)
-            if not isinstance(value, StateValue):
-                value = self.reading.as_state(value, 0)
-            if self.samples.axis_of(value.ids) != 0:
-                refuse("a result whose first axis is not the batch")
-            return self.table.gather(value.ids[0]), root
 
     def follow(self, number: float, value: TimeValue) -> None:
         """A number that Python has read out of a function of t."""
@@ -199,14 +187,22 @@ class Tracer(TorchDispatchMode):
         if func in DENSE:
             func = DENSE[func]
         if func.namespace == "sparseflow" and base == "linear":
-            return sparse_linear(self.reading, args, out)
+            return self._sparse_linear(func, args, kwargs, out)
         if has_state:
-            return apply_to_state(self.reading, func, args, kwargs, out)
+            return self._of_state(func, args, kwargs, out)
         if not has_time and written(func):
             out = tree_map(torch.clone, out)  # its tensor may change again
         if base in ADDITIVE | BILINEAR and func._overloadname == "Scalar" and number is not None:
             func = getattr(aten, base).Tensor  # its number was read out of t
         return evaluate(func, args, kwargs, out)
+
+    def _of_state(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
+        """The abstract value of an operation on states."""
+        raise NotImplementedError
+
+    def _sparse_linear(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
+        """That of sparseflow::linear."""
+        raise NotImplementedError
 
     def _with_numbers(self, constant: Constant) -> Constant | TimeValue:
         """What torch.tensor([..., t, ...]) makes: the number is copied unseen, but equals no other by accident."""
@@ -223,3 +219,33 @@ class Tracer(TorchDispatchMode):
                     kept = Constant((~here).to(dtype))
                     result = apply(aten.add.Tensor, apply(aten.mul.Tensor, result, kept), time)
         return result
+
+
+class Tracer(Following):
+    """Reads one run of module(t, y), y [batch, dim], as a chain: `tracer.read(t, y)` gives the rows of the result."""
+
+    def __init__(self, module: nn.Module, probe: Probe) -> None:
+        super().__init__(module, probe.dtype)
+        self.probe, self.table, self.samples = probe, RowTable(probe.dtype, probe.device), Samples(probe.batch)
+        self.reading = Reading(self.table, self.samples, self.layer_name)
+
+    def read(self, t: Tensor, y: Tensor) -> tuple[Affine, Hidden]:
+        """The pending rows of module(t, y), and the layer that stands for y."""
+        root = Hidden(y.shape[1])
+        self.bind(y, self.samples.spread(self.table.outputs(root)))
+        self.bind_time(t)
+        with Reads(self), self, self.stack.following():
+            out = self.probe.run(self.module, t, y)
+        with self.stack.naming():
+            value = self.value_of(out)
+            if not isinstance(value, StateValue):
+                value = self.reading.as_state(value, 0)
+            if self.samples.axis_of(value.ids) != 0:
+                refuse("a result whose first axis is not the batch")
+            return self.table.gather(value.ids[0]), root
+
+    def _of_state(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
+        return apply_to_state(self.reading, func, args, kwargs, out)
+
+    def _sparse_linear(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
+        return sparse_linear(self.reading, args, out)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..origin import COMPUTED, CONSTANT
-from .replay import Leaf, Node
+from .replay import Attribute, Leaf, Node, Replay
 
 NOT_A_PARAMETER, NOT_PLAIN = CONSTANT, COMPUTED
 
@@ -41,6 +41,13 @@ class Constant:
     def zeros(self) -> Tensor:
         """bool of its shape: zero whatever the parameters are."""
         return (self.sources == NOT_A_PARAMETER) & (self.value.cpu() == 0)
+
+    @property
+    def from_attributes(self) -> bool:
+        """It is computed from tensors that the module holds beside its parameters, and may hold others later."""
+        if self.node is None:
+            return False
+        return any(isinstance(leaf, Attribute) for leaf in Replay(self.node, self.value.dtype).all_leaves())
 
     @property
     def is_zero(self) -> bool:
@@ -76,3 +83,12 @@ class StateValue:
 
 class Overwritten:
     """A tensor that was changed in place through another view of its memory."""
+
+
+@dataclass(eq=False)
+class Opaque:
+    """A tensor that is no value of one sample (a sum over the samples, a position of a maximum), and so can only be
+    differentiated: what is computed from it is opaque too, and as a result of forward it is refused. reason: why."""
+
+    shape: torch.Size
+    reason: str

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import activations
-from ..field import MOST_AXES, UnsupportedFieldError, VectorField
+from ..field import MOST_AXES, GraphField, Node, UnsupportedFieldError, VectorField
+from ..field.graph import evaluate, order
 from .attempts import held_tensors
+from .graph_probe import GraphProbe
 from .probe import TIME, Probe
 from .refusal import REMEDY
 
@@ -22,17 +24,27 @@ TIMES = (-1.0, -0.37, 0.0, 0.45, 1.3, 2.0, 0.0013, -6.71, 11.3, 57.7, -143.0, 99
 NEAR = 10.0
 SCALES = (1.0, 0.2, 3.0, 0.01, 30.0)  # sizes of y, a row each
 COST = 3e7  # multiply-adds of a comparison that may be left out
+MANY_NODES = 600  # of a graph, which is compared at fewer times then
 ROUNDING = 64  # units in the last place by which t and y are moved, to see what rounding does to the module
 
 
 def verify(module: nn.Module, field: VectorField, probe: Probe, like: Tensor | None = None) -> dict[int, str]:
     """Raises UnsupportedFieldError unless both agree to rounding at points other than the traced one, and for the
     example. Returns the numbers of axes of a state for which they do not, with the reason."""
-    comparison = _Comparison(module, field, probe)
+    return _verify(_Comparison(module, field, probe), like)
+
+
+def verify_graph(module: nn.Module, field: GraphField, probe: GraphProbe, like: Tensor | None = None) -> dict[int, str]:
+    """The same for a graph. like: an example of the state, where its rows [dim] are run one by one."""
+    return _verify(_GraphComparison(module, field, probe), like)
+
+
+def _verify(comparison: "_Comparison", like: Tensor | None) -> dict[int, str]:
+    module, field, probe = comparison.module, comparison.field, comparison.probe
     name = f"module {type(module).__name__}"
-    sizes = [probe.batch] if probe.only else [5, 1, field.dim if comparison.cheap((field.dim,)) else 2, 8, 3]
+    sizes = comparison.sizes
     met = 0
-    for number, time in enumerate(TIMES):
+    for number, time in enumerate(comparison.times):
         _, y = probe.point(time, 1.0, number + 1, sizes[number % len(sizes)])
         y = y * comparison.scales(len(y))
         found = comparison.at(time, y, y)
@@ -47,7 +59,7 @@ def verify(module: nn.Module, field: VectorField, probe: Probe, like: Tensor | N
         met += 1
         if found is not None:
             batch = ""
-            if number and not probe.only:
+            if number and len(sizes) > 1:
                 _, five = probe.point(time, 1.0, number + 1, 5)
                 batch = "" if comparison.at(time, five, five) else f" and a batch of {len(y)} samples"
             raise UnsupportedFieldError(
@@ -58,7 +70,7 @@ def verify(module: nn.Module, field: VectorField, probe: Probe, like: Tensor | N
         raise UnsupportedFieldError(f"{name}: forward(t, y) fails at every time but t = {TIME:.3f}. {REMEDY}.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about shapes that nobody has asked for
-        refused = {} if probe.only else _axes(comparison)
+        refused = {} if probe.only or not comparison.plain else _axes(comparison)
     if like is not None:
         _example(comparison, like.detach(), name)
         reason = refused.get(min(like.dim(), MOST_AXES))
@@ -72,6 +84,17 @@ class _Comparison:
     module: nn.Module
     field: VectorField
     probe: Probe
+
+    plain = True  # states [..., dim], any row by itself
+    times = TIMES
+
+    @property
+    def sizes(self) -> list[int]:
+        """Batches to compare at."""
+        if self.probe.only:
+            return [self.probe.batch]
+        dim = self.field.dim
+        return [5, 1, dim if self.cheap((dim,)) else 2, 8, 3]
 
     @cached_property
     def _weights(self) -> list[Tensor]:
@@ -105,6 +128,7 @@ class _Comparison:
         run = self.run if given is y else self.module
         try:
             expected = run(t, given.clone())
+            expected = expected.detach() if isinstance(expected, Tensor) else expected
         except Exception as error:
             return error
         if not isinstance(expected, Tensor) or expected.shape != given.shape:
@@ -134,9 +158,48 @@ class _Comparison:
         return float((error / size).max())
 
 
+@dataclass
+class _GraphComparison(_Comparison):
+    field: GraphField
+    probe: GraphProbe
+
+    @property
+    def plain(self) -> bool:
+        return self.probe.plain is not None
+
+    @cached_property
+    def nodes(self) -> list[Node]:
+        return order([self.field.output])
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        return TIMES if len(self.nodes) < MANY_NODES else TIMES[::3]
+
+    @property
+    def sizes(self) -> list[int]:
+        return super().sizes if self.field.layout.batched else [1]
+
+    def cheap(self, lead: tuple[int, ...]) -> bool:
+        cost = sum(n.rows if n.matrix is None else n.matrix.pattern.nnz for n in self.nodes)
+        return math.prod(lead) * cost <= COST
+
+    def evaluate(self, t: Tensor, y: Tensor) -> Tensor:
+        inputs = {"state": y, "time": t.reshape(1, 1)}
+        if self.field.context is not None:
+            inputs["context"] = self.field.read_context().detach()
+        parts = self.field.parts
+        return evaluate([self.field.output], inputs, lambda number: parts[number].values)[0].expand_as(y)
+
+    def run(self, t: Tensor, y: Tensor) -> Tensor:
+        if y.dim() != 2:
+            return self.module(t, y)
+        return self.probe.run(self.module, t, y)
+
+
 def _axes(comparison: _Comparison) -> dict[int, str]:
     """The numbers of axes for which forward does not treat rows [..., dim] one by one, as the field does."""
     probe, dim = comparison.probe, comparison.field.dim
+    probe = getattr(probe, "plain", None) or probe
     held = sorted({s for _, x in held_tensors(comparison.module) for s in x.shape} - {0})
     refused = {}
     for axes in range(1, MOST_AXES + 1):

@@ -1,0 +1,96 @@
+"""Reading a module as a graph: the ways to call it in turn, until one gives a field that is the module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..field import GraphField, UnsupportedFieldError
+from ..field.layout import State
+from ..origin import Key, Origin
+from .elements import NeedsContext
+from .graph_probe import GraphProbe, probes
+from .graph_tracer import MOST_CONTEXT, GraphTracer
+from .probe import Probe, check_settled, dtype_and_device, untouched
+from .reads import compare_runs
+from .refusal import REMEDY, NotFinite
+from .verify import verify_graph
+
+Result = tuple[GraphField, dict[Key, Origin]]
+
+
+def read_graph(module: nn.Module, found: Probe | None, like: State | None, chain: UnsupportedFieldError | None) -> Result:
+    """found: how a chain was read, if the module runs so.  chain: why it is none."""
+    check_settled(module)
+    example = like if like is None or isinstance(like, Tensor) else like[0]
+    like = tuple(like) if isinstance(like, list) else like
+    dtype, device = dtype_and_device(module, example)
+    with untouched(module), torch.no_grad():
+        ways = list(probes(module, found, like, dtype, device))
+    first: UnsupportedFieldError | None = None
+    for probe in ways:
+        try:
+            return _read(module, probe, like if probe.plain is not None and isinstance(like, Tensor) else None)
+        except UnsupportedFieldError as error:
+            first = first or error
+    if first is None:
+        first = chain or UnsupportedFieldError(
+            f"module {type(module).__name__}: forward(t, like) does not run for the example, or returns something else "
+            f"than a derivative of the state. {REMEDY}."
+        )
+    raise first
+
+
+def _read(module: nn.Module, probe: GraphProbe, like: Tensor | None) -> Result:
+    tracer = None
+    try:
+        tracer, output, notes = _trace(module, probe)
+        if tracer.read_by_python:
+            with untouched(module), torch.no_grad():
+                compare_runs(module, probe)
+        with untouched(module), torch.no_grad():
+            field = tracer.field(output, notes)
+            field.refused_axes = verify_graph(module, field, probe, like)
+    except (UnsupportedFieldError, NotFinite):
+        raise
+    except Exception as error:
+        raise unforeseen(module, tracer, error) from error
+    return field, dict(tracer.table.origins)
+
+
+def _trace(module: nn.Module, probe: GraphProbe) -> tuple[GraphTracer, Any, list[str]]:
+    """Where tensors of the module turn out to be its context, twice: at first it is not known how many rows they are."""
+    rows = MOST_CONTEXT if probe.only else None
+    while True:
+        with untouched(module), torch.no_grad():
+            tracer = GraphTracer(module, probe, rows)
+            try:
+                output, notes = tracer.read()
+            except NeedsContext:
+                if rows is not None:
+                    raise
+                rows = MOST_CONTEXT
+                continue
+            except UnsupportedFieldError:
+                raise
+            except Exception as error:
+                raise unforeseen(module, tracer, error) from error
+        count = 0 if tracer.context is None else tracer.context.count
+        if rows is None or rows == count:
+            return tracer, output, notes
+        rows = count or None
+        if rows is None and probe.only:
+            return tracer, output, notes
+
+
+def unforeseen(module: nn.Module, tracer: Any, error: Exception) -> UnsupportedFieldError:
+    """What a module met that nobody here thought of."""
+    if tracer is not None and tracer.stack.refusal is not None:
+        return tracer.stack.refusal
+    where = f"module {type(module).__name__}" if tracer is None else f"{tracer.stack}"
+    at = f", near the operation {tracer.operation}" if tracer is not None and tracer.operation else ""
+    return UnsupportedFieldError(
+        f"{where}: the module cannot be read{at} ({type(error).__name__}: {error}). {REMEDY}."
+    )

@@ -1,0 +1,154 @@
+"""Functions of t as nodes. What forward computes from t alone is kept as operations to be replayed (replay.py); where it
+meets the state it is read like everything else, with the same rules, so that the parameters in it are parts of the field.
+What no rule knows (a lookup, whole numbers) is one function of time that stays in Python."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from ..field import UnsupportedFieldError
+from . import algebra
+from .elements import Elements, same_for_all
+from .graph_rules import apply_to_elements
+from .operations import aten, call
+from .provenance import ParameterNumbers
+from .replay import Attribute, Leaf, Node, TimeProgram
+from .values import Constant, StateValue, TimeValue
+
+
+@dataclass(eq=False)
+class Unread:
+    """A function of t that is not, or not yet, rows: whole numbers, truth values, other dtypes."""
+
+    node: Node
+
+
+@dataclass(eq=False)
+class Read:
+    """What a node of the replay is at the probe's time, and as elements. Lists of results are lists of these."""
+
+    value: Any
+    abstract: Any
+
+
+class TimeReader:
+    """Elements of functions of t."""
+
+    def __init__(
+        self, e: Elements, time: Node | Any, t: Tensor, parameters: ParameterNumbers,
+        attribute: Callable[[Attribute], Constant],
+    ) -> None:  # fmt: skip
+        """time: the graph's input.  t: 0-d, that of the run."""
+        self._e, self._t, self._parameters, self._attribute = e, t, parameters, attribute
+        self._time = StateValue(same_for_all(e.table.add(time)).reshape(()))
+        self._known: dict[int, tuple[Any, Read]] = {}
+        self.functions: list[TimeProgram] = []
+
+    def ids(self, value: TimeValue) -> Tensor:
+        with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+            return self.elements(self._read(value.node), value.node).view(value.shape)
+
+    def elements(self, read: Read, node: Node) -> Tensor:
+        if isinstance(read.abstract, StateValue):
+            return read.abstract.ids
+        if isinstance(read.abstract, Constant):
+            return self._e.ids(read.abstract)
+        key = id(read.abstract)
+        if key not in self._known:
+            self._known[key] = (read.abstract, Read(read.value, StateValue(self._function(node, read.value))))
+        return self._known[key][1].abstract.ids
+
+    def _function(self, node: Node, value: Tensor) -> Tensor:
+        flat = Node(aten.reshape.default, (Node(aten._to_copy.default, (node,), {"dtype": self._e.table.dtype}), [-1]))
+        program = TimeProgram(flat, self._e.table.dtype, self._parameters.value)
+        self.functions.append(program)
+        made = self._e.graph.time_function(program, value.numel())
+        return same_for_all(self._e.table.add(made, value.numel())).view(value.shape)
+
+    def _read(self, node: Node) -> Read:
+        """The node, and all before it that were not read yet, operands first."""
+        waiting = [node]
+        while waiting:
+            top = waiting[-1]
+            if id(top) in self._known:
+                waiting.pop()
+                continue
+            before = [a for a in tree_leaves((top.args, top.kwargs)) if isinstance(a, Node) and id(a) not in self._known]
+            if before:
+                waiting += before
+            else:
+                self._known[id(top)] = (top, self._one(top))
+                waiting.pop()
+        return self._known[id(node)][1]
+
+    def _one(self, node: Node) -> Read:
+        if node.operation is None:
+            return Read(self._t, self._time)
+        abstract = lambda a: self._argument(a).abstract if isinstance(a, (Node, Leaf, Tensor)) else a
+        value = lambda a: self._argument(a).value if isinstance(a, (Node, Leaf, Tensor)) else a
+        args, kwargs = tree_map(abstract, node.args), tree_map(abstract, node.kwargs)
+        bare_args, bare_kwargs = tree_map(value, node.args), tree_map(value, node.kwargs)
+        if node.operation is operator.getitem:
+            inner = args[0][args[1]]
+            if isinstance(inner, Unread):
+                inner = Unread(node)
+            return Read(bare_args[0][bare_args[1]], inner)
+        out = call(node.operation, bare_args, bare_kwargs)
+        leaves, spec = tree_flatten(out)
+        many = [
+            self._abstract(node, args, kwargs, out) if len(leaves) == 1 and isinstance(out, Tensor) else None
+        ] if isinstance(out, Tensor) else self._many(node, args, kwargs, out, leaves)  # fmt: skip
+        return Read(out, tree_unflatten(many, spec))
+
+    def _argument(self, a: Any) -> Read:
+        if isinstance(a, Node):
+            return self._known[id(a)][1]
+        key = id(a)
+        if key not in self._known:
+            if isinstance(a, Attribute):
+                constant = self._attribute(a)
+            elif isinstance(a, Leaf):
+                constant = self._parameters.by_name(a.name)
+            else:
+                constant = Constant(a)
+            self._known[key] = (a, Read(constant.value, constant))
+        return self._known[key][1]
+
+    def _abstract(self, node: Node, args: tuple, kwargs: dict, out: Tensor) -> Any:
+        leaves = tree_leaves((args, kwargs))
+        if not any(isinstance(a, (StateValue, Unread)) for a in leaves):
+            if isinstance(node.operation, torch._ops.OpOverload):
+                return algebra.evaluate(node.operation, args, kwargs, out)
+            constants = [a for a in leaves if isinstance(a, Constant)]
+            return Constant(out) if all(c.source is None for c in constants) else Unread(node)
+        if not isinstance(node.operation, torch._ops.OpOverload):  # .item(), where func takes a number
+            one = next(a for a in leaves if isinstance(a, (StateValue, Unread)))
+            return StateValue(one.ids.reshape(())) if isinstance(one, StateValue) else Unread(node)
+        if out.dtype not in (self._e.table.dtype, torch.bool):
+            return Unread(node)
+        if not any(isinstance(a, Unread) for a in leaves):
+            with contextlib.suppress(UnsupportedFieldError):
+                made = apply_to_elements(self._e, node.operation, args, kwargs, out)
+                if isinstance(made, StateValue) and made.ids.shape == out.shape:
+                    return made
+        return Unread(node) if out.dtype == torch.bool else StateValue(self._function(node, out))
+
+    def _many(self, node: Node, args: tuple, kwargs: dict, out: Any, leaves: list) -> list:
+        if any(isinstance(a, StateValue) for a in tree_leaves((args, kwargs))) and not any(
+            isinstance(a, Unread) for a in tree_leaves((args, kwargs))
+        ):
+            try:
+                made = tree_leaves(apply_to_elements(self._e, node.operation, args, kwargs, out))
+                return [m if isinstance(m, StateValue) else Unread(node) for m in made]
+            except UnsupportedFieldError:
+                pass
+        elif not any(isinstance(a, Unread) for a in tree_leaves((args, kwargs))):
+            return tree_leaves(algebra.evaluate(node.operation, args, kwargs, out))
+        return [Unread(node)] * len(leaves)

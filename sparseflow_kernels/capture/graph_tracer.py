@@ -1,0 +1,201 @@
+"""Running a module's forward, and reading it as a graph."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..field import Graph, GraphField, Node
+from ..trained import Held
+from .context import Context, ReadContext, attribute, names_of
+from .elements import ANY, Elements, rows_of, samples_of
+from .graph_probe import GraphProbe
+from .graph_rules import RULES, apply_to_elements
+from .graph_table import GraphTable
+from .graph_time import TimeReader
+from .memory import found_in, geometry, overlap, replaced, taken
+from .operations import FACTORIES, base_name
+from .reads import Reads
+from .refusal import REMEDY, refuse
+from .samples import STRIDE
+from .tracer import Following, _memory
+from .values import NOT_PLAIN, Constant, Opaque, StateValue, TimeValue
+
+MOST_CONTEXT = 1 << 16  # rows of context, while it is not known how many there are
+
+
+class GraphTracer(Following):
+    """Reads one run of module(t, state): `tracer.read()` gives the field. context: whether the tensors of the module with
+    a row for every sample are its context, and how many rows there are."""
+
+    attends = True
+
+    def __init__(self, module: nn.Module, probe: GraphProbe, context: int | None = None) -> None:
+        super().__init__(module, probe.dtype)
+        self.probe, self.graph = probe, Graph()
+        self._input, self._time, _ = GraphField.inputs(self.graph, probe.layout.dim)
+        self.table = GraphTable(self.graph, self.parameters, Held.by_module(module), probe.device)
+        self.elements = Elements(self.table, probe.batch, lambda: self.stack.path, self.layer_name)
+        self.context: Context | None = None
+        self._context_names = {}
+        if context is not None:
+            self.context = Context(self.elements, probe.batch, context)
+            self.elements.context_ids = self.context.ids
+            self._context_names = names_of(module, probe.batch)
+
+    def read(self) -> tuple[Node, list[str]]:
+        """The node of the result, and notes."""
+        t, rows = self.probe.point()
+        state = self.probe.state(rows)
+        parts = list(state) if isinstance(state, tuple) else [state]
+        lines = torch.arange(self.probe.batch)[:, None] * STRIDE + self.table.add(self._input)
+        self._keep = [state, parts, t]
+        for part, ids in zip(parts, self.probe.parts_of(lines)):
+            self.bind(part, StateValue(ids))
+        self.bind_time(t)
+        reader = TimeReader(self.elements, self._time, t.detach().reshape(()), self.parameters, self._attribute)
+        self.elements.time_ids = reader.ids
+        with Reads(self), self, self.stack.following(), _plain_attention():
+            out = self.probe.call(self.module, t, state)
+        with self.stack.naming(), torch.no_grad():
+            return self.table.node_of(self._result(out, lines)), [
+                f"capture: {program.names or 'a function of t'} is kept as a general function of t"
+                for program in reader.functions
+            ]
+
+    def _result(self, out: Any, lines: Tensor) -> Tensor:
+        """The rows of the derivative of one sample."""
+        outs = list(out) if isinstance(out, (tuple, list)) else [out]
+        rows = []
+        for part, ids in zip(outs, self.probe.parts_of(lines)):
+            value = self.value_of(part)
+            if isinstance(value, Opaque):
+                refuse(value.reason)
+            made = self.elements.ids(value, None if isinstance(value, StateValue) else samples_of(ids))
+            made = made.expand(ids.shape)
+            wanted, have = samples_of(ids), samples_of(made)
+            if not bool(((have == wanted) | (have == ANY)).all()):
+                refuse("a result whose first axis is not the batch")
+            rows.append(rows_of(made).reshape(self.probe.batch if self.probe.layout.batched else 1, -1))
+        every = torch.cat(rows, 1)
+        if not torch.equal(every, every[:1].expand_as(every)):
+            refuse(
+                "a constant that differs from sample to sample of the batch",
+                "Make it part of the state (columns whose derivative is zero) and cut it off again inside forward. "
+                f"Otherwise u{REMEDY[1:]}",
+            )
+        return every[0].contiguous()
+
+    def field(self, output: Node, notes: list[str]) -> GraphField:
+        context = self.context if self.context is not None and self.context.count else None
+        node = None if context is None else self.graph.input("context", context.count, 4)
+        return GraphField(
+            self.graph, self._input, self._time, node, self.graph.spread(output, self.probe.layout.dim),
+            self.table.parts, self.probe.device, self.probe.dtype, notes, layout=self.probe.layout,
+            read_context=None if context is None else ReadContext(self.module, context, self.probe.dtype),
+        )  # fmt: skip
+
+    # --------------------------------------------------------------------------------------------- values of tensors
+
+    def _attribute(self, leaf: Any) -> Constant:
+        return self.value_of(attribute(self.module, leaf.name))
+
+    def value_of(self, tensor: Tensor) -> Any:
+        """Also of a tensor that is new to Python and shows memory that is known: what autograd has kept, say."""
+        value = self.values.get(id(tensor))
+        if value is not None:
+            return value
+        value = self._in_known_memory(tensor)
+        if value is None:
+            leaf = self._context_names.get(id(tensor))
+            if leaf is None:
+                value = self.parameters.constant(tensor)
+            else:
+                value = Constant(tensor.detach(), torch.full(tensor.shape, NOT_PLAIN), None, leaf)
+        self.bind(tensor, value)
+        return value
+
+    def _in_known_memory(self, tensor: Tensor) -> Any:
+        if tensor.layout != torch.strided or not tensor.numel():
+            return None
+        known = self.aliases.get(_memory(tensor))
+        if not known:
+            return None
+        for other in known:
+            if geometry(other) == geometry(tensor):
+                return self.values[id(other)]
+        for other in sorted(known, key=Tensor.numel, reverse=True):
+            if other.dtype != tensor.dtype or isinstance(self.values[id(other)], Opaque):
+                continue
+            number = found_in(tensor, other)
+            if bool((number >= 0).all()):
+                return taken(self.values[id(other)], number)
+        if any(not isinstance(self.values[id(other)], Constant) for other in known):
+            refuse("a tensor that shares memory with the state in a way that is not followed")
+        return None
+
+    def rebind(self, tensor: Tensor, value: Any) -> None:
+        """After an in-place operation: what else shows the same memory follows."""
+        self.bind(tensor, value)
+        for other in self.aliases[_memory(tensor)]:
+            if other is tensor or not overlap(other, tensor):
+                continue
+            if geometry(other) == geometry(tensor):
+                self.values[id(other)] = value
+                continue
+            number = found_in(other, tensor)
+            if not bool((number >= 0).any()):
+                continue
+            old = self.values[id(other)]
+            if isinstance(value, Opaque) or isinstance(old, Opaque):
+                reason = value if isinstance(value, Opaque) else old
+                self.values[id(other)] = Opaque(other.shape, reason.reason)
+            else:
+                with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+                    self.values[id(other)] = replaced(old, value, number, self.elements.ids)
+
+    # ------------------------------------------------------------------------------------------------------ operations
+
+    def _abstract(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
+        base = base_name(func)
+        opaque = next((a for a in tree_leaves((args, kwargs)) if isinstance(a, Opaque)), None)
+        if opaque is not None and base not in FACTORIES:
+            if torch.Tag.data_dependent_output in func.tags:
+                refuse(f"reading a number out of {opaque.reason}")
+            return tree_map(lambda x: Opaque(x.shape, opaque.reason) if isinstance(x, Tensor) else x, out)
+        if base in FACTORIES:
+            out = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, out)  # it may be filled later
+        return super()._abstract(func, args, kwargs, out)
+
+    def _of_state(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
+        self.graph.origin = self.stack.path
+        with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+            return apply_to_elements(self.elements, func, args, kwargs, out)
+
+    def _sparse_linear(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
+        with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+            if isinstance(args[0], StateValue):
+                return RULES["linear"](self.elements, func, args, kwargs, out)
+            from .rules import sparse_linear
+
+            return sparse_linear(None, args, out)
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention as the operations that it consists of."""
+    quick = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel([SDPBackend.MATH]):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(quick)
+
+
+__all__ = ["GraphTracer", "TimeValue", "MOST_CONTEXT"]
