@@ -12,7 +12,8 @@ namespace sparseflow {
 // pull       the adjoint of a keep: from the cotangents W source (+ addend) of its value h (and its tangent), the cotangent
 //            u = d hbar + c dbar of r (with a tangent: u = d hbar + e pbar and d pbar); then, with r, the term of gate_sum
 // gradient   sums[sum] += over samples of factor[row] * source[column], at the entries of W
-enum class OpKind : int { kAffine = 0, kProduct = 1, kReduction = 2, kKeep = 3, kPull = 4, kGradient = 5 };
+// pointwise  outputs = an expression of inputs and row vectors, row by row; an output without a buffer is added to the trace
+enum class OpKind : int { kAffine = 0, kProduct = 1, kReduction = 2, kKeep = 3, kPull = 4, kGradient = 5, kPointwise = 6 };
 
 enum class Store : int {
   kValue = 0,        // h

@@ -29,6 +29,7 @@ void validate_matrix(const Matrix<T>& m, const Program<T>& p, const std::string&
     if (m.gated) {
       if (m.external >= 0) fail(name + ": gated or external, not both");
       if (m.gate_modulation < 0 || m.gate_modulation >= static_cast<int>(p.modulations.size())) fail(name + ": no such gate");
+      if (p.modulations[m.gate_modulation].of_vectors()) fail(name + ": a gate is no row vector");
       if (m.path_entry.size() != m.path_gate.size() || m.path_entry.size() != m.path_constant.size())
         fail(name + ": path arrays of different lengths");
       check_range(m.path_entry, 0, m.nnz(), name + ": path entry");
@@ -43,16 +44,31 @@ void validate_matrix(const Matrix<T>& m, const Program<T>& p, const std::string&
 }
 
 template <class T>
+void validate_vectors(const Program<T>& p) {
+  if (p.time_rows < 0 || p.time_rows > kMostRows) fail("the time answer has " + std::to_string(p.time_rows) + " rows");
+  if (p.time_external >= p.externals || (p.time_external >= 0 && p.time_rows == 0)) fail("the time answer is no such external");
+  for (size_t i = 0; i < p.vectors.size(); ++i) {
+    const RowVector<T>& v = p.vectors[i];
+    const std::string name = "row vector " + std::to_string(i);
+    if (v.n < 0 || v.n > kMostRows) fail(name + ": " + std::to_string(v.n) + " rows");
+    if (v.timed() && int64_t(v.time_row) + v.n > p.time_rows) fail(name + ": the time answer has too few rows");
+    if (static_cast<int>(v.values.size()) != (v.timed() ? 0 : v.n)) fail(name + ": " + std::to_string(v.values.size()) + " values for " + std::to_string(v.timed() ? 0 : v.n));
+  }
+}
+
+template <class T>
 void validate_op(const Op& op, const Program<T>& p, const std::string& name) {
   auto rows_of = [&](const Operand& o, const char* role) {
     if (o.buffer < 0 || o.buffer >= static_cast<int>(p.buffers.size())) fail(name + ": no such " + role + " buffer");
     if (o.slot < 0 || o.slot >= p.buffers[o.buffer].slots) fail(name + ": no such " + role + " slot");
-    return p.buffers[o.buffer].rows;
+    if (o.row < 0 || o.row > p.buffers[o.buffer].rows) fail(name + ": the " + role + " has no such first row");
+    return p.buffers[o.buffer].rows - o.row;
   };
   auto need = [&](const Operand& o, int rows, const char* role) {
     if (rows_of(o, role) < rows) fail(name + ": the " + role + " buffer has too few rows");
   };
-  if (op.kind < OpKind::kAffine || op.kind > OpKind::kGradient) fail(name + ": unknown kind");
+  if (op.kind < OpKind::kAffine || op.kind > OpKind::kPointwise) fail(name + ": unknown kind");
+  if (op.kind == OpKind::kPointwise) return validate_pointwise(op, p, name);
   if (op.carries && op.kind < OpKind::kKeep) fail(name + ": only an adjoint's operations say that they carry a tangent");
   if (op.matrix < 0 || op.matrix >= static_cast<int>(p.matrices.size())) fail(name + ": no such matrix");
   // packing looks at every operand, used or not
@@ -80,7 +96,8 @@ void validate_op(const Op& op, const Program<T>& p, const std::string& name) {
   }
   if (op.kind != OpKind::kReduction || op.target.buffer >= 0) {
     need(op.target, rows, "target");
-    if (op.target.buffer == op.source.buffer && (op.kind != OpKind::kProduct || op.target.slot == op.source.slot || op.second))
+    const bool apart = op.target.row >= int64_t(op.source.row) + cols || op.source.row >= int64_t(op.target.row) + rows;
+    if (op.target.buffer == op.source.buffer && !apart && (op.kind != OpKind::kProduct || op.target.slot == op.source.slot || op.second))
       fail(name + ": source and target must differ");
   }
   if (op.second) slots(op.target, 2, "target");
@@ -182,47 +199,67 @@ void validate(const Program<T>& p) {
     rows += (int64_t(b.rows) + 1) * b.slots;
   }
   if (rows > kMostRows) fail("the layers are too wide for 32-bit offsets");
-  auto check_buffer = [&](int id, const char* name, bool optional) {
+  auto check_buffer = [&](int id, const char* name, int rows, bool optional) {
     if ((id < 0 && !optional) || id >= n_buffers) fail(std::string("no ") + name + " buffer");
-    if (id >= 0 && p.buffers[id].rows != (std::string(name) == "ones" ? 1 : p.dim)) fail(std::string("the ") + name + " buffer has the wrong size");
+    if (id >= 0 && p.buffers[id].rows != rows) fail(std::string("the ") + name + " buffer has the wrong size");
   };
   if (p.externals < 0) fail("the number of externals is negative");
-  check_buffer(p.input, "input", false);
-  check_buffer(p.output, "output", false);
-  check_buffer(p.noise, "noise", true);
-  check_buffer(p.ones, "ones", true);
-  for (int id : {p.input, p.noise, p.ones})  // whole rows are copied into these
-    if (!p.adjoint() && id >= 0 && p.buffers[id].slots != 1) fail("the input, noise and ones buffers have one slot");
+  check_buffer(p.input, "input", p.dim, false);
+  check_buffer(p.output, "output", p.out_rows(), false);
+  check_buffer(p.noise, "noise", p.dim, true);
+  check_buffer(p.ones, "ones", 1, true);
+  if (p.divergence && p.out_rows() != p.dim) fail("a divergence needs as many rows out as in");
+  if (p.context >= n_buffers) fail("no context buffer");
+  for (int id : {p.input, p.noise, p.ones, p.context})  // whole rows are copied into these
+    if ((!p.adjoint() || id == p.context) && id >= 0 && p.buffers[id].slots != 1) fail("the input, noise, ones and context buffers have one slot");
+  for (int id : {p.input, p.noise, p.ones, p.output, p.cotangent, p.trace_cotangent})
+    if (id >= 0 && id == p.context) fail("the context has a buffer of its own");
+  validate_vectors(p);
+  validate_expressions(p);
   for (size_t i = 0; i < p.modulations.size(); ++i) {
     const Modulation<T>& m = p.modulations[i];
     const size_t n = static_cast<size_t>(m.n);
     auto fits = [&](const std::vector<T>& v, bool optional) { return v.size() == n || (optional && v.empty()); };
-    if (!fits(m.bias, false) || !fits(m.gate_slope, true) || m.gate_slope.size() != m.gate_offset.size() ||
+    for (int vector : {m.scale_vector, m.shift_vector})
+      if (vector >= static_cast<int>(p.vectors.size()) || (vector >= 0 && p.vectors[vector].n != m.n))
+        fail("modulation " + std::to_string(i) + ": its row vector does not fit");
+    if (m.of_vectors() && (!m.bias.empty() || m.dynamic() || m.shift_sum >= 0 || m.gate_sum >= 0 || m.n < 0 || m.n > kMostRows))
+      fail("modulation " + std::to_string(i) + ": of row vectors, or of a bias, gates, shifts and sums, not both");
+    if (!fits(m.bias, m.of_vectors()) || !fits(m.gate_slope, true) || m.gate_slope.size() != m.gate_offset.size() ||
         !fits(m.shift_slope, true) || m.shift_slope.size() != m.shift_offset.size())
       fail("modulation " + std::to_string(i) + ": arrays of different lengths");
     if (m.external_gate >= p.externals || m.external_shift >= p.externals) fail("modulation " + std::to_string(i) + ": no such external");
   }
   for (size_t i = 0; i < p.matrices.size(); ++i) validate_matrix(p.matrices[i], p, "matrix " + std::to_string(i));
   for (size_t i = 0; i < p.prologue.size(); ++i) {
-    validate_op(p.prologue[i], p, "prologue operation " + std::to_string(i));
-    if (p.prologue[i].kind != OpKind::kProduct || p.matrices[p.prologue[i].matrix].dynamic())
-      fail("the prologue holds products of constant matrices only");
+    const Op& op = p.prologue[i];
+    validate_op(op, p, "prologue operation " + std::to_string(i));
+    bool timed = op.kind == OpKind::kProduct && p.matrices[op.matrix].dynamic();
+    for (const Op::Numbers& v : op.vectors) timed = timed || (op.kind == OpKind::kPointwise && p.vectors[v.vector].timed());
+    if ((op.kind != OpKind::kProduct && op.kind != OpKind::kPointwise) || timed || op.reduces())
+      fail("the prologue holds products and pointwise operations only, of what does not depend on time");
   }
   for (size_t i = 0; i < p.body.size(); ++i) {
     validate_op(p.body[i], p, "operation " + std::to_string(i));
-    if (p.body[i].kind >= OpKind::kKeep) fail("operation " + std::to_string(i) + ": it belongs to an adjoint's lists");
+    if (p.body[i].kind >= OpKind::kKeep && p.body[i].kind != OpKind::kPointwise) fail("operation " + std::to_string(i) + ": it belongs to an adjoint's lists");
   }
   for (int id : {p.trace_cotangent, p.state_cotangent})
     if (id >= n_buffers) fail("a cotangent names buffer " + std::to_string(id) + ", and there are " + std::to_string(n_buffers));
   if (!p.adjoint()) {
-    if (!p.keep.empty() || !p.reverse.empty() || !p.sums.empty()) fail("keep, reverse and sums belong to an adjoint, which names a cotangent");
+    if (!p.keep.empty() || !p.reverse.empty() || !p.sums.empty() || p.context_cotangent >= 0)
+      fail("keep, reverse, sums and the context's cotangent belong to an adjoint, which names a cotangent");
     return;
   }
-  check_buffer(p.cotangent, "cotangent", false);
-  check_buffer(p.state_cotangent, "state cotangent", false);
+  check_buffer(p.cotangent, "cotangent", p.out_rows(), false);
+  check_buffer(p.state_cotangent, "state cotangent", p.dim, false);
+  check_buffer(p.context_cotangent, "context cotangent", p.context_rows(), true);
+  if (p.context_cotangent >= 0 && p.context < 0) fail("a context's cotangent, and no context");
   if (p.divergence && (p.trace_cotangent < 0 || p.trace_cotangent >= n_buffers || p.buffers[p.trace_cotangent].rows != 1))
     fail("the trace's cotangent needs a buffer of one row");
-  if (!p.prologue.empty() || p.externals > 0) fail("an adjoint has neither a prologue nor functions of time that live outside");
+  auto outside = [](const auto& all, auto is) { return std::any_of(all.begin(), all.end(), is); };
+  if (outside(p.modulations, [](const Modulation<T>& m) { return m.external_gate >= 0 || m.external_shift >= 0; }) ||
+      outside(p.matrices, [](const Matrix<T>& m) { return !m.gated && m.external >= 0; }))
+    fail("an adjoint's only function of time that lives outside is the time answer");
   if (p.noise >= 0 && (p.noise != p.input || p.buffers[p.input].slots < 2)) fail("an adjoint's noise lies in slot 1 of the input");
   for (size_t i = 0; i < p.keep.size(); ++i) {
     validate_op(p.keep[i], p, "keep operation " + std::to_string(i));
@@ -239,6 +276,7 @@ void validate(const Program<T>& p) {
     if (sum < 0) return;
     if (sum >= static_cast<int>(p.sums.size()) || p.sums[sum].size != size || (size > 0 && p.sums[sum].each_stage != each_stage)) fail(name + ": its sum does not fit");
   };
+  for (size_t i = 0; i < p.vectors.size(); ++i) check_sum(p.vectors[i].sum, p.vectors[i].n, p.vectors[i].timed(), "row vector " + std::to_string(i));
   for (size_t i = 0; i < p.matrices.size(); ++i) check_sum(p.matrices[i].sum, p.matrices[i].nnz(), p.matrices[i].dynamic(), "matrix " + std::to_string(i));
   for (size_t i = 0; i < p.modulations.size(); ++i) {
     const Modulation<T>& m = p.modulations[i];

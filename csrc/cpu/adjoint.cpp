@@ -76,10 +76,10 @@ void CompiledAdjoint<T>::force_width(int index) {
 template <class T>
 class Reversal {
  public:
-  Reversal(CompiledAdjoint<T>& owner, int batch, const T* noise, const Tableau& tableau, int sign, int threads)
+  Reversal(CompiledAdjoint<T>& owner, int batch, const T* noise, const T* context, T* grad_context, const Tableau& tableau, int sign, int threads)
       : owner_(owner), program_(owner.program_), kernels_(owner.kernels_), packed_(owner.packed(owner.width_index(batch))),
-        tableau_(tableau), noise_(noise), batch_(batch), sign_(sign), width_(packed_.width), dim_(program_.dim),
-        rows_(dim_ + (program_.divergence ? 1 : 0)), tiles_((batch + width_ - 1) / width_), stages_(tableau.stages()) {
+        tableau_(tableau), noise_(noise), context_(context), grad_context_(program_.context_cotangent < 0 ? nullptr : grad_context), batch_(batch), sign_(sign), width_(packed_.width), dim_(program_.dim),
+        rows_(std::max(dim_ + (program_.divergence ? 1 : 0), program_.out_rows())), tiles_((batch + width_ - 1) / width_), stages_(tableau.stages()) {
     const size_t bytes = std::max<size_t>(1, (packed_.lasting_sums + stages_ * packed_.stage_sums) * sizeof(T));
     chunks_ = std::max(1, std::min({tiles_, kChunks, int(kChunkBytes / bytes)}));
     threads_ = std::max(1, std::min(threads, chunks_));
@@ -87,6 +87,7 @@ class Reversal {
     each_stage_ = Aligned<T>(packed_.stage_sums * stages_ * chunks_);
     cotangent_ = Aligned<T>(tiles_ * tile_size());
     carried_ = Aligned<T>(tiles_ * tile_size());
+    if (grad_context_ != nullptr) context_cotangent_ = Aligned<T>(tiles_ * context_size());
     for (int i = 0; i < stages_; ++i) modulated_.emplace_back(program_, packed_, kernels_);
     pulled_.resize(stages_, false);
     if (static_cast<int>(owner.workspaces_.size()) < threads_) owner.workspaces_.resize(threads_);
@@ -100,6 +101,10 @@ class Reversal {
       g.gate_slope.resize(m.gate_slope.size()), g.gate_offset.resize(m.gate_offset.size());
       g.shift_slope.resize(m.shift_slope.size()), g.shift_offset.resize(m.shift_offset.size());
     }
+    for (const RowVector<T>& v : program_.vectors) {
+      gradient_.vectors.emplace_back(v.sum < 0 || v.timed() ? 0 : v.n, 0.0);
+      time_summed_ = time_summed_ || (v.timed() && v.sum >= 0);
+    }
     op_of_sum_.resize(program_.sums.size(), nullptr);
     for (const PackedOp<T>& op : packed_.reverse)
       if (op.gradient) op_of_sum_[op.op->sum] = &op;
@@ -111,15 +116,16 @@ class Reversal {
     for_each_tile(owner_.pull_, 1, [&](int tile, int chunk, Scratch& s) {
       const int first = tile * width_, n = count(tile);
       load_tile(x, dim_, first, n, width_, s.y);
-      load_cotangent(grad_f, dim_, first, n, width_, s.k_cotangent[0]);
+      load_cotangent(grad_f, program_.out_rows(), first, n, width_, s.k_cotangent[0]);
       T* const trace = s.k_cotangent[0] + state_size();
       if (program_.divergence && grad_trace) load_cotangent(grad_trace, 1, first, n, width_, trace);
       else if (program_.divergence) std::fill_n(trace, width_, T(0));
       if (program_.divergence)  // what the solver sees is the opposite of the trace
         for (int j = 0; j < width_; ++j) trace[j] = -trace[j];
-      pull(s, chunk, 0, s.y, s.k_cotangent[0]);
+      pull(s, tile, chunk, 0, s.y, s.k_cotangent[0]);
       store_tile(s.pulled, dim_, first, n, width_, grad_x);
     });
+    store_context();
     take_away_stages();
     return finish();
   }
@@ -145,6 +151,7 @@ class Reversal {
       store_tile(y, dim_, tile * width_, count(tile), width_, grad_x);
       if (program_.divergence) store_tile(y + state_size(), 1, tile * width_, count(tile), width_, grad_l);
     });
+    store_context();
     return finish();
   }
 
@@ -159,6 +166,7 @@ class Reversal {
   int count(int tile) const { return std::min(width_, batch_ - tile * width_); }
   size_t tile_size() const { return size_t(rows_) * width_; }
   size_t state_size() const { return size_t(dim_) * width_; }
+  size_t context_size() const { return size_t(program_.context_rows()) * width_; }
   T* buffer(const Scratch& s, int id) const { return reinterpret_cast<T*>(s.workspace + packed_.buffer_offset[id]); }
   ptrdiff_t stride(int id) const { return packed_.row_bytes(program_.buffers[id]) / ptrdiff_t(sizeof(T)); }
 
@@ -192,9 +200,17 @@ class Reversal {
             std::fill(row + n, row + width_, T(0));
           }
         }
+        if (program_.context >= 0) load_tile(context_, program_.context_rows(), tile * width_, count(tile), width_, buffer(s, program_.context));
+        if (!packed_.prologue.empty()) modulated_[0].run(packed_.prologue, s.workspace);
         work(tile, chunk, s);
       }
     });
+  }
+
+  void store_context() {
+    if (grad_context_ == nullptr) return;
+    for (int tile = 0; tile < tiles_; ++tile)
+      store_tile(context_cotangent_.get() + tile * context_size(), program_.context_rows(), tile * width_, count(tile), width_, grad_context_);
   }
 
   void add(T* y, const T* x, T factor, int n) const { kernels_.combine(y, &x, &factor, 1, n, y); }
@@ -202,32 +218,36 @@ class Reversal {
   void modulate(const std::vector<T>& times) {
     times_ = times;
     for (T& t : times_) t *= T(sign_);
-    Stage<T>::refresh(modulated_, times_, {});
+    owner_.time_.refresh(program_, times_, modulated_);
   }
 
-  void write_rows(const Scratch& s, int id, int slot, const T* rows, T factor) const {
-    T* out = buffer(s, id) + ptrdiff_t(slot) * width_;
-    for (int c = 0; c < dim_; ++c, rows += width_, out += stride(id)) kernels_.scale(rows, factor, width_, out);
+  void write_rows(const Scratch& s, int id, const T* rows, T factor) const {  // slot 0 of a whole buffer
+    T* out = buffer(s, id);
+    for (int c = 0; c < program_.buffers[id].rows; ++c, rows += width_, out += stride(id)) kernels_.scale(rows, factor, width_, out);
   }
 
   // k = sign * f at a state, without its trace
   void evaluate(const Scratch& s, int stage, const T* y, T* k) const {
-    write_rows(s, program_.input, 0, y, T(1));
+    write_rows(s, program_.input, y, T(1));
     modulated_[stage].run(packed_.body, s.workspace);
     const T* f = buffer(s, program_.output);
     for (int c = 0; c < dim_; ++c, f += stride(program_.output)) kernels_.scale(f, T(sign_), width_, k + size_t(c) * width_);
   }
 
   // s.pulled: the cotangent of the state, from that of sign * (f, -trace) at it; gradients are added up on the way.
-  void pull(const Scratch& s, int chunk, int stage, const T* y, const T* k_cotangent) {
-    write_rows(s, program_.input, 0, y, T(1));
+  void pull(const Scratch& s, int tile, int chunk, int stage, const T* y, const T* k_cotangent) {
+    write_rows(s, program_.input, y, T(1));
     modulated_[stage].run(packed_.keep, s.workspace);
-    write_rows(s, program_.cotangent, 0, k_cotangent, T(sign_));
+    write_rows(s, program_.cotangent, k_cotangent, T(sign_));
     if (program_.divergence) kernels_.scale(k_cotangent + state_size(), T(-sign_), width_, buffer(s, program_.trace_cotangent));
     modulated_[stage].run(packed_.reverse, s.workspace, lasting_.get() + chunk * packed_.lasting_sums,
                           each_stage_.get() + (size_t(chunk) * stages_ + stage) * packed_.stage_sums);
     const T* x = buffer(s, program_.state_cotangent);
     for (int c = 0; c < dim_; ++c, x += stride(program_.state_cotangent)) std::copy_n(x, width_, s.pulled + size_t(c) * width_);
+    if (grad_context_ == nullptr) return;
+    T* sum = context_cotangent_.get() + tile * context_size();
+    const T* more = buffer(s, program_.context_cotangent);
+    for (int c = 0; c < program_.context_rows(); ++c, more += stride(program_.context_cotangent), sum += width_) add(sum, more, T(1), width_);
   }
 
   static T before(T t) { return std::nextafter(t, t - T(1)); }
@@ -334,7 +354,7 @@ class Reversal {
 
       for (int i = s_end; i >= (adaptive ? 1 : 0); --i) {
         if (!active[i]) continue;
-        pull(s, chunk, i, s.input[i], s.k_cotangent[i]);
+        pull(s, tile, chunk, i, s.input[i], s.k_cotangent[i]);
         add(start, s.pulled, T(1), state);
         for (int j = 0; j < i; ++j)
           if (a[i - 1][j] != T(0)) add(s.k_cotangent[j], s.pulled, a[i - 1][j], state);
@@ -350,7 +370,7 @@ class Reversal {
     pulled_[0] = true;
     for_each_tile(owner_.pull_, 1, [&](int tile, int chunk, Scratch& s) {
       load_tile(record_->states, dim_, tile * width_, count(tile), width_, s.y);
-      pull(s, chunk, 0, s.y, carried_.get() + tile * tile_size());
+      pull(s, tile, chunk, 0, s.y, carried_.get() + tile * tile_size());
       add(cotangent_.get() + tile * tile_size(), s.pulled, T(1), int(state_size()));
     });
     take_away_stages();
@@ -424,12 +444,30 @@ class Reversal {
           }
         }
       }
+      if (time_summed_) take_away_time(base, per_chunk, times_[stage]);
       for (int chunk = 0; chunk < chunks_; ++chunk)
         std::fill_n(each_stage_.get() + chunk * per_chunk + size_t(stage) * packed_.stage_sums, packed_.stage_sums, T(0));
     }
   }
 
+  // The cotangent of a stage's time answer, from the sums of the vectors that are rows of it.
+  void take_away_time(const T* base, size_t per_chunk, T t) {
+    const size_t first = gradient_.time_cotangents.size();
+    gradient_.time_points.push_back(t);
+    gradient_.time_cotangents.resize(first + program_.time_rows, 0.0);
+    std::vector<double> part;
+    for (const RowVector<T>& v : program_.vectors) {
+      if (!v.timed() || v.sum < 0) continue;
+      gather(v.sum, base, per_chunk, part);
+      for (int j = 0; j < v.n; ++j) gradient_.time_cotangents[first + v.time_row + j] += part[j];
+    }
+  }
+
   ProgramGradient<T> finish() {
+    for (size_t i = 0; i < program_.vectors.size(); ++i) {
+      const RowVector<T>& v = program_.vectors[i];
+      if (v.sum >= 0 && !v.timed()) gather(v.sum, lasting_.get(), packed_.lasting_sums, gradient_.vectors[i]);
+    }
     for (size_t i = 0; i < program_.matrices.size(); ++i) {
       const Matrix<T>& m = program_.matrices[i];
       if (m.sum >= 0 && !m.dynamic()) gather(m.sum, lasting_.get(), packed_.lasting_sums, gradient_.matrices[i]);
@@ -446,7 +484,8 @@ class Reversal {
   const Kernels<T>& kernels_;
   Packed<T>& packed_;
   const Tableau& tableau_;
-  const T* noise_;
+  const T *noise_, *context_;
+  T* grad_context_;  // null: not wanted
   const SolveRecord<T>* record_ = nullptr;
   const T *grad_xs_ = nullptr, *grad_ls_ = nullptr;
   const int batch_, sign_, width_, dim_, rows_, tiles_, stages_;
@@ -454,6 +493,8 @@ class Reversal {
   Aligned<T> lasting_;                 // [chunks][lasting_sums]
   Aligned<T> each_stage_;              // [chunks][stages][stage_sums]
   Aligned<T> cotangent_, carried_;     // [tiles][rows][width]: of the state, and of the derivative at it
+  Aligned<T> context_cotangent_;       // [tiles][context rows][width]
+  bool time_summed_ = false;           // timed row vectors have sums
   std::vector<Stage<T>> modulated_;    // one per stage
   std::vector<bool> pulled_;           // stages that have something in each_stage_
   std::vector<T> times_;               // the field's, by stage
@@ -469,7 +510,7 @@ std::vector<std::vector<double>> CompiledAdjoint<T>::op_seconds(int batch) {
   Packed<T>& p = packed(width_index(batch));
   std::vector<Stage<T>> stages;
   stages.emplace_back(program_, p, kernels_);
-  Stage<T>::refresh(stages, {T(0)}, {});
+  time_.refresh(program_, {T(0)}, stages);
   Aligned<char> workspace(p.workspace_bytes);
   Aligned<T> lasting(p.lasting_sums), each_stage(p.stage_sums);
   std::vector<std::vector<double>> out;
@@ -486,18 +527,23 @@ std::vector<std::vector<double>> CompiledAdjoint<T>::op_seconds(int batch) {
 }
 
 template <class T>
-ProgramGradient<T> CompiledAdjoint<T>::evaluate(double t, const T* x, const T* noise, int batch, int threads, const T* grad_f, const T* grad_trace, T* grad_x) {
+ProgramGradient<T> CompiledAdjoint<T>::evaluate(double t, const T* x, const T* noise, int batch, int threads, const T* grad_f, const T* grad_trace, T* grad_x,
+                                                const T* context, T* grad_context) {
+  if (program_.context >= 0 && batch > 0 && context == nullptr) throw std::invalid_argument("evaluate: this program needs a context");
   const Exclusive::Hold held(one_caller_);
   Tableau one;
   one.adaptive = false;
-  return Reversal<T>(*this, batch, noise, one, 1, threads).evaluate(t, x, grad_f, grad_trace, grad_x);
+  return Reversal<T>(*this, batch, noise, context, grad_context, one, 1, threads).evaluate(t, x, grad_f, grad_trace, grad_x);
 }
 
 template <class T>
-ProgramGradient<T> CompiledAdjoint<T>::solve(const SolveRecord<T>& record, int threads, const T* grad_xs, const T* grad_ls, T* grad_x, T* grad_l) {
+ProgramGradient<T> CompiledAdjoint<T>::solve(const SolveRecord<T>& record, int threads, const T* grad_xs, const T* grad_ls, T* grad_x, T* grad_l,
+                                             T* grad_context) {
+  if (program_.out_rows() != program_.dim) throw std::invalid_argument("solve: the program has not as many outputs as inputs");
+  if (program_.context >= 0 && record.batch > 0 && record.context == nullptr) throw std::invalid_argument("solve: this program needs a context");
   if (record.tableau.stages() > 16) throw std::invalid_argument("solve: at most 16 stages");
   const Exclusive::Hold held(one_caller_);
-  return Reversal<T>(*this, record.batch, record.noise, record.tableau, record.sign, threads).solve(record, grad_xs, grad_ls, grad_x, grad_l);
+  return Reversal<T>(*this, record.batch, record.noise, record.context, grad_context, record.tableau, record.sign, threads).solve(record, grad_xs, grad_ls, grad_x, grad_l);
 }
 
 template class CompiledAdjoint<float>;

@@ -8,6 +8,7 @@
 #include "../tableau.h"
 #include "pack.h"
 #include "thread_pool.h"
+#include "time_source.h"
 
 namespace sparseflow {
 
@@ -19,6 +20,7 @@ struct SolveRecord {
   Tableau tableau;
   bool perturb = false;
   const T* noise = nullptr;                      // [batch][dim], if the program carries a tangent
+  const T* context = nullptr;                    // [batch][context rows], if the program has a context
   std::vector<double> times;                     // of the outputs, ascending
   std::vector<std::pair<double, double>> steps;  // (t, dt) of the accepted ones
   const T* states = nullptr;                     // [steps + 1][batch][dim]
@@ -34,7 +36,12 @@ struct ProgramGradient {
     std::vector<double> bias, gate_slope, gate_offset, shift_slope, shift_offset;
   };
   std::vector<Modulation> modulations;
-  double t = 0;  // of the field's time, all evaluations moved together
+  std::vector<std::vector<double>> vectors;  // of constant row vectors; empty without a sum
+  double t = 0;  // of the field's time, all evaluations moved together; without what goes through the time answer
+  // Of the time answer, where timed row vectors have sums: the times it was asked for, as the field saw them, and its
+  // cotangents there, [times][time_rows]. Whoever gave the answer knows how to go on.
+  std::vector<T> time_points;
+  std::vector<double> time_cotangents;
 };
 
 template <class T>
@@ -42,11 +49,13 @@ class CompiledAdjoint {
  public:
   CompiledAdjoint(Program<T> program, const Kernels<T>& kernels);
 
-  // grad_f [batch][dim], grad_trace [batch] or null -> grad_x [batch][dim]
-  ProgramGradient<T> evaluate(double t, const T* x, const T* noise, int batch, int threads, const T* grad_f, const T* grad_trace, T* grad_x);
+  // grad_f [batch][out], grad_trace [batch] or null -> grad_x [batch][dim], grad_context [batch][context rows] unless null
+  ProgramGradient<T> evaluate(double t, const T* x, const T* noise, int batch, int threads, const T* grad_f, const T* grad_trace, T* grad_x,
+                              const T* context = nullptr, T* grad_context = nullptr);
 
-  // grad_xs [times][batch][dim], grad_ls [times][batch] or null -> grad_x [batch][dim], grad_l [batch]
-  ProgramGradient<T> solve(const SolveRecord<T>& record, int threads, const T* grad_xs, const T* grad_ls, T* grad_x, T* grad_l);
+  // grad_xs [times][batch][dim], grad_ls [times][batch] or null -> grad_x [batch][dim], grad_l [batch], grad_context as above
+  ProgramGradient<T> solve(const SolveRecord<T>& record, int threads, const T* grad_xs, const T* grad_ls, T* grad_x, T* grad_l,
+                           T* grad_context = nullptr);
 
   const Program<T>& program() const { return program_; }
   void set_values(int matrix, std::vector<T> values) {
@@ -61,6 +70,18 @@ class CompiledAdjoint {
     const Exclusive::Hold held(one_caller_);
     sparseflow::set_modulation(program_, modulation, std::move(bias), std::move(gate_slope), std::move(gate_offset), std::move(shift_slope),
                                std::move(shift_offset));
+  }
+  void set_vector(int vector, std::vector<T> values) {
+    const Exclusive::Hold held(one_caller_);
+    sparseflow::set_vector(program_, vector, std::move(values));
+  }
+  void set_refresh(RefreshCallback<T> refresh) {
+    const Exclusive::Hold held(one_caller_);
+    time_.set_refresh(std::move(refresh));
+  }
+  void set_time(std::shared_ptr<CompiledProgram<T>> time) {
+    const Exclusive::Hold held(one_caller_);
+    time_.set_time(program_, std::move(time));
   }
   // Measured seconds per tile of every operation of body, keep and reverse, at the width for this batch.
   std::vector<std::vector<double>> op_seconds(int batch);
@@ -81,6 +102,7 @@ class CompiledAdjoint {
 
   Program<T> program_;
   const Kernels<T>& kernels_;
+  TimeSource<T> time_;
   std::unique_ptr<Packed<T>> packed_[Kernels<T>::kWidths];
   std::vector<Aligned<char>> workspaces_;
   int forced_ = -1;

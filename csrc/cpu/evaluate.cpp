@@ -29,25 +29,6 @@ Packed<T>& CompiledProgram<T>::packed(int width_index) {
 }
 
 template <class T>
-void CompiledProgram<T>::refresh(const std::vector<T>& times, std::vector<Stage<T>>& stages) {
-  std::vector<std::vector<std::vector<T>>> answers;
-  if (program_.externals > 0) {
-    answers = refresh_(std::vector<double>(times.begin(), times.end()));
-    if (answers.size() != times.size()) throw std::runtime_error("refresh: one answer per time is needed");
-    for (const auto& answer : answers)
-      if (static_cast<int>(answer.size()) != program_.externals) throw std::runtime_error("refresh: one array per external is needed");
-    auto check = [&](int external, int n) {
-      if (external < 0) return;
-      for (const auto& answer : answers)
-        if (static_cast<int>(answer[external].size()) != n) throw std::runtime_error("refresh: an answer has the wrong length");
-    };
-    for (const Modulation<T>& m : program_.modulations) check(m.external_gate, m.n), check(m.external_shift, m.n);
-    for (const Matrix<T>& m : program_.matrices) check(m.external, m.nnz());
-  }
-  Stage<T>::refresh(stages, times, answers);
-}
-
-template <class T>
 const std::vector<double>& CompiledProgram<T>::seconds() {
   if (!seconds_.empty()) return seconds_;
   std::vector<double> found;  // all or nothing: it may be interrupted
@@ -90,11 +71,12 @@ int CompiledProgram<T>::choose_width(int batch, int threads, int evaluations, do
 }
 
 template <class T>
-void CompiledProgram<T>::evaluate(double t, const T* x, const T* noise, int batch, int threads, T* f, T* trace) {
+void CompiledProgram<T>::evaluate(double t, const T* x, const T* noise, int batch, int threads, T* f, T* trace, const T* context) {
   if (batch == 0) return;
+  if (program_.context >= 0 && context == nullptr) throw std::invalid_argument("evaluate: this program needs a context");
   const Exclusive::Hold held(one_caller_);
   Packed<T>& p = packed(choose_width(batch, threads, 1, 0));
-  const int width = p.width, dim = program_.dim, tiles = (batch + width - 1) / width;
+  const int width = p.width, dim = program_.dim, out_rows = program_.out_rows(), tiles = (batch + width - 1) / width;
   std::vector<Stage<T>> stages;
   stages.emplace_back(program_, p, kernels_);
   refresh({static_cast<T>(t)}, stages);
@@ -107,6 +89,7 @@ void CompiledProgram<T>::evaluate(double t, const T* x, const T* noise, int batc
     load_tile(x, dim, first, count, width, buffer(program_.input));
     if (program_.ones >= 0) std::fill_n(buffer(program_.ones), width, T(1));
     if (program_.noise >= 0 && noise != nullptr) load_tile(noise, dim, first, count, width, buffer(program_.noise));
+    if (program_.context >= 0) load_tile(context, program_.context_rows(), first, count, width, buffer(program_.context));
     T* reduce = reinterpret_cast<T*>(ws + p.reduce_offset);
     std::fill_n(reduce, width, T(0));
     stages[0].run(p.prologue, ws);
@@ -114,7 +97,7 @@ void CompiledProgram<T>::evaluate(double t, const T* x, const T* noise, int batc
     const ptrdiff_t stride = p.row_bytes(program_.buffers[program_.output]) / ptrdiff_t(sizeof(T));
     const T* out = buffer(program_.output);
     for (int s = 0; s < count; ++s)
-      for (int c = 0; c < dim; ++c) f[size_t(first + s) * dim + c] = out[c * stride + s];
+      for (int c = 0; c < out_rows; ++c) f[size_t(first + s) * out_rows + c] = out[c * stride + s];
     if (trace) std::copy_n(reduce, count, trace + first);
   });
 }

@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include "adjoint_kernels.h"
+#include "pointwise.h"
 #include "row_kernels.h"
 
 namespace sparseflow::SPARSEFLOW_ISA {
@@ -150,6 +151,7 @@ constexpr Kernels<T> make_table() {
   offer_adjoint<T, 1>(table, 0);
   offer_adjoint<T, 2>(table, 1);
   offer_adjoint<T, 4>(table, 3);
+  table.pointwise = pointwise<T>;
   table.combine = combine<T>;
   table.error_row = error_row<T>;
   table.interpolate = interpolate<T>;

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../expression.h"
 #include "../operations.h"
 
 namespace sparseflow {
@@ -114,6 +115,36 @@ struct GradientArgs {
   T* sums;                       // [dense_blocks * lanes, row by row; then batches * kGradientBatch]
 };
 
+// An expression over a tile. It runs strip by strip, a few rows long: one instruction over all of a strip, then the next.
+template <class T>
+struct PointwiseStep {
+  Instruct op;
+  uint16_t to, a, b, c;  // places; what is not read is `to`. Of an instruction with a row vector, b is its number.
+  T number;
+};
+struct PointwisePlace {
+  ptrdiff_t offset;   // bytes in the workspace
+  ptrdiff_t stride;   // bytes from row to row of a strip; 0: one row serves all
+  ptrdiff_t advance;  // the same from strip to strip; 0: registers, whose rows the strips share
+};
+template <class T>
+struct RowNumbers {
+  const T* values;
+  int32_t stride;  // 1, or 0: one number serves all rows
+};
+template <class T>
+struct PointwiseArgs {
+  char* workspace;
+  const PointwiseStep<T>* steps;
+  const PointwisePlace* places;
+  const RowNumbers<T>* numbers;
+  const uint16_t* traces;  // places whose rows are added to `reduce`
+  int32_t n_steps, n_traces;
+  int32_t rows, strip;     // all rows, and those of a strip
+  int32_t row_vectors;     // machine vectors to a row of the tile
+  T* reduce;
+};
+
 template <class T>
 using RowKernel = void (*)(const RowArgs<T>&);
 
@@ -138,6 +169,7 @@ struct Kernels {
   RowKernel<T> keep[2][10][kWidths];
   RowKernel<T> pull[kSlopesFrom][2][kWidths];
   void (*gradient[2][kWidths])(const GradientArgs<T>&);
+  void (*pointwise)(const PointwiseArgs<T>&);
 
   // out = y + sum_j c[j] k[j] over n values
   void (*combine)(const T* y, const T* const* k, const T* c, int terms, int n, T* out);

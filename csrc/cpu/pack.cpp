@@ -88,7 +88,7 @@ void pack_gradient(PackedOp<T>& out, const Op& op, const Program<T>& program, Pa
   if (out.gradient == nullptr) fail("this tile width has no gradient kernels");
   const ptrdiff_t slot_bytes = ptrdiff_t(packed.width) * ptrdiff_t(sizeof(T));
   auto address = [&](const Operand& o, int row) {
-    return uint32_t(packed.buffer_offset[o.buffer] + o.slot * slot_bytes + row * packed.row_bytes(program.buffers[o.buffer]));
+    return uint32_t(packed.buffer_offset[o.buffer] + o.slot * slot_bytes + (o.row + row) * packed.row_bytes(program.buffers[o.buffer]));
   };
   std::vector<int32_t> entry;  // those of the runs, whose sums come after the dense blocks'
   int filled = kGradientBatch;
@@ -237,7 +237,7 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, Packed<T>& packed, 
   const int dense_rows = tangent ? kernels.dense_rows_tangent[w] : kernels.dense_rows[w];
   const ptrdiff_t slot_bytes = ptrdiff_t(packed.width) * ptrdiff_t(sizeof(T));
   auto address = [&](const Operand& o) {
-    return o.buffer < 0 ? ptrdiff_t(-1) : packed.buffer_offset[o.buffer] + o.slot * slot_bytes;
+    return o.buffer < 0 ? ptrdiff_t(-1) : packed.buffer_offset[o.buffer] + o.row * packed.row_bytes(program.buffers[o.buffer]) + o.slot * slot_bytes;
   };
   auto stride = [&](const Operand& o) { return o.buffer < 0 ? ptrdiff_t(0) : packed.row_bytes(program.buffers[o.buffer]); };
   out.source = address(op.source);
@@ -277,7 +277,7 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, Packed<T>& packed, 
     case OpKind::kReduction: out.kernel = kernels.reduction[w]; break;
     case OpKind::kKeep: out.kernel = kernels.keep[op.carries][activation][w]; break;
     case OpKind::kPull: out.kernel = kernels.pull[op.slope_from][op.carries][w]; break;
-    case OpKind::kGradient: break;
+    case OpKind::kGradient: case OpKind::kPointwise: break;
   }
   if (out.kernel == nullptr) fail("this tile width has no adjoint kernels");
 
@@ -316,6 +316,10 @@ void pack_list(const std::vector<Op>& ops, const Program<T>& program, Packed<T>&
   std::vector<std::vector<int>> of_matrix(program.matrices.size());  // operations packed so far
   out.reserve(ops.size());
   for (const Op& op : ops) {
+    if (op.kind == OpKind::kPointwise) {
+      out.push_back(pack_pointwise(op, program, packed));
+      continue;
+    }
     std::vector<int>& known = of_matrix[op.matrix];
     const auto first = std::find_if(known.begin(), known.end(), [&](int i) { return ops[i].repeats(op); });
     if (first != known.end()) {
@@ -339,17 +343,18 @@ std::unique_ptr<Packed<T>> pack(const Program<T>& program, const Kernels<T>& ker
   ptrdiff_t offset = 0;
   for (const Buffer& b : program.buffers) {
     packed->buffer_offset.push_back(offset);
-    // one row to spare, where padded rows leave their sums, and an odd number of lines so that equal rows of two buffers do not collide
+    // one row to spare, where padded rows find sums to continue, and an odd number of lines so that equal rows of two buffers do not collide
     offset += (b.rows + 1) * packed->row_bytes(b) + 64;
     offset = (offset + 63) / 64 * 64;
   }
   packed->reduce_offset = offset;
-  packed->workspace_bytes = static_cast<size_t>(offset) + static_cast<size_t>(packed->width) * sizeof(T);
+  packed->scratch_offset = (offset + ptrdiff_t(packed->width) * ptrdiff_t(sizeof(T)) + 63) / 64 * 64;
   if (offset > (ptrdiff_t(1) << 32) - 1) fail("the layers are too wide for 32-bit offsets");
   pack_list(program.prologue, program, *packed, kernels, packed->prologue);
   pack_list(program.body, program, *packed, kernels, packed->body);
   pack_list(program.keep, program, *packed, kernels, packed->keep);
   pack_list(program.reverse, program, *packed, kernels, packed->reverse);
+  packed->workspace_bytes = static_cast<size_t>(packed->scratch_offset + packed->scratch_bytes);
   return packed;
 }
 
@@ -386,12 +391,23 @@ void set_modulation(Program<T>& program, int modulation, std::vector<T> bias, st
 }
 
 template <class T>
+void set_vector(Program<T>& program, int vector, std::vector<T> values) {
+  if (vector < 0 || vector >= static_cast<int>(program.vectors.size())) fail("no such row vector");
+  RowVector<T>& v = program.vectors[vector];
+  if (v.timed() || values.size() != v.values.size()) fail("row vector " + std::to_string(vector) + ": not as many values as it has");
+  const NoFork whole;
+  v.values = std::move(values);
+}
+
+template <class T>
 Stage<T>::Stage(const Program<T>& program, const Packed<T>& packed, const Kernels<T>& kernels)
     : program_(&program), packed_(&packed), kernels_(&kernels) {
   for (const Modulation<T>& m : program.modulations) {
     scale_.emplace_back(m.n, T(0));
     shift_.emplace_back(m.n, T(0));
   }
+  time_answer_.assign(program.time_rows, T(0));
+  for (const RowVector<T>& v : program.vectors) vectors_.push_back(v.timed() ? time_answer_.data() + v.time_row : v.values.data());
   for (const Matrix<T>& m : program.matrices) {
     coefficients_.emplace_back();
     if (m.rows == 1) {
@@ -418,8 +434,14 @@ template <class T>
 void Stage<T>::modulate(T t, const std::vector<std::vector<T>>* answers) {
   for (size_t i = 0; i < program_->modulations.size(); ++i) {
     const Modulation<T>& m = program_->modulations[i];
-    if (fresh_ && !m.dynamic()) continue;
     std::vector<T>&scale = scale_[i], &shift = shift_[i];
+    if (m.of_vectors()) {
+      if (m.scale_vector >= 0) std::copy_n(vectors_[m.scale_vector], m.n, scale.begin());
+      else std::fill_n(scale.begin(), m.n, T(1));
+      if (m.shift_vector >= 0) std::copy_n(vectors_[m.shift_vector], m.n, shift.begin());
+      continue;
+    }
+    if (fresh_ && !m.dynamic()) continue;
     if (m.external_gate >= 0) std::copy_n((*answers)[m.external_gate].begin(), m.n, scale.begin());
     else if (!m.gate_slope.empty()) kernels_->sigmoid(m.gate_slope.data(), m.gate_offset.data(), t, m.n, scale.data());
     else std::fill_n(scale.begin(), m.n, T(1));
@@ -447,11 +469,14 @@ void Stage<T>::weave(int matrix, const T* values) {
 }
 
 template <class T>
-void Stage<T>::refresh(std::vector<Stage<T>>& stages, const std::vector<T>& times,
-                       const std::vector<std::vector<std::vector<T>>>& answers) {
+void Stage<T>::refresh(std::vector<Stage<T>>& stages, const std::vector<T>& times, const std::vector<std::vector<std::vector<T>>>& answers,
+                       const std::vector<T>& time_answers) {
   const int n = static_cast<int>(times.size());
-  for (int s = 0; s < n; ++s) stages[s].modulate(times[s], answers.empty() ? nullptr : &answers[s]);
   const Program<T>& program = *stages[0].program_;
+  for (int s = 0; s < n; ++s) {
+    if (program.time_rows > 0) std::copy_n(time_answers.data() + size_t(s) * program.time_rows, program.time_rows, stages[s].time_answer_.begin());
+    stages[s].modulate(times[s], answers.empty() ? nullptr : &answers[s]);
+  }
   for (size_t i = 0; i < program.matrices.size(); ++i) {
     const Matrix<T>& m = program.matrices[i];
     const int matrix = static_cast<int>(i);
@@ -491,6 +516,10 @@ void Stage<T>::run(const std::vector<PackedOp<T>>& ops, char* workspace, T* last
     if (work > kWorkPerLook) worked(std::exchange(work, 0));
     const PackedOp<T>& op = ops[i].repeats < 0 ? ops[i] : ops[ops[i].repeats];
     work += op.work;
+    if (op.op->kind == OpKind::kPointwise) {
+      run_pointwise(op, *packed_, *kernels_, vectors_, workspace);
+      continue;
+    }
     if (op.gradient) {
       T* const sums = (program_->sums[op.op->sum].each_stage ? each_stage : lasting) + op.sums;
       const int32_t dense_blocks = static_cast<int32_t>(op.dense.size() / gradient_block_offsets(kernels_->lanes));
@@ -530,6 +559,7 @@ template void reweave(const Program<float>&, const Packed<float>&, int);
 template void reweave(const Program<double>&, const Packed<double>&, int);
 #define X(T)                                                   \
   template void set_values(Program<T>&, int, std::vector<T>); \
+  template void set_vector(Program<T>&, int, std::vector<T>); \
   template void set_modulation(Program<T>&, int, std::vector<T>, std::vector<T>, std::vector<T>, std::vector<T>, std::vector<T>);
 X(float) X(double)
 #undef X

@@ -40,6 +40,15 @@ class Aligned {
   size_t size_ = 0;
 };
 
+// An expression with its places in the workspace (kernels.h).
+template <class T>
+struct PackedPointwise {
+  std::vector<PointwiseStep<T>> steps;
+  std::vector<PointwisePlace> places;
+  std::vector<uint16_t> traces;
+  int strip = 1;
+};
+
 template <class T>
 struct PackedOp {
   const Op* op = nullptr;
@@ -57,6 +66,8 @@ struct PackedOp {
   std::vector<Place> places;  // where the weight of every entry lies
   int dynamic = -1;           // index among the dynamic ops
 
+  PackedPointwise<T> pointwise;
+
   // gradients: dense blocks, runs of entries, and which entry of the matrix each sum is (-1: none)
   void (*gradient)(const GradientArgs<T>&) = nullptr;
   std::vector<uint32_t> dense;
@@ -72,6 +83,7 @@ struct Packed {
   std::vector<ptrdiff_t> buffer_offset;  // bytes
   size_t workspace_bytes = 0;
   ptrdiff_t reduce_offset = 0;
+  ptrdiff_t scratch_offset = 0, scratch_bytes = 0;  // registers of expressions
   std::vector<PackedOp<T>> prologue, body, keep, reverse;
   int dynamic_ops = 0;
   size_t lasting_sums = 0, stage_sums = 0;  // numbers that the gradients of `reverse` add up, per place to add them
@@ -95,20 +107,28 @@ struct Packed {
 template <class T>
 std::unique_ptr<Packed<T>> pack(const Program<T>& program, const Kernels<T>& kernels, int width_index);
 
+// One operation of it, and how it runs (pack_pointwise.cpp). vectors: where the row vectors' numbers are.
+template <class T>
+PackedOp<T> pack_pointwise(const Op& op, const Program<T>& program, Packed<T>& packed);
+template <class T>
+void run_pointwise(const PackedOp<T>& op, const Packed<T>& packed, const Kernels<T>& kernels, const std::vector<const T*>& vectors, char* workspace);
+
 // Weaves the values of a constant matrix anew, where it was packed before.
 template <class T>
 void reweave(const Program<T>& program, const Packed<T>& packed, int matrix);
 
-// New numbers for a program: a matrix's values (of a gated one the path constants) and a modulation's arrays. As many as
-// there were; throws std::invalid_argument otherwise.
+// New numbers for a program: a matrix's values (of a gated one the path constants), a modulation's arrays and a constant row
+// vector. As many as there were; throws std::invalid_argument otherwise.
 template <class T>
 void set_values(Program<T>& program, int matrix, std::vector<T> values);
 template <class T>
 void set_modulation(Program<T>& program, int modulation, std::vector<T> bias, std::vector<T> gate_slope, std::vector<T> gate_offset,
                     std::vector<T> shift_slope, std::vector<T> shift_offset);
+template <class T>
+void set_vector(Program<T>& program, int vector, std::vector<T> values);
 
 // What depends on time, for one evaluation: scale and shift of every modulation, values of every dynamic matrix and
-// coefficient, and the streams they are woven into.
+// coefficient, and the streams they are woven into; and the time answer, which timed row vectors are rows of.
 template <class T>
 class Stage {
  public:
@@ -120,9 +140,9 @@ class Stage {
   const std::vector<T>& scale(int modulation) const { return scale_[modulation]; }
 
   // Makes several stages ready for their times at once. answers[i]: what the refresh callback said for time i, one array
-  // per external of the program; empty if it has none.
-  static void refresh(std::vector<Stage<T>>& stages, const std::vector<T>& times,
-                      const std::vector<std::vector<std::vector<T>>>& answers);
+  // per external of the program; empty if it has none. time_answers: [times][time_rows].
+  static void refresh(std::vector<Stage<T>>& stages, const std::vector<T>& times, const std::vector<std::vector<std::vector<T>>>& answers,
+                      const std::vector<T>& time_answers);
 
  private:
   void modulate(T t, const std::vector<std::vector<T>>* answers);
@@ -132,6 +152,8 @@ class Stage {
   const Packed<T>* packed_;
   const Kernels<T>* kernels_;
   std::vector<std::vector<T>> scale_, shift_;                 // by modulation
+  std::vector<T> time_answer_;
+  std::vector<const T*> vectors_;                             // by row vector: its numbers
   std::vector<std::vector<T>> coefficients_;                  // by matrix, those of one row only
   std::vector<std::vector<Aligned<char>>> streams_;           // by dynamic op, by block
   std::vector<std::vector<PackedBlock<T>>> blocks_;           // by dynamic op

@@ -144,7 +144,8 @@ SF_INLINE void for_each_row(const RowArgs<T>& args, Finish& finish) {
           if (rows[r] != n_rows) finish.row(rows[r], acc[r].v);
         if ((g + 1) * R % kRowsPerSum == 0) finish.pause();
       } else {
-        for (int r = 0; r < R; ++r) *reinterpret_cast<Row<T, NV>*>(args.target + rows[r] * args.target_stride) = acc[r];
+        for (int r = 0; r < R; ++r)  // a padded row's would be those of whatever lies behind the target
+          if (rows[r] != n_rows) *reinterpret_cast<Row<T, NV>*>(args.target + rows[r] * args.target_stride) = acc[r];
       }
     }
   }

@@ -31,6 +31,7 @@ class Integration {
     const size_t state = size_t(tiles) * rows_ * width;
     for (Aligned<T>* part : {&y0_, &f0_, &y1_, &f1_, &mid_}) *part = Aligned<T>(state);
     if (program_.noise >= 0) noise_ = Aligned<T>(size_t(tiles) * dim_ * width);
+    if (program_.context >= 0) context_ = Aligned<T>(size_t(tiles) * context_size());
     // a gradient needs the states of all stages; of a last one at the solution it is known, and follows from no derivative
     const Tableau& t = input.tableau;
     if (input.record) kept_ = input.record_stages ? stages_ - (t.adaptive && t.last_stage_is_solution() ? 2 : 1) : t.adaptive ? 1 : 0;
@@ -68,6 +69,7 @@ class Integration {
   int count(int tile) const { return std::min(width_, samples_ - tile * width_); }
   size_t tile_size() const { return size_t(rows_) * width_; }
   size_t state_size() const { return size_t(dim_) * width_; }  // without the log-density row
+  size_t context_size() const { return size_t(program_.context_rows()) * width_; }
   // What a tile costs in a loop: so many evaluations, or so many passes over its state.
   Work evaluations(int n) const { return {owner_.evaluation_, double(n) * width_}; }
   Work traffic(int n) const { return {owner_.traffic_, double(n) * double(tile_size())}; }
@@ -102,6 +104,8 @@ class Integration {
       load_tile(in_.x, dim_, first, count(tile), width_, y);
       if (program_.divergence) load_tile(in_.l, 1, first, count(tile), width_, y + size_t(dim_) * width_);
       if (program_.noise >= 0) load_tile(in_.noise, dim_, first, count(tile), width_, noise_.get() + size_t(tile) * dim_ * width_);
+      if (program_.context >= 0)
+        load_tile(in_.context, program_.context_rows(), first, count(tile), width_, context_.get() + tile * context_size());
     });
   }
 
@@ -117,9 +121,9 @@ class Integration {
   }
 
   void begin_tile(const Scratch& s, int tile) const {
-    if (program_.noise < 0) return;
-    std::copy_n(noise_.get() + size_t(tile) * dim_ * width_, size_t(dim_) * width_, buffer(s, program_.noise));
-    modulated_[0].run(packed_.prologue, s.workspace);
+    if (program_.noise >= 0) std::copy_n(noise_.get() + size_t(tile) * dim_ * width_, size_t(dim_) * width_, buffer(s, program_.noise));
+    if (program_.context >= 0) std::copy_n(context_.get() + tile * context_size(), context_size(), buffer(s, program_.context));
+    if (!packed_.prologue.empty()) modulated_[0].run(packed_.prologue, s.workspace);
   }
 
   // Times are the solver's; the field sees sign * t in its own precision.
@@ -457,7 +461,7 @@ class Integration {
   T *xs_, *ls_;
   const int width_, dim_, rows_, stages_;
   int first_sample_ = 0, samples_ = 0;
-  Aligned<T> y0_, f0_, y1_, f1_, mid_, noise_;  // [tiles][rows][width]
+  Aligned<T> y0_, f0_, y1_, f1_, mid_, noise_, context_;  // [tiles][rows][width]
   std::vector<Stage<T>> modulated_;             // one per stage
   std::vector<Scratch> scratch_;                // one per worker
   std::vector<double> sums_[2];                 // [samples]
@@ -474,6 +478,8 @@ SolveOutput<T> CompiledProgram<T>::solve(const SolveInput<T>& input, T* xs, T* l
   if (input.batch == 0) return total;
   const Exclusive::Hold held(one_caller_);
   if (input.tableau.stages() > 16) throw std::invalid_argument("solve: at most 16 stages");
+  if (program_.out_rows() != program_.dim) throw std::invalid_argument("solve: the program has not as many outputs as inputs");
+  if (program_.context >= 0 && input.context == nullptr) throw std::invalid_argument("solve: this program needs a context");
   if (input.per_tile && input.record) throw std::invalid_argument("solve: tiles that step on their own record no common steps");
   const auto begin = std::chrono::steady_clock::now();
   const double expected = solve_.known() ? solve_.seconds() * input.batch : 0.0;

@@ -1,7 +1,6 @@
 // Evaluations and whole adaptive solves of a program over a batch, tile by tile.
 #pragma once
 
-#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -12,12 +11,9 @@
 #include "../tableau.h"
 #include "pack.h"
 #include "thread_pool.h"
+#include "time_source.h"
 
 namespace sparseflow {
-
-// Answers for functions of time that live outside: for every time, one array per external of the program.
-template <class T>
-using RefreshCallback = std::function<std::vector<std::vector<std::vector<T>>>(const std::vector<double>& times)>;
 
 template <class T>
 struct SolveInput {
@@ -25,6 +21,7 @@ struct SolveInput {
   const T* x = nullptr;      // [batch, dim]
   const T* l = nullptr;      // [batch], with a divergence
   const T* noise = nullptr;  // [batch, dim], if the program has a noise buffer
+  const T* context = nullptr;  // [batch, context rows], if the program has a context
   std::vector<double> times;  // ascending
   int sign = 1;               // the field is sign * f(sign * t, y)
   Tableau tableau;
@@ -87,13 +84,21 @@ class CompiledProgram {
     sparseflow::set_modulation(program_, modulation, std::move(bias), std::move(gate_slope), std::move(gate_offset), std::move(shift_slope),
                                std::move(shift_offset));
   }
+  void set_vector(int vector, std::vector<T> values) {
+    const Exclusive::Hold held(one_caller_);
+    sparseflow::set_vector(program_, vector, std::move(values));
+  }
   void set_refresh(RefreshCallback<T> refresh) {
     const Exclusive::Hold held(one_caller_);
-    refresh_ = std::move(refresh);
+    time_.set_refresh(std::move(refresh));
+  }
+  void set_time(std::shared_ptr<CompiledProgram<T>> time) {
+    const Exclusive::Hold held(one_caller_);
+    time_.set_time(program_, std::move(time));
   }
 
-  // f [batch, dim] and, if asked for, the trace [batch] at one time; noise may be null where the trace is not asked for
-  void evaluate(double t, const T* x, const T* noise, int batch, int threads, T* f, T* trace);
+  // f [batch, out] and, if asked for, the trace [batch] at one time; noise may be null where the trace is not asked for
+  void evaluate(double t, const T* x, const T* noise, int batch, int threads, T* f, T* trace, const T* context = nullptr);
 
   // xs [times, batch, dim], ls [times, batch]
   SolveOutput<T> solve(const SolveInput<T>& input, T* xs, T* ls);
@@ -126,7 +131,7 @@ class CompiledProgram {
   // of a loop; `total`: seconds that the whole call takes, 0: not known.
   int choose_width(int batch, int threads, int evaluations, double total);
   Packed<T>& packed(int width_index);
-  void refresh(const std::vector<T>& times, std::vector<Stage<T>>& stages);
+  void refresh(const std::vector<T>& times, std::vector<Stage<T>>& stages) { time_.refresh(program_, times, stages); }
 
   // Workspaces outlive a call, one per worker: new memory costs page faults, and in a small solve they show.
   void provide_workspaces(int workers) {
@@ -140,7 +145,7 @@ class CompiledProgram {
 
   Program<T> program_;
   const Kernels<T>& kernels_;
-  RefreshCallback<T> refresh_;
+  TimeSource<T> time_;
   std::map<int, std::unique_ptr<Packed<T>>> packed_;
   std::vector<Aligned<char>> workspaces_;
   std::vector<double> seconds_;

@@ -108,30 +108,50 @@ SF_INLINE Vec<double> log1p_unit(Vec<double> e) {
   return twice + twice * u * series;
 }
 
+// x - n pi, for whole and half n that are small enough: n times the first pieces of pi is exact.
+template <class T>
+SF_INLINE Vec<T> minus_multiple_of_pi(Vec<T> x, Vec<T> n) {
+  if constexpr (sizeof(T) == 4) {  // pi = 3.140625 + 9.67025756835938e-4 + 6.2771141529083e-7 + ...
+    Vec<T> r = x - n * 3.140625f;
+    r = r - n * 9.67025756835938e-4f;
+    r = r - n * 6.2771141529083e-7f;
+    return r - n * 1.2154201e-10f;
+  } else {
+    Vec<T> r = x - n * 0x1.921fb54400000p+1;
+    r = r - n * 0x1.0b4611a600000p-33;
+    return r - n * 0x1.3198a2e037073p-68;
+  }
+}
+
+// (sin(r) / r - 1) / r^2 of u = r^2, |r| <= pi / 2
+template <class T>
+SF_INLINE Vec<T> sine_tail(Vec<T> u) {
+  if constexpr (sizeof(T) == 4) {
+    return horner<T>(u, {T(-0.166666659218), T(0.00833323906614), T(-0.000198224035711), T(2.63383426216e-06)});
+  } else {
+    return horner<T>(u, {T(-1.0 / 6), T(1.0 / 120), T(-1.0 / 5040), T(1.0 / 362880), T(-1.0 / 39916800),
+                         T(1.0 / 6227020800.0), T(-1.0 / 1307674368000.0), T(1.0 / 355687428096000.0),
+                         T(-1.0 / 121645100408832000.0)});
+  }
+}
+
+template <class T>
+inline constexpr T kReduceLimit = sizeof(T) == 4 ? T(8192) : T(1 << 20);  // beyond, n pi loses bits
+
 // sin and cos together. Beyond `limit` the two-step reduction loses bits, and the scalar library takes over.
 template <class T>
 SF_INLINE void sincos(Vec<T> x, Vec<T>& sine, Vec<T>& cosine) {
-  constexpr T limit = sizeof(T) == 4 ? T(8192) : T(1 << 20);
+  constexpr T limit = kReduceLimit<T>;
   const Vec<T> safe = abs<T>(x) <= splat<T>(limit) ? x : splat<T>(0);
   const Vec<T> n = nearest<T>(safe * T(0.31830988618379067154));
   const IVec<T> odd = as_int<T>(n + Simd<T>::kRoundMagic) << (sizeof(T) * 8 - 1);
   Vec<T> r, s, c, u;
-  if constexpr (sizeof(T) == 4) {  // pi = 3.140625 + 9.67025756835938e-4 + 6.2771141529083e-7 + ...
-    r = safe - n * 3.140625f;
-    r = r - n * 9.67025756835938e-4f;
-    r = r - n * 6.2771141529083e-7f;
-    r = r - n * 1.2154201e-10f;
-    u = r * r;
-    s = horner<T>(u, {T(-0.166666659218), T(0.00833323906614), T(-0.000198224035711), T(2.63383426216e-06)});
+  r = minus_multiple_of_pi<T>(safe, n);
+  u = r * r;
+  s = sine_tail<T>(u);
+  if constexpr (sizeof(T) == 4) {
     c = horner<T>(u, {T(0.041666666055), T(-0.00138888108463), T(2.47858931874e-05), T(-2.65408074663e-07)});
   } else {
-    r = safe - n * 0x1.921fb54400000p+1;
-    r = r - n * 0x1.0b4611a600000p-33;
-    r = r - n * 0x1.3198a2e037073p-68;
-    u = r * r;
-    s = horner<T>(u, {T(-1.0 / 6), T(1.0 / 120), T(-1.0 / 5040), T(1.0 / 362880), T(-1.0 / 39916800),
-                      T(1.0 / 6227020800.0), T(-1.0 / 1307674368000.0), T(1.0 / 355687428096000.0),
-                      T(-1.0 / 121645100408832000.0)});
     c = horner<T>(u, {T(1.0 / 24), T(-1.0 / 720), T(1.0 / 40320), T(-1.0 / 3628800), T(1.0 / 479001600),
                       T(-1.0 / 87178291200.0), T(1.0 / 20922789888000.0), T(-1.0 / 6402373705728000.0),
                       T(1.0 / 2432902008176640000.0)});

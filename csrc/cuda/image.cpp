@@ -82,6 +82,7 @@ class Writer {
 
   Image<T> write() {
     validate(p_);
+    refuse_graphs();
     if (p_.externals > 0) fail("a function of time that is neither a sigmoid gate nor linear runs in Python, which a kernel cannot call");
     for (const Matrix<T>& m : p_.matrices)
       if (m.rows > 0xffff || m.cols > 0xffff) fail("a layer is wider than 65535, and a GPU's stream has 16 bits for a column");
@@ -119,6 +120,16 @@ class Writer {
   }
 
  private:
+  // What only the CPU's engine runs.
+  void refuse_graphs() const {
+    if (!p_.expressions.empty() || !p_.vectors.empty() || p_.context >= 0 || p_.time_rows > 0 || p_.out_rows() != p_.dim)
+      fail("expressions, row vectors, a context, a time answer and an output of another size than the input run on the CPU only");
+    for (const std::vector<Op>* list : {&p_.prologue, &p_.body, &p_.keep, &p_.reverse})
+      for (const Op& op : *list)
+        for (const Operand* o : {&op.source, &op.target, &op.seed, &op.weight, &op.factor, &op.factor2, &op.addend, &op.kept, &op.slope_cotangent, &op.value})
+          if (o->buffer >= 0 && o->row != 0) fail("an operand that begins inside its buffer runs on the CPU only");
+    if (p_.adjoint() && !p_.prologue.empty()) fail("an adjoint with a prologue runs on the CPU only");
+  }
   int32_t append(const void* data, size_t bytes) {
     const size_t at = out_.bytes.size();
     if (at + bytes > size_t(0x7fffffff) - kAlign) fail("the field is too large for one image of 2 GB");
