@@ -18,10 +18,24 @@ from .capture import capture_with_origins, check_like, unwrapped
 from .capture.replay import TimeProgram
 from .devices import factories_on_cpu
 from .divergence import KINDS, DivergencePlan
-from .engines import choose
+from .engines import choose, reference_engine
 from .engines.base import Engine
 from .engines.reference import ReferenceEngine, is_autocast_enabled, own_precision
-from .field import Layer, LinearShift, SigmoidGate, TimeFunction, UnsupportedFieldError, VectorField
+from .field import (
+    GraphField,
+    Layer,
+    LinearShift,
+    Part,
+    Pattern,
+    SigmoidGate,
+    TimeFunction,
+    UnsupportedFieldError,
+    VectorField,
+)
+from .field.from_chain import graph_of_chain
+from .field.graph import order
+from .field.layout import Layout, State
+from .graph_report import describe_graph
 from .hooks import GLOBAL_HOOKS, hooks_of
 from .layer_parameters import LayerParameters, lost, zeroing
 from .origin import CONSTANT, Derivation, Key, Origin
@@ -32,18 +46,22 @@ from .trained import Entries, Held, Shares, check_made_again, without_zeros, wri
 
 @factories_on_cpu
 def compile(  # noqa: A001 (the field's own word; the builtin is not needed here)
-    module_or_field: nn.Module | VectorField, engine: str = "auto", dim: int | None = None, like: Tensor | None = None
-) -> "CompiledField":
+    module_or_field: nn.Module | VectorField | GraphField, engine: str = "auto", dim: int | None = None,
+    like: State | None = None,
+) -> "CompiledField":  # fmt: skip
     """Read the program out of a module `f(t, y)`, simplify it exactly and hand it to an engine.
 
-    module_or_field: a module whose forward is a chain of linear layers, functions of t and activations (`capture`); a
-    VectorField; or a CompiledField, to compile its current values again (after pruning them, or for another engine).
+    module_or_field: a module f(t, y) made of linear maps, elementwise functions, products, sums, norms, functions of t and
+    numbers per sample (`capture`); a VectorField or GraphField; or a CompiledField, to compile its current values again
+    (after pruning them, or for another engine).
     engine: "auto" (by device and fit), "reference", "cpu", "cuda", "triton".  dim: size of the state, where capture
-    cannot tell.  like: an example of the state, y0 [..., dim] in the module's dtype and on its device. The module is
-    compared with the field on states of its shape, and it settles `dim`.
+    cannot tell.  like: an example of the state, y0, in the module's dtype and on its device: a tensor [..., dim], or where the
+    module needs it a tensor [batch, ...], a tensor without samples, or a tuple of tensors. The module is compared with the
+    field on states of its shape.
 
-    A field runs every row [dim] of a state [..., dim] by itself. A module may not do so for states with more axes
-    (points that see their mean): these raise UnsupportedFieldError, here (`like`) or when the field is called.
+    A field of states [..., dim] runs every row [dim] by itself. A module may not do so for states with more axes (points that
+    see their mean): without an example these raise UnsupportedFieldError when the field is called; with one, the field's
+    states are those of the example's shape, for any number of samples.
 
     The result keeps the module's dtype and device and shares no memory with it. It trains what the module trains and
     nothing else (`trained`): buffers and constants of the code are fixed, parameters used in several places are one.
@@ -58,7 +76,7 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
         field, held = module_or_field.vector_field, module_or_field.held()
         present = zip(module_or_field.origins.items(), field.tensors())
         origins = {key: replace(origin, value=tensor.detach()) for (key, origin), (_, tensor) in present}
-    elif isinstance(module_or_field, VectorField):
+    elif isinstance(module_or_field, (VectorField, GraphField)):
         field = module_or_field
         origins, held = Held.by_tensors(field)
     else:
@@ -66,17 +84,35 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
         held = Held.by_module(module_or_field)
     if dim is not None and field.dim != dim:
         raise ValueError(f"compile: dim is {dim}, but the field's state has {field.dim} components")
-    if like is not None and isinstance(module_or_field, (CompiledField, VectorField)):
+    if like is not None and isinstance(module_or_field, (CompiledField, VectorField, GraphField)):
         _check_like(field, like)
-    simplified, report = simplify(field, origins, zeros_to_keep(origins, held))
-    compiled = CompiledField(simplified, engine, origins=report.origins, held=held, simplification=str(report))
-    compiled.example = example if like is None else tuple(like.shape)
+    simplified, origins, told = _simplified(field, origins, held)
+    compiled = CompiledField(simplified, engine, origins=origins, held=held, simplification=told)
+    compiled.example = example if like is None else _shapes(like)
     if compiled.shares.derived:
         check_made_again(simplified, compiled.ordered)
     return compiled
 
 
-def _check_like(field: VectorField, like: Tensor) -> None:
+def _simplified(
+    field: VectorField | GraphField, origins: dict[Key, Origin], held: dict[str, Held]
+) -> tuple[VectorField | GraphField, dict[Key, Origin], str]:
+    """The field as it is packed, where its tensors come from, and what was done."""
+    if isinstance(field, GraphField):
+        return field, origins, ""
+    simplified, report = simplify(field, origins, zeros_to_keep(origins, held))
+    return simplified, report.origins, str(report)
+
+
+def _shapes(state: State) -> tuple:
+    return tuple(state.shape) if isinstance(state, Tensor) else tuple(tuple(part.shape) for part in state)
+
+
+def _check_like(field: VectorField | GraphField, like: State) -> None:
+    if isinstance(field, GraphField) and not field.layout.plain:
+        if (reason := field.layout.fits(like)) is not None:
+            raise ValueError(f"like: {reason}")
+        return
     check_like(like, field.dim)
     if (like.dtype, like.device) != (field.dtype, field.device):
         raise TypeError(f"like is {like.dtype} on {like.device}, the field {field.dtype} on {field.device}")
@@ -100,10 +136,12 @@ class CompiledField(nn.Module):
     dim: size of the state.  nnz: weights, that is multiply-adds per sample and evaluation.
     """
 
-    example: tuple[int, ...] | None = None  # the shape of the `like` it was compiled with
+    example: tuple | None = None  # the shape of the `like` it was compiled with, or the shapes of its tensors
+    layout: Layout | None = None  # of its states, where they are not [..., dim]
+    _context: Tensor | None = None  # given by `with_context`
 
     def __init__(
-        self, field: VectorField, engine: str = "auto", *, origins: dict[Key, Origin] | None = None,
+        self, field: VectorField | GraphField, engine: str = "auto", *, origins: dict[Key, Origin] | None = None,
         held: dict[str, Held] | None = None, simplification: str = "",
     ) -> None:  # fmt: skip
         """origins, held: of the field's tensors, and of the parameters these name; None: the tensors are parameters."""
@@ -113,16 +151,18 @@ class CompiledField(nn.Module):
         self._simplification = simplification
         if origins is None:
             origins, held = Held.by_tensors(field)
-        programs = [part.function for _, _, part in _time_functions(field) if isinstance(part.function, TimeProgram)]
         self.origins = origins
-        self.shares = Shares(origins, held, (name for program in programs for name in program.names))
+        self.shares = Shares(origins, held, (name for program in _time_programs(field) for name in program.names))
         with torch.inference_mode(False):  # a field compiled there is a field elsewhere
             self._make_parameters(field, held)
         # The parameters hold the numbers from here on; keep no second copy of them.
         self._program = field.map_tensors(lambda tensor: tensor.detach().to("meta"))
+        if isinstance(field, GraphField) and not field.layout.plain:
+            self.layout = field.layout
         self._packing = Packing(engine)
         self.described = operators.describe(field, engine)
         self.register_load_state_dict_post_hook(_follow_assigned)
+        self._own_times: Packing | None = None  # of the graph that takes a time per sample
         self._slots: list[tuple[nn.Module, str, str]] | None = None
         self._live: tuple[list[Tensor], VectorField] | None = None
         self._inner_hooks: list[dict] | None = None
@@ -142,6 +182,11 @@ class CompiledField(nn.Module):
                 function = function.over(entries.__getitem__)
             if isinstance(function, nn.Module):
                 functions[number][f"{kind}_function"] = function
+        if isinstance(field, GraphField):
+            for program in _time_programs(field):  # they are the graph's own
+                program.read(entries.__getitem__)
+            if not field.parts:  # a field without tensors has a dtype and a device all the same
+                self.register_buffer("_nothing", torch.empty(0, dtype=field.dtype, device=field.device), persistent=False)
         self.layers = nn.ModuleList()
         for number, layer in enumerate(field.layers):
             parameters, buffers = {}, {}
@@ -171,7 +216,7 @@ class CompiledField(nn.Module):
         self._mask_gradients()  # copies and pickles of a parameter lose its hooks
 
     def __getstate__(self) -> dict[str, Any]:
-        forgotten = dict.fromkeys(("_slots", "_live", "_inner_hooks", "_masked"))
+        forgotten = dict.fromkeys(("_slots", "_live", "_inner_hooks", "_masked", "_own_times"))
         return {**self.__dict__, "_packing": Packing(self.requested), **forgotten}
 
     def held(self, of: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Held]:
@@ -197,10 +242,12 @@ class CompiledField(nn.Module):
     # ------------------------------------------------------------------------------------------------- what it is
 
     @property
-    def vector_field(self) -> VectorField:
+    def vector_field(self) -> VectorField | GraphField:
         """The program over the live parameters: changes of these are changes of it. Differentiable in them."""
         given = iter(self.ordered())
         field = self._program.map_tensors(lambda _: next(given))
+        if isinstance(field, GraphField):
+            return field if field.parts else replace(field, dtype=self.dtype, device=self.device)
         for number, kind, part in _time_functions(field):
             if isinstance(part.function, nn.Module):
                 own = self.layers[number]._modules[f"{kind}_function"]
@@ -209,6 +256,7 @@ class CompiledField(nn.Module):
 
     @property
     def dim(self) -> int:
+        """Of a state [..., dim]; of one of another shape, all numbers of a sample."""
         return self._program.dim
 
     @property
@@ -254,9 +302,9 @@ class CompiledField(nn.Module):
     def reference(self, kind: Literal["exact", "hutchinson"] | None = None) -> ReferenceEngine:
         """The reference engine over the live parameters: autograd flows through it to them."""
         field = self.vector_field if torch.compiler.is_compiling() else self._live_field()
-        return ReferenceEngine(field, None if kind is None else self.divergence_plan(kind))
+        return reference_engine(field, None if kind is None else self.divergence_plan(kind))
 
-    def _live_field(self) -> VectorField:
+    def _live_field(self) -> VectorField | GraphField:
         """`vector_field`, made once for the same parameters: it takes as long as a small solve. To be left as it is."""
         if self.shares.derived:  # what is made of parameters has a graph and values of its own at every call
             return self.vector_field
@@ -315,13 +363,21 @@ class CompiledField(nn.Module):
         """An engine that holds the current values, with the divergence of this kind; kept until a parameter changes."""
         return self._packing.engine(kind, list(self._tensors()), self._live_field)
 
-    def forward(self, t: Tensor | float, y: Tensor) -> Tensor:
+    def forward(self, t: Tensor | float, y: State) -> State:
         """dy/dt, shaped like y.
 
-        t: a number, or a tensor of one element in at most two axes.  y: [..., dim] in the field's dtype and device;
-        under torch.autocast it may have another floating point dtype, and dy/dt has the field's.
-        Differentiable in t, y and the parameters. Raises TypeError or ValueError for other t, y.
+        t: a number, or a tensor of one element in at most two axes; or a time per sample, [batch] or [batch, 1] for y
+        [batch, dim].  y: [..., dim], or of the shape that the field was compiled for (`like`), in the field's dtype and
+        device; under torch.autocast it may have another floating point dtype, and dy/dt has the field's.
+        Differentiable in t, y, the context and the parameters. Raises TypeError or ValueError for other t, y.
         """
+        if self.layout is not None:
+            rows = self.flatten("y", y)
+            return self.layout.unflatten(self._of_rows(t, rows) if len(rows) else rows.clone())
+        if isinstance(t, Tensor) and t.numel() != 1:
+            y = self.in_own_dtype(y)
+            self._check_state("y", y)
+            return self._at_own_times(t, y)
         t, y = self._check_time(t), self.in_own_dtype(y)
         self._check_state("y", y)
         if y.numel() == 0:
@@ -330,8 +386,88 @@ class CompiledField(nn.Module):
         out = self._layer_by_layer(t, x) if self.hooked_inside() else self._run(None, t, x, None)[0]
         return out if out.shape == y.shape else out.view(y.shape)
 
+    def _of_rows(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """dy/dt of rows [batch, dim]."""
+        if isinstance(t, Tensor) and t.numel() != 1:
+            return self._at_own_times(t, x)
+        t = self._check_time(t)
+        return self._layer_by_layer(t, x) if self.hooked_inside() else self._run(None, t, x, None)[0]
+
+    @factories_on_cpu
+    def _at_own_times(self, t: Tensor, y: Tensor) -> Tensor:
+        """dy/dt of y [batch, dim] at a time per sample."""
+        if y.dim() != 2 or t.shape not in ((len(y),), (len(y), 1)):
+            raise ValueError(
+                f"t: must be a number, a tensor of one element in at most 2 axes, or a time per sample, [batch] or [batch, "
+                f"1] for y [batch, {self.dim}], not {list(t.shape)} for y {list(y.shape)}"
+            )
+        if t.is_complex() or t.dtype == torch.bool:
+            raise TypeError(f"t: must be real numbers, not {t.dtype}")
+        t = t.reshape(-1).to(y)
+        if isinstance(self._program, GraphField):
+            return gradients.evaluate(self.runner(None), self.reference, t, y.contiguous(), None, self.context_of(len(y)))[0]
+        if self._own_times is None:
+            self._own_times = Packing("auto" if self.requested not in ("reference", "cpu") else self.requested)
+        graph = lambda: graph_of_chain(self.vector_field)
+        if gradients.only_torch():
+            return reference_engine(graph()).evaluate(t, y)
+        engine = self._own_times.engine(None, list(self._tensors()), graph)
+        return gradients.evaluate(engine, lambda: reference_engine(graph()), t, y.contiguous(), None)[0]
+
+    # ------------------------------------------------------------------------------------------------- its context
+
+    def with_context(self, context: Tensor) -> "CompiledField":
+        """This field, its parameters and engines, with other numbers per sample than those the module holds.
+
+        context: [batch, ...], flattened [batch, context]; gradients flow into it. Raises ValueError where the field has
+        none, or one of another size.
+        """
+        node = getattr(self._program, "context", None)
+        if node is None:
+            raise ValueError("with_context: this field has no context: its module holds no numbers per sample")
+        if not isinstance(context, Tensor) or context.dim() < 1 or context[:1].numel() != node.rows:
+            shape = list(context.shape) if isinstance(context, Tensor) else type(context).__name__
+            raise ValueError(f"with_context: context must be [batch, {node.rows}], not {shape}")
+        other = CompiledField.__new__(type(self))
+        other.__dict__ = {**self.__dict__, "_context": context.reshape(len(context), -1)}
+        return other
+
+    def context_of(self, batch: int) -> Tensor | None:
+        """[batch, context]: what `with_context` was given, or what the module holds now; None for a field without."""
+        node = getattr(self._program, "context", None)
+        if node is None:
+            return None
+        found = self._context
+        if found is None:
+            if self._program.read_context is None:
+                raise ValueError(f"this field has a context [batch, {node.rows}]: give it by field.with_context(context)")
+            found = self._program.read_context()
+        if found.shape != (batch, node.rows):
+            raise ValueError(
+                f"context: is {list(found.shape)}, for a state of {batch} samples it must be [{batch}, {node.rows}]; set the "
+                "module's attribute, or use field.with_context(context)"
+            )
+        if found.dtype != self.dtype or found.device != self.device:
+            raise TypeError(f"context: is {found.dtype} on {found.device}, the field {self.dtype} on {self.device}")
+        return found
+
+    def flatten(self, name: str, y: State) -> Tensor:
+        """Rows [batch, dim] of a state of the field's own layout. Raises TypeError or ValueError for others."""
+        if isinstance(y, (tuple, list)):
+            y = tuple(map(self.in_own_dtype, y))
+        else:
+            y = self.in_own_dtype(y)
+        if (reason := self.layout.fits(y)) is not None:
+            raise ValueError(f"{name}: {reason}")
+        rows = self.layout.flatten(y).contiguous()
+        if rows.dtype != self.dtype or rows.device != self.device:
+            raise TypeError(f"{name}: is {rows.dtype} on {rows.device}, the field {self.dtype} on {self.device}; convert one")
+        return rows
+
     def _layer_by_layer(self, t: Tensor, x: Tensor) -> Tensor:
         """f(t, x) in torch, every layer called as a module."""
+        if isinstance(self._program, GraphField):
+            return reference_engine(self.vector_field).evaluate(t, x, self.context_of(len(x)))
         with own_precision(x):
             for own, layer in zip(self.layers, self.vector_field.layers):
                 x = own(t, x, layer)
@@ -351,7 +487,8 @@ class CompiledField(nn.Module):
                 return operators.evaluate(self, kind, t, x, noise)
             if not torch.compiler.is_exporting():
                 return _run_eagerly(self, kind, t, x, noise)
-        return gradients.evaluate(self.runner(kind), lambda: self.reference(kind), t, x, noise)
+        context = self.context_of(len(x)) if isinstance(self._program, GraphField) else None
+        return gradients.evaluate(self.runner(kind), lambda: self.reference(kind), t, x, noise, context)
 
     def _check_time(self, t: Tensor | float) -> Tensor:
         like = next(self._tensors())
@@ -395,14 +532,14 @@ class CompiledField(nn.Module):
         ValueError, and writes nothing, where the module's masks are not this field's.
         """
         module = unwrapped(module)
-        like = None if self.example is None else torch.ones(self.example, dtype=self.dtype, device=self.device)
+        like = None if self.example is None else self._like(self.example)
         held, parameters = self.held(), dict(module.named_parameters())
         with without_zeros(parameters, held, self.shares.trained):
-            original, origins = capture_with_origins(module, self.dim, like)
+            original, origins = capture_with_origins(module, self.dim if self.layout is None else None, like)
             theirs = Held.by_module(module)
             for name in held.keys() & theirs.keys():  # what is trained was settled when this was compiled
                 theirs[name].trained = self.shares.trained[name]
-            simplified, report = simplify(original, origins, zeros_to_keep(origins, theirs))
+            simplified, found, _ = _simplified(original, origins, theirs)
         for number, (other, mine) in enumerate(zip(simplified.layers, self._program.layers)):
             if not _same_layout(other, mine):
                 raise ValueError(
@@ -413,8 +550,7 @@ class CompiledField(nn.Module):
             raise ValueError(
                 f"copy_to: the compiled field has {len(self._program.layers)} layers, the module {len(simplified.layers)}"
             )
-        programs = [p.function for _, _, p in _time_functions(simplified) if isinstance(p.function, TimeProgram)]
-        shares = Shares(report.origins, theirs, (name for program in programs for name in program.names))
+        shares = Shares(found, theirs, (name for program in _time_programs(simplified) for name in program.names))
         if shares != self.shares:
             raise ValueError(
                 "copy_to: the module computes its field from its parameters in another way than the one this was compiled "
@@ -423,10 +559,17 @@ class CompiledField(nn.Module):
         for own_name, (name, elements) in zip(self.shares.recipe.held, shares.recipe.held.items()):
             write(parameters[name], elements, self._entry(own_name))
         for number, name in self.shares.own:
-            origin, tensor = report.origins[number, name], self.layers[number].tensor(name)
+            origin, tensor = found[number, name], self.layers[number].tensor(name)
             for which, parameter in enumerate(origin.parameters):
                 own = origin.parameter == which
                 write(parameters[parameter], origin.index[own], tensor[own.to(tensor.device)])
+
+    def _like(self, shape: tuple) -> State:
+        """An example of a state of this shape, or of these shapes."""
+        if shape and isinstance(shape[0], tuple):
+            return tuple(map(self._like, shape))
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
 
     # ------------------------------------------------------------------------------------------------- telling of it
 
@@ -434,6 +577,8 @@ class CompiledField(nn.Module):
     def report(self) -> str:
         """For people: the layers that remain, what was removed, the engine and the divergence, each with its reason."""
         field = self.vector_field
+        if isinstance(field, GraphField):
+            return "\n".join([*describe_graph(field), "", *self._engine_lines(field), *field.notes])
         rows = [("layer", "from", "out x in", "weights", "density", "activation", "gate", "shift")]
         for number, layer in enumerate(field.layers):
             params = ", ".join(f"{value:g}" for value in layer.activation.params)
@@ -444,24 +589,29 @@ class CompiledField(nn.Module):
             ))
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        engine, reason = choose(field, self.requested)
-        lines += ["", f"multiply-adds per sample and evaluation: {self.nnz}", f"engine: {engine.name} ({reason})"]
-        lines += self.packed().describe()
-        lines += self._gradient_lines()
-        for kind in KINDS:
-            plan = self.divergence_plan(kind)
-            costs = ", ".join(f"{name} {cost}" for name, cost in plan.costs.items())
-            form = type(plan.form).__name__.removesuffix("Form").lower()
-            lines.append(f"{kind} divergence: {form} form; {plan.reason} [multiply-adds: {costs}]")
+        lines += ["", *self._engine_lines(field)]
         if self._simplification:
             lines += ["", self._simplification]
         lines += [note for note in field.notes if note not in self._simplification]
         return "\n".join(lines)
 
+    def _engine_lines(self, field: VectorField | GraphField) -> list[str]:
+        """Who runs it, and how the divergence is computed."""
+        engine, reason = choose(field, self.requested)
+        lines = [f"multiply-adds per sample and evaluation: {self.nnz}", f"engine: {engine.name} ({reason})"]
+        lines += self.packed().describe()
+        lines += self._gradient_lines()
+        for kind in KINDS if self.layout is None or not self.layout.is_tuple else ():
+            plan = self.divergence_plan(kind)
+            costs = ", ".join(f"{name} {cost}" for name, cost in plan.costs.items())
+            form = type(plan.form).__name__.removesuffix("Form").lower()
+            lines.append(f"{kind} divergence: {form} form; {plan.reason} [multiply-adds: {costs}]")
+        return lines
+
     def _gradient_lines(self) -> list[str]:
         """Who makes the gradient in x and the parameters: one line, or one for the field and each divergence."""
         told: dict[str, list[str]] = {}
-        for kind in (None, *KINDS):
+        for kind in (None, *(KINDS if self.layout is None or not self.layout.is_tuple else ())):
             engine = self.packed(kind)
             obstacle = engine.no_gradient(("x", "tensors"))
             who = f"{engine.name}" if obstacle is None else f"reference, in plain PyTorch, because {obstacle}"
@@ -471,8 +621,19 @@ class CompiledField(nn.Module):
         return [f"gradient ({', '.join(kinds)}): {who}" for who, kinds in told.items()]
 
 
-def _time_functions(field: VectorField) -> list[tuple[int, str, TimeFunction]]:
-    """(layer number, "gate" or "shift", function)."""
+def _time_programs(field: VectorField | GraphField) -> list[TimeProgram]:
+    """Functions of time that read parameters of the module."""
+    if isinstance(field, GraphField):
+        functions = [node.function for node in order([field.output]) if node.kind == "time"]
+    else:
+        functions = [part.function for _, _, part in _time_functions(field)]
+    return [function for function in functions if isinstance(function, TimeProgram)]
+
+
+def _time_functions(field: VectorField | GraphField) -> list[tuple[int, str, TimeFunction]]:
+    """(layer number, "gate" or "shift", function) of a chain."""
+    if isinstance(field, GraphField):
+        return []
     return [
         (number, kind, part)
         for number, layer in enumerate(field.layers)
@@ -481,21 +642,30 @@ def _time_functions(field: VectorField) -> list[tuple[int, str, TimeFunction]]:
     ]
 
 
-def _layout(layer: Layer) -> str:
+def _layout(layer: Layer | Part) -> str:
+    if isinstance(layer, Part):
+        return "numbers" if layer.pattern is None else f"{list(layer.pattern.shape)} with {layer.pattern.nnz} weights"
     return (
         f"{layer.out_features} x {layer.in_features} with {layer.pattern.nnz} weights, {layer.activation.name}, "
         f"gate {_part_name(layer.gate)}, shift {_part_name(layer.shift)}"
     )
 
 
-def _same_layout(one: Layer, other: Layer) -> bool:
+def _same_layout(one: Layer | Part, other: Layer | Part) -> bool:
+    if isinstance(one, Part) or isinstance(other, Part):
+        return type(one) is type(other) and one.values.shape == other.values.shape and (
+            one.pattern is other.pattern if one.pattern is None or other.pattern is None
+            else _same_pattern(one.pattern, other.pattern)
+        )  # fmt: skip
     return (
-        one.pattern.shape == other.pattern.shape
+        _same_pattern(one.pattern, other.pattern)
         and one.activation == other.activation
-        and torch.equal(one.pattern.row_ptr, other.pattern.row_ptr)
-        and torch.equal(one.pattern.col, other.pattern.col)
         and [name for name, _ in one.tensors()] == [name for name, _ in other.tensors()]
     )
+
+
+def _same_pattern(one: Pattern, other: Pattern) -> bool:
+    return one.shape == other.shape and torch.equal(one.row_ptr, other.row_ptr) and torch.equal(one.col, other.col)
 
 
 def _part_name(part: Any) -> str:

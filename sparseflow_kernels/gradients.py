@@ -24,24 +24,25 @@ from .engines.base import Engine, Gradient, SolveRequest, SolveResult
 from .engines.reference import ReferenceEngine
 from .solution import GradientError
 
-SOLVE_INPUTS = ("x", "l", "times", "grid", "noise")
-EVALUATE_INPUTS = ("t", "x", "noise")
+SOLVE_INPUTS = ("x", "l", "times", "grid", "noise", "context")
+EVALUATE_INPUTS = ("t", "x", "noise", "context")
 
 
 def evaluate(
-    engine: Engine, live: Callable[[], ReferenceEngine], t: Tensor, x: Tensor, noise: Tensor | None
-) -> tuple[Tensor, ...]:
+    engine: Engine, live: Callable[[], ReferenceEngine], t: Tensor, x: Tensor, noise: Tensor | None,
+    context: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """(f,) or, on an engine with a divergence, (f, trace), with a graph where one is wanted.
 
-    live: gives the reference engine over the live parameters, whose values `engine` holds.  t: 0-d.  x, noise:
-    [batch, dim], contiguous.
+    live: gives the reference engine over the live parameters, whose values `engine` holds.  t: 0-d, of graphs also
+    [batch].  x, noise: [batch, dim], contiguous.  context: [batch, context], of fields that have one.
     """
     if not engine.differentiable and torch.is_grad_enabled():
         reference = live()
-        inputs = (t, x, noise, *reference.tensors())
+        inputs = (t, x, noise, context, *reference.tensors())
         if _any_requires_grad(inputs):
             return _Evaluate.apply(engine, reference, *inputs)
-    return call(engine, t, x, noise)
+    return call(engine, t, x, noise, context)
 
 
 def solve(engine: Engine, live: Callable[[], ReferenceEngine], request: SolveRequest) -> SolveResult:
@@ -74,13 +75,14 @@ def solve(engine: Engine, live: Callable[[], ReferenceEngine], request: SolveReq
 @factories_on_cpu
 def evaluate_backward(
     engine: Engine, reference: ReferenceEngine, t: Tensor, x: Tensor, noise: Tensor | None, grad_f: Tensor,
-    grad_trace: Tensor | None, wanted: Collection[str],
+    grad_trace: Tensor | None, wanted: Collection[str], context: Tensor | None = None,
 ) -> Gradient:  # fmt: skip
     """Engine.evaluate_backward of the engine, or of the reference where that one cannot."""
     can = engine.no_gradient(wanted) is None and not is_batched(grad_f, grad_trace)
     maker = engine if can else reference
     grad_trace = None if grad_trace is None else grad_trace.contiguous()
-    return maker.evaluate_backward(t, x, noise, grad_f.contiguous(), grad_trace, wanted)
+    more = {} if context is None else {"context": context}
+    return maker.evaluate_backward(t, x, noise, grad_f.contiguous(), grad_trace, wanted, **more)
 
 
 @factories_on_cpu
@@ -126,9 +128,14 @@ def _any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def call(engine: Engine, t: Tensor, x: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
+def call(
+    engine: Engine, t: Tensor, x: Tensor, noise: Tensor | None, context: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """(f,) or (f, trace), as the engine was packed."""
-    return (engine.evaluate(t, x),) if engine.plan is None else tuple(engine.evaluate_with_divergence(t, x, noise))
+    more = () if context is None else (context,)
+    if engine.plan is None:
+        return (engine.evaluate(t, x, *more),)
+    return tuple(engine.evaluate_with_divergence(t, x, noise, *more))
 
 
 def wanted(names: Sequence[str], needs: Sequence[bool]) -> frozenset[str]:
@@ -149,21 +156,22 @@ class _Evaluate(torch.autograd.Function):
     """One evaluation."""
 
     @staticmethod
-    def forward(ctx, engine: Engine, reference: ReferenceEngine, t, x, noise, *tensors):
+    def forward(ctx, engine: Engine, reference: ReferenceEngine, t, x, noise, context, *tensors):
         ctx.engine, ctx.stamp, ctx.reference = engine, engine.stamp, reference
-        ctx.save_for_backward(t, x, noise, *tensors)
-        return call(engine, t, x, noise)
+        ctx.save_for_backward(t, x, noise, context, *tensors)
+        return call(engine, t, x, noise, context)
 
     @staticmethod
     def backward(ctx, grad_f, grad_trace=None):
-        t, x, noise, *_ = ctx.saved_tensors  # raises where a parameter was changed in place since
+        t, x, noise, context, *_ = ctx.saved_tensors  # raises where a parameter was changed in place since
         needs = ctx.needs_input_grad[2:]
         names = wanted(EVALUATE_INPUTS, needs)
         if torch.is_grad_enabled():  # create_graph
-            gradient = ctx.reference.evaluate_backward(t, x, noise, grad_f, grad_trace, names, graph=True)
+            more = {} if context is None else {"context": context}
+            gradient = ctx.reference.evaluate_backward(t, x, noise, grad_f, grad_trace, names, graph=True, **more)
         else:
             engine = ctx.engine if ctx.engine.stamp == ctx.stamp else ctx.reference
-            gradient = evaluate_backward(engine, ctx.reference, t, x, noise, grad_f, grad_trace, names)
+            gradient = evaluate_backward(engine, ctx.reference, t, x, noise, grad_f, grad_trace, names, context)
         return (None, None, *_in_order(gradient, EVALUATE_INPUTS, needs))
 
 

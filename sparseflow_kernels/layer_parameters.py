@@ -1,4 +1,4 @@
-"""The tensors of one layer of a compiled field as a module: what optimizers and state dicts see of it."""
+"""The tensors of one layer of a compiled field (of one part of a graph) as a module: what optimizers and state dicts see."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from .engines.reference import layer_output
-from .field import Layer
+from .field import Layer, Part
 from .warn import warn
 
 
@@ -42,7 +42,7 @@ class LayerParameters(nn.Module):
     """
 
     def __init__(
-        self, layer: Layer, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor],
+        self, layer: Layer | Part, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor],
         functions: dict[str, nn.Module],
     ) -> None:  # fmt: skip
         super().__init__()
@@ -83,8 +83,8 @@ class LayerParameters(nn.Module):
 
     def _digest(self) -> Tensor:
         pattern = self._pattern
-        found = hashlib.sha256(repr(pattern.shape).encode())
-        for part in (pattern.row_ptr, pattern.col):
+        found = hashlib.sha256(repr(None if pattern is None else pattern.shape).encode())
+        for part in () if pattern is None else (pattern.row_ptr, pattern.col):
             found.update(part.numpy().tobytes())
         # Small whole numbers in floating point: states are averaged, scaled and cast, by code that knows no other tensors.
         return torch.tensor(list(found.digest()), dtype=torch.float32)

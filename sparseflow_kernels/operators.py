@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from . import gradients
 from .engines.base import Engine, SolveRequest, SolveResult
 from .engines.reference import ReferenceEngine
-from .field import Activation, Layer, LinearShift, Pattern, SigmoidGate, TimeFunction, VectorField
+from .field import Activation, GraphField, Layer, LinearShift, Pattern, SigmoidGate, TimeFunction, VectorField
 from .packing import Packing
 from .solution import SolverError
 from .solving.arguments import request_of, upward
@@ -40,8 +40,10 @@ class Described(NamedTuple):
     patterns: list[Tensor]
 
 
-def describe(field: VectorField, engine: str) -> Described | None:
-    """None for a field with functions of time of its own: they are Python, and no constants."""
+def describe(field: VectorField | GraphField, engine: str) -> Described | None:
+    """None for a graph, and for a field with functions of time of its own: they are Python, and no constants."""
+    if isinstance(field, GraphField):
+        return None
     layers, digest, patterns = [], hashlib.sha256(), []
     for layer in field.layers:
         if isinstance(layer.gate, TimeFunction) or isinstance(layer.shift, TimeFunction):
@@ -174,7 +176,7 @@ def _evaluate_backward(t, x, noise, tensors, patterns, program, kind, grad_f, gr
         gradient = gradients.evaluate_backward(
             read.engine(kind, tensors), read.reference(kind, tensors), t, x.contiguous(),
             None if noise is None else noise.contiguous(), grad_f, grad_trace if kind else None,
-            gradients.wanted(gradients.EVALUATE_INPUTS, needs),
+            gradients.wanted(gradients.EVALUATE_INPUTS, (*needs[:3], False, *needs[3:])),
         )  # fmt: skip
     return _needed((gradient.t, gradient.x, gradient.noise, *gradient.tensors), (t, x, noise, *tensors), needs)
 
@@ -342,7 +344,7 @@ def _solve_backward(
             )  # fmt: skip
             names_wanted = gradients.wanted(
                 gradients.SOLVE_INPUTS,
-                (need_x, need_l, need_t, need_t and moving.grid is not None, need_noise, *of_tensors),
+                (need_x, need_l, need_t, need_t and moving.grid is not None, need_noise, False, *of_tensors),
             )
             reference = read.reference(kind, tensors)
             engine = read.engine(kind, tensors)

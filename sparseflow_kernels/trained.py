@@ -117,6 +117,8 @@ def write(parameter: nn.Parameter, elements: Tensor | None, values: Tensor) -> N
     values = values.detach().to(parameter)
     if elements is None:
         parameter.copy_(values)
+    elif parameter.dim() == 0:
+        parameter.copy_(values.reshape(()) if values.numel() else parameter)
     else:
         where = torch.unravel_index(elements.to(parameter.device), parameter.shape)
         parameter.index_put_(where, values)

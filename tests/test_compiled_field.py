@@ -44,7 +44,7 @@ def engine(request, monkeypatch):
     """The tests that take this run on the reference engine, on a stand-in for a native one, and on the cpu engine."""
     truly = engines.available
     if request.param == "stand-in":
-        monkeypatch.setattr(engines, "available", lambda name: (FakeNative, "") if name == "cpu" else truly(name))
+        monkeypatch.setattr(engines, "available", lambda name, graph=False: (FakeNative, "") if name == "cpu" else truly(name, graph))
     elif request.param == "cpu" and not sfk.build_info()["cpu"]["built"]:
         pytest.skip("the cpu engine is not built")
     return "reference" if request.param == "reference" else "cpu"

@@ -28,6 +28,7 @@ class SolveRequest:
     times: float64 CPU [outputs], strictly increasing (already negated for a decreasing user `t`).  sign: +1 or -1.
     rtol, atol: one float per component of the state, (x,) or (x, l). The error norm is the maximum over the components
         of the RMS over that component's elements (torchdiffeq's mixed norm; plain RMS without l).
+    parts: of a state that is a tuple of tensors, how many columns of x each of them has; they are components then.
     grid: float64 CPU, only for a FixedTableau: the points the solver steps on, from times[0] to times[-1];
         outputs between them are interpolated linearly.  perturb: fixed grids only, as in torchdiffeq.
     noise: [batch, dim] Hutchinson probe, only for a "hutchinson" divergence.
@@ -54,6 +55,7 @@ class SolveRequest:
     replay: Tensor | None = None
     record: bool = False
     context: Tensor | None = None
+    parts: tuple[int, ...] | None = None
 
 
 @dataclass

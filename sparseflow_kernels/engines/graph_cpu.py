@@ -201,14 +201,13 @@ class GraphCpuEngine(NativeEngine):
         noise = self._ready_noise(request.noise, x)
         rows = self._context(program, self._ready_context(request.context, batch), noise, batch)
         xs = x.new_full((outputs, batch, self.dim), torch.nan)  # outputs a failed solve does not reach stay NaN
-        rtol, atol = (*request.rtol, 0.0)[:2], (*request.atol, 0.0)[:2]
         raw = program.native.solve(
             x=x.data_ptr(), l=address(l), noise=0, batch=batch,
-            times=request.times.tolist(), sign=request.sign, tableau=native_tableau(request.tableau), rtol=rtol, atol=atol,
+            times=request.times.tolist(), sign=request.sign, tableau=native_tableau(request.tableau), rtol=list(request.rtol), atol=list(request.atol),
             options=native_options(request.options), grid=[] if request.grid is None else request.grid.tolist(),
             perturb=request.perturb, per_tile=request.step_control == "per_tile", record=request.record,
             record_stages=x.nbytes * len(request.tableau.b) <= STAGE_BYTES, threads=get_num_threads(),
-            xs=xs.data_ptr(), ls=address(ls), context=address(rows),
+            xs=xs.data_ptr(), ls=address(ls), context=address(rows), parts=list(request.parts or ()),
         )
         return solve_result(raw, request, xs, ls, batch, self.dim)
 

@@ -115,6 +115,10 @@ class Graph:
         self.origin = ""  # given to the nodes that are made
         self.activations: dict[Node, tuple[Activation, Node]] = {}  # node -> what of which it is, for fused kernels
 
+    def __getstate__(self) -> dict:
+        """What is known is known by identity, which a copy does not keep."""
+        return {**self.__dict__, "_known": {}, "_matrices": {}}
+
     def _intern(self, key: tuple, make: Callable[[], Node]) -> Node:
         node = self._known.get(key)
         if node is None:

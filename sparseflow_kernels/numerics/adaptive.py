@@ -34,12 +34,13 @@ def rms_norm(y: Tensor) -> Tensor:
     return y.abs().pow(2).mean().sqrt()
 
 
-def mixed_norm(dim: int) -> Norm:
-    """The norm of a state [batch, dim + 1] that holds x [batch, dim] and l [batch] side by side: the larger of the two
-    root mean squares, as for a tuple (x, l)."""
+def mixed_norm(*parts: int) -> Norm:
+    """The norm of a state that holds the tensors of a tuple side by side, so many columns of each, and perhaps one more
+    column, a log-density: the largest of their root mean squares."""
 
     def norm(y: Tensor) -> Tensor:
-        return torch.maximum(rms_norm(y[:, :dim]), rms_norm(y[:, dim]))
+        rest = y.shape[1] - sum(parts)
+        return torch.stack([rms_norm(part) for part in y.split([*parts, *([rest] if rest else [])], 1)]).amax()
 
     return norm
 
@@ -266,12 +267,13 @@ def _request_function(request: Any, f: Callable[[Tensor, Tensor], tuple[Tensor, 
     return upward
 
 
-def _request_tolerance(values: Sequence[float], like: Tensor) -> float | Tensor:
+def _request_tolerance(values: Sequence[float], parts: Sequence[int], like: Tensor) -> float | Tensor:
     if len(values) == 1:
         return float(values[0])
-    dim = like.shape[1] - 1
-    tolerance = like.new_full((dim + 1,), values[0])  # a copy from the host would wait for a GPU
-    tolerance[dim:].fill_(values[1])
+    tolerance, start = like.new_empty(like.shape[1]), 0  # a copy from the host would wait for a GPU
+    for value, count in zip(values, (*parts, 1)):
+        tolerance[start : start + count].fill_(value)
+        start += count
     return tolerance
 
 
@@ -312,8 +314,9 @@ def solve_request(request: Any, f: Callable[[Tensor, Tensor], tuple[Tensor, Tens
             upward, y0, request.times, request.tableau, request.replay, request.options, request.record
         )
     else:
-        norm = rms_norm if request.l is None else mixed_norm(request.x.shape[1])
-        rtol, atol = (_request_tolerance(values, y0) for values in (request.rtol, request.atol))
+        parts = request.parts or (request.x.shape[1],)
+        norm = rms_norm if request.l is None and len(parts) == 1 else mixed_norm(*parts)
+        rtol, atol = (_request_tolerance(values, parts, y0) for values in (request.rtol, request.atol))
         result = solve_adaptive(
             upward, y0, request.times, request.tableau, rtol, atol, norm, request.options, request.record
         )
