@@ -432,6 +432,10 @@ class CompiledField(nn.Module):
         other.__dict__ = {**self.__dict__, "_context": context.reshape(len(context), -1)}
         return other
 
+    @property
+    def has_context(self) -> bool:
+        return getattr(self._program, "context", None) is not None
+
     def context_of(self, batch: int) -> Tensor | None:
         """[batch, context]: what `with_context` was given, or what the module holds now; None for a field without."""
         node = getattr(self._program, "context", None)

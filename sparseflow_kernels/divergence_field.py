@@ -112,6 +112,8 @@ class DivergenceField(nn.Module):
             raise TypeError("state: must be a tuple (x, l) of two tensors")
         x, l = state  # noqa: E741
         compiled = isinstance(self.field, CompiledField)
+        if compiled and self.field.layout is not None:
+            return self._of_layout(t, x, l)
         if compiled:
             t, x = self.field._check_time(t), self.field.in_own_dtype(x)
             self.field._check_state("x", x)
@@ -128,6 +130,20 @@ class DivergenceField(nn.Module):
             return dx.view(x.shape), -trace.view(l.shape)
         dx, trace = _autograd_divergence(self.field, t, x, noise)
         return dx, -trace.view(l.shape)
+
+
+    def _of_layout(self, t: Tensor | float, x: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+        """Of states of the field's own layout: the divergence is over all numbers of a sample."""
+        field = self.field
+        if field.layout.is_tuple:
+            raise TypeError("with_divergence: this field's state is a tuple of tensors, and a divergence is of one")
+        rows = field.flatten("x", x)
+        if l.numel() != len(rows):
+            raise ValueError(f"l: must have a number for each of {len(rows)} samples, not be of shape {list(l.shape)}")
+        noise = self._probe(x)
+        noise = None if noise is None else field.layout.flatten(noise).contiguous()
+        dx, trace = field._run(self.kind, field._check_time(t), rows, noise)
+        return field.layout.unflatten(dx), -trace.view(l.shape)
 
 
 def _autograd_divergence(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,7 +43,6 @@ class EngineCall:
             raise ValueError("y0 must be a tensor or a tuple with at least one tensor")
         if not all(isinstance(part, Tensor) for part in parts):
             raise TypeError(f"y0 must hold tensors only, not {', '.join(type(part).__name__ for part in parts)}")
-        adaptive = method in ADAPTIVE
         # nn.Module answers for a missing attribute slowly, so look where a callback would be
         places = (func.__dict__, func._modules, type(func).__dict__)
         if any(place.get(name) is not None for name in CALLBACKS for place in places):
@@ -57,8 +57,10 @@ class EngineCall:
                 return "the state of a field with divergence must be a tuple (x, l)"
         else:
             field = func
-            if isinstance(y0, tuple):
-                return "the state is a tuple, and a compiled field runs on one tensor"
+            if isinstance(y0, tuple) and (field.layout is None or not field.layout.is_tuple):
+                return "the state is a tuple, and this compiled field runs on one tensor"
+        if field.layout is not None:
+            return EngineCall._make_of_layout(field, func, y0, t, rtol, atol, method, options, step_control)
         x = parts[0]
         if x.dim() < 1 or x.shape[-1] != field.dim:
             return f"the state's last axis must be {field.dim}, its shape is {list(x.shape)}"
@@ -76,18 +78,49 @@ class EngineCall:
                     f"y0 is {part.dtype} on {part.device}, the compiled field {dtype} on {device}; "
                     "convert one to the other to run it natively"
                 )
-        check_tolerance("rtol", rtol, len(parts) if len(parts) > 1 else None)
-        check_tolerance("atol", atol, len(parts) if len(parts) > 1 else None)
-        tolerances = numbers_of(rtol, len(parts)), numbers_of(atol, len(parts))
+        return EngineCall._of_options(func, y0, t, rtol, atol, method, options, step_control, len(parts))
+
+    @staticmethod
+    def _of_options(
+        func: CompiledField | DivergenceField, y0: State, t: Tensor, rtol: Any, atol: Any, method: str, options: dict,
+        step_control: str, parts: int,
+    ) -> "EngineCall | str":  # fmt: skip
+        """parts: tensors of the state, each of which may have tolerances of its own."""
+        check_tolerance("rtol", rtol, parts if parts > 1 else None)
+        check_tolerance("atol", atol, parts if parts > 1 else None)
+        tolerances = numbers_of(rtol, parts), numbers_of(atol, parts)
         if None in tolerances:
             return "rtol and atol differ from element to element"
-        if "norm" in options and adaptive:
+        if "norm" in options and method in ADAPTIVE:
             return "options['norm'] is Python at every step"
         if options.get("dtype", torch.float64) != torch.float64:
             return f"options['dtype'] is {options['dtype']}; engines keep time in float64"
         if options.get("interp", "linear") != "linear":
             return f"options['interp'] is {options['interp']!r}; engines interpolate linearly on a fixed grid"
         return EngineCall(func, y0, t, *tolerances, method, options, step_control)
+
+    @staticmethod
+    def _make_of_layout(
+        field: CompiledField, func: CompiledField | DivergenceField, y0: State, t: Tensor, rtol: Any, atol: Any, method: str,
+        options: dict, step_control: str,
+    ) -> "EngineCall | str":  # fmt: skip
+        """Of a field whose states are of a shape of their own."""
+        state = y0[0] if isinstance(func, DivergenceField) else y0
+        parts = (state,) if isinstance(state, Tensor) else tuple(state)
+        if field.layout.fits(state) is not None:
+            return f"y0: {field.layout.fits(state)}"
+        for part in parts:
+            if part.dtype != field.dtype or part.device != field.device:
+                return (
+                    f"y0 is {part.dtype} on {part.device}, the compiled field {field.dtype} on {field.device}; convert one to "
+                    "the other to run it natively"
+                )
+        if isinstance(func, DivergenceField):
+            samples = len(field.layout.flatten(state))
+            if y0[1].numel() != samples:
+                return f"l must have one number for each of {samples} samples, not be of shape {list(y0[1].shape)}"
+        count = 2 if isinstance(func, DivergenceField) else len(parts)
+        return EngineCall._of_options(func, y0, t, rtol, atol, method, options, step_control, count)
 
     @factories_on_cpu
     def run(self) -> Solution:
@@ -98,6 +131,8 @@ class EngineCall:
         if torch.compiler.is_compiling():
             return self._run_compiled(field, kind, *parts)
         try:
+            if field.layout is not None or field.has_context:
+                return self._run_of_graph(field, kind, parts)
             return self._run(field, kind, *parts)
         except (MemoryError, RuntimeError) as error:
             if not memory.is_out_of_memory(error):
@@ -124,6 +159,46 @@ class EngineCall:
         ys = tuple(
             outputs.reshape(len(self.t), *part.shape) for outputs, part in zip((result.xs, result.ls), parts)
         )
+        if result.status != "ok":
+            raise SolverError.of(result, request, ys, isinstance(self.y0, tuple))
+        steps = result.steps if sign > 0 else result.steps * torch.tensor([-1.0, 1.0], dtype=torch.float64)
+        return self._solution(ys, Stats(
+            result.nfe, result.accepted, result.rejected, steps, engine.name, self.method, self.step_control
+        ))
+
+    def _run_of_graph(self, field: CompiledField, kind: str | None, parts: tuple[Tensor, ...]) -> Solution:
+        """Of a state of the field's own layout, or a field with a context."""
+        func, layout = self.func, field.layout
+        state = parts if layout is not None and layout.is_tuple else parts[0]
+        l0 = parts[1] if kind is not None else None
+        flatten = (lambda y: y.reshape(-1, field.dim)) if layout is None else layout.flatten
+        x0 = flatten(state).contiguous()
+        times, sign = upward(self.t, x0.device)
+
+        def laid_out(xs: Tensor, ls: Tensor | None) -> tuple[Tensor, ...]:
+            ys = xs.reshape(len(xs), *parts[0].shape) if layout is None else layout.unflatten(xs)
+            ys = ys if isinstance(ys, tuple) else (ys,)
+            return ys if ls is None else (*ys, ls.reshape(len(ls), *l0.shape))
+
+        if x0.numel() == 0:
+            empty = torch.zeros(0, 2, dtype=torch.float64)
+            ys = tuple(part[None].expand(len(self.t), *part.shape).clone() for part in parts)
+            return self._solution(ys, Stats(0, 0, 0, empty, field.engine_name, self.method, self.step_control))
+        memory.refuse_what_never_fits(parts, len(times), METHODS[self.method].stages_per_step)
+        noise = None if kind is None else func.begin_solve(state)
+        noise = None if noise is None else flatten(noise).contiguous()
+        options = self.options
+        if (constructor := options.get("grid_constructor")) is not None:
+            options = {**options, "grid_constructor": lambda t: constructor(func, self.y0, t)}
+        request = request_of(
+            x0, None if l0 is None else l0.reshape(-1).contiguous(), noise, self.t, times, sign, self.rtol, self.atol,
+            self.method, options, self.step_control,
+        )  # fmt: skip
+        sizes = tuple(math.prod(shape) for shape in layout.shapes) if layout is not None and layout.is_tuple else None
+        request = replace(request, context=field.context_of(len(x0)), parts=sizes)
+        engine = field.runner(kind)
+        result = gradients.solve(engine, lambda: field.reference(kind), request)
+        ys = laid_out(result.xs, result.ls)
         if result.status != "ok":
             raise SolverError.of(result, request, ys, isinstance(self.y0, tuple))
         steps = result.steps if sign > 0 else result.steps * torch.tensor([-1.0, 1.0], dtype=torch.float64)
