@@ -4,7 +4,7 @@ what its module trains, and can be written back into it."""
 from __future__ import annotations
 
 import bisect
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,16 +110,6 @@ def _matrix_product(a: Constant, b: Constant) -> Traced:
     return source, a.factors[:, k] * other.gather(0, k[None])
 
 
-def _pruned_weights(module: nn.Module) -> Iterator[tuple[int, tuple[Tensor, nn.Parameter, Tensor]]]:
-    """By id, weights that torch.nn.utils.prune has left as plain attributes: forward may read them without the call of
-    their module that makes them anew."""
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            weight, mask = vars(part).get(name.removesuffix("_orig")), part._buffers.get(name.replace("_orig", "_mask"))
-            if name.endswith("_orig") and isinstance(weight, Tensor) and mask is not None:
-                yield id(weight), (weight, parameter, mask)
-
-
 class ParameterNumbers:
     """The numbering behind Constant.source: all parameters of a module laid end to end."""
 
@@ -139,7 +129,6 @@ class ParameterNumbers:
             if parameter.numel() and parameter.layout == torch.strided:
                 self._memory.setdefault(parameter.untyped_storage()._cdata, number)
             start += parameter.numel()
-        self._pruned = dict(_pruned_weights(module))
 
     def constant(self, tensor: Tensor) -> Constant:
         """A tensor that the trace meets for the first time."""
@@ -157,13 +146,6 @@ class ParameterNumbers:
             return Constant(
                 tensor.detach(), torch.full(tensor.shape, NOT_PLAIN), None, Node(aten.detach.default, (node,))
             )  # fmt: skip
-        if id(tensor) in self._pruned:
-            from .algebra import apply  # which imports this file
-
-            _, parameter, mask = self._pruned[id(tensor)]
-            weight = apply(aten.mul.Tensor, self.constant(parameter), Constant(mask.detach()))
-            if torch.equal(weight.value, tensor):
-                return weight
         if tensor.requires_grad:
             refuse(
                 f"a tensor of shape {list(tensor.shape)} that requires a gradient and is no parameter of the module",
