@@ -17,7 +17,7 @@ from ..field import UnsupportedFieldError
 from . import algebra
 from .elements import Elements, same_for_all
 from .graph_rules import apply_to_elements
-from .operations import aten, call
+from .operations import aten, base_name, call
 from .provenance import ParameterNumbers
 from .replay import Attribute, Leaf, Node, TimeProgram
 from .values import Constant, StateValue, TimeValue
@@ -114,12 +114,22 @@ class TimeReader:
         if key not in self._known:
             if isinstance(a, Attribute):
                 constant = self._attribute(a)
+                if constant.value.is_floating_point():
+                    self._known[key] = (a, Read(constant.value, self._of_samples(constant)))
+                    return self._known[key][1]
             elif isinstance(a, Leaf):
                 constant = self._parameters.by_name(a.name)
             else:
                 constant = Constant(a)
             self._known[key] = (a, Read(constant.value, constant))
         return self._known[key][1]
+
+    def _of_samples(self, constant: Constant) -> StateValue:
+        """A tensor of the module with a row for every sample, beside t: its samples lie along the first axis."""
+        entries = torch.arange(constant.value.numel()).view(constant.shape)
+        lead = [len(entries)] + [1] * (entries.dim() - 1)
+        samples = torch.arange(len(entries)).view(lead).expand(constant.shape)
+        return StateValue(self._e.context_ids(self._e.typed(constant), entries, samples))
 
     def _abstract(self, node: Node, args: tuple, kwargs: dict, out: Tensor) -> Any:
         leaves = tree_leaves((args, kwargs))
@@ -133,12 +143,38 @@ class TimeReader:
             return StateValue(one.ids.reshape(())) if isinstance(one, StateValue) else Unread(node)
         if out.dtype not in (self._e.table.dtype, torch.bool):
             return Unread(node)
+        picked = self._picked(node, args, out)
+        if picked is not None:
+            return picked
         if not any(isinstance(a, Unread) for a in leaves):
             with contextlib.suppress(UnsupportedFieldError):
                 made = apply_to_elements(self._e, node.operation, args, kwargs, out)
                 if isinstance(made, StateValue) and made.ids.shape == out.shape:
                     return made
         return Unread(node) if out.dtype == torch.bool else StateValue(self._function(node, out))
+
+    def _picked(self, node: Node, args: tuple, out: Tensor) -> StateValue | None:
+        """table[:, index] of numbers given per sample at an index that depends on t: the table's entries times one for
+        those that are picked and zero for the others, which are the function of t."""
+        base = getattr(node.operation, "_schema", None) and base_name(node.operation)
+        if base not in ("index", "index_select") or not isinstance(args[0], StateValue):
+            return None
+        if base == "index":
+            places = [i for i, a in enumerate(args[1]) if a is not None]
+            axis, index, read = places[0], args[1][places[0]], node.args[1][places[0]]
+            if len(places) != 1:
+                return None
+        else:
+            axis, index, read = args[1], args[2], node.args[2]
+        if not isinstance(index, Unread):
+            return None
+        ids, axis = args[0].ids, axis % args[0].ids.dim()
+        size, shape = ids.shape[axis], self._argument(read).value.shape
+        column = Node(aten.remainder.Scalar, (Node(aten.reshape.default, (read, [-1, 1])), size))
+        ones = Node(aten._to_copy.default, (Node(aten.eq.Tensor, (column, torch.arange(size))),), {"dtype": self._e.table.dtype})
+        weights = self._function(ones, torch.zeros(shape.numel(), size))
+        found = self._e.products(ids.movedim(axis, -1).unsqueeze(-2), weights)
+        return StateValue(found.movedim(-1, axis).reshape(out.shape))
 
     def _many(self, node: Node, args: tuple, kwargs: dict, out: Any, leaves: list) -> list:
         if any(isinstance(a, StateValue) for a in tree_leaves((args, kwargs))) and not any(

@@ -12,7 +12,7 @@ STRUCTURAL = {
     "view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "unsqueeze", "squeeze", "permute", "transpose", "t",
     "slice", "select", "split", "split_with_sizes", "unbind", "cat", "stack", "index", "index_select", "gather", "take",
     "clone", "alias", "detach", "lift_fresh", "lift_fresh_copy", "repeat", "flip", "roll", "_to_copy", "diagonal",
-    "copy",
+    "copy", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "chunk", "narrow", "movedim",
 }
 # The result only takes shape, dtype and device from its tensor argument.
 FACTORIES = {
