@@ -462,8 +462,11 @@ def evaluate(
                 function = (functions or {}).get(id(node.function), node.function)
                 value = torch.stack([function(t) for t in inputs["time"].reshape(-1)])
             case "linear":
-                matrix = weight(node.matrix)
-                value = wide(operands[0], node.operands[0].rows) @ (matrix if node.transposed else matrix.T)
+                x = wide(operands[0], node.operands[0].rows)
+                if _is_large(node.matrix.pattern):
+                    value = _sparse_product(node.matrix, x, node.transposed, node.matrix.values(part, like))
+                else:
+                    value = x @ (weight(node.matrix) if node.transposed else weight(node.matrix).T)
             case "rows":
                 batch = max(operand.shape[0] for operand in operands)
                 parts = [
@@ -475,6 +478,18 @@ def evaluate(
                 value = PRIMITIVES[node.kind].value(*operands)
         values[node] = wide(value, node.rows)
     return [values[output] for output in outputs]
+
+
+def _is_large(pattern: Pattern) -> bool:
+    """Dense, it would take more memory and time than entry by entry."""
+    return pattern.shape[0] * pattern.shape[1] > max(1 << 20, 64 * pattern.nnz)
+
+
+def _sparse_product(matrix: Matrix, x: Tensor, transposed: bool, values: Tensor) -> Tensor:
+    row, col = (index.to(x.device) for index in (matrix.pattern.row, matrix.pattern.col))
+    row, col = (col, row) if transposed else (row, col)
+    out = matrix.shape[1] if transposed else matrix.shape[0]
+    return x.new_zeros(x.shape[0], out).index_add(1, row, x[:, col] * values)
 
 
 def from_parts(outputs: Sequence[Node]) -> bool:
