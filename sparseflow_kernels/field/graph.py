@@ -412,7 +412,7 @@ def _runs(index: Tensor) -> list[tuple[int, int]]:
     ends = ((index[1:] - index[:-1]) != 1).nonzero().flatten() + 1
     starts = torch.cat((torch.zeros(1, dtype=torch.int64), ends))
     stops = torch.cat((ends, torch.tensor([index.numel()])))
-    return [(int(index[a]), int(b - a)) for a, b in zip(starts, stops)]
+    return list(zip(index[starts].tolist(), (stops - starts).tolist()))
 
 
 def _on_numbers(name: str, values: Sequence[float]) -> float:
@@ -423,17 +423,18 @@ def _on_numbers(name: str, values: Sequence[float]) -> float:
 def evaluate(
     outputs: Sequence[Node], inputs: dict[str, Tensor], part: Callable[[int], Tensor],
     known: dict[Node, Tensor] | None = None, functions: dict[int, Callable[[Tensor], Tensor]] | None = None,
-    like: Tensor | None = None,
+    like: Tensor | None = None, weights: dict[int, Tensor] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """The nodes' values [batch or 1, rows] in torch, dense, differentiable in everything: this is what they mean.
 
     inputs: by name, [batch or 1, rows] each ("time" too: [1, 1], or [batch, 1] for a time per sample).  part: values of a
     part of the field.  known: values that are given.  functions: what stands for a function of time, by its id.
-    like: of the dtype and device of the numbers; None: as the first input.
+    like: of the dtype and device of the numbers; None: as the first input.  weights: keeps the dense matrices for the
+    next call with the same parts, by their id.
     """
     values: dict[Node, Tensor] = dict(known or {})
     like = next(iter(inputs.values())) if like is None else like
-    weights: dict[int, Tensor] = {}
+    weights = {} if weights is None else weights
 
     def weight(matrix: Matrix) -> Tensor:
         if id(matrix) not in weights:
