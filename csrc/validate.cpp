@@ -208,7 +208,7 @@ void validate(const Program<T>& p) {
   check_buffer(p.output, "output", p.out_rows(), false);
   check_buffer(p.noise, "noise", p.dim, true);
   check_buffer(p.ones, "ones", 1, true);
-  if (p.divergence && p.out_rows() != p.dim) fail("a divergence needs as many rows out as in");
+  if (p.divergence && p.out_rows() > p.dim) fail("a divergence needs no more rows out than in");
   if (p.context >= n_buffers) fail("no context buffer");
   for (int id : {p.input, p.noise, p.ones, p.context})  // whole rows are copied into these
     if ((!p.adjoint() || id == p.context) && id >= 0 && p.buffers[id].slots != 1) fail("the input, noise, ones and context buffers have one slot");

@@ -113,9 +113,9 @@ py::dict adjoint_solve(CompiledAdjoint<T>& self, uintptr_t noise, const py::obje
 
 template <class T>
 py::dict solve(CompiledProgram<T>& self, uintptr_t x, uintptr_t l, uintptr_t noise, const py::object& batch, std::vector<double> times,
-               const py::object& sign, const py::dict& tableau, const std::pair<py::object, py::object>& rtol,
-               const std::pair<py::object, py::object>& atol, const py::dict& options, std::vector<double> grid, bool perturb, bool per_tile,
-               bool record, bool record_stages, const py::object& threads, uintptr_t xs, uintptr_t ls) {
+               const py::object& sign, const py::dict& tableau, const std::vector<py::object>& rtol,
+               const std::vector<py::object>& atol, const py::dict& options, std::vector<double> grid, bool perturb, bool per_tile,
+               bool record, bool record_stages, const py::object& threads, uintptr_t xs, uintptr_t ls, std::vector<int> parts) {
   SolveInput<T> in;
   in.batch = batch_of(batch);
   const bool any = in.batch > 0;
@@ -126,9 +126,9 @@ py::dict solve(CompiledProgram<T>& self, uintptr_t x, uintptr_t l, uintptr_t noi
   in.sign = sign_of(sign);
   in.tableau = tableau_of(tableau);
   if (in.times.empty()) throw std::invalid_argument("solve: no output times");
-  constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  in.rtol[0] = real(rtol.first, "rtol", 0.0, kInfinity), in.rtol[1] = real(rtol.second, "rtol", 0.0, kInfinity);
-  in.atol[0] = real(atol.first, "atol", 0.0, kInfinity), in.atol[1] = real(atol.second, "atol", 0.0, kInfinity);
+  for (const py::object& tolerance : rtol) in.rtol.push_back(real(tolerance, "rtol", 0.0, std::numeric_limits<double>::infinity()));
+  for (const py::object& tolerance : atol) in.atol.push_back(real(tolerance, "atol", 0.0, std::numeric_limits<double>::infinity()));
+  in.parts = std::move(parts);
   in.options = options_of(options);
   if (any && self.program().noise >= 0 && noise == 0) throw std::invalid_argument("solve: this program needs noise");
   if (any && self.program().divergence && (l == 0 || ls == 0)) throw std::invalid_argument("solve: a divergence needs l");
@@ -223,7 +223,7 @@ void bind(py::module_& m, const char* builder, const char* compiled, const char*
           py::arg("t"), py::arg("x"), py::arg("noise"), py::arg("batch"), py::arg("threads"), py::arg("f"), py::arg("trace"))
       .def("solve", &solve<T>, py::arg("x"), py::arg("l"), py::arg("noise"), py::arg("batch"), py::arg("times"), py::arg("sign"),
            py::arg("tableau"), py::arg("rtol"), py::arg("atol"), py::arg("options"), py::arg("grid"), py::arg("perturb"),
-           py::arg("per_tile"), py::arg("record"), py::arg("record_stages"), py::arg("threads"), py::arg("xs"), py::arg("ls"))
+           py::arg("per_tile"), py::arg("record"), py::arg("record_stages"), py::arg("threads"), py::arg("xs"), py::arg("ls"), py::arg("parts") = std::vector<int>())
       .def("widths", [](CompiledProgram<T>& self) {
              std::vector<int> out;
              for (int i = 0; i < Kernels<T>::kWidths; ++i) out.push_back(self.width(i));

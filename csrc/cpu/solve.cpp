@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <numeric>
 #include <stdexcept>
 
 #include "tile_io.h"
@@ -40,7 +41,11 @@ class Integration {
     if (input.record) out_.states.reserve(kStepsForeseen * input.batch * dim_);
     for (int i = 0; i < stages_; ++i) modulated_.emplace_back(program_, packed, kernels_);
     scratch_.resize(threads);
-    for (int c = 0; c < 2; ++c) sums_[c].assign(size_t(tiles) * width, 0.0);
+    std::vector<int> parts = input.parts.empty() ? std::vector<int>{dim_} : input.parts;
+    if (program_.divergence) parts.push_back(1);
+    for (size_t i = 0, row = 0; i < parts.size(); row += parts[i++])
+      components_.push_back({int(row), int(row) + parts[i], T(input.rtol[i]), T(input.atol[i])});
+    sums_.assign(components_.size(), std::vector<double>(size_t(tiles) * width, 0.0));
     const Tableau& tableau = input.tableau;
     for (const auto& row : tableau.a) a_.emplace_back(row.begin(), row.end());
     b_.assign(tableau.b.begin(), tableau.b.end());
@@ -63,7 +68,11 @@ class Integration {
     std::vector<T*> k;
     std::vector<const T*> k_rows;  // the same, to be handed to kernels
     T* row = nullptr;              // one tile of state to write into
-    double* sums[2];
+    double* sums = nullptr;
+  };
+  struct Component {  // rows of the state whose error has a norm of its own
+    int begin, end;
+    T rtol, atol;
   };
 
   int count(int tile) const { return std::min(width_, samples_ - tile * width_); }
@@ -76,7 +85,7 @@ class Integration {
 
  public:
   static size_t scratch_bytes(const Packed<T>& packed, int rows, int stages) {
-    return packed.workspace_bytes + size_t(stages + 1) * rows * packed.width * sizeof(T) + size_t(2 * packed.width) * sizeof(double) + 256;
+    return packed.workspace_bytes + size_t(stages + 1) * rows * packed.width * sizeof(T) + size_t(packed.width) * sizeof(double) + 256;
   }
 
  private:
@@ -90,7 +99,7 @@ class Integration {
     s.k_rows.assign(s.k.begin(), s.k.end());
     s.row = reinterpret_cast<T*>(at);
     at += tile_size() * sizeof(T);
-    for (double*& sums : s.sums) sums = reinterpret_cast<double*>(at), at += size_t(width_) * sizeof(double);
+    s.sums = reinterpret_cast<double*>(at);
     if (program_.ones >= 0) std::fill_n(buffer(s, program_.ones), width_, T(1));
     return s;
   }
@@ -137,30 +146,33 @@ class Integration {
   static T after(T t) { return std::nextafter(t, t + T(1)); }
 
   // RMS over samples and rows of a component, from per-sample sums of squares taken in batch order.
-  double norm(int component) const {
+  double norm(size_t component) const {
     double sum = 0;
     for (int s = 0; s < samples_; ++s) sum += sums_[component][s];
-    return std::sqrt(sum / (double(samples_) * (component == 0 ? dim_ : 1)));
+    const Component& c = components_[component];
+    return std::sqrt(sum / (double(samples_) * (c.end - c.begin)));
   }
   double mixed_norm() const {
-    const double nx = norm(0);
-    if (!program_.divergence) return nx;
-    const double nl = norm(1);
-    return nl > nx || std::isnan(nl) ? nl : nx;
+    double largest = norm(0);
+    for (size_t component = 1; component < sums_.size(); ++component) {
+      const double n = norm(component);
+      if (n > largest || std::isnan(n)) largest = n;
+    }
+    return largest;
   }
 
   // sums of squares of (sum_j c_j k_j) / (atol + rtol max(|y0|, |y1|)) per sample
   void measure(int tile, const Scratch& s, const T* y0, const T* y1, const T* const* k, const T* c, int terms) {
-    for (int component = 0; component < (program_.divergence ? 2 : 1); ++component) {
-      std::fill_n(s.sums[component], width_, 0.0);
-      const int begin = component == 0 ? 0 : dim_, end = component == 0 ? dim_ : dim_ + 1;
-      for (int row = begin; row < end; ++row) {
+    for (size_t component = 0; component < sums_.size(); ++component) {
+      const Component& own = components_[component];
+      std::fill_n(s.sums, width_, 0.0);
+      for (int row = own.begin; row < own.end; ++row) {
         const size_t at = size_t(row) * width_;
         const T* rows[16];
         for (int j = 0; j < terms; ++j) rows[j] = k[j] + at;
-        kernels_.error_row(y0 + at, y1 + at, rows, c, terms, T(in_.rtol[component]), T(in_.atol[component]), width_, s.sums[component]);
+        kernels_.error_row(y0 + at, y1 + at, rows, c, terms, own.rtol, own.atol, width_, s.sums);
       }
-      std::copy_n(s.sums[component], count(tile), sums_[component].begin() + size_t(tile) * width_);
+      std::copy_n(s.sums, count(tile), sums_[component].begin() + size_t(tile) * width_);
     }
   }
 
@@ -222,10 +234,14 @@ class Integration {
     out_.dt = dt;
     auto collect = [&](auto blame) {
       for (int s = 0; s < samples_; ++s)
-        if (blame(sums_[0][s], sums_[1][s])) out_.rows.push_back(first_sample_ + s);
+        for (size_t component = 0; component < sums_.size(); ++component)
+          if (blame(sums_[component][s], components_[component])) {
+            out_.rows.push_back(first_sample_ + s);
+            break;
+          }
     };
-    collect([](double x, double l) { return !std::isfinite(x) || !std::isfinite(l); });
-    if (out_.rows.empty()) collect([this](double x, double l) { return x > dim_ || l > 1.0; });
+    collect([](double sum, const Component&) { return !std::isfinite(sum); });
+    if (out_.rows.empty()) collect([](double sum, const Component& component) { return sum > component.end - component.begin; });
   }
 
   void first_derivative(T t) {
@@ -337,7 +353,7 @@ class Integration {
         };
         const double state = badness(y0_);
         sums_[0][size_t(tile) * width_ + s] = state + badness(f0_);
-        sums_[1][size_t(tile) * width_ + s] = 0;
+        for (size_t component = 1; component < sums_.size(); ++component) sums_[component][size_t(tile) * width_ + s] = 0;
         if (!(state == 0)) finite = false;
       }
     });
@@ -464,7 +480,8 @@ class Integration {
   Aligned<T> y0_, f0_, y1_, f1_, mid_, noise_, context_;  // [tiles][rows][width]
   std::vector<Stage<T>> modulated_;             // one per stage
   std::vector<Scratch> scratch_;                // one per worker
-  std::vector<double> sums_[2];                 // [samples]
+  std::vector<Component> components_;
+  std::vector<std::vector<double>> sums_;       // by component: [samples]
   std::vector<std::vector<T>> a_;
   std::vector<T> b_, b_error_, b_mid_;
   int kept_ = 0;  // derivatives per step that are recorded
@@ -480,6 +497,13 @@ SolveOutput<T> CompiledProgram<T>::solve(const SolveInput<T>& input, T* xs, T* l
   if (input.tableau.stages() > 16) throw std::invalid_argument("solve: at most 16 stages");
   if (program_.out_rows() != program_.dim) throw std::invalid_argument("solve: the program has not as many outputs as inputs");
   if (program_.context >= 0 && input.context == nullptr) throw std::invalid_argument("solve: this program needs a context");
+  const size_t components = std::max<size_t>(1, input.parts.size()) + (program_.divergence ? 1 : 0);
+  if (input.rtol.size() < components || input.atol.size() < components)
+    throw std::invalid_argument("solve: every component of the state needs its tolerances");
+  for (int rows : input.parts)
+    if (rows < 1) throw std::invalid_argument("solve: a component of the state has no rows");
+  if (!input.parts.empty() && std::accumulate(input.parts.begin(), input.parts.end(), int64_t(0)) != program_.dim)
+    throw std::invalid_argument("solve: the components' rows are not the state's " + std::to_string(program_.dim));
   if (input.per_tile && input.record) throw std::invalid_argument("solve: tiles that step on their own record no common steps");
   const auto begin = std::chrono::steady_clock::now();
   const double expected = solve_.known() ? solve_.seconds() * input.batch : 0.0;

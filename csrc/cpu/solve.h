@@ -25,7 +25,10 @@ struct SolveInput {
   std::vector<double> times;  // ascending
   int sign = 1;               // the field is sign * f(sign * t, y)
   Tableau tableau;
-  double rtol[2] = {0, 0}, atol[2] = {0, 0};  // of x, of l
+  // The components of the state, whose errors are normed apart: so many rows each (empty: it is one), and with a divergence
+  // the log-density behind them. Tolerances: one for each component.
+  std::vector<int> parts;
+  std::vector<double> rtol, atol;
   StepOptions options;
   std::vector<double> grid;  // fixed methods
   bool perturb = false;

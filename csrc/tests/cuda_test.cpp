@@ -194,7 +194,7 @@ SolveInput<T> input_of(const Problem& problem, const States& states) {
   in.batch = states.batch;
   in.x = states.x.data(), in.l = states.l.data(), in.noise = states.noise.data();
   in.times = problem.times, in.grid = problem.grid, in.tableau = problem.tableau, in.sign = problem.sign, in.perturb = problem.perturb;
-  for (int c = 0; c < 2; ++c) in.rtol[c] = in.atol[c] = problem.tolerance;
+  in.rtol = in.atol = {problem.tolerance, problem.tolerance};
   in.options.max_num_steps = problem.max_num_steps, in.options.step_t = problem.step_t, in.options.jump_t = problem.jump_t;
   return in;
 }

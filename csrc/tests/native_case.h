@@ -53,7 +53,7 @@ struct Case {
     in.times = {0.25, 0.5, 0.6875};
     in.grid = {0.25, 0.375, 0.5625, 0.6875};
     in.tableau = tableau;
-    for (int c = 0; c < 2; ++c) in.rtol[c] = in.atol[c] = 1e-3;
+    in.rtol = in.atol = {1e-3, 1e-3};
     in.options.max_num_steps = 60;
     in.threads = threads;
     return in;

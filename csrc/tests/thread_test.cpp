@@ -148,7 +148,7 @@ struct Field {
     in.batch = batch, in.x = x.data();
     in.times = {0.0, 0.5};
     in.tableau = bosh3();
-    in.rtol[0] = in.atol[0] = 1e-3;
+    in.rtol = in.atol = {1e-3};
     in.options.max_num_steps = 1000;
     in.record = in.record_stages = true;
     in.threads = threads;

@@ -20,7 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..field import GraphField, UnsupportedFieldError, VectorField
+from ..field import GraphField, TimeFunction, UnsupportedFieldError, VectorField
+from ..field.graph import order
 from ..field.layout import State
 from ..origin import Key, Origin
 from .attempts import find_probe
@@ -82,10 +83,30 @@ def _read(module: nn.Module, dim: int | None, like: State | None) -> tuple[Field
             chain = error
         if probe is not None:
             try:
-                return _read_chain(module, probe, one)
+                found = _read_chain(module, probe, one)
             except UnsupportedFieldError as error:
                 chain = error
+            else:
+                return found if _is_native(found[0]) else _graph_if_native(module, probe, like, found)
     return read_graph(module, probe, like, chain)
+
+
+def _is_native(field: VectorField) -> bool:
+    """Nothing in it is Python, or it is on a device whose engines run chains alone."""
+    parts = [part for layer in field.layers for part in (layer.gate, layer.shift)]
+    return field.device.type != "cpu" or not any(isinstance(part, TimeFunction) for part in parts)
+
+
+def _graph_if_native(
+    module: nn.Module, probe: Probe, like: State | None, chain: tuple[VectorField, dict[Key, Origin]]
+) -> tuple[Field, dict[Key, Origin]]:
+    """The graph of a chain that has functions of time in Python, where the graph has none."""
+    try:
+        field, origins = read_graph(module, probe, like, None)
+    except UnsupportedFieldError:
+        return chain
+    native = not any(node.kind == "time" for node in order([field.output]))
+    return (field, origins) if native and field.layout.plain else chain
 
 
 def _read_chain(module: nn.Module, probe: Probe, like: Tensor | None) -> tuple[VectorField, dict[Key, Origin]]:

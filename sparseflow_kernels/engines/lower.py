@@ -272,7 +272,8 @@ class GraphWriter:
                 ]  # fmt: skip
                 stored = list(dict.fromkeys(stored))
                 own = [node for node in traced if node in inside]
-                self._pointwise(rows, nodes, [(node, place(node)) for node in stored], own)
+                if stored or own:  # else nobody reads them
+                    self._pointwise(rows, nodes, [(node, place(node)) for node in stored], own)
             for matrix, left, right in due.get(step, ()):
                 self._gradient(matrix, left, right)
             self._free += owners.get(step, ())
