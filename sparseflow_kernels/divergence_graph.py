@@ -1,4 +1,5 @@
-"""The divergence of a graph: tangents of a few directions that stand for all columns of the Jacobian, or Hutchinson's.
+"""The divergence of a graph: Hutchinson's, or exactly term by term, by the identities of `divergence_paths` or by tangents
+of a few directions that stand for all columns of the Jacobian, whichever takes fewer multiply-adds.
 
 Two columns of the Jacobian share a tangent where neither reaches the other's row (Curtis, Powell, Reid 1974, for the
 diagonal alone): then the tangent along the sum of their unit vectors holds both diagonal entries undisturbed. How many
@@ -13,8 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .divergence_paths import trace_by_paths
 from .field import Graph, GraphField, Node
-from .field.graph import CONTEXT, order
+from .field.graph import CONTEXT, STATE, order
 from .field.transforms import tangent
 
 
@@ -38,19 +40,48 @@ def plan_graph(field: GraphField, kind: Literal["exact", "hutchinson"]) -> tuple
         trace = g.number(0.0) if dot is None else inner_product(g, noise, g.spread(dot, field.dim))
         cost = _multiply_adds([field.output, trace]) - before
         return GraphForm(trace, noise, 1), {"hutchinson": cost}, f"one tangent through the graph, {cost} multiply-adds"
-    jacobian = structure(field.output, field.state)
-    groups = colour(jacobian)
-    trace = g.number(0.0)
+    trace, multiply_adds, colours, told = g.number(0.0), 0, 0, []
+    for sign, term in _terms(field.output):
+        by_paths = trace_by_paths(g, term, field.state)
+        by_columns = None if by_paths is not None and by_paths[1] == 0 else _trace_by_columns(field, term)
+        if by_columns is None or (by_paths is not None and by_paths[1] <= by_columns[1]):
+            one, cost = by_paths
+            told.append("paths")
+        else:
+            one, cost, count = by_columns
+            colours += count
+            told.append(f"{count} colours")
+        trace, multiply_adds = g.add(trace, g.scaled(one, sign)), multiply_adds + cost
+    reason = f"term by term: {', '.join(told)}, {multiply_adds} multiply-adds"
+    return GraphForm(trace, None, colours), {"colours": colours, "exact": multiply_adds}, reason
+
+
+def _terms(output: Node) -> list[tuple[float, Node]]:
+    """The output as a sum of terms of all its rows."""
+    found, waiting = [], [(1.0, output)]
+    while waiting:
+        sign, node = waiting.pop()
+        if node.kind in ("add", "sub") and all(operand.rows == node.rows for operand in node.operands):
+            a, b = node.operands
+            waiting += [(sign, a), (sign if node.kind == "add" else -sign, b)]
+        elif node.kind == "neg":
+            waiting.append((-sign, node.operands[0]))
+        elif node.binding & STATE:
+            found.append((sign, node))
+    return found
+
+
+def _trace_by_columns(field: GraphField, term: Node) -> tuple[Node, int, int]:
+    """(the trace, multiply-adds, colours)."""
+    g, trace = field.graph, field.graph.number(0.0)
+    groups = colour(structure(term, field.state))
     for columns in groups:
         seed = torch.zeros(field.dim, dtype=torch.float64)
         seed[columns] = 1.0
-        (dot,) = tangent(g, [field.output], {field.state: g.constant(seed)})
+        (dot,) = tangent(g, [term], {field.state: g.constant(seed)})
         if dot is not None:
             trace = g.add(trace, inner_product(g, g.constant(seed), g.spread(dot, field.dim)))
-    cost = _multiply_adds([field.output, trace]) - before
-    live = int(jacobian.diagonal().sum())
-    reason = f"{len(groups)} colours for the {live} of {field.dim} columns whose diagonal entry is not zero"
-    return GraphForm(trace, None, len(groups)), {"colours": len(groups), "columns": cost}, reason
+    return trace, _multiply_adds([term, trace]) - _multiply_adds([term]), len(groups)
 
 
 def inner_product(g: Graph, fixed: Node, dot: Node) -> Node:
@@ -65,7 +96,7 @@ def inner_product(g: Graph, fixed: Node, dot: Node) -> Node:
         if right.kind == "neg":
             waiting.append((left, right.operands[0], -sign))
             continue
-        if right.kind == "linear" and right.matrix.part is not None:
+        if right.kind == "linear" and not right.matrix.constant:
             left, right = g.linear(right.matrix, left, not right.transposed), right.operands[0]
             left = g.spread(left, right.rows)
         elif right.kind == "rows" and len(right.operands) > 1:

@@ -119,15 +119,44 @@ def test_columns_that_do_not_reach_each_others_rows_share_a_colour():
     assert sorted(sum((group.tolist() for group in colour(jacobian)), [])) == [0, 1, 3, 4, 5]
 
 
+def shifted(g, x, by):
+    return g.select(x, (torch.arange(x.rows) + by) % x.rows)
+
+
 def test_a_local_field_needs_as_many_colours_as_it_looks_far():
     dim = 30
     g = Graph()
     state, time, _ = GraphField.inputs(g, dim)
-    left = g.select(state, (torch.arange(dim) + 1) % dim)
-    out = g.sub(g.mul(left, g.apply("tanh", g.select(state, (torch.arange(dim) - 1) % dim))), g.square(state))
+    h = g.apply("tanh", state)
+    h = g.apply("sin", g.add(h, shifted(g, h, 1)))
+    out = g.apply("tanh", g.mul(h, shifted(g, h, -1)))
     field = GraphField(g, state, time, None, out, [], torch.device("cpu"), torch.float64)
     assert structure(out, state).sum() == 3 * dim
-    assert divergence.plan(field, "exact").form.colours == 2
+    plan = divergence.plan(field, "exact")
+    assert plan.form.colours == 2 and "2 colours" in plan.reason
+    x = torch.randn(2, dim).double()
+    _, trace = reference_engine(field, plan).evaluate_with_divergence(0.0, x)
+    (value,) = evaluate([plan.form.trace], {"state": x}, lambda n: None)
+    torch.testing.assert_close(value[:, 0], trace)
+
+
+def test_sums_are_planned_term_by_term_and_chains_by_their_paths():
+    dim, width = 6, 20
+    g, parts = Graph(), []
+    state, time, _ = GraphField.inputs(g, dim)
+
+    def layer(x, rows, activation=None):
+        pattern = Pattern.from_mask(torch.rand(rows, x.rows) < 0.4)
+        parts.append(Part(torch.randn(pattern.nnz).double(), pattern))
+        z = g.linear(Matrix(pattern, len(parts) - 1), x)
+        return z if activation is None else g.activation(Activation(activation), z)
+
+    net = layer(layer(layer(state, width, "tanh"), width, "silu"), dim)
+    out = g.sub(g.add(net, layer(state, dim)), g.scaled(state, 0.3))
+    field = GraphField(g, state, time, None, out, parts, torch.device("cpu"), torch.float64)
+    plan = divergence.plan(field, "exact")
+    assert plan.form.colours == 0 and plan.costs["exact"] <= parts[1].pattern.nnz
+    assert plan.costs["exact"] < divergence.plan(field, "hutchinson").costs["hutchinson"] + width
 
 
 def test_bindings_follow_from_what_a_node_reads():

@@ -106,12 +106,13 @@ class GraphCpuEngine(NativeEngine):
 
     def _renew(self, program: _Program) -> None:
         """The present numbers of the field's parts."""
-        parts, writer = self._field.parts, program.writer
+        parts, writer, like = self._field.parts, program.writer, torch.empty(0, dtype=self.dtype)
+        of_part = lambda number: parts[number].values
         for number, matrix in writer.matrices:
-            if matrix.part is not None:
-                program.native.set_values(number, _array(matrix.values(parts[matrix.part].values)))
+            if not matrix.constant:
+                program.native.set_values(number, _array(matrix.values(of_part, like)))
         nodes = [node for _, node in writer.vectors]
-        values = evaluate(nodes, {}, lambda n: parts[n].values, like=torch.empty(0, dtype=self.dtype))
+        values = evaluate(nodes, {}, of_part, like=like)
         for (number, _), value in zip(writer.vectors, values):
             program.native.set_vector(number, _array(value[0]))
         if program.time is not None:
@@ -277,8 +278,12 @@ class GraphCpuEngine(NativeEngine):
         writer, dtype = program.writer, self.dtype
         parts = [part.values.detach() for part in self._field.parts]
         of_parts: list[Tensor | None] = [None] * len(parts)
+        made = []
         for number, matrix in writer.gradients:
             grad = torch.from_numpy(raw["matrices"][number])
+            if matrix.made is not None:
+                made.append((matrix, grad.to(dtype)))
+                continue
             if of_parts[matrix.part] is None:
                 of_parts[matrix.part] = torch.zeros(len(parts[matrix.part]), dtype=torch.float64)
             if matrix.entries is None:
@@ -290,7 +295,8 @@ class GraphCpuEngine(NativeEngine):
             leaves = [part.clone().requires_grad_() for part in parts]
             inputs = {"context": context, "noise": noise, "time": times[:, None] if len(times) else None}
             inputs = {name: value.detach().requires_grad_() for name, value in inputs.items() if value is not None}
-            outputs, grads = [], []
+            outputs = [matrix.values(leaves.__getitem__, times) for matrix, _ in made]
+            grads = [grad for _, grad in made]
             of_vector = [(node, raw["vectors"][number]) for number, node in writer.vectors if len(raw["vectors"][number])]
             for (_, grad), value in zip(of_vector, self._evaluate([node for node, _ in of_vector], {}, leaves)):
                 outputs.append(value[0])

@@ -16,7 +16,7 @@ import torch
 
 from ..activations import rule_and_params
 from ..field import GraphField, Matrix, Node, Pattern
-from ..field.graph import CONTEXT, STATE, TIME, depends, order
+from ..field.graph import CONTEXT, STATE, TIME, from_parts, order
 from ..field.transforms import adjoint
 from .instructions import code_of
 from .schedule import Affine, Schedule, schedule
@@ -205,7 +205,7 @@ class GraphWriter:
 
     def _summed(self, node: Node) -> Node:
         """The node whose rows add up to this one [1]: a sum of rows need not be made first."""
-        ones = node.kind == "linear" and node.matrix.part is None and not node.transposed
+        ones = node.kind == "linear" and node.matrix.constant and not node.transposed
         if ones and node.matrix.pattern.nnz == node.operands[0].rows and node.rows == 1 and self.bindings.per_sample(node):
             return node.operands[0]
         return node
@@ -445,7 +445,7 @@ class GraphWriter:
 
 def _is_trained(node: Node) -> bool:
     """Parts of the field, time or the context have a say in it."""
-    return node.kind != "input" and bool(node.binding) or any(True for _ in depends([node]))
+    return node.kind != "input" and bool(node.binding) or from_parts([node])
 
 
 def _arrays(instructions: Iterable[tuple]) -> tuple:

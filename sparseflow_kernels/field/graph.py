@@ -12,7 +12,7 @@ and evaluation.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, Iterable, Iterator, Sequence
+from typing import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,26 +29,39 @@ _RANK = {binding: rank for rank, binding in enumerate((7, 3, 5, 1, 6, CONTEXT, T
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A sparse matrix of the graph: a pattern with the values of part `part` of the field, or of ones (part None).
-    entries: which of the part's values they are, int64 [nnz]; None: all of them in their order."""
+    """A sparse matrix of the graph: a pattern with the values of part `part` of the field, with those that `made` computes
+    from parts, or with ones. entries: which of the part's values they are, int64 [nnz]; None: all of them in order."""
 
     pattern: Pattern
     part: int | None = None
     entries: Tensor | None = None
+    made: "Made | None" = None
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.pattern.shape
 
-    def values(self, of_part: Tensor) -> Tensor:
-        """[nnz], from all values of the part."""
-        return of_part if self.entries is None else of_part[self.entries]
+    @property
+    def constant(self) -> bool:
+        """Ones."""
+        return self.part is None and self.made is None
+
+    def values(self, part: Callable[[int], Tensor], like: Tensor) -> Tensor:
+        """[nnz]. part: gives the values of a part of the field."""
+        if self.made is not None:
+            return self.made(part, like)
+        if self.part is None:
+            return like.new_ones(self.pattern.nnz)
+        return part(self.part) if self.entries is None else part(self.part)[self.entries]
+
+
+Made = Callable[[Callable[[int], Tensor], Tensor], Tensor]  # (values of a part, like) -> numbers computed from parts
 
 
 @dataclass(frozen=True, eq=False)
 class Node:
     """kind: "input" (name), "vector" (part: its values, one per row), "number" (value, one row), "constant" (a tensor
-    that is nobody's), "linear" (matrix, or its transpose, times the operand), "rows" (pieces of operands), "time" (a
+    that is nobody's), "made" (computed from parts), "linear" (matrix, or its transpose, times the operand), "rows" (pieces of operands), "time" (a
     function of time kept in Python), or the name of a primitive. origin: where the user's module computes it."""
 
     kind: str
@@ -63,6 +76,7 @@ class Node:
     transposed: bool = False
     pieces: tuple[tuple[int, int], ...] = ()  # rows: first row and number of rows of each operand
     function: Callable[[Tensor], Tensor] | None = None
+    made: Made | None = None
     origin: str = ""
 
     @property
@@ -130,6 +144,10 @@ class Graph:
         key = ("constant", numbers.numel(), numbers.numpy().tobytes())
         return self._intern(key, lambda: Node("constant", numbers.numel(), tensor=numbers))
 
+    def computed(self, made: Made, rows: int) -> Node:
+        """Numbers [rows] that are computed from parts."""
+        return Node("made", rows, made=made)
+
     def time_function(self, function: Callable[[Tensor], Tensor], rows: int) -> Node:
         """t 0-d -> [rows], in Python."""
         return self._intern(
@@ -196,7 +214,8 @@ class Graph:
             torch.cumsum(torch.bincount(pattern.row[own], minlength=pattern.shape[0]), 0, out=row_ptr[1:])
             narrow = Pattern((pattern.shape[0], index.numel()), row_ptr, place[pattern.col[own]])
             entries = None if matrix.part is None else own if matrix.entries is None else matrix.entries[own]
-            self._matrices[key] = Matrix(narrow, matrix.part, entries)
+            made = matrix.made and (lambda part, like: matrix.made(part, like)[own.to(like.device)])
+            self._matrices[key] = Matrix(narrow, matrix.part, entries, made)
         return self._matrices[key]
 
     def select(self, x: Node, index: Tensor) -> Node:
@@ -414,9 +433,7 @@ def evaluate(
 
     def weight(matrix: Matrix) -> Tensor:
         if id(matrix) not in weights:
-            pattern = matrix.pattern
-            numbers = like.new_ones(pattern.nnz) if matrix.part is None else matrix.values(part(matrix.part))
-            weights[id(matrix)] = pattern.dense(numbers)
+            weights[id(matrix)] = matrix.pattern.dense(matrix.values(part, like))
         return weights[id(matrix)]
 
     def wide(x: Tensor, rows: int) -> Tensor:
@@ -435,6 +452,8 @@ def evaluate(
                 value = like.new_full((1, 1), node.value)
             case "constant":
                 value = node.tensor.to(like)[None]
+            case "made":
+                value = node.made(part, like)[None]
             case "time":
                 function = (functions or {}).get(id(node.function), node.function)
                 value = torch.stack([function(t) for t in inputs["time"].reshape(-1)])
@@ -454,12 +473,6 @@ def evaluate(
     return [values[output] for output in outputs]
 
 
-def depends(outputs: Sequence[Node]) -> Iterator[int]:
-    """Numbers of the parts that are read."""
-    seen: set[int] = set()
-    for node in order(outputs):
-        for number in (node.part if node.kind == "vector" else -1, -1 if node.matrix is None else node.matrix.part):
-            if number is not None and number >= 0 and number not in seen:
-                seen.add(number)
-                yield number
-
+def from_parts(outputs: Sequence[Node]) -> bool:
+    """Do they depend on parts of the field?"""
+    return any(node.kind in ("vector", "made") or not (node.matrix is None or node.matrix.constant) for node in order(outputs))

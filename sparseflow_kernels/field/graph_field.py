@@ -74,7 +74,7 @@ class GraphField:
         """Multiply-adds per sample and evaluation of the matrices."""
         return sum(
             node.matrix.pattern.nnz for node in order([self.output])
-            if node.kind == "linear" and node.per_sample and node.matrix.part is not None
+            if node.kind == "linear" and node.per_sample and not node.matrix.constant
         )
 
     def refused(self, axes: int) -> str | None:

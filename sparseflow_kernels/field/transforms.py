@@ -63,7 +63,7 @@ def adjoint(
         if leaf(node) or not node.operands:
             moves[node] = wanted(node)
         else:
-            trained = node.matrix is not None and node.matrix.part is not None
+            trained = node.matrix is not None and not node.matrix.constant
             moves[node] = trained or any(moves[operand] for operand in node.operands)
     bars: dict[Node, Node | None] = {}
     pairs: dict[Matrix, list[tuple[Node, Node]]] = {}
@@ -86,11 +86,11 @@ def adjoint(
             continue
         if node.kind == "linear":
             (x,) = node.operands
-            if node.matrix.part is not None:
+            if not node.matrix.constant:
                 wide = g.spread(bar, node.rows)
                 pairs.setdefault(node.matrix, []).append((x, wide) if node.transposed else (wide, x))
             if moves[x]:
-                sums = node.rows == 1 and node.matrix.part is None and node.matrix.pattern.nnz == x.rows
+                sums = node.rows == 1 and node.matrix.constant and node.matrix.pattern.nnz == x.rows
                 give(x, bar if sums else g.linear(node.matrix, bar, not node.transposed), x.rows)
         elif node.kind == "rows":
             start = 0

@@ -1,0 +1,198 @@
+"""The trace of a term of a graph by its paths: products of matrices and slopes, turned about.
+
+A path from the output to the state is A_k D_k ... A_1 D_1 A_0, with matrices A and diagonal matrices D of slopes. A trace is
+cyclic, so A_0 A_k is one matrix of numbers that no sample changes, and only its entries that close a path count:
+
+    one slope:   tr = sum_j (A_0 A_1)_jj d_j
+    two slopes:  tr = sum_ij d2_i A1_ij (A_0 A_2)_ji d1_j
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .field import Graph, Matrix, Node, Pattern
+from .field.graph import evaluate, order
+from .field.transforms import tangent
+
+MOST_PATHS = 8  # of one term
+MOST_SLOPES = 2  # of one path
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A factor that no sample changes: a matrix, its transpose, or a diagonal of numbers computed from parts."""
+
+    matrix: Matrix | None = None
+    transposed: bool = False
+    diagonal: Node | None = None
+    piece: tuple[int, int, int] | None = None  # (rows, first row, rows of what is read): a piece of it
+
+    def times(self, x: Tensor, part: Callable[[int], Tensor], like: Tensor) -> Tensor:
+        """This factor times x [columns, n]."""
+        if self.matrix is not None:
+            dense = self.matrix.pattern.dense(self.matrix.values(part, like))
+            return (dense.T if self.transposed else dense) @ x
+        if self.diagonal is not None:
+            return evaluate([self.diagonal], {}, part, like=like)[0][0][:, None] * x
+        rows, first, _ = self.piece
+        return x[first : first + rows]
+
+    @property
+    def inputs(self) -> int:
+        if self.matrix is not None:
+            return self.matrix.shape[0 if self.transposed else 1]
+        return self.diagonal.rows if self.diagonal is not None else self.piece[2]
+
+
+@dataclass(frozen=True)
+class Path:
+    """Factors from the left: Fixed, or the node of a slope. scale: a number that multiplies them."""
+
+    factors: tuple[Fixed | Node, ...] = ()
+    scale: float = 1.0
+
+    @property
+    def slopes(self) -> int:
+        return sum(isinstance(factor, Node) for factor in self.factors)
+
+    def behind(self, factor: Fixed | Node) -> "Path":
+        return Path((factor, *self.factors), self.scale)
+
+
+def trace_by_paths(g: Graph, term: Node, state: Node) -> tuple[Node, int] | None:
+    """(the trace [1] of the term's Jacobian, its multiply-adds per sample), or None where there are too many paths, or
+    paths of too many slopes."""
+    found = _paths(g, term, state)
+    if found is None:
+        return None
+    total, cost = g.number(0.0), 0
+    for path in found:
+        one, multiply_adds = _trace(g, path, state.rows)
+        total, cost = g.add(total, g.scaled(one, path.scale)), cost + multiply_adds
+    return total, cost
+
+
+def _paths(g: Graph, output: Node, state: Node) -> list[Path] | None:
+    moving: dict[Node, bool] = {}
+    for node in order([output], stop=lambda node: node is state):
+        moving[node] = node is state or any(moving[operand] for operand in node.operands)
+    known: dict[Node, list[Path]] = {state: [Path()]}
+    for node in order([output], stop=lambda node: node is state):
+        if node in known:
+            continue
+        found: list[Path] = []
+        if moving[node]:
+            if node.kind == "linear":
+                found = [path.behind(Fixed(node.matrix, node.transposed)) for path in known[node.operands[0]]]
+            elif node.kind == "rows":
+                found = _of_rows(node, known)
+            else:
+                anchors = _anchors(node, moving, state)
+                for anchor in anchors:
+                    (slope,) = tangent(g, [node], {**dict.fromkeys(anchors), anchor: g.number(1.0)})
+                    found += [] if slope is None else _sloped(g, node, anchor, slope, known[anchor])
+        if len(found) > MOST_PATHS or any(path.slopes > MOST_SLOPES for path in found):
+            # A node that the output does not read through this way may do no harm, but that is not looked into.
+            return None
+        known[node] = found
+    return known[output]
+
+
+def _anchors(node: Node, moving: dict[Node, bool], state: Node) -> list[Node]:
+    """The nodes below, not elementwise, that an elementwise node depends on."""
+    found: dict[Node, None] = {}
+    for other in order(node.operands, stop=lambda other: not other.elementwise or not moving[other] or other is state):
+        if moving[other] and (not other.elementwise or other is state):
+            found[other] = None
+    return list(found)
+
+
+def _sloped(g: Graph, node: Node, anchor: Node, slope: Node, paths: Sequence[Path]) -> list[Path]:
+    spread = ()
+    if anchor.rows != node.rows:
+        column = Pattern((node.rows, 1), torch.arange(node.rows + 1), torch.zeros(node.rows, dtype=torch.int64))
+        spread = (Fixed(g.ones(column)),)
+    if slope.kind == "number":
+        return [Path((*spread, *path.factors), path.scale * slope.value) for path in paths]
+    factor = g.spread(slope, node.rows)
+    return [Path((_diagonal(factor), *spread, *path.factors), path.scale) for path in paths]
+
+
+def _diagonal(slope: Node) -> Fixed | Node:
+    return slope if slope.binding else Fixed(diagonal=slope)
+
+
+def _of_rows(node: Node, known: dict[Node, list[Path]]) -> list[Path]:
+    found, start = [], 0
+    for operand, (first, count) in zip(node.operands, node.pieces):
+        for path in known.get(operand, ()):
+            piece = path if (first, count) == (0, operand.rows) else path.behind(Fixed(piece=(count, first, operand.rows)))
+            if count != node.rows:  # put at its place among zeros
+                row_ptr = torch.arange(node.rows + 1).sub(start).clamp(0, count)
+                place = Pattern((node.rows, count), row_ptr, torch.arange(count))
+                piece = piece.behind(Fixed(Matrix(place)))
+            found.append(piece)
+        start += count
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- the identities
+
+
+def _trace(g: Graph, path: Path, dim: int) -> tuple[Node, int]:
+    """(the trace of one path, multiply-adds)."""
+    groups: list[list[Fixed]] = [[]]  # of fixed factors, between the slopes
+    slopes: list[Node] = []
+    for factor in path.factors:
+        if isinstance(factor, Node):
+            slopes.append(factor)
+            groups.append([])
+        else:
+            groups[-1].append(factor)
+    if not slopes:
+        return g.computed(lambda part, like: _product(groups[0], dim, part, like).trace()[None], 1), 0
+    # A_0 A_k: behind the last slope, and before the first one.
+    outer = [*groups[-1], *groups[0]]
+    if len(slopes) == 1:
+        rows = slopes[0].rows
+        diagonal = g.computed(lambda part, like: _product(outer, rows, part, like).diagonal(), rows)
+        return g.total(g.mul(diagonal, slopes[0])), rows
+    upper, lower = slopes
+    inner = groups[1]
+    closed = (_structure(inner, lower.rows) > 0) & (_structure(outer, upper.rows).T > 0)
+    pattern = Pattern.from_mask(closed)
+    row, col = pattern.row, pattern.col
+
+    def values(part: Callable[[int], Tensor], like: Tensor) -> Tensor:
+        through, back = _product(inner, lower.rows, part, like), _product(outer, upper.rows, part, like)
+        return through[row, col] * back[col, row]
+
+    product = g.linear(Matrix(pattern, made=values), lower)
+    return g.total(g.mul(upper, product)), pattern.nnz
+
+
+def _product(factors: Sequence[Fixed], width: int, part: Callable[[int], Tensor], like: Tensor) -> Tensor:
+    """The product, dense; of none the identity of this width."""
+    x = torch.eye(factors[-1].inputs if factors else width, dtype=like.dtype, device=like.device)
+    for factor in reversed(factors):
+        x = factor.times(x, part, like)
+    return x
+
+
+@torch.no_grad()
+def _structure(factors: Sequence[Fixed], width: int) -> Tensor:
+    """Where the product can be other than zero."""
+    x = torch.eye(factors[-1].inputs if factors else width)
+    for factor in reversed(factors):
+        if factor.matrix is not None:
+            mask = factor.matrix.pattern.dense(torch.ones(factor.matrix.pattern.nnz))
+            x = ((mask.T if factor.transposed else mask) @ x).clamp(max=1.0)
+        elif factor.piece is not None:
+            rows, first, _ = factor.piece
+            x = x[first : first + rows]
+    return x
