@@ -53,14 +53,22 @@ def test_every_kind_of_field_has_a_small_one():
 
 
 @each
-def test_every_matrix_keeps_its_share_and_its_norm(name):
+def test_pruning_keeps_the_share_of_all_and_the_norm_of_each_matrix(name):
     dense, sparse = TINY[name].problem(1.0), TINY[name].problem(0.3)
     assert torch.equal(dense.x, sparse.x)
     linears = [[part.weight for part in p.module.modules() if isinstance(part, nn.Linear)] for p in (dense, sparse)]
+    left, whole = (sum(int(weight.count_nonzero()) for weight in weights) for weights in linears[::-1])
+    assert left == pytest.approx(0.3 * whole, abs=len(linears[0]))
     for before, after in zip(*linears):
-        assert int(after.count_nonzero()) == max(1, round(0.3 * before.numel()))
         norms = [float(torch.linalg.matrix_norm(weight, 2)) for weight in (before, after)]
         assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_narrow_layers_stay_denser():
+    found = graph_problems.densities([(200, 4), (200, 200), (1, 200)], 0.1)
+    assert found[0] == found[2] == 1.0 and found[1] * 40_000 == pytest.approx(0.1 * 41_000 - 1_000)
+    assert graph_problems.densities([(64, 64)] * 3, 0.1) == pytest.approx([0.1] * 3)
+    assert graph_problems.densities([(8, 2), (2, 8)], 1.0) == [1.0, 1.0]
 
 
 @each

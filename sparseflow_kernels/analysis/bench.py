@@ -130,6 +130,11 @@ class Task:
     block: str
     losses: dict[str, "Task"] = dataclasses.field(default_factory=dict)
 
+    @property
+    def known_peers(self) -> dict[str, Contender]:
+        """Of all fields; not every one is there for every field."""
+        return dict(item for task in (*self.losses.values(), self) for item in task.peers.items())
+
     def of(self, spec: Spec) -> "Task":
         return self.losses.get(spec.loss, self) if isinstance(spec, GraphSpec) else self
 
@@ -203,8 +208,8 @@ def bench(
     most: int = 30,
     task: Task = SOLVE,
 ) -> Iterator[Row]:
-    """Yield rows field by field, keep ratio by keep ratio. rivals: names among `task.peers`; those that a field's own task
-    does not have are left out there. Run it within `peers.one_thread()`."""
+    """Yield rows field by field, keep ratio by keep ratio. rivals: names among `task.known_peers`; those that a field's own
+    task does not have are left out there. Run it within `peers.one_thread()`."""
     rivals = list(rivals)
     for spec in specs:
         own = task.of(spec)

@@ -1,9 +1,10 @@
 """The benchmark problems that are no flows of plain layers: the kinds of vector field that public repositories hold most
 of, written as their users write them.
 
-Weights are random, as in `problems`. They are pruned by magnitude matrix by matrix: these fields' matrices differ in size
-and so in the scale that they are initialised with, and one threshold for all of them, right for trained weights, would
-take whole matrices away here and leave a field that does nothing.
+Weights are random, as in `problems`. They are pruned by magnitude, every matrix to a density of its own: one threshold
+for all of them, right for trained weights, would compare the scales that they were initialised with, and take whole
+matrices away. The densities are Erdos and Renyi's (Mocanu et al. 2018): as many entries a neuron everywhere, so that
+narrow first and last layers stay denser and no layer starves the next.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import copy
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -208,6 +210,19 @@ class GraphProblem(Problem):
         return replace(self, module=module, **{name: None if part is None else part[own] for name, part in parts.items()})
 
 
+def densities(shapes: Sequence[tuple[int, int]], keep: float) -> list[float]:
+    """Of matrices [out, in]: in proportion to 1 / out + 1 / in, at most 1, `keep` over all of them together."""
+    free, left = set(range(len(shapes))), keep * sum(map(math.prod, shapes))
+    while free:
+        scale = left / sum(sum(shapes[number]) for number in free)
+        full = {number for number in free if scale * sum(shapes[number]) >= math.prod(shapes[number])}
+        if not full:
+            break
+        free -= full
+        left -= sum(math.prod(shapes[number]) for number in full)
+    return [scale * sum(s) / math.prod(s) if number in free else 1.0 for number, s in enumerate(shapes)]
+
+
 def _prune_(linear: nn.Linear, keep: float) -> None:
     """The largest entries stay, and the spectral norm with them: a sparser field is not to be a tamer one."""
     weight = linear.weight
@@ -218,16 +233,16 @@ def _prune_(linear: nn.Linear, keep: float) -> None:
 
 
 def make_graph_problem(spec: GraphSpec, keep: float, seed: int = 0) -> GraphProblem:
-    """Every matrix pruned by magnitude to the fraction `keep` of its weights."""
+    """Pruned by magnitude to the fraction `keep` of the weights, matrix by matrix to their `densities`."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = spec.build().float().requires_grad_(False)
-    for linear in module.modules():
-        if isinstance(linear, nn.Linear):
-            linear.weight.mul_(spec.gain)
-            if keep < 1.0:
-                _prune_(linear, keep)
+    linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
+    for linear, density in zip(linears, densities([linear.weight.shape for linear in linears], keep)):
+        linear.weight.mul_(spec.gain)
+        if density < 1.0:
+            _prune_(linear, density)
     normal = partial(torch.randn, generator=generator)
     x, target, noise = normal(spec.shape), normal(spec.shape), None
     if spec.divergence == "hutchinson":

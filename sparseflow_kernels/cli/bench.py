@@ -201,7 +201,7 @@ def _measure(
     known = known_fields()
     chosen = [known[name] for name in _names("--fields", fields, default, known)]
     ratios = _numbers(keeps, (1.0, 0.1) if quick else DEFAULT_KEEPS)
-    rivals = _names("--peers", peers, (), task.peers)
+    rivals = _names("--peers", peers, (), task.known_peers)
     most = 3 if quick else 30
 
     rows: list[benchmark.Row] = []
