@@ -15,7 +15,7 @@ namespace sparseflow {
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
-using Ref = std::pair<int, int>;  // (buffer, slot); buffer -1: absent
+using Ref = std::vector<int>;  // (buffer, slot) or (buffer, slot, row); buffer -1: absent
 
 template <class T>
 std::vector<T> copy(const Array<T>& a) {
@@ -25,7 +25,10 @@ template <class T>
 std::vector<T> copy(const std::optional<Array<T>>& a) {
   return a ? copy(*a) : std::vector<T>();
 }
-inline Operand operand(Ref r) { return Operand{r.first, r.second}; }
+inline Operand operand(const Ref& r) {
+  if (r.size() != 2 && r.size() != 3) throw std::invalid_argument("an operand is (buffer, slot) or (buffer, slot, row), not " + std::to_string(r.size()) + " numbers");
+  return Operand{r[0], r[1], r.size() == 3 ? r[2] : 0};
+}
 
 template <class T>
 class Builder {
@@ -81,6 +84,66 @@ class Builder {
     program_.cotangent = cotangent;
     program_.trace_cotangent = trace_cotangent;
     program_.state_cotangent = state_cotangent;
+  }
+  void graph_roles(int dim, int out, bool divergence, int input, int output, int ones, int context, int time_rows, int time_external, int externals) {
+    roles(dim, divergence, input, output, -1, ones, externals);
+    program_.out = out;
+    program_.context = context;
+    program_.time_rows = time_rows;
+    program_.time_external = time_external;
+  }
+  void graph_adjoint_roles(int cotangent, int trace_cotangent, int state_cotangent, int context_cotangent) {
+    adjoint_roles(cotangent, trace_cotangent, state_cotangent);
+    program_.context_cotangent = context_cotangent;
+  }
+  int vector(int n, const std::optional<Array<T>>& values, int time_row) {
+    RowVector<T> v;
+    v.n = n;
+    v.values = copy(values);
+    v.time_row = time_row;
+    program_.vectors.push_back(std::move(v));
+    return static_cast<int>(program_.vectors.size()) - 1;
+  }
+  void sum_of_vector(int vector, int sum) { program_.vectors.at(vector).sum = sum; }
+  int vector_modulation(int n, int scale, int shift) {
+    Modulation<T> m;
+    m.n = n;
+    m.scale_vector = scale;
+    m.shift_vector = shift;
+    program_.modulations.push_back(std::move(m));
+    return static_cast<int>(program_.modulations.size()) - 1;
+  }
+  int expression(int inputs, int vectors, int outputs, int registers, const py::array& op, const py::array& to, const py::array& a,
+                 const py::array& b, const py::array& c, const Array<double>& number) {
+    Expression e;
+    e.inputs = inputs, e.vectors = vectors, e.outputs = outputs, e.registers = registers;
+    const std::vector<int32_t> ops = indices(op, "op"), tos = indices(to, "to"), as = indices(a, "a"), bs = indices(b, "b"), cs = indices(c, "c");
+    const std::vector<double> numbers = copy(number);
+    for (const auto* of : {&tos, &as, &bs, &cs})
+      if (of->size() != ops.size() || numbers.size() != ops.size()) throw std::invalid_argument("op, to, a, b, c and number must be of one length");
+    auto narrow = [](int32_t value, int32_t most, const char* name) {
+      if (value < 0 || value > most) throw std::invalid_argument(std::string(name) + " must hold numbers from 0 to " + std::to_string(most) + ", not " + std::to_string(value));
+      return value;
+    };
+    auto place = [&](int32_t value, const char* name) { return static_cast<uint16_t>(narrow(value, UINT16_MAX, name)); };
+    for (size_t i = 0; i < ops.size(); ++i)
+      e.code.push_back({static_cast<Instruct>(narrow(ops[i], UINT8_MAX, "op")), place(tos[i], "to"), place(as[i], "a"), place(bs[i], "b"),
+                        place(cs[i], "c"), numbers[i]});
+    program_.expressions.push_back(std::move(e));
+    return static_cast<int>(program_.expressions.size()) - 1;
+  }
+  using Input = std::tuple<int, int, int, bool>;   // (buffer, slot, row, broadcast)
+  using Numbers = std::tuple<int, int, bool>;      // (vector, first, broadcast)
+  void pointwise(int expression, int rows, const std::vector<Input>& inputs, const std::vector<Numbers>& vectors, const std::vector<Ref>& outputs,
+                 const std::string& list) {
+    Op op;
+    op.kind = OpKind::kPointwise;
+    op.expression = expression;
+    op.rows = rows;
+    for (const auto& [buffer, slot, row, broadcast] : inputs) op.inputs.push_back({{buffer, slot, row}, broadcast});
+    for (const auto& [vector, first, broadcast] : vectors) op.vectors.push_back({vector, first, broadcast});
+    for (const Ref& out : outputs) op.outputs.push_back(operand(out));
+    ops(list).push_back(op);
   }
   int sum(int size, bool each_stage) {
     program_.sums.push_back({size, each_stage});
@@ -198,6 +261,7 @@ class Builder {
   }
   int last() const { return static_cast<int>(program_.matrices.size()) - 1; }
   std::vector<Op>& ops(const std::string& list) {
+    if (list == "prologue") return program_.prologue;
     if (list == "body") return program_.body;
     if (list == "keep") return program_.keep;
     if (list == "reverse") return program_.reverse;
@@ -223,15 +287,27 @@ py::class_<Builder<T>> bind_builder(py::module_& m, const char* name) {
       .def("roles", &Builder<T>::roles, py::arg("dim"), py::arg("divergence"), py::arg("input"), py::arg("output"), py::arg("noise") = -1,
            py::arg("ones") = -1, py::arg("externals") = 0)
       .def("affine", &Builder<T>::affine, py::arg("matrix"), py::arg("source"), py::arg("target"), py::arg("modulation"),
-           py::arg("activation"), py::arg("a") = 1.0, py::arg("b") = 20.0, py::arg("store") = 0, py::arg("seed") = Ref(-1, 0),
-           py::arg("weight") = Ref(-1, 0))
-      .def("product", &Builder<T>::product, py::arg("matrix"), py::arg("source"), py::arg("target"), py::arg("factor") = Ref(-1, 0),
-           py::arg("factor_row") = py::none(), py::arg("prologue") = false, py::arg("transposed") = false, py::arg("addend") = Ref(-1, 0),
-           py::arg("second") = false, py::arg("factor2") = Ref(-1, 0), py::arg("factor2_row") = py::none(), py::arg("list") = "body")
-      .def("reduction", &Builder<T>::reduction, py::arg("matrix"), py::arg("source"), py::arg("factor") = Ref(-1, 0),
-           py::arg("factor2") = Ref(-1, 0), py::arg("factor_row") = py::none(), py::arg("factor2_row") = py::none(),
-           py::arg("coefficient_matrix") = -1, py::arg("target") = Ref(-1, 0))
+           py::arg("activation"), py::arg("a") = 1.0, py::arg("b") = 20.0, py::arg("store") = 0, py::arg("seed") = Ref{-1, 0},
+           py::arg("weight") = Ref{-1, 0})
+      .def("product", &Builder<T>::product, py::arg("matrix"), py::arg("source"), py::arg("target"), py::arg("factor") = Ref{-1, 0},
+           py::arg("factor_row") = py::none(), py::arg("prologue") = false, py::arg("transposed") = false, py::arg("addend") = Ref{-1, 0},
+           py::arg("second") = false, py::arg("factor2") = Ref{-1, 0}, py::arg("factor2_row") = py::none(), py::arg("list") = "body")
+      .def("reduction", &Builder<T>::reduction, py::arg("matrix"), py::arg("source"), py::arg("factor") = Ref{-1, 0},
+           py::arg("factor2") = Ref{-1, 0}, py::arg("factor_row") = py::none(), py::arg("factor2_row") = py::none(),
+           py::arg("coefficient_matrix") = -1, py::arg("target") = Ref{-1, 0})
       .def("adjoint_roles", &Builder<T>::adjoint_roles, py::arg("cotangent"), py::arg("trace_cotangent"), py::arg("state_cotangent"))
+      .def("graph_roles", &Builder<T>::graph_roles, py::arg("dim"), py::arg("out"), py::arg("divergence"), py::arg("input"), py::arg("output"),
+           py::arg("ones") = -1, py::arg("context") = -1, py::arg("time_rows") = 0, py::arg("time_external") = -1, py::arg("externals") = 0)
+      .def("graph_adjoint_roles", &Builder<T>::graph_adjoint_roles, py::arg("cotangent"), py::arg("trace_cotangent") = -1,
+           py::arg("state_cotangent") = -1, py::arg("context_cotangent") = -1)
+      .def("vector", &Builder<T>::vector, py::arg("n"), py::arg("values") = py::none(), py::arg("time_row") = -1,
+           "a number per row, the same for all samples: constant, or rows of the time answer")
+      .def("sum_of_vector", &Builder<T>::sum_of_vector, py::arg("vector"), py::arg("sum"))
+      .def("vector_modulation", &Builder<T>::vector_modulation, py::arg("n"), py::arg("scale") = -1, py::arg("shift") = -1)
+      .def("expression", &Builder<T>::expression, py::arg("inputs"), py::arg("vectors"), py::arg("outputs"), py::arg("registers"), py::arg("op"),
+           py::arg("to"), py::arg("a"), py::arg("b"), py::arg("c"), py::arg("number"), "an elementwise function, instruction by instruction (csrc/expression.h)")
+      .def("pointwise", &Builder<T>::pointwise, py::arg("expression"), py::arg("rows"), py::arg("inputs"), py::arg("vectors"), py::arg("outputs"),
+           py::arg("list") = "body")
       .def("sum", &Builder<T>::sum, py::arg("size"), py::arg("each_stage"))
       .def("sum_of_matrix", &Builder<T>::sum_of_matrix, py::arg("matrix"), py::arg("sum"))
       .def("sums_of_modulation", &Builder<T>::sums_of_modulation, py::arg("modulation"), py::arg("shift"), py::arg("gate"))
@@ -239,7 +315,7 @@ py::class_<Builder<T>> bind_builder(py::module_& m, const char* name) {
            py::arg("activation"), py::arg("a"), py::arg("b"), py::arg("carries"), py::arg("curvature"), py::arg("raw"),
            py::arg("slope_from") = 0)
       .def("pull", &Builder<T>::pull, py::arg("matrix"), py::arg("source"), py::arg("target"), py::arg("kept"), py::arg("value"),
-           py::arg("modulation"), py::arg("addend") = Ref(-1, 0), py::arg("slope_cotangent") = Ref(-1, 0), py::arg("transposed") = true, py::arg("carries") = false,
+           py::arg("modulation"), py::arg("addend") = Ref{-1, 0}, py::arg("slope_cotangent") = Ref{-1, 0}, py::arg("transposed") = true, py::arg("carries") = false,
            py::arg("curvature") = false, py::arg("raw") = false, py::arg("slope_from") = 0)
       .def("gradient", &Builder<T>::gradient, py::arg("matrix"), py::arg("left"), py::arg("right"), py::arg("sum"), py::arg("carries") = false);
   return c;

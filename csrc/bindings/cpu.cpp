@@ -24,14 +24,14 @@ const Kernels<T>& kernel_table() {
   else return *kernels().f64;
 }
 
+// The callback may run, and the last copy of it may die, on a thread that does not hold the interpreter.
 template <class T>
-void set_refresh(CompiledProgram<T>& self, py::function function) {
-  // The callback may run, and the last copy of it may die, on a thread that does not hold the interpreter.
+RefreshCallback<T> callback_of(py::function function) {
   auto held = std::shared_ptr<py::function>(new py::function(std::move(function)), [](py::function* f) {
     py::gil_scoped_acquire gil;
     delete f;
   });
-  RefreshCallback<T> callback = [held](const std::vector<double>& times) {
+  return [held](const std::vector<double>& times) {
     py::gil_scoped_acquire gil;
     std::vector<std::vector<std::vector<T>>> answers;
     for (py::handle one : (*held)(times)) {
@@ -40,7 +40,6 @@ void set_refresh(CompiledProgram<T>& self, py::function function) {
     }
     return answers;
   };
-  interruptible([&] { self.set_refresh(std::move(callback)); });
 }
 
 // An array that takes over the memory of a vector.
@@ -53,7 +52,7 @@ py::array_t<V> array_of(Vector&& values) {
 template <class T>
 py::dict gradient_dict(ProgramGradient<T>&& gradient) {
   py::dict out;
-  py::list matrices, modulations;
+  py::list matrices, modulations, vectors;
   for (auto& values : gradient.matrices) matrices.append(array_of(std::move(values)));
   for (auto& m : gradient.modulations) {
     py::dict one;
@@ -66,26 +65,34 @@ py::dict gradient_dict(ProgramGradient<T>&& gradient) {
   }
   out["matrices"] = matrices;
   out["modulations"] = modulations;
+  for (auto& values : gradient.vectors) vectors.append(array_of(std::move(values)));
+  out["vectors"] = vectors;
   out["t"] = gradient.t;
+  const py::ssize_t times = py::ssize_t(gradient.time_points.size());
+  const py::ssize_t rows = times > 0 ? py::ssize_t(gradient.time_cotangents.size()) / times : 0;
+  out["time_points"] = array_of(std::move(gradient.time_points));
+  out["time_cotangents"] = array_of(std::move(gradient.time_cotangents)).reshape({times, rows});
   return out;
 }
 
 template <class T>
 py::dict adjoint_evaluate(CompiledAdjoint<T>& self, double t, uintptr_t x, uintptr_t noise, const py::object& batch, const py::object& threads,
-                          uintptr_t grad_f, uintptr_t grad_trace, uintptr_t grad_x) {
+                          uintptr_t grad_f, uintptr_t grad_trace, uintptr_t grad_x, uintptr_t context, uintptr_t grad_context) {
   const int samples = batch_of(batch), workers = threads_of(threads);
   const bool any = samples > 0;
   if (any && self.program().noise >= 0 && noise == 0) throw std::invalid_argument("evaluate: this program needs noise");
   const T *from = address<T>(x, "x", any), *probe = address<T>(noise, "noise", false), *of_f = address<T>(grad_f, "grad_f", any);
   const T* of_trace = address<T>(grad_trace, "grad_trace", false);
-  T* const to = address<T>(grad_x, "grad_x", any);
-  return gradient_dict(interruptible([&] { return self.evaluate(t, from, probe, samples, workers, of_f, of_trace, to); }));
+  const T* const given = address<T>(context, "context", any && self.program().context >= 0);
+  T *const to = address<T>(grad_x, "grad_x", any), *const to_context = address<T>(grad_context, "grad_context", false);
+  return gradient_dict(interruptible([&] { return self.evaluate(t, from, probe, samples, workers, of_f, of_trace, to, given, to_context); }));
 }
 
 template <class T>
 py::dict adjoint_solve(CompiledAdjoint<T>& self, uintptr_t noise, const py::object& batch, std::vector<double> times, const py::object& sign,
                        const py::dict& tableau, bool perturb, const Array<double>& steps, const Array<T>& states, const Array<T>& derivatives,
-                       const py::object& threads, uintptr_t grad_xs, uintptr_t grad_ls, uintptr_t grad_x, uintptr_t grad_l) {
+                       const py::object& threads, uintptr_t grad_xs, uintptr_t grad_ls, uintptr_t grad_x, uintptr_t grad_l,
+                       uintptr_t context, uintptr_t grad_context) {
   SolveRecord<T> record;
   const int samples = record.batch = batch_of(batch), workers = threads_of(threads);
   record.sign = sign_of(sign);
@@ -106,22 +113,25 @@ py::dict adjoint_solve(CompiledAdjoint<T>& self, uintptr_t noise, const py::obje
   if (self.program().noise >= 0 && noise == 0) throw std::invalid_argument("solve: this program needs noise");
   if (record.times.empty()) throw std::invalid_argument("solve: no output times");
   const bool any = samples > 0;
+  record.context = address<T>(context, "context", any && self.program().context >= 0);
+  T* const to_context = address<T>(grad_context, "grad_context", false);
   const T *of_xs = address<T>(grad_xs, "grad_xs", any), *of_ls = address<T>(grad_ls, "grad_ls", false);
   T *const to = address<T>(grad_x, "grad_x", any), *const to_l = address<T>(grad_l, "grad_l", any && self.program().divergence);
-  return gradient_dict(interruptible([&] { return self.solve(record, workers, of_xs, of_ls, to, to_l); }));
+  return gradient_dict(interruptible([&] { return self.solve(record, workers, of_xs, of_ls, to, to_l, to_context); }));
 }
 
 template <class T>
 py::dict solve(CompiledProgram<T>& self, uintptr_t x, uintptr_t l, uintptr_t noise, const py::object& batch, std::vector<double> times,
                const py::object& sign, const py::dict& tableau, const std::vector<py::object>& rtol,
                const std::vector<py::object>& atol, const py::dict& options, std::vector<double> grid, bool perturb, bool per_tile,
-               bool record, bool record_stages, const py::object& threads, uintptr_t xs, uintptr_t ls, std::vector<int> parts) {
+               bool record, bool record_stages, const py::object& threads, uintptr_t xs, uintptr_t ls, std::vector<int> parts, uintptr_t context) {
   SolveInput<T> in;
   in.batch = batch_of(batch);
   const bool any = in.batch > 0;
   in.x = address<T>(x, "x", any);
   in.l = address<T>(l, "l", false);
   in.noise = address<T>(noise, "noise", false);
+  in.context = address<T>(context, "context", any && self.program().context >= 0);
   in.times = points_of(std::move(times), "times");
   in.sign = sign_of(sign);
   in.tableau = tableau_of(tableau);
@@ -164,14 +174,23 @@ py::dict solve(CompiledProgram<T>& self, uintptr_t x, uintptr_t l, uintptr_t noi
 }
 
 // What CompiledProgram and CompiledAdjoint have in common.
-template <class T, class C>
-void bind_common(py::class_<C>& c) {
+template <class T, class C, class... Holder>
+void bind_common(py::class_<C, Holder...>& c) {
   using Optional = std::optional<Array<T>>;
   c.def("set_values", [](C& self, int matrix, const Array<T>& values) {
       std::vector<T> numbers = copy(values);
       // without the interpreter, which a solve that holds the program may be waiting for
       interruptible([&] { self.set_values(matrix, std::move(numbers)); }); }, py::arg("matrix"), py::arg("values"),
         "new values of a matrix, or path constants of a gated one");
+  c.def("set_vector", [](C& self, int number, const Array<T>& values) {
+      std::vector<T> numbers = copy(values);
+      interruptible([&] { self.set_vector(number, std::move(numbers)); }); }, py::arg("number"), py::arg("values"), "new values of a constant row vector");
+  c.def("set_time", [](C& self, std::shared_ptr<CompiledProgram<T>> program) {
+      interruptible([&] { self.set_time(std::move(program)); }); }, py::arg("program"), "the program that gives the time answer, from the times as its batch");
+  c.def("set_refresh", [](C& self, py::function function) {
+      RefreshCallback<T> callback = callback_of<T>(std::move(function));
+      interruptible([&] { self.set_refresh(std::move(callback)); }); }, py::arg("function"),
+        "function(times) -> for every time a sequence of arrays, one per external of the program");
   c.def("set_modulation", [](C& self, int modulation, const Array<T>& bias, const Optional& gate_slope, const Optional& gate_offset,
                              const Optional& shift_slope, const Optional& shift_offset, int, int) {
       std::vector<T> parts[] = {copy(bias), copy(gate_slope), copy(gate_offset), copy(shift_slope), copy(shift_offset)};
@@ -189,41 +208,42 @@ void bind_common(py::class_<C>& c) {
 template <class T>
 void bind(py::module_& m, const char* builder, const char* compiled, const char* adjoint) {
   bind_builder<T>(m, builder)
-      .def("compile", [](const Builder<T>& b) { return interruptible([&] { return std::make_unique<CompiledProgram<T>>(b.program(), kernel_table<T>()); }); })
+      .def("compile", [](const Builder<T>& b) { return interruptible([&] { return std::make_shared<CompiledProgram<T>>(b.program(), kernel_table<T>()); }); })
       .def("compile_adjoint", [](const Builder<T>& b) { return interruptible([&] { return std::make_unique<CompiledAdjoint<T>>(b.program(), kernel_table<T>()); }); });
 
   py::class_<CompiledAdjoint<T>> adjoint_class(m, adjoint, "A checked adjoint program: gradients of evaluations and solves.");
   bind_common<T>(adjoint_class);
   adjoint_class
       .def("evaluate", &adjoint_evaluate<T>, py::arg("t"), py::arg("x"), py::arg("noise"), py::arg("batch"), py::arg("threads"), py::arg("grad_f"),
-           py::arg("grad_trace"), py::arg("grad_x"))
+           py::arg("grad_trace"), py::arg("grad_x"), py::arg("context") = 0, py::arg("grad_context") = 0)
       .def("solve", &adjoint_solve<T>, py::arg("noise"), py::arg("batch"), py::arg("times"), py::arg("sign"), py::arg("tableau"), py::arg("perturb"),
-           py::arg("steps"), py::arg("states"), py::arg("derivatives"), py::arg("threads"), py::arg("grad_xs"), py::arg("grad_ls"), py::arg("grad_x"), py::arg("grad_l"))
+           py::arg("steps"), py::arg("states"), py::arg("derivatives"), py::arg("threads"), py::arg("grad_xs"), py::arg("grad_ls"), py::arg("grad_x"), py::arg("grad_l"), py::arg("context") = 0,
+           py::arg("grad_context") = 0)
       .def("op_seconds", [](CompiledAdjoint<T>& self, const py::object& batch) {
              const int samples = batch_of(batch);
              return interruptible([&] { return self.op_seconds(samples); });
            }, py::arg("batch"), "measured seconds per tile of every operation: body, keep, reverse")
       .def("width", [](const CompiledAdjoint<T>& self, const py::object& batch) { return self.width(batch_of(batch)); }, py::arg("batch"), "samples per tile");
 
-  py::class_<CompiledProgram<T>> program_class(m, compiled, "A checked program; evaluates and solves over batches in memory.");
+  py::class_<CompiledProgram<T>, std::shared_ptr<CompiledProgram<T>>> program_class(m, compiled, "A checked program; evaluates and solves over batches in memory.");
   bind_common<T>(program_class);
   program_class
-      .def("set_refresh", &set_refresh<T>, py::arg("function"),
-           "function(times) -> for every time a sequence of arrays, one per external of the program")
       .def(
           "evaluate",
-          [](CompiledProgram<T>& self, double t, uintptr_t x, uintptr_t noise, const py::object& batch, const py::object& threads, uintptr_t f, uintptr_t trace) {
+          [](CompiledProgram<T>& self, double t, uintptr_t x, uintptr_t noise, const py::object& batch, const py::object& threads, uintptr_t f, uintptr_t trace,
+             uintptr_t context) {
             const int samples = batch_of(batch), workers = threads_of(threads);
             const bool any = samples > 0;
             if (any && trace != 0 && self.program().noise >= 0 && noise == 0) throw std::invalid_argument("evaluate: this program needs noise");
             const T *from = address<T>(x, "x", any), *probe = address<T>(noise, "noise", false);
+            const T* const given = address<T>(context, "context", any && self.program().context >= 0);
             T *const to = address<T>(f, "f", any), *const to_trace = address<T>(trace, "trace", false);
-            interruptible([&] { self.evaluate(t, from, probe, samples, workers, to, to_trace); });
+            interruptible([&] { self.evaluate(t, from, probe, samples, workers, to, to_trace, given); });
           },
-          py::arg("t"), py::arg("x"), py::arg("noise"), py::arg("batch"), py::arg("threads"), py::arg("f"), py::arg("trace"))
+          py::arg("t"), py::arg("x"), py::arg("noise"), py::arg("batch"), py::arg("threads"), py::arg("f"), py::arg("trace"), py::arg("context") = 0)
       .def("solve", &solve<T>, py::arg("x"), py::arg("l"), py::arg("noise"), py::arg("batch"), py::arg("times"), py::arg("sign"),
            py::arg("tableau"), py::arg("rtol"), py::arg("atol"), py::arg("options"), py::arg("grid"), py::arg("perturb"),
-           py::arg("per_tile"), py::arg("record"), py::arg("record_stages"), py::arg("threads"), py::arg("xs"), py::arg("ls"), py::arg("parts") = std::vector<int>())
+           py::arg("per_tile"), py::arg("record"), py::arg("record_stages"), py::arg("threads"), py::arg("xs"), py::arg("ls"), py::arg("parts") = std::vector<int>(), py::arg("context") = 0)
       .def("widths", [](CompiledProgram<T>& self) {
              std::vector<int> out;
              for (int i = 0; i < Kernels<T>::kWidths; ++i) out.push_back(self.width(i));
