@@ -29,6 +29,7 @@ from .problems import DEFAULT_FIELDS, FIELDS, TRAIN_FIELDS, FieldSpec, Problem
 from .training_peers import StepOutcome
 
 Spec = FieldSpec | GraphSpec
+TURN = 0.01  # seconds
 
 
 @dataclass
@@ -64,18 +65,26 @@ class Row:
 def interleaved(runs: dict[Any, Callable[[], Any]], seconds: float, most: int) -> dict[str, list[float]]:
     """Processor seconds of each run, taken in turns: at least two rounds, at most `most`, until `seconds` are spent.
 
-    The first, untimed turn of every run is the caller's (it also warms up).
+    The first, untimed turn of every run is the caller's (it also warms up). A run that is quicker than TURN is repeated
+    within its turns, whose time is shared out: else it would be timed in the caches that the one before has left behind.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
+    repeats = {name: max(1, round(TURN / max(_seconds(run, 1), 1e-6))) for name, run in runs.items()}
     for done in range(most):
         if done >= 2 and time.perf_counter() - start > seconds:
             break
         for name, run in runs.items():
-            before = time.process_time()
-            run()
-            times[name].append(time.process_time() - before)
+            times[name].append(_seconds(run, repeats[name]))
     return times
+
+
+def _seconds(run: Callable[[], Any], repeats: int) -> float:
+    """Processor seconds of one run, over so many."""
+    before = time.process_time()
+    for _ in range(repeats):
+        run()
+    return (time.process_time() - before) / repeats
 
 
 def largest_error(outcome: Outcome, reference: Outcome) -> float:
