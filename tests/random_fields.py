@@ -7,7 +7,8 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from sparseflow_kernels.field import Activation, Layer, LinearShift, Pattern, SigmoidGate, VectorField
+from sparseflow_kernels.field import Activation, GraphField, Layer, LinearShift, Pattern, SigmoidGate, VectorField
+from sparseflow_kernels.field.graph import evaluate
 
 
 def random_field(
@@ -43,6 +44,10 @@ def plain_forward(field: VectorField, t: Tensor, y: Tensor) -> tuple[Tensor, lis
         "softplus": torch.nn.functional.softplus, "elu": torch.nn.functional.elu, "silu": torch.nn.functional.silu,
         "square": lambda z: z**2, "cube": lambda z: z**3,
     }
+    if isinstance(field, GraphField):
+        rows = y.reshape(-1, y.shape[-1])
+        inputs, parts = {"state": rows, "time": t.reshape(1, 1)}, [part.values for part in field.parts]
+        return evaluate([field.output], inputs, parts.__getitem__)[0].expand_as(rows).reshape(y.shape), []
     pre_activations = []
     for layer in field.layers:
         gate, shift = layer.modulation(t)

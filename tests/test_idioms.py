@@ -224,9 +224,6 @@ REFUSED = {
     "a tuple returned": (lambda: Field(lambda m, t, y: (m.a(y), y), {"a": L(2, 2)}), ValueError, "returned tuple"),
     "convolution": (
         lambda: Field(lambda m, t, y: m.c(y), {"c": nn.Conv2d(2, 2, 3)}), ValueError, "'c' is a convolution"),
-    "weights made by a network of time": (
-        lambda: Field(lambda m, t, y: F.linear(y, m.h(t.view(1, 1)).view(3, 3)), {"h": L(1, 9)}),
-        sfk.UnsupportedFieldError, "matrix that depends on t"),
     "lazy": (lambda: Field(lambda m, t, y: m.a(y), {"a": nn.LazyLinear(2)}), ValueError, "'a.weight' has no size"),
     "meta": (
         lambda: Field(lambda m, t, y: m.a(y), {"a": L(2, 2, device="meta")}), ValueError, "'a.weight'.*meta device"),

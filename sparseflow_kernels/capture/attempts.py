@@ -286,7 +286,8 @@ def _diagnose(attempts: Attempts, works: list[Probe], dim: int | None, like: Ten
         images = next((p for p, m in attempts.module.named_modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
         if images is not None and (dim is None or like is not None):
             raise UnsupportedFieldError(
-                f"{name}: {images!r} is a convolution; only states [batch, dim] are run. {REMEDY}."
+                f"{name}: {images!r} is a convolution, and the shape of its states cannot be told. Pass an example of "
+                f"the state, like=y0. Otherwise u{REMEDY[1:]}."
             )
         only = attempts.only_batch()
         if only is not None:
@@ -296,8 +297,8 @@ def _diagnose(attempts: Attempts, works: list[Probe], dim: int | None, like: Ten
         if shape is not None:
             raise UnsupportedFieldError(
                 f"{name}: forward takes states with more axes ({shape} runs, [{attempts.batch}, {shape[-1]}] does not) "
-                "and mixes the rows [..., dim] of one sample, or needs a number of them; a compiled field runs every "
-                f"row by itself. {attempts.flat(shape)}{REMEDY}."
+                "and mixes the rows [..., dim] of one sample, or needs a number of them. Pass an example of the state, "
+                f"like=y0. {attempts.flat(shape)}Otherwise u{REMEDY[1:]}."
             )
         if attempts.returned is not None:
             raise ValueError(f"{name}: {attempts.returned}; a vector field returns one tensor shaped like y")

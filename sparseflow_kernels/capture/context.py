@@ -26,6 +26,8 @@ def attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for key, value in (*part._buffers.items(), *vars(part).items()):
             if key not in REGISTERED and key != "_buffers":
                 yield from _inside(f"{PREFIX}{path}/{key}", value, 3)
+        if not type(part).__module__.startswith("torch."):
+            yield from _inside(f"{PREFIX}{path}/forward", part.forward, 2)
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
@@ -39,6 +41,8 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
         cells = zip(value.__code__.co_freevars, value.__closure__ or ())
         yield from ((name, cell.cell_contents) for name, cell in cells if cell != types.CellType())
         yield from ((f"default{i}", item) for i, item in enumerate(value.__defaults__ or ()))
+        names = (name for name in value.__code__.co_names if isinstance(value.__globals__.get(name), Tensor))
+        yield from ((name, value.__globals__[name]) for name in names)
     elif hasattr(value, "func") and hasattr(value, "keywords"):  # functools.partial
         yield from (("func", value.func), ("args", value.args), ("keywords", value.keywords))
 
@@ -57,7 +61,9 @@ def attribute(module: nn.Module, name: str) -> Tensor:
     path, key, *rest = name.removeprefix(PREFIX).split("/")
     value: Any = getattr(module.get_submodule(path), key)
     for step in rest:
-        value = next(item for name, item in _items(value) if name == step)
+        value = next((item for name, item in _items(value) if name == step), None)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"the module no longer holds the tensor {name.removeprefix(PREFIX)!r}, its context")
     return value
 
 

@@ -18,10 +18,11 @@ from ..field import Activation, Graph, Node
 from .algebra import apply
 from .graph_table import GraphTable, distinct, distinct_lines
 from .operations import aten
-from .refusal import refuse
+from .refusal import REMEDY, refuse
 from .samples import ROUNDING, STRIDE
 from .values import NOT_PLAIN, Constant, StateValue, TimeValue
 
+WHOLE = f"Where the first axis of the state is no batch, compile with an example of it, like=y0. Otherwise u{REMEDY[1:]}"
 ANY = 1 << 20  # the sample of elements that are alike in all samples
 MASK = STRIDE - 1
 MOST_GROUPS = 64  # groups that one matrix of parameters is applied to, with a node each; more are one matrix
@@ -50,7 +51,7 @@ def merged(samples: Tensor, axis: int = 0) -> Tensor:
     """The one sample of elements along an axis."""
     one = samples.amin(axis)
     if not bool(((samples == one.unsqueeze(axis)) | (samples == ANY)).all()):
-        refuse("an operation that mixes the samples of the batch")
+        refuse("a sum over the samples of the batch", WHOLE)
     return one
 
 
@@ -125,10 +126,10 @@ class Elements:
             return None
         order = torch.argsort(samples, stable=True)[: found.numel()]
         if found.numel() % present.numel():
-            refuse("an operation that mixes the samples of the batch")
+            refuse("an operation that mixes the samples of the batch", WHOLE)
         parts = order.view(present.numel(), -1)
         if not bool((samples[parts] == present[:, None]).all()):
-            refuse("an operation that mixes the samples of the batch")
+            refuse("an operation that mixes the samples of the batch", WHOLE)
         return parts
 
     @staticmethod
@@ -190,7 +191,7 @@ class Elements:
         for other in samples[1:]:
             one = torch.minimum(one, other)
         if len(samples) > 1 and not all(bool(((s == one) | (s == ANY)).all()) for s in samples):
-            refuse("an operation across the samples of the batch")
+            refuse("an operation across the samples of the batch", WHOLE)
         return one
 
     def _rows(self, make: Make, rows: list[Tensor]) -> Tensor:

@@ -124,6 +124,30 @@ def cross(e: Elements, func, args, kwargs, out) -> Any:
     return e.pointwise(lambda g, x, y: g.sub(x, y), first, second)
 
 
+@rule("_trilinear")  # nn.Bilinear
+def trilinear(e: Elements, func, args, kwargs, out) -> Any:
+    values, expanded, summed = args[:3], args[3:6], args[6]
+    for axes, number in zip(expanded, range(3)):
+        value = values[number]
+        for axis in axes:
+            value = _unsqueezed(e, value, axis)
+        values = (*values[:number], value, *values[number + 1:])
+    result = e.pointwise(product, e.pointwise(product, values[0], values[2]), values[1])
+    groups = result.ids.movedim([axis for axis in summed], list(range(-len(summed), 0)))
+    groups = groups.reshape(*groups.shape[: groups.dim() - len(summed)], -1)
+    return StateValue(e.sums(groups.reshape(-1, groups.shape[-1])).reshape(out.shape))
+
+
+@rule("_cdist_forward", "_euclidean_dist")
+def distances(e: Elements, func, args, kwargs, out) -> Any:
+    if base_name(func) == "_cdist_forward" and args[2] != 2:
+        refuse(f"distances with p = {args[2]}")
+    a, b = _unsqueezed(e, args[0], -2), _unsqueezed(e, args[1], -3)
+    squares = e.pointwise(lambda g, x, y: g.square(g.sub(x, y)), a, b).ids
+    total = StateValue(e.sums(squares.reshape(-1, squares.shape[-1])).view(out.shape))
+    return e.pointwise(lambda g, x: g.apply("sqrt", x), total)
+
+
 # ------------------------------------------------------------------------------------------------------ convolutions
 
 

@@ -34,6 +34,8 @@ def read_graph(module: nn.Module, found: Probe | None, like: State | None, chain
         try:
             return _read(module, probe, like if probe.plain is not None and isinstance(like, Tensor) else None)
         except UnsupportedFieldError as error:
+            if probe.only and probe.only not in str(error):
+                error = UnsupportedFieldError(f"{error} ({probe.only})")
             first = first or error
     if first is None:
         first = chain or UnsupportedFieldError(

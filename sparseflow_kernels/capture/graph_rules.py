@@ -643,6 +643,29 @@ def gelu_backward(e: Elements, func, args, kwargs, out) -> Any:
     return e.pointwise(make, args[0], args[1])
 
 
+@rule("_prelu_kernel_backward")
+def prelu_backward(e: Elements, func, args, kwargs, out) -> Any:
+    from .values import Opaque
+
+    slope = e.pointwise(lambda g, d, a, w: choose(g, above(g, a), d, g.mul(d, w)), *args[:3])
+    return [slope, Opaque(out[1].shape, "the gradient of a slope")]
+
+
+@rule("glu", "glu_backward")
+def glu(e: Elements, func, args, kwargs, out) -> Any:
+    backward = base_name(func) == "glu_backward"
+    ids, axis = e.ids(args[1] if backward else args[0]), argument(args, kwargs, 2 if backward else 1, "dim", -1)
+    a, b = (StateValue(half) for half in ids.chunk(2, axis))
+    if not backward:
+        return e.pointwise(lambda g, x, y: g.mul(x, g.apply("sigmoid", y)), a, b)
+    left = e.pointwise(lambda g, d, y: g.mul(d, g.apply("sigmoid", y)), args[0], b)
+    right = e.pointwise(
+        lambda g, d, x, s: g.mul(g.mul(d, x), g.mul(s, complement(g, s))), args[0], a,
+        e.pointwise(activation("sigmoid"), b),
+    )  # fmt: skip
+    return StateValue(torch.cat([left.ids, right.ids], axis))
+
+
 @rule("softshrink", "hardshrink", "tanhshrink")
 def shrink(e: Elements, func, args, kwargs, out) -> Any:
     bound = number(args, kwargs, 1, "lambd", 0.5)
