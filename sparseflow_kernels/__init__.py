@@ -7,10 +7,11 @@
     aug = sfk.with_divergence(field, "exact")         # (x, l) -> (dx/dt, -tr df/dx)
 """
 
+from .accelerate import accelerate
 from .build_info import build_info
 from .compiled_field import CompiledField, compile  # noqa: A004
 from .divergence_field import DivergenceField, with_divergence
-from .field import UnsupportedFieldError, VectorField
+from .field import GraphField, UnsupportedFieldError, VectorField
 from .flows import ContinuousFlow
 from .nonfinite import get_nonfinite_gradients, set_nonfinite_gradients
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event, solve
@@ -23,8 +24,8 @@ from .training import sparse_flow
 __version__ = "0.1.0"
 
 __all__ = [
-    "CompiledField", "ContinuousFlow", "DivergenceField", "GradientError", "Solution", "SolverError", "SparseLinear",
-    "UnsupportedFieldError", "VectorField", "build_info", "compile", "get_nonfinite_gradients", "get_num_threads",
+    "CompiledField", "ContinuousFlow", "DivergenceField", "GradientError", "GraphField", "Solution", "SolverError", "SparseLinear",
+    "UnsupportedFieldError", "VectorField", "accelerate", "build_info", "compile", "get_nonfinite_gradients", "get_num_threads",
     "odeint", "odeint_adjoint", "odeint_dense", "odeint_event", "prune_neurons_", "prune_weights_",
     "set_nonfinite_gradients", "set_num_threads", "solve", "sparse_flow", "sparsify_", "with_divergence",
 ]

@@ -38,6 +38,7 @@ from .field.layout import Layout, State
 from .graph_report import describe_graph
 from .hooks import GLOBAL_HOOKS, hooks_of
 from .layer_parameters import LayerParameters, lost, zeroing
+from .live import Watch
 from .origin import CONSTANT, Derivation, Key, Origin
 from .packing import Packing
 from .simplify import simplify
@@ -47,7 +48,7 @@ from .trained import Entries, Held, Shares, check_made_again, without_zeros, wri
 @factories_on_cpu
 def compile(  # noqa: A001 (the field's own word; the builtin is not needed here)
     module_or_field: nn.Module | VectorField | GraphField, engine: str = "auto", dim: int | None = None,
-    like: State | None = None,
+    like: State | None = None, live: bool = False,
 ) -> "CompiledField":  # fmt: skip
     """Read the program out of a module `f(t, y)`, simplify it exactly and hand it to an engine.
 
@@ -65,6 +66,12 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
 
     The result keeps the module's dtype and device and shares no memory with it. It trains what the module trains and
     nothing else (`trained`): buffers and constants of the code are fixed, parameters used in several places are one.
+
+    live: the parameters stay the module's own. The module becomes a submodule of the result (`.module`), every call
+    gathers the parameters' present values, and gradients arrive in their `.grad`, through masks, parametrizations and
+    sharing: an optimizer, a checkpoint or a wrapper made for the module goes on working. Exact zeros count as pruned, as
+    ever. Where a mask, a buffer, the set of parameters or training/evaluation mode changes, or a pruned entry comes back,
+    the next call compiles anew.
 
     Raises UnsupportedFieldError for what cannot be expressed, or not run by the engine asked for; ValueError for an
     unknown engine, or a `dim` or `like` that does not fit; TypeError for other objects.
@@ -86,8 +93,12 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
         raise ValueError(f"compile: dim is {dim}, but the field's state has {field.dim} components")
     if like is not None and isinstance(module_or_field, (CompiledField, VectorField, GraphField)):
         _check_like(field, like)
+    if live and (not isinstance(module_or_field, nn.Module) or isinstance(module_or_field, CompiledField)):
+        raise TypeError(f"live: needs the nn.Module whose parameters are to be used, not {type(module_or_field).__name__}")
     simplified, origins, told = _simplified(field, origins, held)
-    compiled = CompiledField(simplified, engine, origins=origins, held=held, simplification=told)
+    compiled = CompiledField(
+        simplified, engine, origins=origins, held=held, simplification=told, source=module_or_field if live else None
+    )
     compiled.example = example if like is None else _shapes(like)
     if compiled.shares.derived:
         check_made_again(simplified, compiled.ordered)
@@ -139,20 +150,26 @@ class CompiledField(nn.Module):
     example: tuple | None = None  # the shape of the `like` it was compiled with, or the shapes of its tensors
     layout: Layout | None = None  # of its states, where they are not [..., dim]
     _context: Tensor | None = None  # given by `with_context`
+    _watch: Watch | None = None  # of the module whose parameters are used
 
     def __init__(
         self, field: VectorField | GraphField, engine: str = "auto", *, origins: dict[Key, Origin] | None = None,
-        held: dict[str, Held] | None = None, simplification: str = "",
+        held: dict[str, Held] | None = None, simplification: str = "", source: nn.Module | None = None,
     ) -> None:  # fmt: skip
-        """origins, held: of the field's tensors, and of the parameters these name; None: the tensors are parameters."""
+        """origins, held: of the field's tensors, and of the parameters these name; None: the tensors are parameters.
+        source: the module whose own parameters are used."""
         super().__init__()
+        if source is not None:
+            self.module = source
+            self._watch = Watch(source)
         choose(field, engine)  # says now what would go wrong later
         self.requested = engine
         self._simplification = simplification
         if origins is None:
             origins, held = Held.by_tensors(field)
         self.origins = origins
-        self.shares = Shares(origins, held, (name for program in _time_programs(field) for name in program.names))
+        whole = (name for program in _time_programs(field) for name in program.names)
+        self.shares = Shares(origins, held, whole, live=source is not None)
         with torch.inference_mode(False):  # a field compiled there is a field elsewhere
             self._make_parameters(field, held)
         # The parameters hold the numbers from here on; keep no second copy of them.
@@ -169,11 +186,12 @@ class CompiledField(nn.Module):
 
     def _make_parameters(self, field: VectorField, held: dict[str, Held]) -> None:
         recipe = self.shares.recipe
-        entries = {
+        entries = {} if self._watch is None else {name: self._entry(name) for name in recipe.held}
+        entries = entries or {
             name: nn.Parameter((held[name].values if e is None else held[name].take(e)).clone(), held[name].trained)
             for name, e in recipe.held.items()
         }
-        if entries:
+        if entries and self._watch is None:
             self.entries = Entries(entries)
         functions: dict[int, dict[str, nn.Module]] = {number: {} for number in range(len(field.layers))}
         for number, kind, part in _time_functions(field):
@@ -237,7 +255,23 @@ class CompiledField(nn.Module):
 
     def _entry(self, name: str) -> nn.Parameter:
         owner, _, leaf = name.rpartition(".")
-        return self.entries.get_submodule(owner)._parameters[leaf]
+        tree = self.entries if self._watch is None else self.module
+        return tree.get_submodule(owner)._parameters[leaf]
+
+    @property
+    def live(self) -> bool:
+        """Its parameters are its module's own."""
+        return self._watch is not None
+
+    def follow(self) -> None:
+        """Compile anew where the module is no longer the one that this field was compiled from (`live`)."""
+        if not self._watch.changed():
+            return
+        like = None if self.example is None else self._like(self.example)
+        dim = None if self.layout is not None or like is not None else self.dim
+        fresh = compile(self.module, self.requested, dim, like, live=True)
+        own = {name for name in self.__dict__ if name.endswith("_hooks") or name in ("training", "_context", "example")}
+        self.__dict__.update({name: value for name, value in fresh.__dict__.items() if name not in own})
 
     # ------------------------------------------------------------------------------------------------- what it is
 
@@ -293,11 +327,25 @@ class CompiledField(nn.Module):
     def runner(self, kind: Literal["exact", "hutchinson"] | None = None) -> Engine:
         """The engine for a call made now: `packed(kind)`, or the reference engine where only torch operations may take
         part."""
+        return self.ready(kind)[0]
+
+    def ready(
+        self, kind: Literal["exact", "hutchinson"] | None = None
+    ) -> tuple[Engine, Callable[[], ReferenceEngine]]:  # fmt: skip
+        """(the engine for a call made now, what gives the reference engine over the live parameters for it)."""
+        if self._watch is not None:
+            self.follow()
+        reference = lambda: self.reference(kind)
         if gradients.only_torch():
-            return self.reference(kind)
-        engine = self.packed(kind)
+            return reference(), reference
+        if self.shares.derived and torch.is_grad_enabled():
+            made = self.vector_field  # once: it is packed from, and differentiated
+            engine = self._packing.engine(kind, list(self._tensors()), lambda: made)
+            reference = lambda: reference_engine(made, self._packing.plan(kind, lambda: made))
+        else:
+            engine = self.packed(kind)
         # What autograd flows through stands over the parameters of this call, not over those that it was packed from.
-        return self.reference(kind) if engine.differentiable and torch.is_grad_enabled() else engine
+        return (reference() if engine.differentiable and torch.is_grad_enabled() else engine), reference
 
     def reference(self, kind: Literal["exact", "hutchinson"] | None = None) -> ReferenceEngine:
         """The reference engine over the live parameters: autograd flows through it to them."""
@@ -405,7 +453,7 @@ class CompiledField(nn.Module):
             raise TypeError(f"t: must be real numbers, not {t.dtype}")
         t = t.reshape(-1).to(y)
         if isinstance(self._program, GraphField):
-            return gradients.evaluate(self.runner(None), self.reference, t, y.contiguous(), None, self.context_of(len(y)))[0]
+            return gradients.evaluate(*self.ready(), t, y.contiguous(), None, self.context_of(len(y)))[0]
         if self._own_times is None:
             self._own_times = Packing("auto" if self.requested not in ("reference", "cpu") else self.requested)
         graph = lambda: graph_of_chain(self.vector_field)
@@ -492,7 +540,7 @@ class CompiledField(nn.Module):
             if not torch.compiler.is_exporting():
                 return _run_eagerly(self, kind, t, x, noise)
         context = self.context_of(len(x)) if isinstance(self._program, GraphField) else None
-        return gradients.evaluate(self.runner(kind), lambda: self.reference(kind), t, x, noise, context)
+        return gradients.evaluate(*self.ready(kind), t, x, noise, context)
 
     def _check_time(self, t: Tensor | float) -> Tensor:
         like = next(self._tensors())
@@ -536,6 +584,8 @@ class CompiledField(nn.Module):
         ValueError, and writes nothing, where the module's masks are not this field's.
         """
         module = unwrapped(module)
+        if self._watch is not None and module is self.module:
+            return  # they are its own
         like = None if self.example is None else self._like(self.example)
         held, parameters = self.held(), dict(module.named_parameters())
         with without_zeros(parameters, held, self.shares.trained):

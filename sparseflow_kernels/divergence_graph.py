@@ -126,7 +126,7 @@ def structure(output: Node, state: Node) -> Tensor:
             masks[node] = None
         elif node.kind == "linear":
             pattern = node.matrix.pattern
-            entries = pattern.dense(torch.ones(pattern.nnz))
+            entries = pattern.dense(torch.ones(pattern.nnz, dtype=torch.float32))
             masks[node] = ((entries.T if node.transposed else entries) @ read[0].float()) > 0
         elif node.kind == "rows":
             masks[node] = torch.cat([

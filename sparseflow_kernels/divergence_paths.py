@@ -187,10 +187,10 @@ def _product(factors: Sequence[Fixed], width: int, part: Callable[[int], Tensor]
 @torch.no_grad()
 def _structure(factors: Sequence[Fixed], width: int) -> Tensor:
     """Where the product can be other than zero."""
-    x = torch.eye(factors[-1].inputs if factors else width)
+    x = torch.eye(factors[-1].inputs if factors else width, dtype=torch.float32)
     for factor in reversed(factors):
         if factor.matrix is not None:
-            mask = factor.matrix.pattern.dense(torch.ones(factor.matrix.pattern.nnz))
+            mask = factor.matrix.pattern.dense(torch.ones(factor.matrix.pattern.nnz, dtype=torch.float32))
             x = ((mask.T if factor.transposed else mask) @ x).clamp(max=1.0)
         elif factor.piece is not None:
             rows, first, _ = factor.piece

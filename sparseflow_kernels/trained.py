@@ -128,9 +128,11 @@ class Shares:
     """Which tensors of a field are trained themselves (`own`), which are `fixed`, and which are `derived`: made by
     `recipe`, from elements that are held for them."""
 
-    def __init__(self, origins: Mapping[Key, Origin], held: Mapping[str, Held], whole: Iterable[str] = ()) -> None:
+    def __init__(
+        self, origins: Mapping[Key, Origin], held: Mapping[str, Held], whole: Iterable[str] = (), live: bool = False
+    ) -> None:  # fmt: skip
         """origins: of all tensors of the field.  held: every parameter that they name.  whole: names of parameters that
-        are held whole in any case."""
+        are held whole in any case.  live: all of them are, being the module's own, and no tensor is trained itself."""
         whole = sorted({*whole, *(name for origin in origins.values() for name in origin.needs_whole())})
         uses: dict[str, list[Tensor]] = {}
         for origin in origins.values():
@@ -154,7 +156,7 @@ class Shares:
 
         self.trained = {name: h.trained for name, h in held.items()}
         self.fixed = [key for key, origin in origins.items() if origin.constant]
-        self.own = [key for key, origin in origins.items() if not origin.constant and itself(origin)]
+        self.own = [key for key, origin in origins.items() if not live and not origin.constant and itself(origin)]
         taken = {*self.fixed, *self.own}
         self.derived = [key for key in origins if key not in taken]
         needed: dict[str, list[Tensor]] = {}
@@ -162,6 +164,8 @@ class Shares:
             for part in origins[key].read():
                 for name, elements in part.elements():
                     needed.setdefault(name, []).append(elements)
+        if live:
+            whole = sorted({*whole, *needed})
         self.recipe = Recipe({
             **{name: torch.cat(several).unique() for name, several in needed.items() if name not in whole},
             **dict.fromkeys(whole),

@@ -6,9 +6,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "../field.h"
 #include "../step_control.h"
 #include "../tableau.h"
+#include "../validate.h"
 #include "arguments.h"
 
 namespace sparseflow {
@@ -110,6 +113,7 @@ class Builder {
     m.n = n;
     m.scale_vector = scale;
     m.shift_vector = shift;
+    if (scale < 0 && shift < 0) m.bias.assign(static_cast<size_t>(std::clamp<int64_t>(n, 0, kMostRows)), T(0));  // of none, so of a bias of zeros
     program_.modulations.push_back(std::move(m));
     return static_cast<int>(program_.modulations.size()) - 1;
   }

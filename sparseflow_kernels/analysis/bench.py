@@ -18,13 +18,18 @@ from typing import Any, Callable, Iterable, Iterator
 
 from ..build_info import build_info
 from ..compiled_field import CompiledField
-from ..compiled_field import compile as compile_field
+from ..field import GraphField
 from ..files import read_json, write_json
-from . import peers, training_peers
+from . import graph_training, peers, training_peers
 from .floor import Work, activation_rate, fma_rate, training_step_floor
+from .graph_floor import GraphWork, instruction_rates
+from .graph_problems import GRAPHS, TRAIN_GRAPHS, GraphSpec
 from .peers import Contender, Outcome
-from .problems import DEFAULT_FIELDS, TRAIN_FIELDS, FieldSpec, Problem, make_problem
+from .problems import DEFAULT_FIELDS, FIELDS, TRAIN_FIELDS, FieldSpec, Problem
 from .training_peers import StepOutcome
+
+Spec = FieldSpec | GraphSpec
+TURN = 0.01  # seconds
 
 
 @dataclass
@@ -60,23 +65,33 @@ class Row:
 def interleaved(runs: dict[Any, Callable[[], Any]], seconds: float, most: int) -> dict[str, list[float]]:
     """Processor seconds of each run, taken in turns: at least two rounds, at most `most`, until `seconds` are spent.
 
-    The first, untimed turn of every run is the caller's (it also warms up).
+    The first, untimed turn of every run is the caller's (it also warms up). A run that is quicker than TURN is repeated
+    within its turns, whose time is shared out: else it would be timed in the caches that the one before has left behind.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
+    repeats = {name: max(1, round(TURN / max(_seconds(run, 1), 1e-6))) for name, run in runs.items()}
     for done in range(most):
         if done >= 2 and time.perf_counter() - start > seconds:
             break
         for name, run in runs.items():
-            before = time.process_time()
-            run()
-            times[name].append(time.process_time() - before)
+            times[name].append(_seconds(run, repeats[name]))
     return times
+
+
+def _seconds(run: Callable[[], Any], repeats: int) -> float:
+    """Processor seconds of one run, over so many."""
+    before = time.process_time()
+    for _ in range(repeats):
+        run()
+    return (time.process_time() - before) / repeats
 
 
 def largest_error(outcome: Outcome, reference: Outcome) -> float:
     rows = reference.x.shape[0]
     state = (outcome.x[:rows].double() - reference.x).abs().max()
+    if reference.l is None:
+        return float(state)
     density = (outcome.l[:rows].double() - reference.l).abs().max()
     return float(max(state, density))
 
@@ -88,8 +103,10 @@ def _solve_reference(problem: Problem) -> Outcome:
 
 
 def _solve_floor(problem: Problem, field: CompiledField, outcome: Outcome) -> float | None:
-    plan = field.divergence_plan(problem.spec.divergence)
-    each = Work.of(field.vector_field, plan).floor(problem.x.shape[0])
+    kind = problem.spec.divergence
+    plan = None if kind is None else field.divergence_plan(kind)
+    work = GraphWork if isinstance(field.vector_field, GraphField) else Work
+    each = work.of(field.vector_field, plan).floor(problem.x.shape[0])
     return None if each is None else each * outcome.nfe
 
 
@@ -106,7 +123,7 @@ class Task:
 
     name: as a document says it.  unit: in words.  peers: beside the baseline and this library.  reference: the float64
     solution of a problem.  error: of an outcome against it; error_name: in words.  floor: seconds of this library's
-    arithmetic.  block: name of its table's place in a document.
+    arithmetic.  block: name of its table's place in a document.  losses: the task for fields with a loss of that name.
     """
 
     name: str
@@ -120,18 +137,35 @@ class Task:
     error_name: str
     floor: Callable[[Problem, CompiledField, Any], float | None]
     block: str
+    losses: dict[str, "Task"] = dataclasses.field(default_factory=dict)
+
+    @property
+    def known_peers(self) -> dict[str, Contender]:
+        """Of all fields; not every one is there for every field."""
+        return dict(item for task in (*self.losses.values(), self) for item in task.peers.items())
+
+    def of(self, spec: Spec) -> "Task":
+        return self.losses.get(spec.loss, self) if isinstance(spec, GraphSpec) else self
 
 
 SOLVE = Task(
-    "solve", "solve", DEFAULT_FIELDS, peers.BASELINE, peers.OURS, peers.PEERS, _solve_reference, largest_error,
+    "solve", "solve", (*DEFAULT_FIELDS, *GRAPHS), peers.BASELINE, peers.OURS, peers.PEERS, _solve_reference, largest_error,
     "max error", _solve_floor, "bench",
 )  # fmt: skip
 TRAIN = Task(
-    "train", "training step", TRAIN_FIELDS, training_peers.BASELINE, training_peers.OURS, training_peers.PEERS,
+    "train", "training step", (*TRAIN_FIELDS, *TRAIN_GRAPHS), training_peers.BASELINE, training_peers.OURS, training_peers.PEERS,
     training_peers.reference_gradient,
     lambda outcome, reference: training_peers.relative_error(outcome.gradient(), reference),
     "gradient error", _step_floor, "train-bench",
 )  # fmt: skip
+_THROUGH_A_SOLVE = dataclasses.replace(
+    TRAIN, baseline=graph_training.BASELINE, ours=graph_training.OURS, peers=graph_training.PEERS,
+    reference=graph_training.reference_gradient, floor=graph_training.floor,
+)  # fmt: skip
+_MATCHING = dataclasses.replace(
+    _THROUGH_A_SOLVE, baseline=graph_training.MATCHING_BASELINE, peers=graph_training.MATCHING_PEERS
+)
+TRAIN.losses.update(matching=_MATCHING, distance=_THROUGH_A_SOLVE, likelihood=_THROUGH_A_SOLVE)
 TASKS = {task.name: task for task in (SOLVE, TRAIN)}
 
 
@@ -139,7 +173,8 @@ def bench_problem(
     problem: Problem, contenders: Iterable[Contender], seconds: float = 20.0, most: int = 30, task: Task = SOLVE
 ) -> list[Row]:
     """Rows of the contenders, the task's baseline among them, on one problem; `seconds` bounds the timed rounds."""
-    field = compile_field(problem.module)
+    task = task.of(problem.spec)
+    field = peers.compiled(problem)
     reference = task.reference(problem)
 
     rows: dict[str, Row] = {}
@@ -175,44 +210,62 @@ def bench_problem(
 
 
 def bench(
-    specs: Iterable[FieldSpec],
+    specs: Iterable[Spec],
     keeps: Iterable[float],
-    peers: Iterable[Contender] = (),
+    rivals: Iterable[str] = (),
     seconds: float = 20.0,
     most: int = 30,
     task: Task = SOLVE,
 ) -> Iterator[Row]:
-    """Yield rows field by field, keep ratio by keep ratio. Run it within `peers.one_thread()`."""
-    contenders = [task.baseline, task.ours, *peers]
+    """Yield rows field by field, keep ratio by keep ratio. rivals: names among `task.known_peers`; those that a field's own
+    task does not have are left out there. Run it within `peers.one_thread()`."""
+    rivals = list(rivals)
     for spec in specs:
+        own = task.of(spec)
+        contenders = [own.baseline, own.ours, *(own.peers[name] for name in rivals if name in own.peers)]
         for keep in keeps:
-            yield from bench_problem(make_problem(spec, keep), contenders, seconds, most, task)
+            yield from bench_problem(spec.problem(keep), contenders, seconds, most, task)
 
 
-def document(rows: list[Row], specs: Iterable[FieldSpec], task: Task = SOLVE) -> dict:
+def known_fields() -> dict[str, Spec]:
+    return {**FIELDS, **GRAPHS}
+
+
+def document(rows: list[Row], specs: Iterable[Spec], task: Task = SOLVE) -> dict:
     """Rows, fields, the installation and the measured rates, as JSON has them."""
     specs = list(specs)
-    names = sorted({spec.activation for spec in specs})
+    names = sorted({spec.activation for spec in specs if isinstance(spec, FieldSpec)})
+    rates = {"fma": fma_rate(), "activations": {name: activation_rate(name) for name in names}}
+    if any(isinstance(spec, GraphSpec) for spec in specs):
+        rates["instructions"] = instruction_rates()
     return {
         "task": task.name,
         "machine": {"processor": processor(), "system": platform.platform()},
         "build": build_info(),
-        "rates": {"fma": fma_rate(), "activations": {name: activation_rate(name) for name in names}},
+        "rates": rates,
         "fields": [dataclasses.asdict(spec) for spec in specs],
         "rows": [dataclasses.asdict(row) for row in rows],
     }
 
 
-def save_json(path: str | Path, rows: list[Row], specs: Iterable[FieldSpec], task: Task = SOLVE) -> None:
+def save_json(path: str | Path, rows: list[Row], specs: Iterable[Spec], task: Task = SOLVE) -> None:
     """Write `document` to `path`."""
     write_json(Path(path), document(rows, specs, task))
 
 
-def load_json(path: str | Path) -> tuple[list[Row], list[FieldSpec], dict]:
+def _spec(found: dict) -> Spec:
+    """A field of a document: those that are no chains say which module they are."""
+    if "module" not in found:
+        return FieldSpec(**{**found, "hidden": tuple(found["hidden"])})
+    sizes = tuple((name, size) for name, size in found["sizes"])
+    return GraphSpec(**{**found, "shape": tuple(found["shape"]), "sizes": sizes})
+
+
+def load_json(path: str | Path) -> tuple[list[Row], list[Spec], dict]:
     """(rows, fields, the whole document) of a file by `save_json`. Raises OSError, or ValueError for other files."""
     try:
         found = read_json(Path(path), "measure again with --json")
-        fields = [FieldSpec(**{**spec, "hidden": tuple(spec["hidden"])}) for spec in found["fields"]]
+        fields = [_spec(spec) for spec in found["fields"]]
         found.setdefault("task", SOLVE.name)  # results older than training steps
         if found["task"] not in TASKS:
             raise KeyError(found["task"])

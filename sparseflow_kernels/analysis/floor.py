@@ -74,14 +74,18 @@ class Work:
         return Work(field.nnz + (0 if plan is None else divergence_cost(plan)), _activations(field))
 
     @staticmethod
-    def of_gradient(field: VectorField, plan: DivergencePlan) -> "Work | None":
-        """One evaluation turned back with Hutchinson's estimate: value and tangent forwards as far as slopes are
+    def of_gradient(field: VectorField, plan: DivergencePlan | None) -> "Work | None":
+        """One evaluation turned back, without a divergence (None): value forwards as far as slopes are wanted, cotangents
+        backwards, and the gradient of every weight. With Hutchinson's estimate: value and tangent forwards as far as slopes are
         wanted, their cotangents backwards, and the gradient of every weight, each again for value and tangent. The
         probe is fixed: neither does it need a cotangent, nor is its product with the first layer counted. None for the
         exact forms."""
+        kept = field.layers if field.layers[-1].gate else field.layers[:-1]
+        if plan is None:
+            return Work(sum(layer.pattern.nnz for layer in kept) + 2 * field.nnz, _activations(field))
         if not isinstance(plan.form, HutchinsonForm):
             return None
-        first, kept = field.layers[0].pattern.nnz, field.layers if field.layers[-1].gate else field.layers[:-1]
+        first = field.layers[0].pattern.nnz
         forwards = 2 * sum(layer.pattern.nnz for layer in kept) - (first if kept else 0)
         backwards, weights = 2 * field.nnz - first, 2 * field.nnz
         return Work(forwards + backwards + weights, _activations(field))

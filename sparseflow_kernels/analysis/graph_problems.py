@@ -1,19 +1,25 @@
-"""The benchmark problems that are no chains of layers: the kinds of vector field that public repositories hold most of.
+"""The benchmark problems that are no flows of plain layers: the kinds of vector field that public repositories hold most
+of, written as their users write them.
 
-Weights are random and pruned by magnitude, as in `problems`; the time of a solve depends on shapes, masks and steps.
+Weights are random, as in `problems`. They are pruned by magnitude, every matrix to a density of its own: one threshold
+for all of them, right for trained weights, would compare the scales that they were initialised with, and take whole
+matrices away. The densities are Erdos and Renyi's (Mocanu et al. 2018): as many entries a neuron everywhere, so that
+narrow first and last layers stay denser and no layer starves the next.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass
-from typing import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..pruning import prune_weights_, remove_masks_
+from .problems import Problem
 
 
 def _mlp(widths: tuple[int, ...], activation: type[nn.Module]) -> nn.Sequential:
@@ -30,7 +36,8 @@ class ConditionalVelocity(nn.Module):
         super().__init__()
         self.net = _mlp((dim + context + 2 * frequencies, width, width, width, dim), nn.SiLU)
         self.register_buffer("frequencies", math.pi * torch.arange(1, frequencies + 1))
-        self.context: Tensor | None = None
+        self.columns = context
+        self.context: Tensor | None = None  # [batch, columns]
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         angles = t.reshape(-1, 1) * self.frequencies
@@ -73,9 +80,9 @@ class HamiltonianField(nn.Module):
         self.energy = _mlp((dim, width, width, 1), nn.Tanh)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        graph = torch.is_grad_enabled()  # none is kept where nothing is trained
         with torch.enable_grad():
-            x = x if x.requires_grad else x.detach().requires_grad_()
-            graph = self.training and torch.is_grad_enabled()
+            x = x if graph and x.requires_grad else x.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(self.energy(x).sum(), x, create_graph=graph)
         n = x.shape[1] // 2
         return torch.cat((gradient[:, n:], -gradient[:, :n]), 1)
@@ -84,9 +91,9 @@ class HamiltonianField(nn.Module):
 class LatentField(nn.Module):
     """torchdiffeq's latent ODE: 4-20-20-4 with ELU."""
 
-    def __init__(self) -> None:
+    def __init__(self, dim: int = 4, width: int = 20) -> None:
         super().__init__()
-        self.net = _mlp((4, 20, 20, 4), nn.ELU)
+        self.net = _mlp((dim, width, width, dim), nn.ELU)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         return self.net(x)
@@ -104,51 +111,143 @@ class PointsField(nn.Module):
         return self.net(torch.cat((x, mean), -1))
 
 
+# Fields by name. Arguments are sizes, so that a small one of each kind can be made.
+MODULES = {
+    "cfm": ConditionalVelocity, "resnet": ResidualField, "gru": GruField, "hnn": HamiltonianField, "latent": LatentField,
+    "points": PointsField,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class GraphSpec:
-    """shape: of the state.  divergence: "hutchinson" or None.  context: columns of the context, 0 for none.  gain: factor on
-    the weights, so that a solve takes more than a few steps.  target: ratio of a solve over dense torchdiffeq that is aimed
-    at; train_target: of a training step."""
+    """module: which of `MODULES`; sizes: its arguments.  about: it, in words.  shape: of the state.  gain: factor on the
+    weights, so that a solve takes more than a few steps.  divergence: "hutchinson" or None.  loss: of a training step:
+
+    "matching": the mean square of f(t, x) - v, a time for every sample, and no solve: conditional flow matching.
+    "distance": the mean square of the end state's distance to a target, and its gradient in the first state too, as an
+    encoder needs it.  "likelihood": a flow's."""
 
     name: str
-    build: Callable[[], nn.Module]
+    module: str
+    sizes: tuple[tuple[str, int], ...]
+    about: str
     shape: tuple[int, ...]
     gain: float
     divergence: str | None = None
-    context: int = 0
-    target: float | None = None
-    train_target: float | None = None
+    loss: str = "distance"
+
+    @property
+    def title(self) -> str:
+        divergence = "" if self.divergence is None else f", {self.divergence}"
+        return f"{self.name} ({self.about}, batch {self.shape[0]}{divergence})"
+
+    @property
+    def batch(self) -> int:
+        return self.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """Of all of a sample."""
+        return math.prod(self.shape[1:])
+
+    def build(self) -> nn.Module:
+        return MODULES[self.module](**dict(self.sizes))
+
+    def problem(self, keep: float) -> "GraphProblem":
+        return make_graph_problem(self, keep)
+
+
+def _spec(name: str, about: str, shape: tuple[int, ...], gain: float, divergence=None, loss="distance", **sizes) -> GraphSpec:
+    return GraphSpec(name, name, tuple(sizes.items()), about, shape, gain, divergence, loss)
 
 
 GRAPHS = {
     spec.name: spec
     for spec in (
-        GraphSpec("cfm", ConditionalVelocity, (512, 2), 2.0, context=16, target=15.0, train_target=6.0),
-        GraphSpec("resnet", ResidualField, (512, 64), 1.5, divergence="hutchinson", target=8.0),
-        GraphSpec("gru", GruField, (256, 64), 4.0, target=10.0),
-        GraphSpec("hnn", HamiltonianField, (512, 4), 3.0, target=15.0),
-        GraphSpec("latent", LatentField, (64, 4), 3.0, train_target=15.0),
-        GraphSpec("points", PointsField, (64, 16, 3), 2.5, target=8.0),
+        _spec("cfm", "2 + 16 context + 32 Fourier features of time, 3x256 silu", (512, 2), 2.0, loss="matching"),
+        _spec("resnet", "64, 4 residual blocks of 256, LayerNorm, gelu", (512, 64), 1.5, "hutchinson", "likelihood"),
+        _spec("gru", "GRU-ODE of 64", (256, 64), 4.0),
+        _spec("hnn", "gradient of a Hamiltonian 4-2x200-1 tanh", (512, 4), 3.0),
+        _spec("latent", "4-2x20-4 elu", (64, 4), 2.0),
+        _spec("points", "16 points of 3, shared 3x64 tanh, mean of the cloud", (64, 16, 3), 2.5),
     )
 }
+TRAIN_GRAPHS = ("cfm", "latent")
 
 
-def make_graph_problem(spec: GraphSpec, keep: float, seed: int = 0) -> tuple[nn.Module, Tensor]:
-    """(module, y0), pruned to a fraction `keep` of its weights, every matrix scaled back to the spectral norm it had."""
+@dataclass
+class GraphProblem(Problem):
+    """dx/dt = f from t = 0 to 1, and d/dt l = -tr df/dx where the spec has a divergence.
+
+    x: `spec.shape`.  target: what a training step wants: velocities or end states.  sample_times: [batch], of "matching".
+    """
+
+    target: Tensor | None = None
+    sample_times: Tensor | None = None
+
+    @property
+    def like(self) -> Tensor:
+        return self.x
+
+    def state(self) -> Tensor | tuple[Tensor, Tensor]:
+        return self.x if self.spec.divergence is None else super().state()
+
+    def reference(self, rows: int) -> "GraphProblem":
+        exact = replace(self.rows(0, rows), rtol=1e-10, atol=1e-10)
+        parts = {name: getattr(exact, name) for name in ("x", "noise", "target", "sample_times")}
+        exact = replace(exact, **{name: part.double() for name, part in parts.items() if part is not None})
+        exact.module.double()
+        if getattr(exact.module, "context", None) is not None:
+            exact.module.context = exact.module.context.double()
+        return exact
+
+    def rows(self, start: int, stop: int) -> "GraphProblem":
+        """Of these samples, with a module of its own."""
+        module, own = copy.deepcopy(self.module), slice(start, stop)
+        if getattr(module, "context", None) is not None:
+            module.context = module.context[own]
+        parts = {name: getattr(self, name) for name in ("x", "noise", "target", "sample_times")}
+        return replace(self, module=module, **{name: None if part is None else part[own] for name, part in parts.items()})
+
+
+def densities(shapes: Sequence[tuple[int, int]], keep: float) -> list[float]:
+    """Of matrices [out, in]: in proportion to 1 / out + 1 / in, at most 1, `keep` over all of them together."""
+    free, left = set(range(len(shapes))), keep * sum(map(math.prod, shapes))
+    while free:
+        scale = left / sum(sum(shapes[number]) for number in free)
+        full = {number for number in free if scale * sum(shapes[number]) >= math.prod(shapes[number])}
+        if not full:
+            break
+        free -= full
+        left -= sum(math.prod(shapes[number]) for number in full)
+    return [scale * sum(s) / math.prod(s) if number in free else 1.0 for number, s in enumerate(shapes)]
+
+
+def _prune_(linear: nn.Linear, keep: float) -> None:
+    """The largest entries stay, and the spectral norm with them: a sparser field is not to be a tamer one."""
+    weight = linear.weight
+    norm = torch.linalg.matrix_norm(weight, 2)
+    gone = weight.abs().flatten().argsort(stable=True)[: weight.numel() - max(1, round(keep * weight.numel()))]
+    weight.view(-1)[gone] = 0.0
+    weight.mul_(norm / torch.linalg.matrix_norm(weight, 2))
+
+
+def make_graph_problem(spec: GraphSpec, keep: float, seed: int = 0) -> GraphProblem:
+    """Pruned by magnitude to the fraction `keep` of the weights, matrix by matrix to their `densities`."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = spec.build()
+        module = spec.build().float().requires_grad_(False)
     linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
-    with torch.no_grad():
-        for linear in linears:
-            linear.weight.mul_(spec.gain)
-        norms = [torch.linalg.matrix_norm(linear.weight, 2) for linear in linears]
-        if keep < 1.0:
-            prune_weights_(module, keep, of="weights")
-            remove_masks_(module)
-            for linear, norm in zip(linears, norms):
-                linear.weight.mul_(norm / torch.linalg.matrix_norm(linear.weight, 2).clamp(min=1e-12))
-    if spec.context:
-        module.context = torch.randn(spec.shape[0], spec.context, generator=generator)
-    return module.eval(), torch.randn(spec.shape, generator=generator)
+    for linear, density in zip(linears, densities([linear.weight.shape for linear in linears], keep)):
+        linear.weight.mul_(spec.gain)
+        if density < 1.0:
+            _prune_(linear, density)
+    normal = partial(torch.randn, generator=generator)
+    x, target, noise = normal(spec.shape), normal(spec.shape), None
+    if spec.divergence == "hutchinson":
+        noise = torch.randint(0, 2, x.shape, generator=generator).to(x.dtype) * 2 - 1
+    if hasattr(module, "context"):
+        module.context = normal(spec.batch, module.columns)
+    times = torch.rand(spec.batch, generator=generator)
+    return GraphProblem(spec, keep, module, x, noise, target=target, sample_times=times)

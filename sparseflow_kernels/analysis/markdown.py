@@ -5,28 +5,43 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Sequence
 
-from .bench import TASKS, Row
-from .problems import FieldSpec
+from .bench import TASKS, Row, Spec
+from .graph_problems import GraphSpec
 
 
-def bench_table(rows: Sequence[Row], fields: Sequence[FieldSpec], document: dict[str, Any]) -> str:
+def bench_tables(rows: Sequence[Row], fields: Sequence[Spec], document: dict[str, Any]) -> dict[str, str]:
+    """Name of its place in a document -> table: of the flows, and of the fields that are none."""
+    block = TASKS[document["task"]].block
+    groups: dict[str, list[Spec]] = {}
+    for spec in fields:
+        groups.setdefault(f"graph-{block}" if isinstance(spec, GraphSpec) else block, []).append(spec)
+    names = {place: {spec.name for spec in group} for place, group in groups.items()}
+    return {
+        place: bench_table([row for row in rows if row.field in names[place]], group, document)
+        for place, group in groups.items()
+    }
+
+
+def bench_table(rows: Sequence[Row], fields: Sequence[Spec], document: dict[str, Any]) -> str:
     """One line per field and contender, one column per keep ratio: the ratio to the dense baseline, and for this
     library the share of the floor in brackets; then a line on the machine."""
     keeps = sorted({row.keep for row in rows}, reverse=True)
     task = TASKS[document["task"]]
     known = {(row.field, row.contender, row.keep): row for row in rows}
-    contenders = [name for name in dict.fromkeys(row.contender for row in rows) if name != task.baseline.name]
-    head = ["field", f"{task.baseline.name}, dense", "solver", *(f"keep {keep:g}" for keep in keeps)]
+    baselines = list(dict.fromkeys(task.of(spec).baseline.name for spec in fields))
+    head = ["field", f"{' or '.join(baselines)}, dense", "solver", *(f"keep {keep:g}" for keep in keeps)]
     lines = [head, ["---", "---:", "---", *["---:"] * len(keeps)]]
     for spec in fields:
-        base = known[spec.name, task.baseline.name, keeps[0]]
-        for name in contenders:
+        baseline = task.of(spec).baseline.name
+        base = known[spec.name, baseline, keeps[0]]
+        own = dict.fromkeys(row.contender for row in rows if row.field == spec.name and row.contender != baseline)
+        for place, name in enumerate(own):
             cells = [_cell(known.get((spec.name, name, keep)), name == task.ours.name) for keep in keeps]
-            first = name == contenders[0]
-            lines.append([
-                spec.title if first else "", f"{base.median * 1e3:.3g} ms, {evaluations(base)} evaluations" if first else "",
-                f"**{name}**" if name == task.ours.name else name, *cells,
-            ])
+            time = f"{base.median * 1e3:.3g} ms, {_counted(base)}"
+            if len(baselines) > 1:
+                time = f"{baseline}: {time}"
+            shown = f"**{name}**" if name == task.ours.name else name
+            lines.append([*((spec.title, time) if place == 0 else ("", "")), shown, *cells])
     cpu = document["build"]["cpu"]
     used = f"the {cpu['isa']} kernels" if cpu.get("built") else "no native kernels"
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -50,6 +65,10 @@ def kernel_table(shares: dict[tuple[str, int, float], float], machine: str) -> s
 def evaluations(row: Row) -> str:
     """Of the forward solve, and those of a solve of the backward pass: "32", "32 + 44"."""
     return str(row.nfe) if row.nfe_backward is None else f"{row.nfe} + {row.nfe_backward}"
+
+
+def _counted(row: Row) -> str:
+    return f"{evaluations(row)} evaluation{'s' if (row.nfe, row.nfe_backward) != (1, None) else ''}"
 
 
 def _cell(row: Row | None, with_share: bool) -> str:

@@ -9,6 +9,7 @@ no graph kept beyond one vector-Jacobian product; forward-mode peers carry their
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import warnings
@@ -27,15 +28,16 @@ from ..divergence_field import with_divergence
 from ..field import Activation, VectorField
 from ..odeint import solve
 from ..threads import get_num_threads, set_num_threads
-from .problems import Problem
+from .problems import FieldSpec, Problem
 
 
 @dataclass
 class Outcome:
-    """x: [batch, dim] and l: [batch] at the end time; nfe: evaluations of the field."""
+    """x: [batch, dim] (or as the state is) and l: [batch] at the end time, None without a divergence; nfe: evaluations of
+    the field."""
 
     x: Tensor
-    l: Tensor
+    l: Tensor | None
     nfe: int
 
 
@@ -71,50 +73,75 @@ class AutogradDivergence(nn.Module):
         return (f, -trace) if graph else (f.detach(), -trace.detach())
 
 
+class Counted(nn.Module):
+    """f(t, x) itself; counts its evaluations."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function, self.nfe = function, 0
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        self.nfe += 1
+        return self.function(t, x)
+
+
+def right_hand_side(problem: Problem, function: nn.Module) -> AutogradDivergence | Counted:
+    return Counted(function) if problem.spec.divergence is None else AutogradDivergence(function, problem.noise)
+
+
 def _torchdiffeq_run(problem: Problem, rhs: nn.Module, method: str = "dopri5") -> Run:
     state, times = problem.state(), problem.times
 
     def run() -> Outcome:
         rhs.nfe = 0
         with torch.no_grad():
-            xs, ls = torchdiffeq.odeint(rhs, state, times, rtol=problem.rtol, atol=problem.atol, method=method)
-        return Outcome(xs[-1], ls[-1], rhs.nfe)
+            ys = torchdiffeq.odeint(rhs, state, times, rtol=problem.rtol, atol=problem.atol, method=method)
+        return _outcome(ys, rhs.nfe)
 
     return run
 
 
+def _outcome(ys: Tensor | tuple[Tensor, Tensor], nfe: int) -> Outcome:
+    x, l = ys if isinstance(ys, tuple) else (ys, None)  # noqa: E741
+    return Outcome(x[-1], None if l is None else l[-1], nfe)
+
+
 def torchdiffeq_dense(problem: Problem) -> Run:
-    return _torchdiffeq_run(problem, AutogradDivergence(problem.module, problem.noise))
+    return _torchdiffeq_run(problem, right_hand_side(problem, problem.module))
 
 
 def torchdiffeq_compiled(problem: Problem) -> Run:
     torch._dynamo.reset()
-    return _torchdiffeq_run(problem, AutogradDivergence(torch.compile(problem.module), problem.noise))
+    return _torchdiffeq_run(problem, right_hand_side(problem, torch.compile(problem.module)))
 
 
 def float64_reference(problem: Problem, rows: int) -> Outcome:
     """The problem's first rows, solved with dopri8 in float64 at tolerance 1e-10."""
     exact = problem.reference(rows)
-    return _torchdiffeq_run(exact, AutogradDivergence(exact.module, exact.noise), "dopri8")()
+    return _torchdiffeq_run(exact, right_hand_side(exact, exact.module), "dopri8")()
 
 
 # ------------------------------------------------------------------------------------------------------- this library
 
 
 def sparseflow(problem: Problem, engine: str = "auto") -> Run:
-    return run_of(compile_field(problem.module, engine=engine), problem)
+    return run_of(compiled(problem, engine), problem)
+
+
+def compiled(problem: Problem, engine: str = "auto", module: nn.Module | None = None) -> CompiledField:
+    """The problem's module, or a copy of it, compiled as a user does."""
+    return compile_field(problem.module if module is None else module, engine=engine, like=problem.like)
 
 
 def run_of(field: CompiledField, problem: Problem) -> Run:
-    """A whole solve with divergence of a field that is compiled already, as a user calls it."""
-    augmented = with_divergence(field, problem.spec.divergence, problem.noise)
-    state, times = problem.state(), problem.times
+    """A whole solve, with divergence where the problem has one, of a field that is compiled already, as a user calls it."""
+    kind, state, times = problem.spec.divergence, problem.state(), problem.times
+    rhs = field if kind is None else with_divergence(field, kind, problem.noise)
 
     def run() -> Outcome:
         with torch.no_grad():
-            solution = solve(augmented, state, times, rtol=problem.rtol, atol=problem.atol, method="dopri5")
-        xs, ls = solution.ys
-        return Outcome(xs[-1], ls[-1], solution.stats.nfe)
+            solution = solve(rhs, state, times, rtol=problem.rtol, atol=problem.atol, method="dopri5")
+        return _outcome(solution.ys, solution.stats.nfe)
 
     return run
 
@@ -185,7 +212,13 @@ class CsrDivergence(nn.Module):
         return h.T.contiguous(), -trace
 
 
+def _plain_layers(problem: Problem) -> None:
+    if not isinstance(problem.spec, FieldSpec):
+        raise ValueError("written for chains of layers with a divergence only")
+
+
 def torch_csr(problem: Problem) -> Run:
+    _plain_layers(problem)
     field = compile_field(problem.module).vector_field.map_tensors(Tensor.detach)
     return _torchdiffeq_run(problem, CsrDivergence(field, problem.noise))
 
@@ -233,6 +266,10 @@ class JaxField:
             h = z
         return h
 
+    def alone(self, t, state, arguments):
+        """(dx/dt,) at (x,); arguments: (weights, noise)."""
+        return (self.field(arguments[0], t, state[0]),)
+
     def with_divergence(self, t, state, arguments):
         """(dx/dt, -trace) at (x, l); arguments: (weights, noise)."""
         import jax
@@ -251,16 +288,17 @@ class JaxField:
         return f, -each(jnp.arange(dim)).sum(0)
 
     def solve(self, weights, noise, start, **settings):
-        """((x, l) at t = 1, steps): one ODE over the whole batch, shared steps, torchdiffeq's mixed error norm."""
+        """((x, l), or (x,), at t = 1, steps): one ODE over the whole batch, shared steps, torchdiffeq's mixed error norm."""
         import diffrax
         import jax.numpy as jnp
 
         def norm(state):
-            return jnp.maximum(*(jnp.sqrt(jnp.mean(part * part)) for part in state))
+            return functools.reduce(jnp.maximum, (jnp.sqrt(jnp.mean(part * part)) for part in state))
 
+        rhs = self.alone if self.spec.divergence is None else self.with_divergence
         controller = diffrax.PIDController(rtol=self.rtol, atol=self.atol, norm=norm)
         solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(self.with_divergence), diffrax.Dopri5(), 0.0, 1.0, None, start, (weights, noise),
+            diffrax.ODETerm(rhs), diffrax.Dopri5(), 0.0, 1.0, None, start, (weights, noise),
             stepsize_controller=controller, **settings,
         )  # fmt: skip
         return tuple(part[-1] for part in solution.ys), solution.stats["num_steps"]
@@ -275,13 +313,16 @@ def diffrax_jit(problem: Problem) -> Run:
     """Compiled ahead of the timing."""
     import jax
 
-    own, arguments = JaxField(problem), JaxField.arguments(problem)
+    from .graph_jax import JaxGraph
+
+    kind = JaxField if isinstance(problem.spec, FieldSpec) else JaxGraph
+    own, arguments = kind(problem), kind.arguments(problem)
     run_jit = jax.jit(own.solve)
 
     def run() -> Outcome:
         ends, steps = jax.block_until_ready(run_jit(*arguments))
-        x, l = (torch.from_numpy(numpy.array(part)) for part in ends)  # noqa: E741
-        return Outcome(x, l, own.evaluations(steps))
+        x, *l = (torch.from_numpy(numpy.array(part)) for part in ends)  # noqa: E741
+        return Outcome(x, l[0] if l else None, own.evaluations(steps))
 
     return run
 
@@ -290,6 +331,7 @@ def torchode_dense(problem: Problem) -> Run:
     """torchode steps every sample on its own; its divergence carries forward tangents on dense weights."""
     import torchode
 
+    _plain_layers(problem)
     field = capture(problem.module).map_tensors(Tensor.detach)
     weights = [layer.weight.T.contiguous() for layer in field.layers]
     dim, noise = problem.spec.dim, problem.noise

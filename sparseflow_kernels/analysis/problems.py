@@ -36,6 +36,9 @@ class FieldSpec:
         widths = f"{len(self.hidden)}x{self.hidden[0]}"
         return f"{self.name} ({self.dim}-{widths}-{self.dim} {self.activation} {self.layer}, batch {self.batch}, {self.divergence})"
 
+    def problem(self, keep: float) -> "Problem":
+        return make_problem(self, keep)
+
 
 def _tabular(name: str, divergence: str, gain: float, title: str | None = None) -> FieldSpec:
     shape = TABULAR[name]
@@ -74,6 +77,11 @@ class Problem:
     noise: Tensor | None
     rtol: float = 1e-5
     atol: float = 1e-5
+
+    @property
+    def like(self) -> Tensor | None:
+        """An example of the state, where a compiler needs one."""
+        return None
 
     @property
     def times(self) -> Tensor:

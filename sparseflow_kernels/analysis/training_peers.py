@@ -114,7 +114,7 @@ def relative_error(gradient: Tensor, reference: Tensor) -> float:
 # ---------------------------------------------------------------------------------------------- dense torch, autograd
 
 
-def _negative_log_likelihood(x: Tensor, l: Tensor) -> Tensor:
+def negative_log_likelihood(x: Tensor, l: Tensor) -> Tensor:
     """Mean of -log p over a batch, standard normal base: x [batch, dim] and l [batch] at the end time."""
     return (0.5 * (x * x).sum(1) + l).mean() + 0.5 * x.shape[1] * math.log(2 * math.pi)
 
@@ -131,7 +131,7 @@ def _torchdiffeq_step(problem: Problem, odeint: Callable, **settings) -> StepRun
         rhs.nfe = 0
         module.zero_grad(set_to_none=True)
         xs, ls = odeint(rhs, state, times, **tolerances, **settings)
-        loss = _negative_log_likelihood(xs[-1], ls[-1])
+        loss = negative_log_likelihood(xs[-1], ls[-1])
         nfe = rhs.nfe
         loss.backward()
         for parameter, mask in masks:
@@ -169,7 +169,7 @@ def reference_gradient(problem: Problem) -> Tensor:
         xs, ls = torchdiffeq.odeint(
             rhs, (x, x.new_zeros(len(x))), exact.times, rtol=exact.rtol, atol=exact.atol, method="dopri8"
         )
-        (_negative_log_likelihood(xs[-1], ls[-1]) * (len(x) / batch)).backward()
+        (negative_log_likelihood(xs[-1], ls[-1]) * (len(x) / batch)).backward()
     gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
     return TrainedEntries(module, problem.spec.dim).of_module(gradients)
 

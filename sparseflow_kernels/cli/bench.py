@@ -9,12 +9,12 @@ from typing import Annotated, Optional
 import typer
 
 from ..analysis import bench as benchmark
-from ..analysis.bench import SOLVE, TASKS, TRAIN, Task
+from ..analysis.bench import SOLVE, TASKS, TRAIN, Spec, Task, known_fields
 from ..analysis.floor import KERNEL_DENSITIES, KERNEL_WIDTHS, KERNELS, fma_rate, kernel_share
-from ..analysis.markdown import bench_table, evaluations, kernel_table, replace_block
+from ..analysis.markdown import bench_tables, evaluations, kernel_table, replace_block
 from ..analysis.peers import one_thread
 from ..analysis.plots import plot_bench
-from ..analysis.problems import DEFAULT_KEEPS, FIELDS, FieldSpec
+from ..analysis.problems import DEFAULT_KEEPS
 from .console import fail, progress, say, show_table, stoppable
 from .options import OFF, number
 
@@ -42,7 +42,7 @@ def _cells(row: benchmark.Row) -> tuple[str, ...]:
     )
 
 
-def _show(spec: FieldSpec, rows: list[benchmark.Row], task: Task) -> None:
+def _show(spec: Spec, rows: list[benchmark.Row], task: Task) -> None:
     show_table(spec.title, _columns(task), [_cells(row) for row in rows if row.field == spec.name])
     say("")
 
@@ -115,10 +115,11 @@ def bench(
         ),
     ] = None,
 ) -> None:
-    """Time whole solves with divergence (dopri5, rtol = atol = 1e-5, float32, one core) and print ratios.
+    """Time whole solves (dopri5, rtol = atol = 1e-5, float32, one core; flows with their divergence) and print ratios.
 
-    With --train, time training steps: a log-likelihood and its gradient in all parameters, against torchdiffeq's
-    odeint_adjoint on dense weights. The optimizer's own time is left out; taking over the weights it changed is not.
+    With --train, time training steps: a loss and its gradient in all parameters, of flows a log-likelihood against
+    torchdiffeq's odeint_adjoint on dense weights, of cfm and latent their own losses against autograd.
+    The optimizer's own time is left out; taking over the weights it changed is not.
 
     ratio: torchdiffeq's time over the contender's, median over interleaved rounds. floor share: the arithmetic at this
     core's measured rates over the best time. NFE: evaluations of the field, forwards + in an adjoint's backward solve.
@@ -127,7 +128,8 @@ def bench(
     With --kernels, only print the rates of sparse products (spmm) and gradients of sparse matrices (sddmm) over this
     core's multiply-add rate.
 
-    --markdown fills the lines between NAME:begin and NAME:end; NAME is bench, train-bench or kernels.
+    --markdown fills the lines between NAME:begin and NAME:end; NAME is bench, train-bench or kernels, and graph-bench or
+    graph-train-bench for fields that are no flows.
     """
     if kernels:
         with stoppable("nothing is kept", _ANEW):
@@ -146,18 +148,21 @@ def bench(
         with stoppable(kept, _ANEW):
             rows, chosen = _measure(task, fields, keeps, peers, seconds, quick, json_path)
         document = benchmark.document(rows, chosen, task)
-    base = {(row.field, row.keep): row for row in rows if row.contender == task.baseline.name}
+    baselines = {spec.name: task.of(spec).baseline.name for spec in chosen}
+    base = {(row.field, row.keep): row for row in rows if row.contender == baselines[row.field]}
     for row in rows:
         theirs = base[row.field, row.keep].error
         # like steps, but never bitwise like step sizes; below the tolerance all is well
         if row.contender == task.ours.name and row.error > max(1.5 * theirs, 1e-5):
-            say(f"note: {row.field} at keep {row.keep:g}: error {row.error:.1e}, {task.baseline.name}'s is {theirs:.1e}")
+            baseline = baselines[row.field]
+            say(f"note: {row.field} at keep {row.keep:g}: error {row.error:.1e}, {baseline}'s is {theirs:.1e}")
     if plot_path is not None:
         say(f"wrote {plot_bench(rows, plot_path, task.unit)}")
     if json_path is not None and load_path is None:
         say(f"wrote {json_path}")
     if markdown_path is not None:
-        _write_table(markdown_path, task.block, bench_table(rows, chosen, document))
+        for block, table in bench_tables(rows, chosen, document).items():
+            _write_table(markdown_path, block, table)
 
 
 def _write_table(path: Path, block: str, table: str) -> None:
@@ -191,11 +196,12 @@ def _kernels(quick: bool, markdown_path: Path | None) -> None:
 def _measure(
     task: Task, fields: str | None, keeps: str | None, peers: str | None, seconds: float, quick: bool,
     json_path: Path | None,
-) -> tuple[list[benchmark.Row], list[FieldSpec]]:  # fmt: skip
+) -> tuple[list[benchmark.Row], list[Spec]]:  # fmt: skip
     default = task.fields[:1] if quick else task.fields
-    chosen = [FIELDS[name] for name in _names("--fields", fields, default, FIELDS)]
+    known = known_fields()
+    chosen = [known[name] for name in _names("--fields", fields, default, known)]
     ratios = _numbers(keeps, (1.0, 0.1) if quick else DEFAULT_KEEPS)
-    rivals = [task.peers[name] for name in _names("--peers", peers, (), task.peers)]
+    rivals = _names("--peers", peers, (), task.known_peers)
     most = 3 if quick else 30
 
     rows: list[benchmark.Row] = []

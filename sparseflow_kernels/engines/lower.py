@@ -23,6 +23,7 @@ from .schedule import Affine, Schedule, schedule
 
 Place = tuple[int, int, int]  # buffer, slot, first row
 
+MOST_VECTORS, MOST_PLACES = 64, 1024  # of a pointwise operation (csrc/validate.h)
 COTANGENT, TRACE_COTANGENT = "cotangent", "trace cotangent"  # further inputs of an adjoint
 
 
@@ -263,17 +264,13 @@ class GraphWriter:
                     self._rows(node, place, joined)
                 else:
                     self._product(plan, node, place)
-            for rows, nodes in clusters.get(step, {}).items():
-                inside = set(nodes)
-                stored = [
-                    node for node in nodes
-                    if node in outside and node not in traced or node in placed
-                    or any(reader not in inside for reader in plan.readers.get(node, ()))
-                ]  # fmt: skip
-                stored = list(dict.fromkeys(stored))
-                own = [node for node in traced if node in inside]
-                if stored or own:  # else nobody reads them
-                    self._pointwise(rows, nodes, [(node, place(node)) for node in stored], own)
+            for rows, together in clusters.get(step, {}).items():
+                for nodes in self._pieces(together):
+                    inside = set(nodes)
+                    stored = [node for node in nodes if self._stored(node, inside, plan, outside, traced, placed)]
+                    own = [node for node in traced if node in inside]
+                    if stored or own:  # else nobody reads them
+                        self._pointwise(rows, nodes, [(node, place(node)) for node in stored], own)
             for matrix, left, right in due.get(step, ()):
                 self._gradient(matrix, left, right)
             self._free += owners.get(step, ())
@@ -288,6 +285,23 @@ class GraphWriter:
         for bar, where, rows in targets:
             self._copy(self.graph.zeros(rows) if bar is None else bar, where, rows)
         self._sums(sums, ones)
+
+    @staticmethod
+    def _stored(node: Node, inside: set[Node], plan: Schedule, outside, traced, placed) -> bool:
+        """Others than the operation that makes a node read it."""
+        if (node in outside and node not in traced) or node in placed:
+            return True
+        return any(reader not in inside for reader in plan.readers.get(node, ()))
+
+    def _pieces(self, nodes: list[Node]) -> list[list[Node]]:
+        """A pointwise operation in parts that an engine takes: so many places and row vectors at most."""
+        inside = set(nodes)
+        read = {operand for node in nodes for operand in node.operands} - inside
+        vectors = sum(node in self._vector for node in read)
+        if len(nodes) < 2 or (vectors <= MOST_VECTORS and len(read) + 2 * len(nodes) <= MOST_PLACES):
+            return [nodes]
+        half = len(nodes) // 2
+        return self._pieces(nodes[:half]) + self._pieces(nodes[half:])
 
     def _last_reads(self, plan, end, placed, traced, targets, sums, due, joined) -> dict[Node, int]:
         """The step behind which nobody reads a node's rows, itself or through pieces of it."""

@@ -148,14 +148,14 @@ class EngineCall:
             return self._solution(ys, Stats(0, 0, 0, empty, field.engine_name, self.method, self.step_control))
         memory.refuse_what_never_fits(parts, len(times), METHODS[self.method].stages_per_step)
         noise = None if kind is None else func.begin_solve(x0)
-        engine, options = field.runner(kind), self.options
+        (engine, reference), options = field.ready(kind), self.options
         if (constructor := options.get("grid_constructor")) is not None:
             options = {**options, "grid_constructor": lambda t: constructor(func, self.y0, t)}
         request = request_of(
             *_flat(field.dim, x0, l0, noise), self.t, times, sign, self.rtol, self.atol, self.method, options,
             self.step_control,
         )  # fmt: skip
-        result = gradients.solve(engine, lambda: field.reference(kind), request)
+        result = gradients.solve(engine, reference, request)
         ys = tuple(
             outputs.reshape(len(self.t), *part.shape) for outputs, part in zip((result.xs, result.ls), parts)
         )
@@ -196,8 +196,8 @@ class EngineCall:
         )  # fmt: skip
         sizes = tuple(math.prod(shape) for shape in layout.shapes) if layout is not None and layout.is_tuple else None
         request = replace(request, context=field.context_of(len(x0)), parts=sizes)
-        engine = field.runner(kind)
-        result = gradients.solve(engine, lambda: field.reference(kind), request)
+        engine, reference = field.ready(kind)
+        result = gradients.solve(engine, reference, request)
         ys = laid_out(result.xs, result.ls)
         if result.status != "ok":
             raise SolverError.of(result, request, ys, isinstance(self.y0, tuple))

@@ -1,0 +1,204 @@
+"""`with accelerate():` around code that was written for torchdiffeq: what can be compiled runs here.
+
+torchdiffeq's `odeint` and `odeint_adjoint` are called by many names: `torchdiffeq.odeint`, whatever a script imported before,
+or a library that did. All of them are one function object each, so it is the code of that object that is exchanged as
+long as the context lasts, and put back after it.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+import weakref
+from dataclasses import dataclass, field as dataclass_field
+from typing import Any, Callable
+
+import torch
+import torchdiffeq
+from torch import Tensor, nn
+
+from .compiled_field import CompiledField, compile as compile_field
+from .divergence_field import DivergenceField
+from .field import UnsupportedFieldError
+from .hooks import hooks_of
+from .odeint import odeint, odeint_adjoint
+from .solving.arguments import CALLBACKS
+from .warn import warn
+
+MOST_FIELDS = 64  # compiled at the same time; the ones that were compiled first go
+CALLS = {"odeint": odeint, "odeint_adjoint": odeint_adjoint}
+
+
+def _trampoline_odeint(func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None):
+    return _sparseflow_kernels_call(  # noqa: F821 - put into torchdiffeq's namespace
+        "odeint", func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn
+    )
+
+
+def _trampoline_odeint_adjoint(
+    func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, adjoint_rtol=None, adjoint_atol=None,
+    adjoint_method=None, adjoint_options=None, adjoint_params=None,
+):  # fmt: skip
+    return _sparseflow_kernels_call(  # noqa: F821
+        "odeint_adjoint", func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn,
+        adjoint_rtol=adjoint_rtol, adjoint_atol=adjoint_atol, adjoint_method=adjoint_method,
+        adjoint_options=adjoint_options, adjoint_params=adjoint_params,
+    )  # fmt: skip
+
+
+_TRAMPOLINES = {"odeint": _trampoline_odeint, "odeint_adjoint": _trampoline_odeint_adjoint}
+
+
+@dataclass
+class _Entry:
+    """What became of one module for states of one kind. reason: why it is handed on."""
+
+    module: weakref.ref
+    field: CompiledField | None
+    reason: str = ""
+    solves: int = 0
+
+
+@dataclass(eq=False)
+class accelerate:  # noqa: N801 - it is called like a function, in a with statement
+    """Runs what torchdiffeq is asked to solve inside the `with` by compiled fields, where it can.
+
+    A module is compiled when it is first met (`compile(module, like=y0, live=True)`: its parameters stay its own), and again
+    where its masks change. What cannot be compiled, callables that are no modules, events and callbacks are handed on to
+    torchdiffeq; for modules a warning says so once, with the reason. `odeint_adjoint` gives the exact gradient of the
+    steps taken, unless it was given an adjoint_* argument (`sparseflow_kernels.odeint_adjoint`). Calls of
+    `sparseflow_kernels.odeint` and `solve` with a module take part.
+
+    The context may be entered again while it lasts, and from several threads, which share it: torchdiffeq's functions are
+    the process's. engine: as in `compile`.
+    """
+
+    engine: str = "auto"
+    _entries: dict[tuple, _Entry] = dataclass_field(default_factory=dict, repr=False)
+    _lock: Any = dataclass_field(default_factory=threading.RLock, repr=False)
+
+    def __enter__(self) -> "accelerate":
+        with _state_lock:
+            _active.append(self)
+            if len(_active) == 1:
+                _exchange()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        with _state_lock:
+            _active.remove(self)
+            if not _active:
+                _put_back()
+
+    def report(self) -> str:
+        """For people: which modules ran natively, and why others did not."""
+        lines = []
+        for entry in list(self._entries.values()):
+            module = entry.module()
+            name = "a module that is gone" if module is None else type(module).__name__
+            if entry.field is None:
+                lines.append(f"{name}: handed on to torchdiffeq ({entry.reason})")
+            else:
+                lines.append(f"{name}: {entry.field.engine_name} engine, {entry.solves} solves")
+        return "\n".join(lines) or "no module was solved for"
+
+    def field_for(self, module: nn.Module, y0: Any) -> CompiledField | None:
+        """The compiled field of a module for states like y0; None where there is none."""
+        parts = y0 if isinstance(y0, tuple) else (y0,)
+        if not parts or not all(isinstance(part, Tensor) and part.dim() for part in parts):
+            return None
+        kinds = tuple((tuple(part.shape[1:]), part.dtype, part.device) for part in parts)
+        key = id(module), isinstance(y0, tuple), kinds
+        exact = (*key, tuple(part.shape[0] for part in parts))
+        with self._lock:
+            for one in (key, exact):
+                entry = self._entries.get(one)
+                if entry is not None and entry.module() is module and (entry.field is None or _fits(entry.field, y0)):
+                    entry.solves += 1
+                    return entry.field
+            entry = self._compiled(module, y0)
+            while len(self._entries) >= MOST_FIELDS:
+                del self._entries[next(iter(self._entries))]
+            layout = None if entry.field is None else entry.field.layout
+            batched = layout is None or layout.batched
+            self._entries[key if batched and entry.field is not None and not entry.field.has_context else exact] = entry
+            return entry.field
+
+    def _compiled(self, module: nn.Module, y0: Any) -> _Entry:
+        like = tuple(part.detach() for part in y0) if isinstance(y0, tuple) else y0.detach()
+        try:
+            with torch.no_grad():
+                return _Entry(weakref.ref(module), compile_field(module, self.engine, like=like, live=True), solves=1)
+        except (UnsupportedFieldError, TypeError, ValueError) as error:
+            reason = str(error)
+        warn(f"accelerate: {type(module).__name__} is handed on to torchdiffeq: {reason}")
+        return _Entry(weakref.ref(module), None, reason)
+
+
+def _fits(field: CompiledField, y0: Any) -> bool:
+    if field.layout is not None:
+        return field.layout.fits(y0) is None
+    return isinstance(y0, Tensor) and y0.shape[-1] == field.dim and field._program.refused(y0.dim()) is None
+
+
+# ------------------------------------------------------------------------------------------- torchdiffeq's functions
+
+_state_lock = threading.RLock()
+_active: list[accelerate] = []
+_originals: dict[str, tuple[types.CodeType, Callable]] = {}
+_inside = threading.local()
+
+
+def _function(name: str) -> types.FunctionType:
+    return getattr(torchdiffeq, name)
+
+
+def _exchange() -> None:
+    for name in CALLS:
+        function, trampoline = _function(name), _TRAMPOLINES[name]
+        if function.__code__.co_freevars or not isinstance(function, types.FunctionType):
+            continue  # somebody else has wrapped it
+        original = types.FunctionType(
+            function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        )
+        original.__kwdefaults__ = function.__kwdefaults__
+        _originals[name] = function.__code__, original
+        function.__globals__["_sparseflow_kernels_call"] = _call
+        function.__code__ = trampoline.__code__
+
+
+def _put_back() -> None:
+    for name, (code, _) in _originals.items():
+        function = _function(name)
+        function.__code__ = code
+        function.__globals__.pop("_sparseflow_kernels_call", None)
+    _originals.clear()
+
+
+def _call(name: str, func: Any, y0: Any, t: Any, **arguments: Any) -> Any:
+    """What torchdiffeq's functions do while a context lasts."""
+    original = _originals[name][1]
+    field = None
+    if not getattr(_inside, "call", False):
+        field = _field(func, y0, arguments)
+    if field is None:
+        return original(func, y0, t, **arguments)
+    _inside.call = True  # what is handed on from within is torchdiffeq's
+    try:
+        return CALLS[name](field, y0, t, **arguments)
+    finally:
+        _inside.call = False
+
+
+def _field(func: Any, y0: Any, arguments: dict) -> CompiledField | None:
+    if not isinstance(func, nn.Module) or isinstance(func, (CompiledField, DivergenceField)):
+        return None
+    if arguments.get("event_fn") is not None or any(getattr(func, name, None) is not None for name in CALLBACKS):
+        return None
+    if any(hooks_of(func)):
+        return None
+    with _state_lock:
+        here = _active[-1] if _active else None
+    if isinstance(y0, list):
+        return None
+    return None if here is None else here.field_for(func, y0)

@@ -1,0 +1,189 @@
+"""`with accelerate():` around scripts that were written for torchdiffeq: its examples, and what is handed on."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+
+import pytest
+import torch
+import torchdiffeq
+from sparseflow_kernels import accelerate
+from sparseflow_kernels import odeint as own_odeint
+from torch import nn
+from torchdiffeq import odeint, odeint_adjoint  # imported before, as scripts do
+
+torch.set_num_threads(1)
+
+
+class Demo(nn.Module):  # ode_demo.py
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 50), nn.Tanh(), nn.Linear(50, 2))
+
+    def forward(self, t, y):
+        return self.net(y**3)
+
+
+class Latent(nn.Module):  # latent_ode.py
+    def __init__(self):
+        super().__init__()
+        self.elu = nn.ELU(inplace=True)
+        self.fc1, self.fc2, self.fc3 = nn.Linear(4, 20), nn.Linear(20, 20), nn.Linear(20, 4)
+        self.nfe = 0
+
+    def forward(self, t, x):
+        self.nfe += 1
+        return self.fc3(self.elu(self.fc2(self.elu(self.fc1(x)))))
+
+
+class Hyper(nn.Module):
+    def __init__(self, dim, hidden, width):
+        super().__init__()
+        self.dim, self.width, self.block = dim, width, width * dim
+        self.fc1, self.fc2 = nn.Linear(1, hidden), nn.Linear(hidden, hidden)
+        self.fc3 = nn.Linear(hidden, 3 * self.block + width)
+
+    def forward(self, t):
+        p = torch.tanh(self.fc2(torch.tanh(self.fc1(t.reshape(1, 1)))))
+        p = self.fc3(p).reshape(-1)
+        w = p[: self.block].reshape(self.width, self.dim, 1)
+        gate = torch.sigmoid(p[2 * self.block : 3 * self.block].reshape(self.width, 1, self.dim))
+        u = p[self.block : 2 * self.block].reshape(self.width, 1, self.dim) * gate
+        return w, p[3 * self.block :].reshape(self.width, 1, 1), u
+
+
+class Cnf(nn.Module):  # cnf.py
+    def __init__(self):
+        super().__init__()
+        self.hyper, self.width = Hyper(2, 8, 6), 6
+
+    def forward(self, t, states):
+        z = states[0]
+        batch = z.shape[0]
+        with torch.set_grad_enabled(True):
+            z.requires_grad_(True)
+            w, b, u = self.hyper(t)
+            h = torch.tanh(torch.matmul(torch.unsqueeze(z, 0).repeat(self.width, 1, 1), w) + b)
+            dz = torch.matmul(h, u).mean(0)
+            trace = 0.0
+            for i in range(z.shape[1]):
+                trace = trace + torch.autograd.grad(dz[:, i].sum(), z, create_graph=True)[0].contiguous()[:, i].contiguous()
+        return dz, -trace.contiguous().view(batch, 1)
+
+
+def train(make, state, solver, inside, steps=4, **options):
+    """Losses of a few steps of Adam on a module, made and trained as a script does."""
+    torch.manual_seed(0)
+    module = make().double()
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    t = torch.linspace(0.0, 1.0, 5, dtype=torch.float64)
+    losses = []
+
+    def run():
+        for _ in range(steps):
+            optimizer.zero_grad()
+            ys = solver(module, state(), t, rtol=1e-8, atol=1e-8, method="dopri5", **options)
+            ys = ys if isinstance(ys, tuple) else (ys,)
+            loss = sum((y[-1] ** 2).mean() + y.mean() for y in ys)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+
+    if not inside:
+        run()
+        return losses, None
+    with accelerate() as context:
+        run()
+    return losses, context
+
+
+@pytest.mark.parametrize("solver", [odeint, odeint_adjoint], ids=["direct", "adjoint"])
+@pytest.mark.parametrize(
+    "make, state",
+    [
+        (Demo, lambda: torch.full((3, 2), 0.7).double()),
+        (Latent, lambda: torch.linspace(-1, 1, 12).double().view(3, 4)),
+        (Cnf, lambda: (torch.linspace(-1, 1, 10).double().view(5, 2), torch.zeros(5, 1).double())),
+    ],
+)
+def test_the_examples_of_torchdiffeq_give_the_same_curves(make, state, solver):
+    plain, _ = train(make, state, solver, inside=False)
+    fast, context = train(make, state, solver, inside=True)
+    torch.testing.assert_close(torch.tensor(fast), torch.tensor(plain), rtol=1e-6, atol=1e-7)
+    assert "cpu engine, 4 solves" in context.report()
+
+
+def test_what_cannot_be_compiled_is_handed_on_and_said_once():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(2, 2)
+
+        def forward(self, t, y):
+            return self.a(y) if float(y.sum()) > 0 else -y
+
+    module, y0, t = Branches(), torch.randn(3, 2), torch.tensor([0.0, 1.0])
+    wanted = odeint(module, y0, t)
+    with accelerate() as context, pytest.warns(UserWarning, match="Branches is handed on") as said:
+        for _ in range(3):
+            assert torch.equal(odeint(module, y0, t), wanted)
+        assert torch.equal(odeint(lambda t, y: -y, y0, t), odeint(lambda t, y: -y, y0, t))
+    assert len(said) == 1 and "handed on to torchdiffeq (" in context.report()
+
+
+def test_everything_is_put_back_after_errors_too():
+    codes = [torchdiffeq.odeint.__code__, torchdiffeq.odeint_adjoint.__code__]
+    with pytest.raises(ZeroDivisionError):
+        with accelerate():
+            with accelerate():
+                assert torchdiffeq.odeint.__code__ is not codes[0]
+            assert torchdiffeq.odeint.__code__ is not codes[0]
+            1 / 0
+    assert [torchdiffeq.odeint.__code__, torchdiffeq.odeint_adjoint.__code__] == codes
+    assert "_sparseflow_kernels_call" not in torchdiffeq.odeint.__globals__
+
+
+def test_calls_of_this_package_take_part_and_other_sizes_compile_once_more():
+    module, t = Demo(), torch.tensor([0.0, 0.5])
+    with accelerate() as context:
+        one, two = own_odeint(module, torch.ones(3, 2), t), odeint(module, torch.ones(7, 2), t)
+    assert context.report() == "Demo: cpu engine, 2 solves"
+    torch.testing.assert_close(one[:, 0], two[:, 0])
+    with torch.no_grad():
+        torch.testing.assert_close(one, torchdiffeq.odeint(module, torch.ones(3, 2), t), rtol=1e-4, atol=1e-5)
+
+
+def test_events_callbacks_and_other_solvers_work_as_ever():
+    module, y0, t = Demo(), torch.full((1, 2), 0.5), torch.tensor([0.0, 1.0])
+    adams = odeint(module, y0, t, method="explicit_adams")
+    with accelerate():
+        torch.testing.assert_close(odeint(module, y0, t, method="explicit_adams"), adams, rtol=1e-4, atol=1e-5)
+        event_t, _ = odeint(module, y0, t, event_fn=lambda t, y: t - 0.3)
+        assert abs(float(event_t) - 0.3) < 1e-4
+        module.callback_step = lambda t, y, dt: None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            odeint(module, y0, t)
+
+
+def test_threads_share_the_context():
+    modules, failed = [Demo() for _ in range(4)], []
+    t = torch.tensor([0.0, 1.0])
+    wanted = [odeint(m, torch.ones(2, 2), t).detach() for m in modules]
+
+    def work(number):
+        try:
+            for _ in range(3):
+                found = odeint(modules[number], torch.ones(2, 2), t).detach()
+                torch.testing.assert_close(found, wanted[number], rtol=1e-4, atol=1e-5)
+        except Exception as error:  # noqa: BLE001
+            failed.append(error)
+
+    with accelerate():
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert not failed

@@ -1,0 +1,119 @@
+"""Fields whose parameters stay their module's: training as it would go on dense torch, whatever is done to the module."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import sparseflow_kernels as sfk
+import torch
+import torchdiffeq
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+T = torch.tensor([0.0, 1.0], dtype=torch.float64)
+OPTIONS = {"rtol": 1e-6, "atol": 1e-6, "method": "dopri5", "options": {"first_step": 0.05}}
+
+
+class Chain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, t, x):
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+class Residual(Chain):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, t, x):
+        h = torch.tanh(self.a(x))
+        h = h + torch.tanh(self.b(h) * torch.sin(t))
+        return self.scale * self.c(h) - 0.1 * x
+
+
+def pair(make, prepare):
+    """The same module twice."""
+    torch.manual_seed(0)
+    plain = make().double()
+    twins = [plain, copy.deepcopy(plain)]
+    for module in twins:
+        torch.manual_seed(1)
+        prepare(module)
+    return twins
+
+
+def pruned(module):
+    prune.l1_unstructured(module.b, "weight", 0.7)
+    prune.random_unstructured(module.a, "weight", 0.3)
+
+
+def parametrized(module):
+    pruned(module)
+    parametrizations.weight_norm(module.c)
+
+
+def tied(module):
+    module.a.bias = module.b.bias
+
+
+@pytest.mark.parametrize("prepare", [pruned, parametrized, tied], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("make", [Chain, Residual])
+def test_training_goes_as_on_dense_torch(make, prepare):
+    mine, theirs = pair(make, prepare)
+    field = sfk.compile(mine, live=True)
+    assert {id(p) for p in field.parameters()} == {id(p) for p in mine.parameters()} and field.live
+    assert set(mine.state_dict()) == set(theirs.state_dict())
+    optimizers = [torch.optim.Adam(m.parameters(), lr=1e-2, weight_decay=1e-3) for m in (mine, theirs)]
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(2)).double()
+    for step in range(5):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        losses = [sfk.odeint(field, x, T, **OPTIONS)[-1].square().mean(), torchdiffeq.odeint(theirs, x, T, **OPTIONS)[-1].square().mean()]
+        for loss, optimizer in zip(losses, optimizers):
+            loss.backward()
+        for p, q in zip(mine.parameters(), theirs.parameters()):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-10)
+        for optimizer in optimizers:
+            optimizer.step()
+        torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-11)
+
+
+def test_other_masks_are_compiled_when_they_are_met():
+    mine, theirs = pair(Residual, pruned)
+    field = sfk.compile(mine, live=True)
+    x, before = torch.randn(4, 3).double(), field.nnz
+    for module in (mine, theirs):
+        module.b.weight_mask[:8] = 0.0
+    torch.testing.assert_close(field(T[1], x), theirs(T[1], x))
+    assert field.nnz < before
+    for module in (mine, theirs):
+        prune.remove(module.b, "weight")
+        module.b.weight.data[0, 0] = 2.0  # a pruned entry that is back
+    torch.testing.assert_close(field(T[1], x), theirs(T[1], x))
+    for module in (mine, theirs):
+        module.a.weight_orig.data.mul_(1.5)
+    torch.testing.assert_close(sfk.odeint(field, x, T), torchdiffeq.odeint(theirs, x, T))
+    mine.load_state_dict(pair(Residual, pruned)[0].state_dict(), strict=False)
+    torch.testing.assert_close(field(T[1], x), mine(T[1], x))
+
+
+def test_what_becomes_unreadable_is_said():
+    class Switch(Chain):
+        def forward(self, t, x):
+            x = super().forward(t, x)
+            return nn.functional.dropout(x, 0.5, self.training)
+
+    module = Switch().double().eval()
+    field = sfk.compile(module, live=True)
+    field(T[0], torch.randn(2, 3).double())
+    module.train()
+    with pytest.raises(sfk.UnsupportedFieldError, match="eval"):
+        field(T[0], torch.randn(2, 3).double())
+    module.eval()
+    field(T[0], torch.randn(2, 3).double())
+    with pytest.raises(TypeError, match="live"):
+        sfk.compile(field, live=True)
