@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .algebra import apply
-from .elements import LARGEST, Elements, product, samples_of, same_for_all
-from .graph_rules import argument, maximum, moved, rule
+from .elements import LARGEST, Elements, same_for_all, samples_of
+from .functions import maximum, product
+from .graph_rules import argument, grouped, rule
 from .operations import aten, base_name
 from .refusal import refuse
 from .values import Constant, Opaque, StateValue
@@ -47,8 +48,8 @@ def _swapped(value: Any) -> Any:
 
 
 def _matrices(e: Elements, ids: Tensor, matrices: Constant) -> tuple[Tensor, Constant] | None:
-    """Of matrices [b, k, q], the number of that for each b, and those that are not the same; None where they differ from
-    sample to sample."""
+    """Of matrices [b, k, q], the number of that for each b, and those that are not the same; None where they differ
+    from sample to sample."""
     count = matrices.shape[0]
     flat = apply(aten.reshape.default, matrices, [count, -1])
     content = flat.value.detach().cpu()
@@ -217,7 +218,9 @@ def _wide(values: Any, axes: int) -> list[int]:
     return values * axes if len(values) == 1 else values
 
 
-def _transposed(e: Elements, ids: Tensor, weight: Constant, stride, padding, dilation, extra, groups: int, name: str) -> Tensor:
+def _transposed(
+    e: Elements, ids: Tensor, weight: Constant, stride, padding, dilation, extra, groups: int, name: str
+) -> Tensor:  # fmt: skip
     """As the convolution of the state with zeros between its elements by the turned kernel."""
     for axis, s in enumerate(stride, 2):
         if s > 1:
@@ -268,7 +271,10 @@ def max_pool(e: Elements, func, args, kwargs, out) -> Any:
     single = ids.dim() == axes + 1
     ids = ids.unsqueeze(0) if single else ids
     stride = _wide(argument(args, kwargs, 2, "stride") or kernel, axes)
-    padding, dilation = (_wide(argument(args, kwargs, i, n, d), axes) for i, n, d in ((3, "padding", 0), (4, "dilation", 1)))
+    padding, dilation = (
+        _wide(argument(args, kwargs, i, name, default), axes)
+        for i, name, default in ((3, "padding", 0), (4, "dilation", 1))
+    )
     lowest = e.ids(-math.inf)
     marked = padded(e, torch.where(ids == e.zero, -1, ids), [(p, p) for p in padding])
     marked = torch.where(marked == e.zero, lowest, torch.where(marked == -1, e.zero, marked))
@@ -279,15 +285,16 @@ def max_pool(e: Elements, func, args, kwargs, out) -> Any:
     return [result, Opaque(out[1].shape, "the position of a maximum")] if isinstance(out, (tuple, list)) else result
 
 
-# ------------------------------------------------------------------------- any other linear map, by what it does to ones
+# ----------------------------------------------------------------------- any other linear map, by what it does to ones
 
 
 @rule(
     "avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d",
-    "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d", "cumsum", "col2im", "trace",
-    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "unfold_backward", "avg_pool2d_backward", "upsample_bilinear2d_backward",
-    "upsample_nearest2d_backward", "reflection_pad1d_backward", "reflection_pad2d_backward", "replication_pad1d_backward",
-    "replication_pad2d_backward", "_adaptive_avg_pool2d_backward", "diff", "adjoint_pad", "avg_pool3d_backward",
+    "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d", "cumsum", "col2im",
+    "trace", "diff", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "unfold_backward", "avg_pool2d_backward",
+    "avg_pool3d_backward", "upsample_bilinear2d_backward", "upsample_nearest2d_backward", "reflection_pad1d_backward",
+    "reflection_pad2d_backward", "replication_pad1d_backward", "replication_pad2d_backward",
+    "_adaptive_avg_pool2d_backward",
 )  # fmt: skip
 def linear_map(e: Elements, func, args, kwargs, out) -> Any:
     ids = e.ids(args[0])
@@ -329,8 +336,6 @@ def _by_rows(e: Elements, ids: Tensor, matrix: Tensor) -> Tensor:
     """matrix [m, n] times elements [n], of any samples: each row's elements are multiplied and added by themselves."""
     target, source = (matrix.cpu() != 0).nonzero().unbind(1)
     factors = matrix.cpu()[target, source]
-    from .graph_rules import grouped
-
     terms = ids[source]
     if not bool((factors == 1).all()):
         terms = e.pointwise(product, StateValue(terms), StateValue(same_for_all(
@@ -354,5 +359,3 @@ def sparse_linear(e: Elements, func, args, kwargs, out) -> Any:
     result = StateValue(made.view(out.shape))
     return result if bias is None else e.pointwise(lambda g, a, b: g.add(a, b), result, bias)
 
-
-__all__ = ["matmul", "moved"]

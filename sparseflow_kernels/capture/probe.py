@@ -15,7 +15,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..field import UnsupportedFieldError
-from .refusal import NotFinite, TUPLES
+from .refusal import NotFinite
 
 TIME = 0.6180339887498949  # one that no number in a user's code is likely to equal
 
