@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from fields import FIELDS, make_ffjord
 from random_fields import plain_forward, random_field
 from sparseflow_kernels.capture import capture
-from sparseflow_kernels.field import GraphField, (
+from sparseflow_kernels.field import (
+    GraphField,
     IDENTITY, Activation, Layer, LinearShift, Pattern, SigmoidGate, TimeFunction, VectorField,
 )
 from sparseflow_kernels.simplify import simplify
