@@ -163,12 +163,12 @@ def test_who_waits_for_another_thread(field):
     """The main thread waits for a program that another thread is at."""
     engine = CpuEngine(field)
     engine.program.force_width(0)
-    x = many(3000)
+    x = many(30_000)
     thread = threading.Thread(target=lambda: engine.evaluate(0.0, x))
     thread.start()
     time.sleep(0.1)
     waiting = thread.is_alive()
-    interrupted(lambda: [engine.evaluate(0.0, x) for _ in range(100)])
+    interrupted(lambda: [engine.evaluate(0.0, x) for _ in range(20)])
     thread.join()
     assert waiting, "the other thread was done before"
 

@@ -149,7 +149,7 @@ class FakeNative(ReferenceEngine):
 def test_auto_takes_the_native_engine_where_it_can(monkeypatch):
     field = random_field([3, 5, 3])
     truly = available
-    monkeypatch.setattr(engines, "available", lambda name: (FakeNative, "") if name == "cpu" else truly(name))
+    monkeypatch.setattr(engines, "available", lambda name, graph=False: (FakeNative, "") if name == "cpu" else truly(name, graph))
     found, reason = choose(field)
     assert found is FakeNative and "native" in reason
     monkeypatch.setattr(FakeNative, "obstacle", "it is the wrong colour")
@@ -157,7 +157,7 @@ def test_auto_takes_the_native_engine_where_it_can(monkeypatch):
     assert found is ReferenceEngine and "wrong colour" in reason
     with pytest.raises(UnsupportedFieldError, match="wrong colour"):
         choose(field, "cpu")
-    monkeypatch.setattr(engines, "available", lambda name: (None, "no compiler") if name == "cpu" else truly(name))
+    monkeypatch.setattr(engines, "available", lambda name, graph=False: (None, "no compiler") if name == "cpu" else truly(name, graph))
     found, reason = choose(field)
     assert found is ReferenceEngine and "no compiler" in reason
     with pytest.raises(UnsupportedFieldError, match="no compiler"):

@@ -11,6 +11,7 @@ from fields import FIELDS, make_ffjord
 from random_fields import plain_forward, random_field
 from sparseflow_kernels.capture import capture
 from sparseflow_kernels.field import (
+    GraphField,
     IDENTITY, Activation, Layer, LinearShift, Pattern, SigmoidGate, TimeFunction, VectorField,
 )
 from sparseflow_kernels.simplify import simplify
@@ -53,6 +54,8 @@ def pruned(name: str, dtype: torch.dtype, amount: float) -> nn.Module:
 @pytest.mark.parametrize("amount", [0.6, 0.92])
 def test_keeps_every_pruned_field(name: str, amount: float) -> None:
     field = capture(pruned(name, torch.float64, amount))
+    if isinstance(field, GraphField):
+        pytest.skip("a graph: its time embedding is nodes")
     new, report = simplify(field)
     assert_same(field, new)
     assert new.nnz <= field.nnz and new.dim == field.dim

@@ -220,8 +220,8 @@ Program<T> convert(const Program<double>& p) {
     q.matrices.push_back(n);
   }
   for (const auto& m : p.modulations)
-    q.modulations.push_back({m.n, cast(m.bias), cast(m.gate_slope), cast(m.gate_offset), cast(m.shift_slope),
-                             cast(m.shift_offset), m.external_gate, m.external_shift, m.shift_sum, m.gate_sum});
+    q.modulations.push_back({m.n, cast(m.bias), cast(m.gate_slope), cast(m.gate_offset), cast(m.shift_slope), cast(m.shift_offset),
+                             m.external_gate, m.external_shift, m.scale_vector, m.shift_vector, m.shift_sum, m.gate_sum});
   return q;
 }
 

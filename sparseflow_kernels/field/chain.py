@@ -89,9 +89,18 @@ class Pattern:
         """The pattern of W^T and the permutation with `values_t = values[permutation]`."""
         return Pattern.from_coo((self.shape[1], self.shape[0]), self.col, self.row)
 
+    @cached_property
+    def _places(self) -> dict[torch.device, Tensor]:
+        """By device, where the entries are in the flattened matrix: a copy at every use would make a host wait."""
+        return {}
+
     def dense(self, values: Tensor) -> Tensor:
         """values [nnz] -> [out, in], zeros elsewhere; differentiable in values."""
-        flat = (self.row * self.shape[1] + self.col).to(values.device)
+        flat = self.row * self.shape[1] + self.col
+        if values.device != flat.device:
+            flat = self._places.get(values.device, flat).to(values.device)
+            if not torch.compiler.is_compiling():  # what is copied there has no values
+                self._places[values.device] = flat
         zero = torch.zeros(self.shape[0] * self.shape[1], dtype=values.dtype, device=values.device)
         return zero.index_put((flat,), values).view(self.shape)
 
