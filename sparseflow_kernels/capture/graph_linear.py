@@ -149,6 +149,80 @@ def distances(e: Elements, func, args, kwargs, out) -> Any:
     return e.pointwise(lambda g, x: g.apply("sqrt", x), total)
 
 
+# --------------------------------------------------------------------- inverses of small matrices, by their cofactors
+
+MOST_COLUMNS = 3  # beyond, a formula without a choice of pivots would be inexact
+
+
+def _minor(e: Elements, ids: Tensor, row: int, column: int) -> Tensor:
+    n = ids.shape[-1]
+    rows, columns = ([k for k in range(n) if k != without] for without in (row, column))
+    return _determinant(e, ids[..., rows, :][..., columns])
+
+
+def _determinant(e: Elements, ids: Tensor) -> Tensor:
+    n = ids.shape[-1]
+    if n == 0:
+        return e.ids(1.0).expand(ids.shape[:-2])
+    if n == 1:
+        return ids[..., 0, 0]
+    total = None
+    for column in range(n):
+        term = e.pointwise(product, StateValue(ids[..., 0, column]), StateValue(_minor(e, ids, 0, column)))
+        sign = -1.0 if column % 2 else 1.0
+        total = term if total is None else e.pointwise(
+            lambda g, a, b, sign=sign: g.add(a, g.scaled(b, sign)), total, term
+        )  # fmt: skip
+    return total.ids
+
+
+def _inverse(e: Elements, ids: Tensor, func) -> Tensor:
+    n = ids.shape[-1]
+    if n > MOST_COLUMNS:
+        refuse(f"the operation {base_name(func)} on matrices of {n} columns made of the state")
+    scale = e.pointwise(lambda g, a: g.apply("reciprocal", a), StateValue(_determinant(e, ids)))
+    rows = []
+    for row in range(n):
+        for column in range(n):
+            sign = -1.0 if (row + column) % 2 else 1.0
+            make = lambda g, a, s, sign=sign: g.mul(g.scaled(a, sign), s)
+            rows.append(e.pointwise(make, StateValue(_minor(e, ids, column, row)), scale).ids)
+    return torch.stack(rows, -1).view(ids.shape)
+
+
+@rule("linalg_inv_ex", "inverse", "linalg_inv")
+def inverse(e: Elements, func, args, kwargs, out) -> Any:
+    made = StateValue(_inverse(e, e.ids(args[0]), func))
+    return [made, Opaque(out[1].shape, "a check of a matrix")] if isinstance(out, (tuple, list)) else made
+
+
+@rule("_linalg_solve_ex", "linalg_solve_ex", "linalg_solve")
+def solve(e: Elements, func, args, kwargs, out) -> Any:
+    if not argument(args, kwargs, 2, "left", True):
+        refuse("a linear system solved from the right")
+    first = out[0] if isinstance(out, (tuple, list)) else out
+    ids, right = _inverse(e, e.ids(args[0]), func), args[1]
+    samples = samples_of(ids).amin(-1).amin(-1)
+    vector = len(right.shape) == len(first.shape) and len(first.shape) == ids.dim() - 1
+    right = e.ids(right, samples.reshape(*samples.shape, *[1] * (len(first.shape) - samples.dim())).expand(first.shape))
+    right = right.expand(first.shape).unsqueeze(-1) if vector else right.expand(first.shape)
+    made = e.products(ids.unsqueeze(-2), right.transpose(-1, -2).unsqueeze(-3))
+    made = StateValue(made.squeeze(-1) if vector else made)
+    rest = [] if not isinstance(out, (tuple, list)) else [Opaque(v.shape, "parts of a factorisation") for v in out[1:]]
+    return [made, *rest] if rest else made
+
+
+@rule("_linalg_det", "linalg_det", "det")
+def determinant(e: Elements, func, args, kwargs, out) -> Any:
+    ids = e.ids(args[0])
+    if ids.shape[-1] > MOST_COLUMNS:
+        refuse(f"the operation {base_name(func)} on matrices of {ids.shape[-1]} columns made of the state")
+    made = StateValue(_determinant(e, ids))
+    if not isinstance(out, (tuple, list)):
+        return made
+    return [made, *(Opaque(v.shape, "parts of a factorisation") for v in out[1:])]
+
+
 # ------------------------------------------------------------------------------------------------------ convolutions
 
 

@@ -89,7 +89,7 @@ def join(e: Elements, func, args, kwargs, out) -> Any:
     return StateValue(torch.cat([i for i in e.together(parts, axis)], axis))
 
 
-@rule("_to_copy", "to_copy")
+@rule("_to_copy", "to", "to_copy")
 def to_copy(e: Elements, func, args, kwargs, out) -> Any:
     if out.dtype not in (e.table.dtype, torch.bool):
         refuse(f"a change of the state's dtype to {out.dtype}")
@@ -106,7 +106,7 @@ def copy(e: Elements, func, args, kwargs, out) -> Any:
     return StateValue(e.ids(args[1]).expand(out.shape).clone())
 
 
-@rule("lift_fresh", "detach", "alias", "clone", "contiguous")
+@rule("lift_fresh", "detach", "alias", "clone", "contiguous", "_fw_primal", "view_copy")
 def same(e: Elements, func, args, kwargs, out) -> Any:
     return StateValue(e.ids(args[0]))
 
