@@ -558,3 +558,63 @@ def test_contexts(name: str) -> None:
         y = torch.randn(6, 3, dtype=F64)
         with torch.no_grad():
             torch.testing.assert_close(value(field, t, y, parts), module(torch.tensor(t, dtype=F64), y).reshape(-1))
+
+
+# -------------------------------------------------------------------------------------------------------------- refusals
+
+
+REFUSED = {
+    "another dtype": (lambda m, t, y: (m.n(y).float() * 2).double() + y, "dtype to torch.float32"),
+    "bits": (lambda m, t, y: m.n(y) * y.view(torch.int64).view(torch.float64), "bits of the state"),
+    "sums of truth values": (lambda m, t, y: m.n(y) * ((y > 0) + (y < 1)), "truth values"),
+    "an order of values": (lambda m, t, y: torch.sort(m.n(y), -1)[0], "order of its values"),
+    "an index made of the state": (lambda m, t, y: m.n(y)[:, y.argmax(-1)], "argmax|order of its values"),
+    "a branch": (lambda m, t, y: m.n(y) if y.sum() > 0 else y, "number out of the state|over the samples"),
+    "a branch on an energy": (lambda m, t, y: m.n(y) if bool(m.n(y).mean() > 0) else y, "number out of|over the samples"),
+    "complex numbers": (lambda m, t, y: torch.fft.irfft(torch.fft.rfft(m.n(y) * y), n=3), "_fft_r2c"),
+    "the mean over samples": (lambda m, t, y: m.n(y) * y.mean(0), "over the samples"),
+    "other samples": (lambda m, t, y: m.n(y) * y.roll(1, 0), "across the samples"),
+    "samples in another order": (lambda m, t, y: m.n(y) + y.flip(0), "across the samples|first axis is not the batch"),
+    "the number of samples": (lambda m, t, y: m.n(y) * y / len(y), "differs from the module"),
+    "what was last": (lambda m, t, y: _remembering(m, y), "differs from the module"),
+    "a large inverse": (
+        lambda m, t, y: torch.inverse(torch.eye(4, dtype=F64) + (m.n(y) * y).mean(-1)[:, None, None].sin() * 0.1)[:, 0, :3],
+        "matrices of 4 columns"),
+}  # fmt: skip
+
+
+def _remembering(m, y):
+    before, m.last = getattr(m, "last", None), y.sum().item() if not torch._C._len_torch_dispatch_stack() else 0.0
+    return m.n(y) * y + (before or 0.0)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    rule, words = REFUSED[name]
+    with pytest.raises(sfk.UnsupportedFieldError, match=words):
+        capture(made(rule, {"n": net(3, 5, 3)}), 3)
+
+
+def test_parts_are_shared_between_points_and_uses() -> None:
+    field = capture(made(*SHAPED["a place for every point"][:2]), like=state(TOKENS, 1))
+    assert sorted(part.pattern.shape for part in field.parts if part.pattern is not None) == [(3, 5), (5, 3)]
+    twice = capture(made(*FIELDS["a module used twice"]), 3)
+    assert sum(part.pattern is not None for part in twice.parts) == 3
+
+
+@pytest.mark.parametrize("name, act", [
+    ("silu", F.silu), ("silu", lambda x: x * torch.sigmoid(x)), ("softplus", F.softplus), ("elu", F.elu),
+    ("tanh", torch.tanh), ("relu", torch.relu), ("sin", torch.sin), ("cube", lambda x: x**3), ("cube", lambda x: x * x * x),
+])
+def test_activations_are_known_to_engines(name: str, act) -> None:
+    field = capture(made(lambda m, t, y: y + m.b(act(m.a(y))), H), 3)
+    known = field.graph.activations
+    assert name in {known[node][0].name for node in order([field.output]) if node in known}
+
+
+def test_masks_as_wide_as_the_batch_are_no_context() -> None:
+    module = made(lambda m, t, y: m.b(torch.tanh(m.a(torch.cat([y, m.c], 1)))) + m.g(y) * m.k, lambda: {
+        "a": L(5, 6), "b": L(6, 3), "g": L(3, 3), "k": torch.rand(3), "c": torch.randn(6, 2)})
+    field, origins = capture_with_origins(module, 3)
+    assert field.context.rows == 2
+    assert not any(origin.computed for origin in origins.values())

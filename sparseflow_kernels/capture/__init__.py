@@ -10,13 +10,15 @@ each tensor stands an abstract value (values):
   permutations are done by applying the very same operation to the numbers (rules); arithmetic makes new rows (rows).
 
 The rows of the result, followed back to y, are the layers of the field (program): a chain. Where the module is none, it
-runs once more and is read as a graph: rows are rows of nodes then (graph_table), an element has a sample and a row
-wherever it lies (elements), an operation is a few lines of the tables of rules (graph_rules and those it names; functions
-for what works element by element), functions of t are nodes once they meet the state (graph_time), tensors that share
+runs once more and is read as a graph. Rows are rows of nodes then (graph_table), and an element has a sample and a row
+wherever it lies (elements); an operation is a few lines of the tables of rules (graph_rules and those it names; functions
+holds what works element by element). Functions of t are nodes once they meet the state (graph_time), tensors that share
 memory follow each other (memory), numbers given per sample are the context (context), and the state may be of any shape,
-or a tuple (graph_probe). What does not fit raises UnsupportedFieldError with the module path and the operation (refusal). What Python makes of the value that t has in one
-run is seen where it is read, or when it comes back (reads); what a run cannot show at all, when the field is compared
-with the module at other points and times, and on states with other axes (verify).
+or a tuple (graph_probe).
+
+What does not fit raises UnsupportedFieldError with the module path and the operation (refusal). What Python makes of the
+value that t has in one run is seen where it is read, or when it comes back (reads); what a run cannot show at all, when
+the field is compared with the module at other points and times, and on states with other axes (verify).
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ def capture(module: nn.Module, dim: int | None = None, like: State | None = None
 
     dim: size of the state; inferred from the module's weights if None.  like: an example of the state, a tensor of any
     shape or a tuple of tensors: the field is compared with the module on states of its shape. Where the rows [..., dim]
-    are no samples of their own, its first axis is taken for that of the samples if forward runs for other sizes of it, or
-    for this one, and treats samples one by one; else the whole state is one sample (`GraphField.layout`).
+    are no samples of their own, its first axis is taken for that of the samples if forward runs for other sizes of it,
+    or for this one, and treats samples one by one; else the whole state is one sample (`GraphField.layout`).
     `refused_axes` says for which other numbers of axes the module does something else than a field that runs every row
     [dim] by itself. Tensors that the module holds with a row for every sample are the field's context, which
     `GraphField.read_context` reads from the module whenever it is called.

@@ -102,6 +102,12 @@ class Context:
                 return flat.view(samples.shape) * STRIDE + rows.view(samples.shape)
         refuse("a constant of which samples use the numbers of other samples")
 
+    @property
+    def names(self) -> set[str]:
+        """Of the module's tensors that it consists of."""
+        leaves = (leaf for node, *_ in self.parts for leaf in Replay(node, self._e.table.dtype).all_leaves())
+        return {leaf.name for leaf in leaves if isinstance(leaf, Attribute)}
+
     def _rows(self, value: Constant, axis: int, columns: Tensor) -> Tensor:
         used, inverse = columns.unique(return_inverse=True)
         key = (id(value), axis, used.numpy().tobytes())

@@ -31,7 +31,8 @@ class GraphProbe:
     @staticmethod
     def of(probe: Probe) -> "GraphProbe":
         return GraphProbe(
-            Layout(((probe.dim,),)), probe.t_shape, probe.batch, probe.dtype, probe.device, probe, probe.only, probe.grad
+            Layout(((probe.dim,),)), probe.t_shape, probe.batch, probe.dtype, probe.device, probe, probe.only,
+            probe.grad,
         )
 
     @property

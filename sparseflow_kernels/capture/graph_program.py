@@ -18,6 +18,7 @@ from .reads import compare_runs
 from .refusal import REMEDY, NotFinite
 from .verify import verify_graph
 
+MOST_READINGS = 5  # of a module that has a context
 Result = tuple[GraphField, dict[Key, Origin]]
 
 
@@ -66,10 +67,10 @@ def _read(module: nn.Module, probe: GraphProbe, like: Tensor | None) -> Result:
 
 def _trace(module: nn.Module, probe: GraphProbe) -> tuple[GraphTracer, Any, list[str]]:
     """Where tensors of the module turn out to be its context, twice: at first their number of rows is not known."""
-    rows = MOST_CONTEXT if probe.only else None
-    while True:
+    rows, names = MOST_CONTEXT if probe.only else None, None
+    for _ in range(MOST_READINGS):
         with untouched(module), torch.no_grad():
-            tracer = GraphTracer(module, probe, rows)
+            tracer = GraphTracer(module, probe, rows, names)
             try:
                 output, notes = tracer.read()
             except NeedsContext:
@@ -81,12 +82,12 @@ def _trace(module: nn.Module, probe: GraphProbe) -> tuple[GraphTracer, Any, list
                 raise
             except Exception as error:
                 raise unforeseen(module, tracer, error) from error
-        count = 0 if tracer.context is None else tracer.context.count
-        if rows is None or rows == count:
+        if rows is None or (rows == tracer.context.count and names == tracer.context.names):
             return tracer, output, notes
-        rows = count or None
-        if rows is None and probe.only:
-            return tracer, output, notes
+        rows, names = tracer.context.count or None, tracer.context.names
+    raise UnsupportedFieldError(
+        f"module {type(module).__name__}: what is given per sample is something else at every call. {REMEDY}."
+    )
 
 
 def unforeseen(module: nn.Module, tracer: Any, error: Exception) -> UnsupportedFieldError:

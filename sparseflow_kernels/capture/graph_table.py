@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Callable
 
 import torch
@@ -15,7 +16,7 @@ from .algebra import apply
 from .operations import aten
 from .provenance import ParameterNumbers
 from .refusal import NotFinite
-from .replay import Attribute, Replay
+from .replay import Attribute, Replay, with_tensors
 from .values import NOT_PLAIN, Constant
 
 PER_SAMPLE = SAMPLES[0]
@@ -44,7 +45,8 @@ class GraphTable:
         self.graph, self.parameters, self.device = graph, parameters, device
         self.parts: list[Part] = []
         self.origins: dict[Key, Origin] = {}
-        self._held = held
+        self._parameters_held = held
+        self.attribute: Callable[[Attribute], Constant] | None = None  # what the module holds by this name
         self._nodes: list[Node] = []
         self._starts: list[int] = []
         self._block, self._binding = Numbers(), Numbers()
@@ -128,6 +130,7 @@ class GraphTable:
         return self._entry_rows[id(value)][1]
 
     def _rows_of_entries(self, value: Constant, name: str) -> Tensor:
+        value = self._held(value)
         flat = value.value.detach().reshape(-1)
         if value.source is None:
             return self._rows_of_numbers(flat).view(value.shape)
@@ -152,10 +155,11 @@ class GraphTable:
 
     def matrix(self, entries: Constant, row: Tensor, col: Tensor, shape: tuple[int, int], name: str) -> Matrix | None:
         """The sparse matrix with entries [n] at (row, col), each given once; None where nothing is left of it."""
+        entries = self._held(entries)
         keep = (entries.value != 0).cpu()
         if not bool(keep.all()):
             if entries.source is not None:
-                keep |= starts_at_zero(self.parameters.origin(entries), self._held)
+                keep |= starts_at_zero(self.parameters.origin(entries), self._parameters_held)
             kept = keep.nonzero()[:, 0]
             entries, row, col = apply(aten.index.Tensor, entries, [self._index(kept)]), row[kept], col[kept]
         if not row.numel():
@@ -189,23 +193,22 @@ class GraphTable:
             self._finite(values, name)
             number = self._known_parts[key] = len(self.parts)
             self.parts.append(Part(values, pattern, name))
-            self.origins[(number, "values")] = self.parameters.origin(without_attributes(entries))
+            self.origins[(number, "values")] = self.parameters.origin(entries)
         return self._known_parts[key]
+
+    def _held(self, entries: Constant) -> Constant:
+        """A constant as a tensor of the field, for which the module's attributes are numbers for good."""
+        if not entries.from_attributes:
+            return entries
+        node = with_tensors(entries.node, lambda leaf: self.attribute(leaf).value)
+        if isinstance(node, Tensor) or not Replay(node, self.dtype).leaves():
+            return Constant(entries.value)
+        return replace(entries, node=node)
 
     @staticmethod
     def _finite(values: Tensor, name: str) -> None:
         if not bool(torch.isfinite(values).all()) and not (name == "a constant" and not bool(values.isnan().any())):
             raise NotFinite(f"layer {name!r}: values computed from the weights holds NaN or infinite values")
-
-
-def without_attributes(entries: Constant) -> Constant:
-    """A constant that reads attributes of the module only is a number for good: a field does not hold attributes."""
-    if entries.node is None:
-        return entries
-    leaves = Replay(entries.node, entries.value.dtype).all_leaves()
-    if leaves and all(isinstance(leaf, Attribute) for leaf in leaves):
-        return Constant(entries.value)
-    return entries
 
 
 def distinct(columns: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -242,5 +245,3 @@ def distinct_lines(lines: Tensor) -> tuple[Tensor, Tensor]:
         first = torch.full((len(used),), len(lines)).scatter_reduce(0, inverse, torch.arange(len(lines)), "amin")
     return first, inverse
 
-
-Maker = Callable[..., Node]

@@ -31,11 +31,13 @@ MOST_CONTEXT = 1 << 16  # rows of context, while it is not known how many there 
 
 class GraphTracer(Following):
     """Reads one run of module(t, state): `tracer.read()` gives the field. context: whether the tensors of the module
-    with a row for every sample are its context, and how many rows there are."""
+    with a row for every sample may be its context, and how many rows there are.  names: of those that are."""
 
     attends = True
 
-    def __init__(self, module: nn.Module, probe: GraphProbe, context: int | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, probe: GraphProbe, context: int | None = None, names: set[str] | None = None
+    ) -> None:
         super().__init__(module, probe.dtype)
         self.probe, self.graph = probe, Graph()
         self._input, self._time, _ = GraphField.inputs(self.graph, probe.layout.dim)
@@ -46,7 +48,9 @@ class GraphTracer(Following):
         if context is not None:
             self.context = Context(self.elements, probe.batch, context)
             self.elements.context_ids = self.context.ids
-            self._context_names = names_of(module, probe.batch)
+            found = names_of(module, probe.batch)
+            self._context_names = {key: leaf for key, leaf in found.items() if names is None or leaf.name in names}
+            self.table.attribute = self._attribute
 
     def read(self) -> tuple[Node, list[str]]:
         """The node of the result, and notes."""

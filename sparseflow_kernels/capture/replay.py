@@ -47,6 +47,22 @@ class Node:
             self.operation = getattr(getattr(getattr(torch.ops, namespace), name), overload or "default")
 
 
+def with_tensors(node: Node | Leaf, tensor: Callable[[Attribute], Tensor]) -> Any:
+    """The graph with tensors in place of the module's attributes."""
+    done: dict[int, Any] = {}
+
+    def value(a: Any) -> Any:
+        if isinstance(a, Attribute):
+            return tensor(a)
+        if not isinstance(a, Node):
+            return a
+        if id(a) not in done:
+            done[id(a)] = Node(a.operation, tree_map(value, a.args), tree_map(value, a.kwargs))
+        return done[id(a)]
+
+    return value(node)
+
+
 class Replay:
     """Runs a graph again, in the dtype and on the device that are wanted. dtype: the one it was traced in."""
 
