@@ -277,7 +277,6 @@ def net(**parts):
     (["computed from t in Python", "mul"], lambda m, t, y: m.b(m.a(y).tanh()) * (2 * t.item()), net()),
     (["order of its values"], lambda m, t, y: m.b(torch.sort(m.a(y))[0]), net()),
     (["depends on t or on the state"], lambda m, t, y: m.b(m.a(y)[:, (t > 0.0).long() + torch.arange(5)[:4]]), net(b=L(4, 2))),
-    (["torch.autograd.grad"], lambda m, t, y: torch.autograd.grad(m.a(y).sum(), y)[0], net()),
 ])
 def test_refusals_name_place_and_remedy(words, function, parts) -> None:
     module = module_of(function, **parts)

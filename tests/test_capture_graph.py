@@ -81,9 +81,8 @@ def check(module: nn.Module, like, example: bool) -> GraphField:
     parts = [part.values for part in field.parts]
     for seed, t in enumerate((0.0, 0.37, 1.3, -0.8)):
         y = state(like, seed, (1.0, 0.1, 2.0, 5.0)[seed])
-        with torch.no_grad():
-            want = flat(module(torch.tensor(t, dtype=F64), given(y)))
-            torch.testing.assert_close(value(field, t, y, parts), want, rtol=1e-10, atol=1e-10)
+        want = flat(module(torch.tensor(t, dtype=F64), given(y))).detach()
+        torch.testing.assert_close(value(field, t, y, parts), want, rtol=1e-10, atol=1e-10)
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not parameters:
         return field
@@ -331,6 +330,9 @@ GRADIENTS = {
     "two energies": (gradient_of(lambda m, t, x: 0.5 * m.n(x) + 0.1 * (x**2).sum(1, keepdim=True)), lambda: {"n": net(3, 8, 1)}, FLAT),
     "energies added after their sums": (
         lambda m, t, y: (lambda e: e)(_added(m, y)), lambda: {"n": net(3, 8, 1)}, FLAT),
+    "left to the caller to allow": (
+        lambda m, t, y: torch.autograd.grad(m.n(y.requires_grad_(True)).sum(), y, create_graph=True)[0] * t,
+        lambda: {"n": net(3, 8, 1)}, FLAT),
     "vector-Jacobian product": (
         lambda m, t, y: _vjp(m, y), lambda: {"n": net(3, 8, 3)}, FLAT),
     "torch.func.grad": (
@@ -350,6 +352,17 @@ def _vjp(m, y):
         x = y.requires_grad_(True)
         dy = m.n(x)
         return torch.autograd.grad(dy, x, torch.ones_like(dy) * 0.5, create_graph=True)[0] + dy
+
+
+def solved(m, t, y):
+    q, v = y[:, :1].repeat(1, 2) + y[:, 1:], y[:, :2]
+    mass = 2 * torch.eye(2, dtype=F64) + q[:, :, None] * q[:, None]
+    force = torch.linalg.solve(mass, m.n(q)[:, :, None])[:, :, 0] + torch.inverse(mass)[:, 0] * torch.linalg.det(mass)[:, None]
+    return torch.cat([force, v[:, :1]], 1)
+
+
+def test_small_linear_systems() -> None:
+    check(made(solved, {"n": net(2, 5, 2)}), FLAT, False)
 
 
 @pytest.mark.parametrize("name", GRADIENTS)

@@ -9,8 +9,12 @@ each tensor stands an abstract value (values):
 - a state, which depends on y: every element carries the number of a row of the program. Views, slices, joins and
   permutations are done by applying the very same operation to the numbers (rules); arithmetic makes new rows (rows).
 
-The rows of the result, followed back to y, are the layers of the field (program). What does not fit raises
-UnsupportedFieldError with the module path and the operation (refusal). What Python makes of the value that t has in one
+The rows of the result, followed back to y, are the layers of the field (program): a chain. Where the module is none, it
+runs once more and is read as a graph: rows are rows of nodes then (graph_table), an element has a sample and a row
+wherever it lies (elements), an operation is a few lines of the tables of rules (graph_rules and those it names; functions
+for what works element by element), functions of t are nodes once they meet the state (graph_time), tensors that share
+memory follow each other (memory), numbers given per sample are the context (context), and the state may be of any shape,
+or a tuple (graph_probe). What does not fit raises UnsupportedFieldError with the module path and the operation (refusal). What Python makes of the value that t has in one
 run is seen where it is read, or when it comes back (reads); what a run cannot show at all, when the field is compared
 with the module at other points and times, and on states with other axes (verify).
 """
@@ -42,9 +46,13 @@ def capture(module: nn.Module, dim: int | None = None, like: State | None = None
     """The program of `module.forward(t, y)`, y [batch, dim] (or [dim], row by row, if only that works), t 0-d (or
     [1], [1, 1] if only those work).
 
-    dim: size of the state; inferred from the module's weights if None.  like: an example of the state, [..., dim]: the
-    field is compared with the module on states of its shape. `VectorField.refused_axes` says for which other numbers of
-    axes the module does something else than the field, which runs every row [dim] by itself.
+    dim: size of the state; inferred from the module's weights if None.  like: an example of the state, a tensor of any
+    shape or a tuple of tensors: the field is compared with the module on states of its shape. Where the rows [..., dim]
+    are no samples of their own, its first axis is taken for that of the samples if forward runs for other sizes of it, or
+    for this one, and treats samples one by one; else the whole state is one sample (`GraphField.layout`).
+    `refused_axes` says for which other numbers of axes the module does something else than a field that runs every row
+    [dim] by itself. Tensors that the module holds with a row for every sample are the field's context, which
+    `GraphField.read_context` reads from the module whenever it is called.
     The module is left as it was: parameters, buffers, attributes, hooks and random state. All tensors of the field are
     detached copies in the module's dtype (float32 or float64) and device. A pruned entry (exact zero) is not in the
     pattern.

@@ -25,7 +25,7 @@ STATE_NAMES = {"x", "y", "z", "h", "u", "v", "state", "states", "input", "inputs
 TIME_NAMES = {"t", "tt", "ts", "time", "times"}
 
 
-def find_probe(module: nn.Module, dim: int | None, like: Tensor | None = None) -> Probe:
+def find_probe(module: nn.Module, dim: int | None, like: Tensor | None = None, grad: bool = False) -> Probe:
     """The one way to call the module that returns [batch, dim]; with an example `like`, one of its number of axes
     first. Where forward runs for one batch only, a probe that says so (`Probe.only`)."""
     check_settled(module)
@@ -39,9 +39,14 @@ def find_probe(module: nn.Module, dim: int | None, like: Tensor | None = None) -
     if like is not None:
         dim = like.shape[-1]
     dims = sorted(likely - {0}) if dim is None else [dim]
-    attempts = Attempts(module, dtype, device, dims)
+    attempts = Attempts(module, dtype, device, dims, grad)
     if like is not None:
-        attempts.example(like)
+        try:
+            attempts.example(like)
+        except UnsupportedFieldError:
+            if grad or not attempts.differentiates:
+                raise
+            return find_probe(module, dim, like, grad=True)
     # Where the weights do not show it (a state cut in parts, weights made by another network), sizes one by one.
     unlikely = [] if dim is not None else sorted(set(range(1, SMALL + 1)) - likely)
     rounds = [(sizes, batched, ()) for sizes in (dims, unlikely) for batched in (True, False)]
@@ -51,6 +56,9 @@ def find_probe(module: nn.Module, dim: int | None, like: Tensor | None = None) -
     works = next(filter(None, (attempts.at(*one) for one in rounds)), [])
     if works and all(probe.t_shape for probe in works) and _named_swapped(module):
         attempts.refuse_swapped()  # what runs does so by accident, and not for t 0-d, which solvers give
+    if not works and attempts.differentiates and not grad:
+        with contextlib.suppress(UnsupportedFieldError, ValueError):
+            return find_probe(module, dim, like, grad=True)
     if len(works) != 1:
         return _diagnose(attempts, works, dim, like)
     if not works[0].batched:
@@ -61,8 +69,10 @@ def find_probe(module: nn.Module, dim: int | None, like: Tensor | None = None) -
 class Attempts:
     """Calls of a module with states of several sizes, and what came of them."""
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device, dims: list[int]) -> None:
-        self.module, self.dtype, self.device, self.dims = module, dtype, device, dims
+    def __init__(
+        self, module: nn.Module, dtype: torch.dtype, device: torch.device, dims: list[int], grad: bool = False
+    ) -> None:
+        self.module, self.dtype, self.device, self.dims, self.grad = module, dtype, device, dims, grad
         self.held = list(held_tensors(module))
         self.sizes = {s for _, x in self.held for s in x.shape}
         self.batch = 0
@@ -79,7 +89,10 @@ class Attempts:
         taken = self.sizes | {d + k for d in dims for k in (-1, 0, 1, 2)}
         self.batch = next(n for n in itertools.count(7, 2) if n not in taken)
         ways = [
-            [Probe(d, t_shape, self.batch, self.dtype, self.device, batched, between) for t_shape in TIME_SHAPES]
+            [
+                Probe(d, t_shape, self.batch, self.dtype, self.device, batched, between, grad=self.grad)
+                for t_shape in TIME_SHAPES
+            ]
             for d in dims
         ]
         return [probe for one in ways if (probe := next(filter(self.works, one), None)) is not None]
@@ -112,7 +125,9 @@ class Attempts:
         """Raises UnsupportedFieldError unless forward runs for the example."""
         for t_shape in TIME_SHAPES:
             t = Probe(like.shape[-1], t_shape, 1, self.dtype, self.device).time(0.5)
-            out = self.call(lambda: self.module(t, like.detach().clone()), f"like {list(like.shape)}")
+            run = lambda y: self.module(t, y.requires_grad_(self.grad))
+            with torch.set_grad_enabled(self.grad):
+                out = self.call(lambda: run(like.detach().clone()), f"like {list(like.shape)}")
             if isinstance(out, Tensor) and out.shape == like.shape:
                 return
             if out is not FAILED:
@@ -305,7 +320,7 @@ def _diagnose(attempts: Attempts, works: list[Probe], dim: int | None, like: Ten
     if dim is not None:
         raise UnsupportedFieldError(
             f"{name}: forward(t, y) failed for y [{attempts.batch}, {dim}] and t 0-d, [1, 1] or [1]: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {error}. Where its states have another shape, pass an example, like=y0"
         ) from error
     found = ", ".join(str(probe.dim) for probe in works) or "none"
     hint = f" (the first try, {attempts.error_at}, said: {error})" if error is not None and not works else ""

@@ -1,18 +1,18 @@
-"""Per-sample numbers that a module holds: attributes, buffers, what its functions close over. They become the context of a
-field, and are read from the module at every call, so that it may be given others between two solves."""
+"""Per-sample numbers that a module holds: attributes, buffers, what its functions close over. They become the context
+of a field, and are read from the module at every call, so that it may be given others between two solves."""
 
 from __future__ import annotations
 
 import types
-from typing import Any, Callable, Iterator
+from typing import Any, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from ..field.graph import CONTEXT, Graph
-from .elements import Elements, samples_of
+from ..field.graph import CONTEXT
+from .elements import Elements
 from .refusal import REMEDY, refuse
-from .replay import Attribute, Node, Replay
+from .replay import Attribute, Replay
 from .samples import STRIDE
 from .values import Constant
 
@@ -83,8 +83,9 @@ class Context:
         if not value.from_attributes:
             refuse(
                 "a constant that differs from sample to sample of the batch",
-                "Make it part of the state (columns whose derivative is zero) and cut it off again inside forward. Where "
-                f"it is a parameter, the whole state may be one sample: pass an example of it, like=y0. Otherwise u{REMEDY[1:]}",
+                "Make it part of the state (columns whose derivative is zero) and cut it off again inside forward. "
+                "Where it is a parameter, the whole state may be one sample: pass an example of it, like=y0. "
+                f"Otherwise u{REMEDY[1:]}",
             )
         flat = samples.reshape(-1)
         for axis, size in enumerate(value.shape):
@@ -122,8 +123,8 @@ class ReadContext:
     @property
     def names(self) -> list[str]:
         """Where in the module it comes from."""
-        leaves = {leaf.name for replay, _, _ in self._parts for leaf in replay.all_leaves() if isinstance(leaf, Attribute)}
-        return sorted(name.removeprefix(PREFIX).replace("/", ".").strip(".") for name in leaves)
+        leaves = {leaf for replay, _, _ in self._parts for leaf in replay.all_leaves() if isinstance(leaf, Attribute)}
+        return sorted(leaf.name.removeprefix(PREFIX).replace("/", ".").strip(".") for leaf in leaves)
 
     def __call__(self) -> Tensor:
         parts = [self._part(*part) for part in self._parts]
@@ -134,17 +135,20 @@ class ReadContext:
         find = lambda name: attribute(self._module, name) if name.startswith(PREFIX) else parameters[name]
         like = next(iter(parameters.values()), None)
         if like is None:
-            like = next((x for _, x in attributes(self._module) if x.is_floating_point()), torch.empty(0, dtype=self._dtype))
+            held = (x for _, x in attributes(self._module) if x.is_floating_point())
+            like = next(held, torch.empty(0, dtype=self._dtype))
         like = torch.empty(0, dtype=self._dtype, device=like.device)
-        moved = lambda name: x.to(like.device, like.dtype) if (x := find(name)).is_floating_point() else x.to(like.device)
+
+        def moved(name: str) -> Tensor:
+            value = find(name)
+            return value.to(like.device, like.dtype if value.is_floating_point() else None)
+
         value = replay.run(like, None, moved).movedim(axis, 0)
         return value.reshape(value.shape[0], -1)[:, columns.to(value.device)].to(like.dtype)
 
 
 def names_of(module: nn.Module, batch: int) -> dict[int, Attribute]:
     """By id, the tensors that may be the context: those with a row for every sample."""
-    found = attributes(module)
-    return {id(x): Attribute(name) for name, x in found if x.dim() and x.shape[0] == batch and x.layout == torch.strided}
+    found = ((name, x) for name, x in attributes(module) if x.layout == torch.strided and x.dim())
+    return {id(x): Attribute(name) for name, x in found if x.shape[0] == batch}
 
-
-__all__ = ["Callable", "Context", "Graph", "Node", "ReadContext", "names_of", "samples_of"]

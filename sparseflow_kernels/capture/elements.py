@@ -14,15 +14,16 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
-from ..field import Activation, Graph, Node
+from ..field import Node
 from .algebra import apply
+from .functions import product
 from .graph_table import GraphTable, distinct, distinct_lines
 from .operations import aten
 from .refusal import REMEDY, refuse
 from .samples import ROUNDING, STRIDE
 from .values import NOT_PLAIN, Constant, StateValue, TimeValue
 
-WHOLE = f"Where the first axis of the state is no batch, compile with an example of it, like=y0. Otherwise u{REMEDY[1:]}"
+WHOLE = f"Where the state's first axis is no batch, compile with an example of it, like=y0. Otherwise u{REMEDY[1:]}"
 ANY = 1 << 20  # the sample of elements that are alike in all samples
 MASK = STRIDE - 1
 MOST_GROUPS = 64  # groups that one matrix of parameters is applied to, with a node each; more are one matrix
@@ -319,13 +320,3 @@ class Elements:
             pairs = self.pointwise(make, StateValue(groups[:, :half]), StateValue(groups[:, half: 2 * half])).ids
             groups = torch.cat([pairs, groups[:, 2 * half:]], 1)
         return groups[:, 0]
-
-
-def product(g: Graph, a: Node, b: Node) -> Node:
-    """a * b, recognising the activations that are written so."""
-    for x, y in ((a, b), (b, a)):
-        if y.kind == "sigmoid" and y.operands[0] is x:
-            return g.activation(Activation("silu"), x)
-        if y.kind == "square" and y.operands[0] is x:
-            return g.activation(Activation("cube"), x)
-    return g.activation(Activation("square"), a) if a is b else g.mul(a, b)

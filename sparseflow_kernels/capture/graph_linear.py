@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .algebra import apply
-from .elements import LARGEST, Elements, product, samples_of, same_for_all
-from .graph_rules import argument, maximum, moved, rule
+from .elements import LARGEST, Elements, same_for_all, samples_of
+from .functions import maximum, product
+from .graph_rules import argument, grouped, rule
 from .operations import aten, base_name
 from .refusal import refuse
 from .values import Constant, Opaque, StateValue
@@ -47,8 +48,8 @@ def _swapped(value: Any) -> Any:
 
 
 def _matrices(e: Elements, ids: Tensor, matrices: Constant) -> tuple[Tensor, Constant] | None:
-    """Of matrices [b, k, q], the number of that for each b, and those that are not the same; None where they differ from
-    sample to sample."""
+    """Of matrices [b, k, q], the number of that for each b, and those that are not the same; None where they differ
+    from sample to sample."""
     count = matrices.shape[0]
     flat = apply(aten.reshape.default, matrices, [count, -1])
     content = flat.value.detach().cpu()
@@ -148,6 +149,80 @@ def distances(e: Elements, func, args, kwargs, out) -> Any:
     return e.pointwise(lambda g, x: g.apply("sqrt", x), total)
 
 
+# --------------------------------------------------------------------- inverses of small matrices, by their cofactors
+
+MOST_COLUMNS = 3  # beyond, a formula without a choice of pivots would be inexact
+
+
+def _minor(e: Elements, ids: Tensor, row: int, column: int) -> Tensor:
+    n = ids.shape[-1]
+    rows, columns = ([k for k in range(n) if k != without] for without in (row, column))
+    return _determinant(e, ids[..., rows, :][..., columns])
+
+
+def _determinant(e: Elements, ids: Tensor) -> Tensor:
+    n = ids.shape[-1]
+    if n == 0:
+        return e.ids(1.0).expand(ids.shape[:-2])
+    if n == 1:
+        return ids[..., 0, 0]
+    total = None
+    for column in range(n):
+        term = e.pointwise(product, StateValue(ids[..., 0, column]), StateValue(_minor(e, ids, 0, column)))
+        sign = -1.0 if column % 2 else 1.0
+        total = term if total is None else e.pointwise(
+            lambda g, a, b, sign=sign: g.add(a, g.scaled(b, sign)), total, term
+        )  # fmt: skip
+    return total.ids
+
+
+def _inverse(e: Elements, ids: Tensor, func) -> Tensor:
+    n = ids.shape[-1]
+    if n > MOST_COLUMNS:
+        refuse(f"the operation {base_name(func)} on matrices of {n} columns made of the state")
+    scale = e.pointwise(lambda g, a: g.apply("reciprocal", a), StateValue(_determinant(e, ids)))
+    rows = []
+    for row in range(n):
+        for column in range(n):
+            sign = -1.0 if (row + column) % 2 else 1.0
+            make = lambda g, a, s, sign=sign: g.mul(g.scaled(a, sign), s)
+            rows.append(e.pointwise(make, StateValue(_minor(e, ids, column, row)), scale).ids)
+    return torch.stack(rows, -1).view(ids.shape)
+
+
+@rule("linalg_inv_ex", "inverse", "linalg_inv")
+def inverse(e: Elements, func, args, kwargs, out) -> Any:
+    made = StateValue(_inverse(e, e.ids(args[0]), func))
+    return [made, Opaque(out[1].shape, "a check of a matrix")] if isinstance(out, (tuple, list)) else made
+
+
+@rule("_linalg_solve_ex", "linalg_solve_ex", "linalg_solve")
+def solve(e: Elements, func, args, kwargs, out) -> Any:
+    if not argument(args, kwargs, 2, "left", True):
+        refuse("a linear system solved from the right")
+    first = out[0] if isinstance(out, (tuple, list)) else out
+    ids, right = _inverse(e, e.ids(args[0]), func), args[1]
+    samples = samples_of(ids).amin(-1).amin(-1)
+    vector = len(right.shape) == len(first.shape) and len(first.shape) == ids.dim() - 1
+    right = e.ids(right, samples.reshape(*samples.shape, *[1] * (len(first.shape) - samples.dim())).expand(first.shape))
+    right = right.expand(first.shape).unsqueeze(-1) if vector else right.expand(first.shape)
+    made = e.products(ids.unsqueeze(-2), right.transpose(-1, -2).unsqueeze(-3))
+    made = StateValue(made.squeeze(-1) if vector else made)
+    rest = [] if not isinstance(out, (tuple, list)) else [Opaque(v.shape, "parts of a factorisation") for v in out[1:]]
+    return [made, *rest] if rest else made
+
+
+@rule("_linalg_det", "linalg_det", "det")
+def determinant(e: Elements, func, args, kwargs, out) -> Any:
+    ids = e.ids(args[0])
+    if ids.shape[-1] > MOST_COLUMNS:
+        refuse(f"the operation {base_name(func)} on matrices of {ids.shape[-1]} columns made of the state")
+    made = StateValue(_determinant(e, ids))
+    if not isinstance(out, (tuple, list)):
+        return made
+    return [made, *(Opaque(v.shape, "parts of a factorisation") for v in out[1:])]
+
+
 # ------------------------------------------------------------------------------------------------------ convolutions
 
 
@@ -217,7 +292,9 @@ def _wide(values: Any, axes: int) -> list[int]:
     return values * axes if len(values) == 1 else values
 
 
-def _transposed(e: Elements, ids: Tensor, weight: Constant, stride, padding, dilation, extra, groups: int, name: str) -> Tensor:
+def _transposed(
+    e: Elements, ids: Tensor, weight: Constant, stride, padding, dilation, extra, groups: int, name: str
+) -> Tensor:  # fmt: skip
     """As the convolution of the state with zeros between its elements by the turned kernel."""
     for axis, s in enumerate(stride, 2):
         if s > 1:
@@ -268,7 +345,10 @@ def max_pool(e: Elements, func, args, kwargs, out) -> Any:
     single = ids.dim() == axes + 1
     ids = ids.unsqueeze(0) if single else ids
     stride = _wide(argument(args, kwargs, 2, "stride") or kernel, axes)
-    padding, dilation = (_wide(argument(args, kwargs, i, n, d), axes) for i, n, d in ((3, "padding", 0), (4, "dilation", 1)))
+    padding, dilation = (
+        _wide(argument(args, kwargs, i, name, default), axes)
+        for i, name, default in ((3, "padding", 0), (4, "dilation", 1))
+    )
     lowest = e.ids(-math.inf)
     marked = padded(e, torch.where(ids == e.zero, -1, ids), [(p, p) for p in padding])
     marked = torch.where(marked == e.zero, lowest, torch.where(marked == -1, e.zero, marked))
@@ -279,15 +359,16 @@ def max_pool(e: Elements, func, args, kwargs, out) -> Any:
     return [result, Opaque(out[1].shape, "the position of a maximum")] if isinstance(out, (tuple, list)) else result
 
 
-# ------------------------------------------------------------------------- any other linear map, by what it does to ones
+# ----------------------------------------------------------------------- any other linear map, by what it does to ones
 
 
 @rule(
     "avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d",
-    "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d", "cumsum", "col2im", "trace",
-    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "unfold_backward", "avg_pool2d_backward", "upsample_bilinear2d_backward",
-    "upsample_nearest2d_backward", "reflection_pad1d_backward", "reflection_pad2d_backward", "replication_pad1d_backward",
-    "replication_pad2d_backward", "_adaptive_avg_pool2d_backward", "diff", "adjoint_pad", "avg_pool3d_backward",
+    "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d", "cumsum", "col2im",
+    "trace", "diff", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "unfold_backward", "avg_pool2d_backward",
+    "avg_pool3d_backward", "upsample_bilinear2d_backward", "upsample_nearest2d_backward", "reflection_pad1d_backward",
+    "reflection_pad2d_backward", "replication_pad1d_backward", "replication_pad2d_backward",
+    "_adaptive_avg_pool2d_backward",
 )  # fmt: skip
 def linear_map(e: Elements, func, args, kwargs, out) -> Any:
     ids = e.ids(args[0])
@@ -329,8 +410,6 @@ def _by_rows(e: Elements, ids: Tensor, matrix: Tensor) -> Tensor:
     """matrix [m, n] times elements [n], of any samples: each row's elements are multiplied and added by themselves."""
     target, source = (matrix.cpu() != 0).nonzero().unbind(1)
     factors = matrix.cpu()[target, source]
-    from .graph_rules import grouped
-
     terms = ids[source]
     if not bool((factors == 1).all()):
         terms = e.pointwise(product, StateValue(terms), StateValue(same_for_all(
@@ -354,5 +433,3 @@ def sparse_linear(e: Elements, func, args, kwargs, out) -> Any:
     result = StateValue(made.view(out.shape))
     return result if bias is None else e.pointwise(lambda g, a, b: g.add(a, b), result, bias)
 
-
-__all__ = ["matmul", "moved"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..field import Layout
 from .attempts import TIME_SHAPES, held_tensors
-from .probe import TIME, Probe
+from .probe import TIME, Probe, differentiable
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,12 @@ class GraphProbe:
     device: torch.device
     plain: Probe | None = None
     only: str = ""
+    grad: bool = False  # as in Probe
 
     @staticmethod
     def of(probe: Probe) -> "GraphProbe":
         return GraphProbe(
-            Layout(((probe.dim,),)), probe.t_shape, probe.batch, probe.dtype, probe.device, probe, probe.only
+            Layout(((probe.dim,),)), probe.t_shape, probe.batch, probe.dtype, probe.device, probe, probe.only, probe.grad
         )
 
     @property
@@ -50,7 +51,10 @@ class GraphProbe:
 
     def call(self, module: nn.Module, t: Tensor, state: Any) -> Any:
         """module(t, state); what is no derivative of it raises RuntimeError."""
-        out = self.plain.run(module, t, state) if self.plain is not None else module(t, state)
+        if self.plain is not None:
+            out = self.plain.run(module, t, state)
+        else:
+            out = differentiable(lambda state: module(t, state), state, self.grad)
         many = isinstance(state, tuple)
         outs, states = (out, state) if many else ([out], [state])
         fits = (
@@ -94,12 +98,7 @@ def probes(
     lead = {shape[:1] for shape in shapes}
     if len(lead) == 1 and () not in lead and (is_tuple or len(shapes[0]) > 1):
         yield from _batched(module, shapes, is_tuple, dtype, device)
-    whole = Layout(shapes, is_tuple, batched=False)
-    for t_shape in TIME_SHAPES:
-        probe = GraphProbe(whole, t_shape, 1, dtype, device)
-        if runs(module, probe):
-            yield probe
-            return
+    yield from _running(module, Layout(shapes, is_tuple, batched=False), 1, dtype, device)
 
 
 def _batched(module: nn.Module, shapes: tuple, is_tuple: bool, dtype, device) -> Iterator[GraphProbe]:
@@ -109,17 +108,21 @@ def _batched(module: nn.Module, shapes: tuple, is_tuple: bool, dtype, device) ->
     taken = {s for _, x in held_tensors(module) for s in x.shape} | {s for shape in shapes for s in shape}
     free = next(n for n in itertools.count(3, 2) if n not in taken)
     own = shapes[0][0]
-    for t_shape in TIME_SHAPES:
-        probe = GraphProbe(layout, t_shape, free, dtype, device)
-        if runs(module, probe):
-            yield probe
-            return
-    for t_shape in TIME_SHAPES if own > 1 else ():
+    found = list(_running(module, layout, free, dtype, device))
+    if not found and own > 1:
         why = f"forward runs for batches of {own} samples, not of {free}"
-        probe = replace(GraphProbe(layout, t_shape, own, dtype, device), only=why)
-        if runs(module, probe):
-            yield probe
-            return
+        found = [replace(probe, only=why) for probe in _running(module, layout, own, dtype, device)]
+    yield from found
+
+
+def _running(module: nn.Module, layout: Layout, batch: int, dtype, device) -> Iterator[GraphProbe]:
+    """The first way to call it that works."""
+    for grad in (False, True):
+        for t_shape in TIME_SHAPES:
+            probe = GraphProbe(layout, t_shape, batch, dtype, device, grad=grad)
+            if runs(module, probe):
+                yield probe
+                return
 
 
 def runs(module: nn.Module, probe: GraphProbe) -> bool:

@@ -21,7 +21,9 @@ from .verify import verify_graph
 Result = tuple[GraphField, dict[Key, Origin]]
 
 
-def read_graph(module: nn.Module, found: Probe | None, like: State | None, chain: UnsupportedFieldError | None) -> Result:
+def read_graph(
+    module: nn.Module, found: Probe | None, like: State | None, chain: UnsupportedFieldError | None
+) -> Result:  # fmt: skip
     """found: how a chain was read, if the module runs so.  chain: why it is none."""
     check_settled(module)
     example = like if like is None or isinstance(like, Tensor) else like[0]
@@ -63,7 +65,7 @@ def _read(module: nn.Module, probe: GraphProbe, like: Tensor | None) -> Result:
 
 
 def _trace(module: nn.Module, probe: GraphProbe) -> tuple[GraphTracer, Any, list[str]]:
-    """Where tensors of the module turn out to be its context, twice: at first it is not known how many rows they are."""
+    """Where tensors of the module turn out to be its context, twice: at first their number of rows is not known."""
     rows = MOST_CONTEXT if probe.only else None
     while True:
         with untouched(module), torch.no_grad():

@@ -8,13 +8,14 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
-from ..field import Graph, Node
+from ..field import Node
 from .algebra import apply
-from .elements import ANY, Elements, product, samples_of
-from .graph_rules import argument, choose, complement, maximum, minimum, quotient, rule
+from .elements import ANY, Elements, samples_of
+from .functions import complement, maximum, minimum, product
+from .graph_rules import argument, rule
 from .operations import aten, base_name
 from .refusal import refuse
-from .values import Constant, Opaque, StateValue
+from .values import Opaque, StateValue
 
 
 def groups_of(ids: Tensor, dims: set[int]) -> tuple[Tensor, list[int]]:
@@ -277,9 +278,8 @@ def layer_norm_backward(e: Elements, func, args, kwargs, out) -> Any:
     unit = mapped(e, lambda g, a, m, r: g.mul(g.sub(a, m), r), lines, centre, root)
     first = mean_of(e, d)
     second = mean_of(e, mapped(e, product, d, unit))
-    result = mapped(
-        e, lambda g, a, u, m, s, r: g.mul(g.sub(g.sub(a, m), g.mul(u, s)), r), d, unit, first[:, None], second[:, None], root
-    )
+    make = lambda g, a, u, m, s, r: g.mul(g.sub(g.sub(a, m), g.mul(u, s)), r)
+    result = mapped(e, make, d, unit, first[:, None], second[:, None], root)
     rest = [None if v is None else Opaque(v.shape, "the gradient of a layer norm's weight") for v in out[1:]]
     return [StateValue(result.view(ids.shape)), *rest]
 
@@ -355,5 +355,3 @@ def batch_norm_backward(e: Elements, func, args, kwargs, out) -> Any:
     value = e.pointwise(product, grad, apply(aten.reshape.default, scale, shape))
     return [value, *(None if v is None else Opaque(v.shape, "a gradient of weights") for v in out[1:])]
 
-
-__all__ = ["groups_of", "mapped", "mean_of", "mixed", "normalised", "choose", "quotient", "Graph"]

@@ -1,6 +1,6 @@
-"""Functions of t as nodes. What forward computes from t alone is kept as operations to be replayed (replay.py); where it
-meets the state it is read like everything else, with the same rules, so that the parameters in it are parts of the field.
-What no rule knows (a lookup, whole numbers) is one function of time that stays in Python."""
+"""Functions of t as nodes. What forward computes from t alone is kept as operations to be replayed (replay.py); where
+it meets the state it is read like everything else, with the same rules, so that the parameters in it are parts of the
+field. What no rule knows (a lookup, whole numbers) is one function of time that stays in Python."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ class TimeReader:
             if id(top) in self._known:
                 waiting.pop()
                 continue
-            before = [a for a in tree_leaves((top.args, top.kwargs)) if isinstance(a, Node) and id(a) not in self._known]
+            operands = (a for a in tree_leaves((top.args, top.kwargs)) if isinstance(a, Node))
+            before = [a for a in operands if id(a) not in self._known]
             if before:
                 waiting += before
             else:
@@ -102,10 +103,9 @@ class TimeReader:
             return Read(bare_args[0][bare_args[1]], inner)
         out = call(node.operation, bare_args, bare_kwargs)
         leaves, spec = tree_flatten(out)
-        many = [
-            self._abstract(node, args, kwargs, out) if len(leaves) == 1 and isinstance(out, Tensor) else None
-        ] if isinstance(out, Tensor) else self._many(node, args, kwargs, out, leaves)  # fmt: skip
-        return Read(out, tree_unflatten(many, spec))
+        if isinstance(out, Tensor):
+            return Read(out, self._abstract(node, args, kwargs, out))
+        return Read(out, tree_unflatten(self._many(node, args, kwargs, out, leaves), spec))
 
     def _argument(self, a: Any) -> Read:
         if isinstance(a, Node):
@@ -171,7 +171,8 @@ class TimeReader:
         ids, axis = args[0].ids, axis % args[0].ids.dim()
         size, shape = ids.shape[axis], self._argument(read).value.shape
         column = Node(aten.remainder.Scalar, (Node(aten.reshape.default, (read, [-1, 1])), size))
-        ones = Node(aten._to_copy.default, (Node(aten.eq.Tensor, (column, torch.arange(size))),), {"dtype": self._e.table.dtype})
+        picked = Node(aten.eq.Tensor, (column, torch.arange(size, device=self._e.table.device)))
+        ones = Node(aten._to_copy.default, (picked,), {"dtype": self._e.table.dtype})
         weights = self._function(ones, torch.zeros(shape.numel(), size))
         found = self._e.products(ids.movedim(axis, -1).unsqueeze(-2), weights)
         return StateValue(found.movedim(-1, axis).reshape(out.shape))

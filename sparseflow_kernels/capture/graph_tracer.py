@@ -24,14 +24,14 @@ from .reads import Reads
 from .refusal import REMEDY, refuse
 from .samples import STRIDE
 from .tracer import Following, _memory
-from .values import NOT_PLAIN, Constant, Opaque, StateValue, TimeValue
+from .values import NOT_PLAIN, Constant, Opaque, StateValue
 
 MOST_CONTEXT = 1 << 16  # rows of context, while it is not known how many there are
 
 
 class GraphTracer(Following):
-    """Reads one run of module(t, state): `tracer.read()` gives the field. context: whether the tensors of the module with
-    a row for every sample are its context, and how many rows there are."""
+    """Reads one run of module(t, state): `tracer.read()` gives the field. context: whether the tensors of the module
+    with a row for every sample are its context, and how many rows there are."""
 
     attends = True
 
@@ -163,6 +163,8 @@ class GraphTracer(Following):
 
     def _abstract(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
         base = base_name(func)
+        if base in ("is_same_size", "_has_same_storage_numel", "_linalg_check_errors"):
+            return out  # nothing of the values
         opaque = next((a for a in tree_leaves((args, kwargs)) if isinstance(a, Opaque)), None)
         if opaque is not None and base not in FACTORIES:
             if torch.Tag.data_dependent_output in func.tags:
@@ -197,5 +199,3 @@ def _plain_attention() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(quick)
 
-
-__all__ = ["GraphTracer", "TimeValue", "MOST_CONTEXT"]

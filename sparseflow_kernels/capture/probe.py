@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.utils._pytree import tree_map
 
 from ..field import UnsupportedFieldError
-from .refusal import NotFinite, TUPLES
+from .refusal import NotFinite
 
 TIME = 0.6180339887498949  # one that no number in a user's code is likely to equal
 
@@ -32,9 +33,13 @@ class Probe:
     batched: bool = True  # False: forward takes one state y [dim]
     between: tuple[int, ...] = ()  # forward takes y [batch, *between, dim]; all of them 1
     only: str = ""  # why forward runs for this batch alone
+    grad: bool = False  # forward differentiates, and relies on its caller for a state that requires a gradient
 
     def run(self, module: nn.Module, t: Tensor, y: Tensor) -> Tensor:
         """module(t, y) for y [batch, dim]."""
+        return differentiable(lambda y: self._run(module, t, y), y, self.grad)
+
+    def _run(self, module: nn.Module, t: Tensor, y: Tensor) -> Tensor:
         if not self.between:
             return module(t, y) if self.batched else torch.vmap(module, (None, 0))(t, y)
         y = y.view(y.shape[0], *self.between, self.dim)
@@ -51,6 +56,15 @@ class Probe:
         generator = torch.Generator().manual_seed(seed)
         y = scale * torch.randn(batch or self.batch, self.dim, generator=generator, dtype=torch.float64)
         return self.time(t), y.to(self.device, self.dtype)
+
+
+def differentiable(run: Any, state: Any, grad: bool) -> Any:
+    """run(state), where grad: of tensors that require a gradient, as a caller that trains gives them."""
+    if not grad:
+        return run(state)
+    with torch.enable_grad():
+        out = run(tree_map(lambda x: x.requires_grad_(True), state))
+    return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out)
 
 
 def check_arguments(module: nn.Module, dim: int | None) -> None:

@@ -16,8 +16,9 @@ TENSORS = (
     "table[torch.searchsorted(knots, t)] for a lookup, torch.sin(t) for math.sin(t)"
 )
 TUPLES = (
-    "pass an example of the state, like=(x0, v0), so that its sizes are known; or compile the network inside it that maps (t, y) to dy/dt, and let sfk.with_divergence add the log-density; other "
-    "parts of the state can be columns of one tensor (torch.cat)"
+    "pass an example of the state, like=(x0, v0), so that its sizes are known; or compile the network inside it that "
+    "maps (t, y) to dy/dt, and let sfk.with_divergence add the log-density; other parts of the state can be columns of "
+    "one tensor (torch.cat)"
 )
 
 

@@ -16,7 +16,7 @@ from ..field import MOST_AXES, GraphField, Node, UnsupportedFieldError, VectorFi
 from ..field.graph import evaluate, order
 from .attempts import held_tensors
 from .graph_probe import GraphProbe
-from .probe import TIME, Probe
+from .probe import TIME, Probe, differentiable
 from .refusal import REMEDY
 
 # Near times first, then far ones: functions of t may overflow there, and rounding grows with t.
@@ -119,13 +119,16 @@ class _Comparison:
 
     def run(self, t: Tensor, y: Tensor) -> Tensor:
         """The module, for y [batch, dim] as it was traced, else for y as it is."""
-        return self.probe.run(self.module, t, y) if y.dim() == 2 else self.module(t, y)
+        return self.probe.run(self.module, t, y) if y.dim() == 2 else self.as_given(t, y)
+
+    def as_given(self, t: Tensor, y: Tensor) -> Tensor:
+        return differentiable(lambda y: self.module(t, y), y, self.probe.grad)
 
     def at(self, time: float, y: Tensor, given: Tensor) -> float | None | Exception:
         """The relative error of the field at rows y [batch, dim], which the module gets as `given`; None: rounding;
         an exception: the module's own. Also RuntimeError where it returns something else than dy."""
         t = self.probe.time(time)
-        run = self.run if given is y else self.module
+        run = self.run if given is y else self.as_given
         try:
             expected = run(t, given.clone())
             expected = expected.detach() if isinstance(expected, Tensor) else expected
@@ -152,7 +155,7 @@ class _Comparison:
             return None
         # Far out, and in steep places, rounding alone makes a difference.
         step = 1.0 + ROUNDING * torch.finfo(self.field.dtype).eps
-        moved = (run(t * step, given * step).reshape(y.shape) - expected).abs().nan_to_num(math.inf).amax(1)
+        moved = (run(t * step, given.detach() * step).reshape(y.shape) - expected).abs().nan_to_num(math.inf).amax(1)
         if bool((error <= tolerance * size + 4.0 * moved.nan_to_num(math.inf)).all()):
             return None
         return float((error / size).max())
@@ -196,9 +199,7 @@ class _GraphComparison(_Comparison):
         return out[0].expand_as(y)
 
     def run(self, t: Tensor, y: Tensor) -> Tensor:
-        if y.dim() != 2:
-            return self.module(t, y)
-        return self.probe.run(self.module, t, y)
+        return self.probe.run(self.module, t, y) if y.dim() == 2 else self.as_given(t, y)
 
 
 def _axes(comparison: _Comparison) -> dict[int, str]:
