@@ -85,7 +85,8 @@ def _gradient_of(first: Tensor | None) -> Tensor | None:
 def _torch_step(problem: GraphProblem, loss_of: Callable[[nn.Module, Tensor], tuple[Tensor, int, Callable]]) -> StepRun:
     """loss_of(module, x) -> (loss, evaluations, how many the backward pass has made by then)."""
     module, trained = trainable(problem), _Trained(problem)
-    masks = [(p, mask) for p in module.parameters() if not bool((mask := p.detach() != 0).all())]
+    # only matrices are pruned: a bias of LayerNorm starts at zero
+    masks = [(p, mask) for p in module.parameters() if p.dim() > 1 and not bool((mask := p.detach() != 0).all())]
     x, first = _first_state(problem)
 
     def run() -> StepOutcome:
@@ -209,7 +210,7 @@ def _jax_step(problem: GraphProblem) -> StepRun:
     names = {name for name, _ in problem.module.named_parameters()}
     fixed = {name: value for name, value in weights.items() if name not in names}
     weights = {name: value for name, value in weights.items() if name in names}
-    masks = {name: (value != 0).astype(value.dtype) for name, value in weights.items()}
+    masks = {name: ((value != 0) | (value.ndim < 2)).astype(value.dtype) for name, value in weights.items()}
     target, times = problem.target.numpy(), problem.sample_times.numpy()
 
     def loss(weights, start, fixed, noise, target, times):
