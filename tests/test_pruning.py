@@ -13,6 +13,7 @@ import sparseflow_kernels as sfk
 from sparseflow_kernels.flows import ContinuousFlow, mlp_field, tabular_flow, toy_field
 from sparseflow_kernels.pruning import (
     KEEP_RATIOS,
+    NoNeurons,
     NotAChain,
     copy_module,
     dense_size,
@@ -269,15 +270,22 @@ class Residual(nn.Module):
         return self.c(h + torch.tanh(self.b(h)))
 
 
-def test_what_is_not_a_chain_is_pruned_by_weight_with_a_warning_and_not_by_neuron():
-    module = Residual()
-    with pytest.warns(UserWarning, match="dead parameters are left.*skip connection"):
+class Unreadable(Residual):
+    """Its neurons depend on the numbers of the state in a way that no graph shows."""
+
+    def forward(self, t, y):
+        return super().forward(t, y) * float(y.detach().sum())
+
+
+def test_what_cannot_be_read_is_pruned_by_weight_with_a_warning_and_not_by_neuron():
+    module = Unreadable()
+    with pytest.warns(UserWarning, match="dead parameters are left"):
         prune_weights_(module, 0.5)
     assert size(module) == 30
-    with pytest.raises(NotAChain, match="skip connection"):
+    with pytest.raises(NoNeurons, match="prune_weights_ prunes its weights one by one"):
         prune_neurons_(module, 0.5)
-    with pytest.raises(NotAChain, match="only chains of nn.Linear"):
-        prune_neurons_(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 2, 3)), 0.5)
+    with pytest.raises(NotAChain, match="min_neurons needs a chain of Linear layers.*skip connection"):
+        prune_weights_(Residual(), 0.5, min_neurons=1)
 
 
 # --------------------------------------------------------------------------------------------------------- FT

@@ -39,7 +39,7 @@ from .refusal import REMEDY, NotFinite, with_sparsify
 from .tracer import Tracer
 from .verify import verify
 
-__all__ = ["capture", "capture_with_origins", "check_like", "unwrapped"]
+__all__ = ["capture", "capture_graph", "capture_with_origins", "check_like", "unwrapped"]
 
 Field = VectorField | GraphField
 
@@ -79,6 +79,24 @@ def capture_with_origins(
         return _read(module, dim, like)
     except UnsupportedFieldError as error:
         raise with_sparsify(module, error) from error.__cause__
+
+
+def capture_graph(
+    module: nn.Module, dim: int | None = None, like: State | None = None
+) -> tuple[GraphField, dict[Key, Origin]]:
+    """capture_with_origins(), as a graph also where the module is a chain."""
+    module = unwrapped(module)
+    check_arguments(module, dim)
+    if like is not None:
+        check_like(like, dim)
+    probe, chain = None, None
+    if like is None or isinstance(like, Tensor):
+        try:
+            with untouched(module), torch.no_grad():
+                probe = find_probe(module, dim, like)
+        except UnsupportedFieldError as error:
+            chain = error
+    return read_graph(module, probe, like, chain)
 
 
 def _read(module: nn.Module, dim: int | None, like: State | None) -> tuple[Field, dict[Key, Origin]]:

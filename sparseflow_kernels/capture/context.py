@@ -21,10 +21,14 @@ REGISTERED = ("_parameters", "_modules")
 
 
 def attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that a module holds beside its parameters, by a name that `attribute` finds again."""
+    """Tensors that a module holds beside its parameters, by a name that `attribute` finds again. Masks of pruning, and
+    the products that torch keeps of them, are a part of the parameters, though their first axis may be as long as a
+    batch."""
     for path, part in module.named_modules():
+        masked = {key for key in part._buffers if key.endswith("_mask") and f"{key[:-5]}_orig" in part._parameters}
+        masked |= {key[:-5] for key in masked}
         for key, value in (*part._buffers.items(), *vars(part).items()):
-            if key not in REGISTERED and key != "_buffers":
+            if key not in REGISTERED and key != "_buffers" and key not in masked:
                 yield from _inside(f"{PREFIX}{path}/{key}", value, 3)
         if not type(part).__module__.startswith("torch."):
             yield from _inside(f"{PREFIX}{path}/forward", part.forward, 2)

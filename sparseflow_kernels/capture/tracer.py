@@ -150,6 +150,8 @@ class Following(TorchDispatchMode):
 
         abstract_args, abstract_kwargs = tree_map(lift, tuple(args)), tree_map(lift, kwargs)
         out = func(*args, **kwargs)
+        if base.startswith(("empty", "new_empty")) and isinstance(out, Tensor):
+            out.zero_()  # memory that nobody has written yet holds anything, NaN too
         result = self._abstract(func, abstract_args, abstract_kwargs, out)
         changed = [args[i] for i in written(func) if i < len(args) and isinstance(args[i], Tensor)]
         if changed:

@@ -47,6 +47,11 @@ class ChainLayer:
     def weight(self) -> Tensor:
         return effective(self.module, "weight")
 
+    @property
+    def matrix(self) -> str:
+        """The path of its weight."""
+        return f"{self.path}.weight" if self.path else "weight"
+
 
 @dataclass(eq=False)
 class Chain:
@@ -93,7 +98,7 @@ def trace_chain(vector_field: nn.Module, layers: dict[str, nn.Module]) -> Chain:
     wrong = [path for path, layer in layers.items() if not isinstance(layer, nn.Linear)]
     if wrong or not layers:
         raise NotAChain(f"{', '.join(wrong) or 'no layers'}: only chains of nn.Linear can be traced")
-    records, outputs = _record(vector_field, layers)
+    records, outputs, y = _record(vector_field, layers)
     order = [path for path, _, _ in records]
     if sorted(order) != sorted(layers):
         raise NotAChain(f"every layer must run once per evaluation; these ran: {', '.join(order) or 'none'}")
@@ -115,6 +120,11 @@ def trace_chain(vector_field: nn.Module, layers: dict[str, nn.Module]) -> Chain:
             other is not z and other.grad_fn in _upstream(after, stop=z.grad_fn)[1] for _, _, other in records[:index]
         ):
             raise NotAChain(f"{path}: an earlier layer's output goes round it (a skip connection)")
+        if index + 1 < len(chain):
+            if id(y) in _upstream(after, stop=z.grad_fn)[0]:
+                raise NotAChain(f"{path}: the state goes round it (a skip connection)")
+            if _mixes(z, after[:, chain[index + 1].columns]):
+                raise NotAChain(f"{path}: what follows mixes its neurons (a norm, a softmax)")
         for owner, name, parameter in _parameters_of(vector_field, leaves):
             if id(parameter) not in claimed:
                 claimed.add(id(parameter))
@@ -133,8 +143,18 @@ def _evaluate(vector_field: nn.Module, t: float, y: Tensor) -> Tensor:
     return vector_field(y)
 
 
-def _record(vector_field: nn.Module, layers: dict[str, nn.Module]) -> tuple[list[tuple[str, Tensor, Tensor]], Tensor]:
-    """(path, input, output) of each layer in the order of execution, and f(t, y); everything in one autograd graph."""
+def _mixes(z: Tensor, after: Tensor) -> bool:
+    """Whether a neuron of `after` depends on another one of `z`: its derivative is then no diagonal matrix."""
+    generator = torch.Generator().manual_seed(1)
+    one, other = (1.0 + torch.rand(2, *after.shape, generator=generator, dtype=torch.float64)).to(after)
+    (a,), (b,) = (torch.autograd.grad(after, z, bar, retain_graph=True) for bar in (one, other))
+    return not torch.allclose(a * other, b * one, rtol=1e-3, atol=1e-6 * float(a.abs().max()))
+
+
+def _record(
+    vector_field: nn.Module, layers: dict[str, nn.Module]
+) -> tuple[list[tuple[str, Tensor, Tensor]], Tensor, Tensor]:
+    """(path, input, output) of each layer in the order of execution, f(t, y) and y; everything in one autograd graph."""
     first = next(iter(layers.values()))
     records: list[tuple[str, Tensor, Tensor]] = []
 
@@ -154,7 +174,7 @@ def _record(vector_field: nn.Module, layers: dict[str, nn.Module]) -> tuple[list
                 with torch.enable_grad():
                     out = _evaluate(vector_field, _TIME, y)
                 if isinstance(out, Tensor) and out.shape == y.shape and all(x.ndim == 2 for _, x, _ in records):
-                    return records, out
+                    return records, out, y
                 failure = ValueError(f"a state [{_BATCH}, {dim}] did not give a derivative of its own shape")
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 failure = error
@@ -212,7 +232,7 @@ def neurons_read(chain: Chain, weights: dict[str, Tensor]) -> list[Tensor]:
     """bool [out] per layer: neurons whose output reaches the derivative, given bool weight masks by path."""
     read = [torch.ones(chain.layers[-1].module.out_features, dtype=torch.bool)]
     for layer in reversed(chain.layers[1:]):
-        mask = weights[layer.path]
+        mask = weights[layer.matrix]
         rows = mask & read[0].to(mask.device).unsqueeze(1)
         read.insert(0, rows.any(0).cpu()[layer.columns])
     return read
@@ -222,7 +242,7 @@ def neurons_fed(chain: Chain, weights: dict[str, Tensor]) -> list[Tensor]:
     """bool [out] per layer: neurons that the state reaches, given bool weight masks by path."""
     fed = [torch.ones(chain.dim, dtype=torch.bool)]
     for layer in chain.layers:
-        fed.append((weights[layer.path].cpu()[:, layer.columns] & fed[-1]).any(1))
+        fed.append((weights[layer.matrix].cpu()[:, layer.columns] & fed[-1]).any(1))
     return fed[1:]
 
 

@@ -62,16 +62,31 @@ def set_mask_(module: nn.Module, name: str, mask: Tensor) -> None:
     setattr(module, name, effective(module, name))  # a graph-free value, so that the module can be deep-copied
 
 
-def check_can_be_pruned(module: nn.Module, layers: Iterable[nn.Module | str] | None = None) -> None:
-    """Refuse what masks cannot be laid on, before anything is changed.
+class _Refresh:
+    """A forward pre-hook of a field: makes a masked parameter of one of its parts anew."""
 
-    module, layers: as `prunable_layers` takes them. Raises ValueError for a compiled field, or a module that contains
-    one, and for a layer whose weight is computed from other parameters (weight_norm, spectral_norm and other
-    parametrizations, of torch.nn.utils or torch.nn.utils.parametrize), naming the layer and what to do.
-    """
-    check_not_compiled(module)
-    for path, layer in prunable_layers(module, layers).items():
-        check_maskable(layer, "weight", path)
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        mask = self.owner._buffers.get(f"{self.name}_mask")
+        if mask is not None:
+            original = self.owner._parameters[f"{self.name}_orig"]
+            setattr(self.owner, self.name, mask.to(original) * original)
+
+
+def refresh_(field: nn.Module, part: nn.Module) -> None:
+    """Let calls of `field` make the masked parameters of `part` anew: torch's masks do so where `part` itself is called,
+    and a parameter that is read past it (`F.linear(x, self.layer.weight)`, an nn.ParameterList) would stay as it was."""
+    known = {(id(h.owner), h.name) for h in field._forward_pre_hooks.values() if isinstance(h, _Refresh)}
+    for name in _masked(part):
+        if (id(part), name) not in known:
+            field.register_forward_pre_hook(_Refresh(part, name))
+
+
+def _masked(part: nn.Module) -> list[str]:
+    names = [name.removesuffix("_mask") for name in part._buffers if name.endswith("_mask")]
+    return [name for name in names if f"{name}_orig" in part._parameters]
 
 
 def check_not_compiled(module: nn.Module) -> None:
@@ -118,62 +133,19 @@ def check_maskable(module: nn.Module, name: str, path: str = "") -> None:
 def copy_module(module: _Module) -> _Module:
     """copy.deepcopy of a module that has pruning masks (plain deepcopy refuses one after a forward pass)."""
     for part in module.modules():
-        for name in [name.removesuffix("_mask") for name in part._buffers if name.endswith("_mask")]:
-            if f"{name}_orig" in part._parameters:
-                setattr(part, name, effective(part, name))
+        for name in _masked(part):
+            setattr(part, name, effective(part, name))
     return copy.deepcopy(module)
 
 
 def remove_masks_(module: _Module) -> _Module:
     """Make every mask permanent: the zeros are written into plain parameters and can be trained again."""
     for part in module.modules():
-        for name in [name.removesuffix("_mask") for name in part._buffers if name.endswith("_mask")]:
-            if f"{name}_orig" in part._parameters:
-                prune.remove(part, name)
+        for name in _masked(part):
+            prune.remove(part, name)
+        for key in [key for key, hook in part._forward_pre_hooks.items() if isinstance(hook, _Refresh)]:
+            del part._forward_pre_hooks[key]
     return module
-
-
-def prunable_layers(module: nn.Module, layers: Iterable[nn.Module | str] | None = None) -> dict[str, nn.Module]:
-    """Path -> layer, in registration order, of every layer whose `weight` pruning scores.
-
-    These are nn.Linear and nn.Conv2d with groups == 1. A Linear with one input is a function of time alone (the gates
-    and time biases of FFJORD's squash and concatsquash layers) and is left out, as in the reference implementation.
-    `layers` overrides the choice: modules, or paths as in `module.named_modules()`, of any class with a `weight` of two
-    axes or more (linear layers that people write themselves).
-
-    Raises ValueError if nothing is prunable or an entry of `layers` is not such a layer of `module`.
-    """
-    named = dict(module.named_modules())
-    if layers is None:
-        found = {
-            path: part
-            for path, part in named.items()
-            if (isinstance(part, nn.Linear) and part.in_features > 1)
-            or (isinstance(part, nn.Conv2d) and part.groups == 1)
-        }
-    else:
-        paths = {id(part): path for path, part in named.items()}
-        wanted = set()
-        for entry in layers:
-            path = entry if isinstance(entry, str) else paths.get(id(entry))
-            if path not in named or not _has_matrix(named[path]):
-                raise ValueError(
-                    f"layers: {entry!r} is not a Linear, a Conv2d or another module with a weight matrix inside "
-                    f"{type(module).__name__}; give such modules, or their paths as in module.named_modules()"
-                )
-            wanted.add(path)
-        found = {path: part for path, part in named.items() if path in wanted}
-    if not found:
-        raise ValueError(
-            f"{type(module).__name__} has no prunable layer (nn.Linear with more than one input, nn.Conv2d); name "
-            "other modules with a weight matrix by layers=..."
-        )
-    return found
-
-
-def _has_matrix(layer: nn.Module) -> bool:
-    weight = getattr(layer, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim >= 2
 
 
 def live_mask(layer: nn.Module, name: str = "weight") -> Tensor:

@@ -3,6 +3,9 @@
 Three things the reference implementation does not respect are kept here: the derivative's own rows survive in every
 vector field of a chain of flows, not in the last alone; time's input column is nobody's neuron and stays; and what a
 pruned neuron still emits, act(bias), is folded into the next bias and not dropped.
+
+Fields that are chains of Linear layers are pruned as chains (`_Plan`), all others by their graphs (`GraphPlan`); both
+give the same masks for a chain.
 """
 
 from __future__ import annotations
@@ -16,10 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import factories_on_cpu
+from ..field import UnsupportedFieldError
 from ..warn import warn
-from .chain import Chain, broadcast_rows, check_row_parameters, row_parameters, trace_chain, vector_fields
-from .masks import check_can_be_pruned, check_keep, effective, live_mask, prunable_layers, set_mask_
+from .chain import Chain, NotAChain, broadcast_rows, check_row_parameters, row_parameters
+from .fields import Fields
+from .graph_neurons import NeuronGroup, Neurons
+from .graph_plan import GraphPlan
+from .masks import check_keep, check_not_compiled, effective, live_mask, set_mask_
+from .matrices import check_matrices
 from .size import dense_size, size
+from .wiring import Wiring
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -35,6 +44,7 @@ def prune_neurons_(
     layers: Iterable[nn.Module | str] | None = None,
     of: str = "parameters",
     fold: str = "auto",
+    like: Tensor | tuple[Tensor, ...] | None = None,
 ) -> _Module:
     """Prune whole hidden neurons in place until the size is `keep` of the dense total; returns `module`.
 
@@ -43,41 +53,56 @@ def prune_neurons_(
     (by bisection) whose size fits the budget, and the layers that the next larger phi gives another neuron get it where
     that brings the size nearer. The size met is the largest of at most `keep` that is within 0.5 % of it; where none is
     that near (few neurons, each of many weights), it is the nearest that exists, which may be a little more than `keep`.
-    A module that is no larger than `keep` already is left as it is. A pruned row is masked (`torch.nn.utils.prune`; masks nest over repeated calls). The rows of each vector field's
-    last layer, and time's input columns, are never pruned.
+    A module that is no larger than `keep` already is left as it is. A pruned row is masked (`torch.nn.utils.prune`;
+    masks nest over repeated calls). The rows of each vector field's last layer, and time's input columns, are never
+    pruned.
 
-    keep, of: as in `prune_weights_`.
-    fold: what becomes of the pruned neuron's output, a function of time alone.
+    Where a field is no chain, its graph says what a neuron is (`graph_neurons`): rows of weights, filters, or columns of
+    a bare parameter, that meet elementwise are one neuron, which is scored by the sum of their norms and removed with all
+    of them (the sum of a residual block, a gate and what it gates, the gates of a recurrent cell). A "layer" is then all
+    neurons that are written by the same matrices. What belongs to the state's or the derivative's rows, and what a norm,
+    a softmax or a gate of one number couples with others, is left as it is; a warning says so of the latter, and
+    `neuron_report` of all.
+
+    keep, of, layers, like: as in `prune_weights_`.
+    fold: what becomes of the pruned neuron's output, a function of time (and context) alone.
         "auto": where it is constant, W_next[:, j] * constant is added to the next layer's bias, and the outgoing column
             and the neuron's bias are masked: the function is exactly that of the network with masked rows. Where it
-            varies with time (gates, time biases) the column and the time parameters stay, and count.
-        "none": only the rows are masked (`sparseflow_kernels.compile` folds the constants when it reads the field).
+            varies with time (gates, time biases) or with the context, where the next layer has no bias, or one that
+            would have to become two (shared by several places, as at the border of a convolution that pads with zeros),
+            the column and the neuron's other parameters stay, and count.
+        "none": only the rows are masked (`sparseflow_kernels.compile` folds the constants of chains when it reads them).
         "drop": the neuron goes with all its parameters, constant or not, as in the reference implementation; the output
             it still had is lost, and retraining has to make up for it.
 
-    Warns when even one neuron per layer exceeds the budget. Raises NotAChain (an UnsupportedFieldError) for fields
-    that are not chains of Linear layers, ValueError for bad arguments, compiled fields and layers whose weight is computed
-    (weight_norm, spectral_norm). Nothing is changed then.
+    Warns when even one neuron per layer exceeds the budget, and names what is coupled. Raises NoNeurons (an
+    UnsupportedFieldError) for fields that cannot be read, or have no neurons that can be pruned, and names the place;
+    ValueError for bad arguments, compiled fields and layers whose weight is computed (weight_norm, spectral_norm).
+    Nothing is changed then.
     """
     check_keep(keep, of)
     if fold not in ("auto", "none", "drop"):
         raise ValueError(f"fold must be 'auto', 'none' or 'drop', got {fold!r}")
-    layers = None if layers is None else list(layers)
-    check_can_be_pruned(module, layers)
-    found = prunable_layers(module, layers)
-    plans = []
-    for vector_field in vector_fields(module):
-        inside = set(map(id, vector_field.modules()))
-        chain = trace_chain(vector_field, {p: layer for p, layer in found.items() if id(layer) in inside})
+    check_not_compiled(module)
+    fields = Fields(module, layers, like)
+    check_matrices(fields.matrices, module)
+    chains, graphs = _sorted(fields)
+    plans: list[_Plan | GraphPlan] = []
+    for chain in chains:
         check_row_parameters(chain)
         plans.append(_Plan.of(chain, fold))
+    if graphs is not None:
+        graphs.wiring.numbering.check_maskable(graphs.wiring.seen & ~graphs.wiring.pinned)
+        plans.append(GraphPlan(graphs, fold))
+        _tell(graphs.groups(), bool(chains))
 
     if of == "parameters":
         budget = math.floor(keep * dense_size(module))
         present = size(module)
     else:
-        budget = math.floor(keep * sum(layer.weight.numel() for layer in found.values()))
-        present = sum(int(live_mask(layer).sum()) for layer in found.values())
+        values = [matrix.value for matrix in fields.matrices.values()]
+        budget = math.floor(keep * sum(value.numel() for value in values))
+        present = sum(int(torch.count_nonzero(value)) for value in values)
 
     allocation = _Allocation(plans, present, of)
     counts = allocation.at(1.0)
@@ -92,7 +117,58 @@ def prune_neurons_(
             )
     for plan, own in zip(plans, counts):
         plan.apply_(own)
+    fields.refresh_masks_()
     return module
+
+
+@factories_on_cpu
+def neuron_report(
+    module: nn.Module,
+    *,
+    layers: Iterable[nn.Module | str] | None = None,
+    like: Tensor | tuple[Tensor, ...] | None = None,
+) -> list[NeuronGroup]:
+    """The groups of neurons that `prune_neurons_` would rank together, and those that it leaves alone, with the reason;
+    str() of one is a line. Arguments as there. Raises NoNeurons for a field that cannot be read."""
+    check_not_compiled(module)
+    fields = Fields(module, layers, like)
+    return Neurons(_wiring(fields, fields.all), fields.matrices).groups()
+
+
+class NoNeurons(UnsupportedFieldError):
+    """The vector field has no neurons that can be pruned, or cannot be read."""
+
+
+def _sorted(fields: Fields) -> tuple[list[Chain], Neurons | None]:
+    """The fields that are chains, and the neurons of the others."""
+    chains, others = [], []
+    for field in fields.all:
+        try:
+            chains.append(fields.chain(field))
+        except NotAChain:
+            others.append(field)
+    return chains, Neurons(_wiring(fields, others), fields.matrices) if others else None
+
+
+def _wiring(fields: Fields, those: list[nn.Module]) -> Wiring:
+    for field in those:
+        try:
+            fields.graphs.read(field)
+        except UnsupportedFieldError as error:
+            raise NoNeurons(
+                f"prune_neurons_: the neurons of {type(field).__name__} cannot be found: {error} (prune_weights_ prunes its "
+                "weights one by one)"
+            ) from error
+    return fields.graphs.wiring(those)
+
+
+def _tell(groups: list[NeuronGroup], some: bool) -> None:
+    """What is not pruned by neurons: an error where nothing is, else a warning for what is no row of the state's."""
+    if not some and not any(group.neurons > 1 and not group.reason for group in groups):
+        raise NoNeurons("prune_neurons_: there are no neurons to prune: " + "; ".join(map(str, groups)))
+    inside = [str(group) for group in groups if group.coupled]
+    if inside:
+        warn("prune_neurons_: " + "; ".join(inside))
 
 
 Counts = tuple[tuple[int, ...], ...]  # neurons kept, by vector field and hidden layer
@@ -101,7 +177,7 @@ Counts = tuple[tuple[int, ...], ...]  # neurons kept, by vector field and hidden
 class _Allocation:
     """How many neurons each hidden layer of each vector field keeps, and what size that comes to."""
 
-    def __init__(self, plans: "list[_Plan]", present: int, of: str) -> None:
+    def __init__(self, plans: "list[_Plan | GraphPlan]", present: int, of: str) -> None:
         self.plans, self.present, self.of = plans, present, of
         self._removed: dict[tuple[int, tuple[int, ...]], int] = {}
 

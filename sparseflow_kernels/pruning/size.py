@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .masks import effective_parameters, prunable_layers
+from .masks import effective_parameters
+from .matrices import weight_matrices
 
 
 def size(module: nn.Module) -> int:
@@ -75,7 +76,7 @@ class SparsityReport:
 def sparsity_report(module: nn.Module) -> SparsityReport:
     """Live and total entries of every parameter."""
     try:
-        weights = {f"{path}.weight" if path else "weight" for path in prunable_layers(module)}
+        weights = set(weight_matrices(module))
     except ValueError:  # nothing prunable: a report is still an answer
         weights = set()
     return SparsityReport(

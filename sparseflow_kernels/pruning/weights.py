@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import factories_on_cpu
+from ..field import UnsupportedFieldError
 from ..warn import warn
 from .chain import (
     Chain,
@@ -20,11 +21,12 @@ from .chain import (
     neurons_read,
     reaches_derivative,
     row_parameters,
-    trace_chain,
-    vector_fields,
 )
-from .masks import check_can_be_pruned, check_keep, count, effective, prunable_layers, set_mask_
+from .fields import Fields
+from .masks import check_keep, check_not_compiled, count, effective, set_mask_
+from .matrices import WeightMatrix, check_matrices
 from .size import dense_size, size
+from .wiring import Wiring
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -38,11 +40,13 @@ def prune_weights_(
     of: str = "parameters",
     remove_dead: bool = True,
     min_neurons: int = 0,
+    like: Tensor | tuple[Tensor, ...] | None = None,
 ) -> _Module:
     """Prune single weights in place, by global magnitude, to the keep ratio `keep`; returns `module`.
 
-    All |w| of the prunable layers (`prunable_layers`) are ranked together and the largest stay; equal magnitudes are
-    settled by position. The masks are `torch.nn.utils.prune`'s, so training goes on through them, and they nest: an
+    All |w| of the `weight_matrices` (of linear layers, convolutions, recurrent cells, attention, and parameters used as
+    matrices; each once, however often it is used) are ranked together and the largest stay; equal magnitudes are settled
+    by position. Biases, norms and factors of single rows are not ranked. The masks are `torch.nn.utils.prune`'s, so training goes on through them, and they nest: an
     entry once pruned never comes back. Calling again with a larger `keep` changes nothing.
 
     keep: in (0, 1], always relative to the dense total.
@@ -53,11 +57,12 @@ def prune_weights_(
         more. This does not change the function, and the size freed is spent on weights that live: the number of
         top-ranked weights is searched so that the size after removal fits the budget, and what is still left goes to
         the strongest weights between neurons that live. So the size is met exactly, as long as enough neurons live.
-        Needs fields that are chains of Linear layers; for others a warning is given and dead parameters stay, and
-        count.
+        Needs fields that `sparseflow_kernels.compile` can read; for others a warning is given and dead parameters stay,
+        and count.
     min_neurons: where the ranking would leave a layer with fewer neurons connected from the state to the derivative than
         this (a global ranking can empty a layer of a deep thin field), so many stay in every layer, through strong
-        weights, against the ranking and if need be beyond the budget. Chains only.
+        weights, against the ranking and if need be beyond the budget. Chains of Linear layers only.
+    like: an example of the state, for fields that `sparseflow_kernels.compile` needs one for: [..., dim], or a tuple.
 
     Warns when the budget cuts every path from a field's state to its derivative, or when `min_neurons` needs more than
     it. Raises ValueError for bad arguments, compiled fields and layers whose weight is computed (weight_norm,
@@ -66,14 +71,12 @@ def prune_weights_(
     check_keep(keep, of)
     if min_neurons < 0 or min_neurons != int(min_neurons):
         raise ValueError(f"min_neurons must be a whole number >= 0, got {min_neurons!r}")
-    layers = None if layers is None else list(layers)
-    check_can_be_pruned(module, layers)
-    found = prunable_layers(module, layers)
-    weights = {path: effective(layer, "weight") for path, layer in found.items()}
-    for path, weight in weights.items():
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"{path}.weight has non-finite entries; pruning by magnitude has no meaning there")
-    chains = _chains(module, found, remove_dead, min_neurons)
+    check_not_compiled(module)
+    fields = Fields(module, layers, like)
+    found = fields.matrices
+    check_matrices(found, module)
+    weights = {path: matrix.value for path, matrix in found.items()}
+    chains, graphs = _wired(fields, remove_dead, min_neurons)
 
     live = count(weights.values())
     elsewhere = size(module) - live
@@ -85,16 +88,21 @@ def prune_weights_(
 
     ranking = _Ranking(weights, {})
     searched = chains if remove_dead else []
+    elements = _Elements(found, graphs) if remove_dead and graphs.nodes else None
 
     def outcome(n: int) -> tuple[int, dict[str, Tensor], list[tuple[Chain, list[Tensor]]]]:
         """Size in the budget's terms when the n top-ranked weights stay and dead neurons go."""
         masks = ranking.top(n)
         total, removed = outside, []
+        if elements is not None:
+            dead = elements.remove_dead(masks)
+            if of == "parameters":
+                total -= elements.others(dead)
         for chain in searched:
             read = neurons_read(chain, masks)
             removed.append((chain, read))
             for layer, rows in zip(chain.layers, read):
-                masks[layer.path] &= broadcast_rows(rows, masks[layer.path])
+                masks[layer.matrix] &= broadcast_rows(rows, masks[layer.matrix])
                 if of == "parameters":
                     total -= live_parameters(layer, ~rows)
         return total + count(masks.values()), masks, removed
@@ -109,7 +117,10 @@ def prune_weights_(
             low, high = (middle, high) if outcome(middle)[0] <= budget else (low, middle)
         total, masks, removed = outcome(low)
         if total < budget and low < live:  # the next weight would bring back a neuron, and more than fits with it
-            added = ranking.next(low, budget - total, _between_live(removed, weights))
+            eligible = _between_live(removed, weights)
+            if elements is not None:
+                elements.limit_to_live(eligible, masks)
+            added = ranking.next(low, budget - total, eligible)
             masks = {path: mask | added[path] for path, mask in masks.items()}
         return total, masks, removed
 
@@ -124,9 +135,11 @@ def prune_weights_(
             f"({total - count(masks.values()):,} outside the prunable weights, {count(masks.values()):,} weights held "
             "by min_neurons); use a larger keep, of='weights', or fewer min_neurons",
         )
-    cut = sum(not reaches_derivative(chain, masks) for chain in chains)
+    reached = [reaches_derivative(chain, masks) for chain in chains]
+    reached += [] if elements is None else graphs.reached(elements.alive(masks))
+    cut = reached.count(False)
     if count(masks.values()) == 0 or cut:
-        which = f"{cut} of {len(chains)} vector fields" if cut else "no weight at all: a field"
+        which = f"{cut} of {len(reached)} vector fields" if cut else "no weight at all: a field"
         warn(
             f"prune_weights_: keep={keep} of {of} leaves {which} in which no path leads from the state to its "
             "derivative; use a larger keep, of='weights', or min_neurons",
@@ -134,12 +147,18 @@ def prune_weights_(
 
     for chain, _ in removed:
         check_row_parameters(chain)
-    for path, layer in found.items():
-        set_mask_(layer, "weight", masks[path])
+    dead = None if elements is None else elements.dead_others(masks)
+    if dead is not None:
+        graphs.numbering.check_maskable(dead)  # before anything is changed
+    for path, matrix in found.items():
+        matrix.mask_(masks[path])
     for chain, read in removed:
         for layer, rows in zip(chain.layers, read):
             for owner, name in row_parameters(layer):
                 set_mask_(owner, name, broadcast_rows(rows, effective(owner, name)))
+    if dead is not None:
+        graphs.numbering.mask_(dead)
+    fields.refresh_masks_()
     return module
 
 
@@ -174,19 +193,62 @@ class _Ranking:
         return {path: part.view(shape).clone() for (path, shape), part in zip(self.shapes.items(), parts)}
 
 
-def _chains(module: nn.Module, found: dict[str, nn.Module], remove_dead: bool, min_neurons: int) -> list[Chain]:
+def _wired(fields: Fields, remove_dead: bool, min_neurons: int) -> tuple[list[Chain], Wiring]:
+    """The fields that are chains, and the wiring of those that are read as graphs."""
     chains: list[Chain] = []
-    if not (remove_dead or min_neurons):
-        return chains
-    for vector_field in vector_fields(module):
-        inside = set(map(id, vector_field.modules()))
+    graphs: list[nn.Module] = []
+    for vector_field in fields.all if remove_dead or min_neurons else []:
         try:
-            chains.append(trace_chain(vector_field, {p: layer for p, layer in found.items() if id(layer) in inside}))
+            chains.append(fields.chain(vector_field))
+            continue
         except NotAChain as error:
             if min_neurons:
                 raise NotAChain(f"min_neurons needs a chain of Linear layers: {error}") from error
+        try:
+            fields.graphs.read(vector_field)
+            graphs.append(vector_field)
+        except UnsupportedFieldError as error:
             warn(f"prune_weights_: dead parameters are left and count towards the size: {error}")
-    return chains
+    return chains, fields.graphs.wiring(graphs)
+
+
+class _Elements:
+    """Masks of matrices as elements of all parameters, and what is dead among these (`Wiring`)."""
+
+    def __init__(self, matrices: dict[str, WeightMatrix], graphs: Wiring) -> None:
+        self.graphs = graphs
+        self.items = {path: graphs.numbering.item_of(*matrix.owners[0]) for path, matrix in matrices.items()}
+        self.live = graphs.numbering.values() != 0
+        self.ranked = torch.zeros_like(self.live)
+        for item in self.items.values():
+            self.ranked[item.elements] = True
+
+    def alive(self, masks: dict[str, Tensor]) -> Tensor:
+        """bool [elements]. A matrix that is not ranked stays as it is."""
+        alive = torch.ones_like(self.live)
+        for path, item in self.items.items():
+            alive[item.elements] = masks[path].reshape(-1).cpu()
+        return alive
+
+    def remove_dead(self, masks: dict[str, Tensor]) -> Tensor:
+        """Take what is dead out of the masks; bool [elements], all that is."""
+        dead = self.graphs.dead(self.alive(masks))
+        for path, item in self.items.items():
+            masks[path] &= ~dead[item.elements].view(masks[path].shape).to(masks[path].device)
+        return dead
+
+    def others(self, dead: Tensor) -> int:
+        """How many of these are not zero, and not ranked."""
+        return int((dead & self.live & ~self.ranked).sum())
+
+    def dead_others(self, masks: dict[str, Tensor]) -> Tensor:
+        return self.graphs.dead(self.alive(masks)) & ~self.ranked
+
+    def limit_to_live(self, eligible: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
+        """Take out of eligible whose return would bring something dead back, or change nothing."""
+        costly = self.graphs.returns_alone(self.alive(masks))
+        for path, item in self.items.items():
+            eligible[path] &= ~costly[item.elements].view(eligible[path].shape).to(eligible[path].device)
 
 
 def _between_live(removed: list[tuple[Chain, list[Tensor]]], weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -194,10 +256,10 @@ def _between_live(removed: list[tuple[Chain, list[Tensor]]], weights: dict[str, 
     eligible = {path: (weight != 0).cpu() for path, weight in weights.items()}
     for chain, read in removed:
         for index, (layer, rows) in enumerate(zip(chain.layers, read)):
-            mask = eligible[layer.path] & rows.unsqueeze(1)
+            mask = eligible[layer.matrix] & rows.unsqueeze(1)
             if index > 0:
                 mask[:, layer.columns[~read[index - 1]]] = False
-            eligible[layer.path] = mask
+            eligible[layer.matrix] = mask
     return eligible
 
 
@@ -210,7 +272,7 @@ def _protected(chains: list[Chain], weights: dict[str, Tensor], n: int) -> dict[
         before = torch.arange(chain.dim)
         read = neurons_read(chain, alive)
         for index, layer in enumerate(chain.layers):
-            weight = weights[layer.path].abs().cpu()[:, layer.columns]
+            weight = weights[layer.matrix].abs().cpu()[:, layer.columns]
             strength = torch.where(read[index], weight[:, before].amax(1), -1.0)
             if index + 1 < len(chain.layers):
                 chosen = torch.sort(strength, descending=True, stable=True).indices[:n]
@@ -222,8 +284,8 @@ def _protected(chains: list[Chain], weights: dict[str, Tensor], n: int) -> dict[
                 mask[chosen, before[block.argmax(1)]] = True
             if index > 0:  # and every neuron chosen before is read
                 mask[chosen[block.argmax(0)], before] = True
-            full = torch.zeros_like(protected[layer.path], device="cpu")
+            full = torch.zeros_like(protected[layer.matrix], device="cpu")
             full[:, layer.columns] = mask & (weight > 0)
-            protected[layer.path] |= full.to(protected[layer.path].device)
+            protected[layer.matrix] |= full.to(protected[layer.matrix].device)
             before = chosen
     return protected

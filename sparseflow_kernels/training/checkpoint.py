@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import atomic_write
-from ..pruning.masks import set_mask_
+from ..pruning.chain import vector_fields
+from ..pruning.masks import refresh_, set_mask_
 
 _FORMAT = "sparseflow-checkpoint-2"
 
@@ -112,6 +113,9 @@ def load_module_state(module: nn.Module, state: dict[str, Tensor], source: str) 
         if mask is None:
             set_mask_(part, parameter, torch.zeros_like(part._parameters[parameter], dtype=torch.bool))
     module.load_state_dict(state)
+    for field in vector_fields(module) if masked else ():  # which of its parts are never called is not in a file
+        for part in field.modules():
+            refresh_(field, part)
     for name in masked:  # the plain attributes are products of what was just loaded
         owner, _, parameter = name.rpartition(".")
         part = module.get_submodule(owner)
