@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from sparseflow_kernels.analysis import bench, graph_problems, graph_training, peers
+from sparseflow_kernels.analysis import bench, graph_problems, peers
 from sparseflow_kernels.analysis.floor import Work, fma_rate
 from sparseflow_kernels.analysis.graph_floor import GraphWork, instruction_rate
 from sparseflow_kernels.analysis.graph_problems import GRAPHS, GraphSpec
@@ -19,7 +19,10 @@ from sparseflow_kernels.cli.main import app
 
 def _tiny(name, shape, **sizes):
     whole = GRAPHS[name]
-    return GraphSpec(f"tiny-{name}", name, tuple(sizes.items()), "small", shape, whole.gain, whole.divergence, whole.loss)
+    outputs = min(whole.outputs, 5)
+    return GraphSpec(
+        f"tiny-{name}", name, tuple(sizes.items()), "small", shape, whole.gain, whole.divergence, whole.loss, outputs
+    )
 
 
 TINY = {

@@ -153,8 +153,8 @@ SOLVE = Task(
     "max error", _solve_floor, "bench",
 )  # fmt: skip
 TRAIN = Task(
-    "train", "training step", (*TRAIN_FIELDS, *TRAIN_GRAPHS), training_peers.BASELINE, training_peers.OURS, training_peers.PEERS,
-    training_peers.reference_gradient,
+    "train", "training step", (*TRAIN_FIELDS, *TRAIN_GRAPHS), training_peers.BASELINE,
+    training_peers.OURS, training_peers.PEERS, training_peers.reference_gradient,
     lambda outcome, reference: training_peers.relative_error(outcome.gradient(), reference),
     "gradient error", _step_floor, "train-bench",
 )  # fmt: skip

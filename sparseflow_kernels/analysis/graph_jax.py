@@ -96,5 +96,12 @@ class JaxGraph(JaxField):
         start = tuple(part.numpy() for part in (state if isinstance(state, tuple) else (state,)))
         return jax.device_put((weights, noise, start), jax.devices("cpu")[0])
 
+    def outputs(self, weights: Weights, noise, start, **settings):
+        import diffrax
+        import jax.numpy as jnp
+
+        saveat = diffrax.SaveAt(ts=jnp.linspace(0.0, 1.0, self.spec.outputs))
+        return super().outputs(weights, noise, start, **{"saveat": saveat, **settings})
+
     def field(self, weights: Weights, t, x):
         return _FIELDS[self.spec.module](weights, t, x)

@@ -121,10 +121,11 @@ MODULES = {
 @dataclass(frozen=True)
 class GraphSpec:
     """module: which of `MODULES`; sizes: its arguments.  about: it, in words.  shape: of the state.  gain: factor on the
-    weights, so that a solve takes more than a few steps.  divergence: "hutchinson" or None.  loss: of a training step:
+    weights, so that a solve takes more than a few steps.  divergence: "hutchinson" or None.  outputs: times that a solve
+    gives the state at, the first and the last among them.  loss: of a training step:
 
     "matching": the mean square of f(t, x) - v, a time for every sample, and no solve: conditional flow matching.
-    "distance": the mean square of the end state's distance to a target, and its gradient in the first state too, as an
+    "distance": the mean square of the outputs' distances to targets, and its gradient in the first state too, as an
     encoder needs it.  "likelihood": a flow's."""
 
     name: str
@@ -135,6 +136,7 @@ class GraphSpec:
     gain: float
     divergence: str | None = None
     loss: str = "distance"
+    outputs: int = 2
 
     @property
     def title(self) -> str:
@@ -157,8 +159,8 @@ class GraphSpec:
         return make_graph_problem(self, keep)
 
 
-def _spec(name: str, about: str, shape: tuple[int, ...], gain: float, divergence=None, loss="distance", **sizes) -> GraphSpec:
-    return GraphSpec(name, name, tuple(sizes.items()), about, shape, gain, divergence, loss)
+def _spec(name: str, about: str, shape: tuple[int, ...], gain: float, divergence=None, loss="distance", outputs=2) -> GraphSpec:
+    return GraphSpec(name, name, (), about, shape, gain, divergence, loss, outputs)
 
 
 GRAPHS = {
@@ -168,7 +170,7 @@ GRAPHS = {
         _spec("resnet", "64, 4 residual blocks of 256, LayerNorm, gelu", (512, 64), 1.5, "hutchinson", "likelihood"),
         _spec("gru", "GRU-ODE of 64", (256, 64), 4.0),
         _spec("hnn", "gradient of a Hamiltonian 4-2x200-1 tanh", (512, 4), 3.0),
-        _spec("latent", "4-2x20-4 elu", (64, 4), 2.0),
+        _spec("latent", "4-2x20-4 elu, 100 output times", (64, 4), 2.0, outputs=100),  # as the example observes its spirals
         _spec("points", "16 points of 3, shared 3x64 tanh, mean of the cloud", (64, 16, 3), 2.5),
     )
 }
@@ -179,7 +181,8 @@ TRAIN_GRAPHS = ("cfm", "latent")
 class GraphProblem(Problem):
     """dx/dt = f from t = 0 to 1, and d/dt l = -tr df/dx where the spec has a divergence.
 
-    x: `spec.shape`.  target: what a training step wants: velocities or end states.  sample_times: [batch], of "matching".
+    x: `spec.shape`.  target: what a training step wants, samples first: velocities, or states at the outputs behind the
+    first.  sample_times: [batch], of "matching".
     """
 
     target: Tensor | None = None
@@ -188,6 +191,10 @@ class GraphProblem(Problem):
     @property
     def like(self) -> Tensor:
         return self.x
+
+    @property
+    def times(self) -> Tensor:
+        return torch.linspace(0.0, 1.0, self.spec.outputs, dtype=self.x.dtype)
 
     def state(self) -> Tensor | tuple[Tensor, Tensor]:
         return self.x if self.spec.divergence is None else super().state()
@@ -244,7 +251,8 @@ def make_graph_problem(spec: GraphSpec, keep: float, seed: int = 0) -> GraphProb
         if density < 1.0:
             _prune_(linear, density)
     normal = partial(torch.randn, generator=generator)
-    x, target, noise = normal(spec.shape), normal(spec.shape), None
+    x, noise = normal(spec.shape), None
+    target = normal(spec.shape if spec.loss == "matching" else (spec.batch, spec.outputs - 1, *spec.shape[1:]))
     if spec.divergence == "hutchinson":
         noise = torch.randint(0, 2, x.shape, generator=generator).to(x.dtype) * 2 - 1
     if hasattr(module, "context"):

@@ -35,7 +35,7 @@ def _loss(problem: GraphProblem, ys: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     if problem.spec.loss == "likelihood":
         xs, ls = ys
         return negative_log_likelihood(xs[-1], ls[-1])
-    return _mean_square(ys[-1], problem.target)
+    return _mean_square(ys[1:].swapaxes(0, 1), problem.target)
 
 
 class _Trained:
@@ -217,11 +217,11 @@ def _jax_step(problem: GraphProblem) -> StepRun:
         everything = {**weights, **fixed}
         if spec.loss == "matching":
             return _mean_square(own.field(everything, times, start[0]), target), 0
-        ends, steps = own.solve(everything, noise, start)
+        ys, steps = own.outputs(everything, noise, start)
         if spec.loss == "likelihood":
-            x, l = ends  # noqa: E741
-            return negative_log_likelihood(x, l), steps
-        return _mean_square(ends[0], target), steps
+            xs, ls = ys
+            return negative_log_likelihood(xs[-1], ls[-1]), steps
+        return _mean_square(ys[0][1:].swapaxes(0, 1), target), steps
 
     @jax.jit
     def step(masks, *arguments):

@@ -288,7 +288,13 @@ class JaxField:
         return f, -each(jnp.arange(dim)).sum(0)
 
     def solve(self, weights, noise, start, **settings):
-        """((x, l), or (x,), at t = 1, steps): one ODE over the whole batch, shared steps, torchdiffeq's mixed error norm."""
+        """((x, l), or (x,), at t = 1, steps)."""
+        ys, steps = self.outputs(weights, noise, start, **settings)
+        return tuple(part[-1] for part in ys), steps
+
+    def outputs(self, weights, noise, start, **settings):
+        """(the parts of the state at t = 1, or at the times of settings["saveat"], the last being 1; steps): one ODE over the
+        whole batch, shared steps, torchdiffeq's mixed error norm."""
         import diffrax
         import jax.numpy as jnp
 
@@ -301,7 +307,7 @@ class JaxField:
             diffrax.ODETerm(rhs), diffrax.Dopri5(), 0.0, 1.0, None, start, (weights, noise),
             stepsize_controller=controller, **settings,
         )  # fmt: skip
-        return tuple(part[-1] for part in solution.ys), solution.stats["num_steps"]
+        return solution.ys, solution.stats["num_steps"]
 
     @staticmethod
     def evaluations(steps) -> int:
