@@ -246,8 +246,8 @@ void validate(const Program<T>& p) {
   for (int id : {p.trace_cotangent, p.state_cotangent})
     if (id >= n_buffers) fail("a cotangent names buffer " + std::to_string(id) + ", and there are " + std::to_string(n_buffers));
   if (!p.adjoint()) {
-    if (!p.keep.empty() || !p.reverse.empty() || !p.sums.empty() || p.context_cotangent >= 0)
-      fail("keep, reverse, sums and the context's cotangent belong to an adjoint, which names a cotangent");
+    if (!p.keep.empty() || !p.reverse.empty() || !p.sums.empty()) fail("keep, reverse and sums belong to an adjoint, which names a cotangent");
+    if (p.context_cotangent >= 0) fail("the context's cotangent belongs to an adjoint, which names a cotangent of f");
     return;
   }
   check_buffer(p.cotangent, "cotangent", p.out_rows(), false);

@@ -83,7 +83,7 @@ py::dict adjoint_evaluate(CompiledAdjoint<T>& self, double t, uintptr_t x, uintp
   if (any && self.program().noise >= 0 && noise == 0) throw std::invalid_argument("evaluate: this program needs noise");
   const T *from = address<T>(x, "x", any), *probe = address<T>(noise, "noise", false), *of_f = address<T>(grad_f, "grad_f", any);
   const T* of_trace = address<T>(grad_trace, "grad_trace", false);
-  const T* const given = address<T>(context, "context", any && self.program().context >= 0);
+  const T* const given = address<T>(context, "context", any && self.program().context_rows() > 0);
   T *const to = address<T>(grad_x, "grad_x", any), *const to_context = address<T>(grad_context, "grad_context", false);
   return gradient_dict(interruptible([&] { return self.evaluate(t, from, probe, samples, workers, of_f, of_trace, to, given, to_context); }));
 }
@@ -113,7 +113,7 @@ py::dict adjoint_solve(CompiledAdjoint<T>& self, uintptr_t noise, const py::obje
   if (self.program().noise >= 0 && noise == 0) throw std::invalid_argument("solve: this program needs noise");
   if (record.times.empty()) throw std::invalid_argument("solve: no output times");
   const bool any = samples > 0;
-  record.context = address<T>(context, "context", any && self.program().context >= 0);
+  record.context = address<T>(context, "context", any && self.program().context_rows() > 0);
   T* const to_context = address<T>(grad_context, "grad_context", false);
   const T *of_xs = address<T>(grad_xs, "grad_xs", any), *of_ls = address<T>(grad_ls, "grad_ls", false);
   T *const to = address<T>(grad_x, "grad_x", any), *const to_l = address<T>(grad_l, "grad_l", any && self.program().divergence);
@@ -131,7 +131,7 @@ py::dict solve(CompiledProgram<T>& self, uintptr_t x, uintptr_t l, uintptr_t noi
   in.x = address<T>(x, "x", any);
   in.l = address<T>(l, "l", false);
   in.noise = address<T>(noise, "noise", false);
-  in.context = address<T>(context, "context", any && self.program().context >= 0);
+  in.context = address<T>(context, "context", any && self.program().context_rows() > 0);
   in.times = points_of(std::move(times), "times");
   in.sign = sign_of(sign);
   in.tableau = tableau_of(tableau);
@@ -236,7 +236,7 @@ void bind(py::module_& m, const char* builder, const char* compiled, const char*
             const bool any = samples > 0;
             if (any && trace != 0 && self.program().noise >= 0 && noise == 0) throw std::invalid_argument("evaluate: this program needs noise");
             const T *from = address<T>(x, "x", any), *probe = address<T>(noise, "noise", false);
-            const T* const given = address<T>(context, "context", any && self.program().context >= 0);
+            const T* const given = address<T>(context, "context", any && self.program().context_rows() > 0);
             T *const to = address<T>(f, "f", any), *const to_trace = address<T>(trace, "trace", false);
             interruptible([&] { self.evaluate(t, from, probe, samples, workers, to, to_trace, given); });
           },

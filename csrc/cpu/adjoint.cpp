@@ -529,7 +529,7 @@ std::vector<std::vector<double>> CompiledAdjoint<T>::op_seconds(int batch) {
 template <class T>
 ProgramGradient<T> CompiledAdjoint<T>::evaluate(double t, const T* x, const T* noise, int batch, int threads, const T* grad_f, const T* grad_trace, T* grad_x,
                                                 const T* context, T* grad_context) {
-  if (program_.context >= 0 && batch > 0 && context == nullptr) throw std::invalid_argument("evaluate: this program needs a context");
+  if (program_.context_rows() > 0 && batch > 0 && context == nullptr) throw std::invalid_argument("evaluate: this program needs a context");
   const Exclusive::Hold held(one_caller_);
   Tableau one;
   one.adaptive = false;
@@ -540,7 +540,7 @@ template <class T>
 ProgramGradient<T> CompiledAdjoint<T>::solve(const SolveRecord<T>& record, int threads, const T* grad_xs, const T* grad_ls, T* grad_x, T* grad_l,
                                              T* grad_context) {
   if (program_.out_rows() != program_.dim) throw std::invalid_argument("solve: the program has not as many outputs as inputs");
-  if (program_.context >= 0 && record.batch > 0 && record.context == nullptr) throw std::invalid_argument("solve: this program needs a context");
+  if (program_.context_rows() > 0 && record.batch > 0 && record.context == nullptr) throw std::invalid_argument("solve: this program needs a context");
   if (record.tableau.stages() > 16) throw std::invalid_argument("solve: at most 16 stages");
   const Exclusive::Hold held(one_caller_);
   return Reversal<T>(*this, record.batch, record.noise, record.context, grad_context, record.tableau, record.sign, threads).solve(record, grad_xs, grad_ls, grad_x, grad_l);

@@ -73,7 +73,7 @@ int CompiledProgram<T>::choose_width(int batch, int threads, int evaluations, do
 template <class T>
 void CompiledProgram<T>::evaluate(double t, const T* x, const T* noise, int batch, int threads, T* f, T* trace, const T* context) {
   if (batch == 0) return;
-  if (program_.context >= 0 && context == nullptr) throw std::invalid_argument("evaluate: this program needs a context");
+  if (program_.context_rows() > 0 && context == nullptr) throw std::invalid_argument("evaluate: this program needs a context");
   const Exclusive::Hold held(one_caller_);
   Packed<T>& p = packed(choose_width(batch, threads, 1, 0));
   const int width = p.width, dim = program_.dim, out_rows = program_.out_rows(), tiles = (batch + width - 1) / width;

@@ -496,7 +496,7 @@ SolveOutput<T> CompiledProgram<T>::solve(const SolveInput<T>& input, T* xs, T* l
   const Exclusive::Hold held(one_caller_);
   if (input.tableau.stages() > 16) throw std::invalid_argument("solve: at most 16 stages");
   if (program_.out_rows() != program_.dim) throw std::invalid_argument("solve: the program has not as many outputs as inputs");
-  if (program_.context >= 0 && input.context == nullptr) throw std::invalid_argument("solve: this program needs a context");
+  if (program_.context_rows() > 0 && input.context == nullptr) throw std::invalid_argument("solve: this program needs a context");
   const size_t components = std::max<size_t>(1, input.parts.size()) + (program_.divergence ? 1 : 0);
   if (input.rtol.size() < components || input.atol.size() < components)
     throw std::invalid_argument("solve: every component of the state needs its tolerances");

@@ -4,7 +4,7 @@
 // foreign memory. CMake's target is sparseflow_cuda_test; by hand, in csrc, with S="-O1 -g -fsanitize=address,undefined
 // -fno-sanitize-recover=all" (or nothing) and F="-std=c++17 $S -I. -DSPARSEFLOW_HOST_SHIM -Wno-unknown-pragmas":
 //   for f in cuda/*.cpp cuda/*.cu tests/cuda_host/shim.cpp tests/cuda_test.cpp; do g++ $F -x c++ -c $f -o $(basename $f).o; done
-//   g++ $F *.o <objects of csrc/validate.cpp and csrc/cpu, as for sparseflow_native_test> -o cuda_test -pthread
+//   g++ $F *.o <objects of csrc/*.cpp and csrc/cpu, as for sparseflow_native_test> -o cuda_test -pthread
 // For races: S="-O1 -g", the .cu also with -fsanitize=thread, shim.cpp with -DSHIM_RACES, link with -rdynamic -ldl.
 // Argument: "quick" for a tenth of the programs.
 #include <cstdlib>
@@ -19,6 +19,7 @@
 #include "cuda/plan.h"
 #include "cuda/tableau.h"
 #include "mutate.h"
+#include "random_graph.h"
 
 using namespace sparseflow;
 using namespace sparseflow::testing;
@@ -555,6 +556,19 @@ void test_errors_of_a_solve(Random& random) {
 
 }  // namespace
 
+// What only the CPU's engine runs is refused in words, and never misread.
+void test_graphs_are_refused(Random& random) {
+  for (int trial = 0; trial < 20; ++trial) {
+    const Program<double> p = graph_program(random, trial % 2);
+    const std::string message = thrown([&] { cuda::make_image(p, cuda::kUncut, 2.0); });
+    check(message.find("run on the CPU only") != std::string::npos || message.find("runs on the CPU only") != std::string::npos, "a graph is refused, not: " + message);
+  }
+  Program<double> p = random_program(random, 0);
+  p.buffers[p.input].rows = ++p.dim, p.out = p.dim - 1;  // a matrix does not need the last row
+  const std::string message = thrown([&] { cuda::make_image(p, cuda::kUncut, 2.0); });
+  check(message.find("run on the CPU only") != std::string::npos, "an output of another size is refused, not: " + message);
+}
+
 int main(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   const bool quick = argc > 1 && std::string(argv[1]) == "quick";
@@ -579,6 +593,7 @@ int main(int argc, char** argv) {
   }
   check(quick || (refused > 400 && ran > 100), std::to_string(refused) + " spoiled programs refused, " + std::to_string(ran) + " ran");
   test_errors_of_a_solve(random);
+  test_graphs_are_refused(random);
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
 }

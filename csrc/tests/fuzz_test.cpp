@@ -8,6 +8,7 @@
 
 #include "mutate.h"
 #include "native_case.h"
+#include "random_graph.h"
 
 using namespace sparseflow;
 using namespace sparseflow::testing;
@@ -31,19 +32,32 @@ std::vector<int> widths_to_run(Random& random, const Program<T>& p, const Kernel
   return widths;
 }
 
+// A time answer, whichever way the program wants it.
+template <class T, class C>
+void give_time(C& compiled, const Program<T>& p, const Kernels<T>& kernels) {
+  compiled.set_refresh(externals_of(p));
+  if (p.time_rows == 0 || p.time_external >= 0) return;
+  Random random(1);
+  compiled.set_time(std::make_shared<CompiledProgram<T>>(convert<T>(TimeAnswer(random, p.time_rows).program()), kernels));
+}
+
 template <class T>
 void run_forwards(Random& random, const Program<T>& p, const Kernels<T>& kernels) {
   CompiledProgram<T> compiled(p, kernels);
-  compiled.set_refresh(externals_of(p));
-  const int batch = pick(random, 1, 40);
+  give_time(compiled, p, kernels);
+  const int batch = pick(random, 1, 40), out = p.out_rows();
   const Case<T> all(random, batch, p.dim);
-  std::vector<T> f(batch * p.dim), trace(batch), xs(3 * batch * p.dim), ls(3 * batch);
+  const std::vector<T> context = random_states<T>(random, batch * p.context_rows());
+  const T* const given = context.data();
+  std::vector<T> f(batch * out), trace(batch), xs(3 * batch * p.dim), ls(3 * batch);
   for (int width : widths_to_run(random, p, kernels)) {
     compiled.force_width(width);
-    compiled.evaluate(0.5, all.x.data(), all.noise.data(), batch, 1, f.data(), trace.data());
+    compiled.evaluate(0.5, all.x.data(), all.noise.data(), batch, 1, f.data(), trace.data(), given);
+    if (out != p.dim) continue;
     for (const Tableau& tableau : {bosh3(), euler()}) {
       SolveInput<T> in = all.input(tableau, 2);
       in.options.max_num_steps = 4;
+      in.context = given;
       in.record = chance(random, 0.5);
       compiled.solve(in, xs.data(), ls.data());
     }
@@ -53,22 +67,27 @@ void run_forwards(Random& random, const Program<T>& p, const Kernels<T>& kernels
 template <class T>
 void run_backwards(Random& random, const Program<T>& p, const Kernels<T>& kernels) {
   CompiledAdjoint<T> compiled(p, kernels);
-  const int batch = pick(random, 1, 40);
+  give_time(compiled, p, kernels);
+  const int batch = pick(random, 1, 40), out = p.out_rows();
   const Case<T> all(random, batch, p.dim);
+  const std::vector<T> context = random_states<T>(random, batch * p.context_rows()), grad_f = random_states<T>(random, batch * out);
+  const T* const given = context.data();
+  std::vector<T> grad_context(context);
   const Tableau tableaus[] = {bosh3(), euler()};
   const std::vector<T> grad_ls = random_states<T>(random, 3 * batch);
   std::vector<T> grad_x(batch * p.dim), grad_l(batch);
   for (int width : widths_to_run(random, p, kernels)) {
     compiled.force_width(width);
-    compiled.evaluate(0.5, all.x.data(), all.noise.data(), batch, 1, all.x.data(), all.l.data(), grad_x.data());
+    compiled.evaluate(0.5, all.x.data(), all.noise.data(), batch, 1, grad_f.data(), all.l.data(), grad_x.data(), given, grad_context.data());
+    if (out != p.dim) continue;
     for (const Tableau& tableau : tableaus) {
       SolveRecord<T> record;
-      record.batch = batch, record.tableau = tableau, record.noise = all.noise.data(), record.times = {0.0, 0.5, 1.0};
+      record.batch = batch, record.tableau = tableau, record.noise = all.noise.data(), record.context = given, record.times = {0.0, 0.5, 1.0};
       record.steps = {{0.0, 0.25}, {0.25, 0.75}};
       record.kept = tableau.adaptive ? pick(random, 1, 2) : 0;
       const std::vector<T> states = random_states<T>(random, 3 * batch * p.dim), derivatives = random_states<T>(random, 3 * record.kept * batch * p.dim);
       record.states = states.data(), record.derivatives = derivatives.data();
-      compiled.solve(record, 2, states.data(), grad_ls.data(), grad_x.data(), grad_l.data());
+      compiled.solve(record, 2, states.data(), grad_ls.data(), grad_x.data(), grad_l.data(), grad_context.data());
     }
   }
 }
@@ -99,8 +118,8 @@ int main(int arguments, char** argument) {
   Count count;
   Random random(seed);
   for (int trial = 0; trial < programs; ++trial) {
-    const int kind = pick(random, 0, 5);
-    const Program<double> good = trial % 100 == 99 ? wide_program(random, pick(random, 0, 2)) : kind < 3 ? random_program(random, kind) : adjoint_program(random, kind == 4);
+    const int kind = pick(random, 0, 8);
+    const Program<double> good = kind > 5 ? graph_program(random, kind == 6) : trial % 100 == 99 ? wide_program(random, pick(random, 0, 2)) : kind < 3 ? random_program(random, kind) : adjoint_program(random, kind == 4);
     const KernelSet& set = sets[pick(random, 0, n - 1)];
     chance(random, 0.5) ? fuzz<float>(random, good, set, count) : fuzz<double>(random, good, set, count);
   }

@@ -11,13 +11,15 @@ namespace sparseflow::testing {
 template <class T>
 Program<T> spoiled(Random& random, const Program<double>& good) {
   Program<T> p = convert<T>(good);
-  std::vector<int*> fields{&p.dim, &p.input, &p.output, &p.noise, &p.ones, &p.externals};
-  auto operand = [&](Operand& o) { fields.push_back(&o.buffer), fields.push_back(&o.slot); };
+  std::vector<int*> fields{&p.dim, &p.out, &p.input, &p.output, &p.noise, &p.ones, &p.externals, &p.context, &p.context_cotangent, &p.time_rows, &p.time_external};
+  auto operand = [&](Operand& o) { fields.insert(fields.end(), {&o.buffer, &o.slot, &o.row}); };
   auto list = [&](std::vector<int32_t>& v) {
     if (!v.empty()) fields.push_back(&v[pick(random, 0, static_cast<int>(v.size()) - 1)]);
   };
   for (auto& b : p.buffers) fields.insert(fields.end(), {&b.rows, &b.slots});
-  for (auto& m : p.modulations) fields.insert(fields.end(), {&m.n, &m.external_gate, &m.external_shift, &m.shift_sum, &m.gate_sum});
+  for (auto& m : p.modulations) fields.insert(fields.end(), {&m.n, &m.external_gate, &m.external_shift, &m.scale_vector, &m.shift_vector, &m.shift_sum, &m.gate_sum});
+  for (auto& v : p.vectors) fields.insert(fields.end(), {&v.n, &v.time_row, &v.sum});
+  for (auto& e : p.expressions) fields.insert(fields.end(), {&e.inputs, &e.vectors, &e.outputs, &e.registers});
   for (auto& sum : p.sums) fields.push_back(&sum.size);
   fields.insert(fields.end(), {&p.cotangent, &p.trace_cotangent, &p.state_cotangent});
   for (auto& m : p.matrices) {
@@ -27,6 +29,10 @@ Program<T> spoiled(Random& random, const Program<double>& good) {
   for (auto* ops : {&p.prologue, &p.body, &p.keep, &p.reverse})
     for (Op& op : *ops) {
       fields.insert(fields.end(), {&op.matrix, &op.modulation, &op.store, &op.coefficient_matrix, &op.sum, &op.slope_from});
+      if (op.kind == OpKind::kPointwise) fields.insert(fields.end(), {&op.expression, &op.rows});
+      for (auto& in : op.inputs) operand(in.rows);
+      for (auto& v : op.vectors) fields.insert(fields.end(), {&v.vector, &v.first});
+      for (auto& o : op.outputs) operand(o);
       for (Operand* o : {&op.source, &op.target, &op.seed, &op.weight, &op.factor, &op.factor2, &op.addend, &op.kept, &op.slope_cotangent, &op.value})
         operand(*o);
       list(op.factor_row), list(op.factor2_row);
@@ -51,19 +57,25 @@ void mutate(Random& random, Program<T>& p) {
     else v.clear();
   };
   auto operands = [](Op& op) { return std::vector<Operand*>{&op.source, &op.target, &op.seed, &op.weight, &op.factor, &op.factor2, &op.addend, &op.kept, &op.slope_cotangent, &op.value}; };
+  auto any_operands = [&](Op& op) {
+    std::vector<Operand*> out = operands(op);
+    for (auto& in : op.inputs) out.push_back(&in.rows);
+    for (auto& o : op.outputs) out.push_back(&o);
+    return out;
+  };
   if (ops.empty()) return;
   Op& op = *one_of(ops);
-  switch (pick(random, 0, 13)) {
+  switch (pick(random, 0, 15)) {
     case 0: {
       bool* const flags[] = {&op.transposed, &op.second, &op.carries, &op.curvature, &op.raw};
       bool& flag = *flags[pick(random, 0, 4)];
       flag = !flag;
       break;
     }
-    case 1: op.kind = static_cast<OpKind>(pick(random, -1, 6)); break;
+    case 1: op.kind = static_cast<OpKind>(pick(random, -1, 7)); break;
     case 2: op.activation = static_cast<Activation>(pick(random, -1, kActivations)); break;
     case 3: {  // an operand of another operation, or of another role
-      std::vector<Operand*> own = operands(op), others = operands(*one_of(ops));
+      std::vector<Operand*> own = any_operands(op), others = any_operands(*one_of(ops));
       *one_of(own) = chance(random, 0.2) ? Operand{} : *one_of(others);
       break;
     }
@@ -116,10 +128,39 @@ void mutate(Random& random, Program<T>& p) {
       else p.buffers.push_back(one_of(p.buffers));
       break;
     }
+    case 13: {  // an instruction
+      if (p.expressions.empty()) break;
+      Expression& e = one_of(p.expressions);
+      if (e.code.empty()) break;
+      Instruction& one = one_of(e.code);
+      uint16_t* const places[] = {&one.to, &one.a, &one.b, &one.c};
+      const int values[] = {0, 1, 2, 3, 4, 5, 1023, 1024, 65535};
+      switch (pick(random, 0, 5)) {
+        case 0: one.op = static_cast<Instruct>(pick(random, 0, 50)); break;
+        case 1: one.number = chance(random, 0.5) ? NAN : INFINITY; break;
+        case 2: e.code.push_back(Instruction(one)); break;
+        case 3: e.code.pop_back(); break;
+        default: *places[pick(random, 0, 3)] = static_cast<uint16_t>(values[pick(random, 0, 8)]);
+      }
+      break;
+    }
+    case 14: {  // what a pointwise operation reads and writes
+      const int kind = pick(random, 0, 4);
+      if (kind == 0 && !op.inputs.empty()) one_of(op.inputs).broadcast ^= true;
+      if (kind == 1 && !op.vectors.empty()) one_of(op.vectors).broadcast ^= true;
+      if (kind == 2) op.inputs.resize(pick(random, 0, 4));
+      if (kind == 3) op.outputs.resize(pick(random, 0, 4));
+      if (kind == 4 && !p.vectors.empty()) {
+        RowVector<T>& v = one_of(p.vectors);
+        if (chance(random, 0.5)) v.values.resize(v.values.size() + 1);
+        else v = RowVector<T>(one_of(p.vectors));
+      }
+      break;
+    }
     default: {  // a field of one operation as another one has it
       const Op& other = *one_of(ops);
-      int Op::*const fields[] = {&Op::matrix, &Op::modulation, &Op::store, &Op::coefficient_matrix, &Op::slope_from, &Op::sum};
-      int Op::*const field = fields[pick(random, 0, 5)];
+      int Op::*const fields[] = {&Op::matrix, &Op::modulation, &Op::store, &Op::coefficient_matrix, &Op::slope_from, &Op::sum, &Op::expression, &Op::rows};
+      int Op::*const field = fields[pick(random, 0, 7)];
       op.*field = other.*field;
       op.params = {chance(random, 0.5) ? 0.0 : NAN, chance(random, 0.5) ? -1.0 : INFINITY};
     }

@@ -23,6 +23,7 @@ RefreshCallback<T> externals_of(const Program<T>& p) {
   }
   for (const auto& m : p.matrices)
     if (!m.gated && m.external >= 0) lengths[m.external] = m.nnz();
+  if (p.time_external >= 0) lengths[p.time_external] = p.time_rows;
   return [lengths](const std::vector<double>& times) {
     std::vector<std::vector<std::vector<T>>> answers;
     for (double t : times) {

@@ -209,7 +209,8 @@ Program<T> convert(const Program<double>& p) {
   q.dim = p.dim, q.divergence = p.divergence, q.buffers = p.buffers, q.input = p.input, q.output = p.output;
   q.noise = p.noise, q.ones = p.ones, q.prologue = p.prologue, q.body = p.body, q.externals = p.externals;
   q.keep = p.keep, q.reverse = p.reverse, q.cotangent = p.cotangent, q.trace_cotangent = p.trace_cotangent;
-  q.state_cotangent = p.state_cotangent;
+  q.state_cotangent = p.state_cotangent, q.context_cotangent = p.context_cotangent;
+  q.out = p.out, q.context = p.context, q.time_rows = p.time_rows, q.time_external = p.time_external, q.expressions = p.expressions;
   for (const auto& sum : p.sums) q.sums.push_back({sum.size, sum.each_stage});
   for (const auto& m : p.matrices) {
     Matrix<T> n;
@@ -222,6 +223,7 @@ Program<T> convert(const Program<double>& p) {
   for (const auto& m : p.modulations)
     q.modulations.push_back({m.n, cast(m.bias), cast(m.gate_slope), cast(m.gate_offset), cast(m.shift_slope), cast(m.shift_offset),
                              m.external_gate, m.external_shift, m.scale_vector, m.shift_vector, m.shift_sum, m.gate_sum});
+  for (const auto& v : p.vectors) q.vectors.push_back({v.n, cast(v.values), v.time_row, v.sum});
   return q;
 }
 
