@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Collection
 
 from torch import Tensor
 
-from ..field import GraphField, VectorField
+from ..field import VectorField
 from ..numerics.step_control import StepOptions
 from ..numerics.tableaus import FixedTableau, Tableau
 

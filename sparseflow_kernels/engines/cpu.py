@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..divergence import DivergencePlan
-from ..field import UnsupportedFieldError, VectorField
+from ..field import GraphField, UnsupportedFieldError, VectorField
 from ..threads import get_num_threads
 from .adjoint import write_adjoint
 from .base import Gradient, SolveRequest, SolveResult
@@ -35,6 +35,19 @@ def _native():
     from .. import _cpu  # late: a checkout without the extension can still import the package
 
     return _cpu
+
+
+def unready(field: VectorField | GraphField) -> str | None:
+    """Why no field of this device and dtype runs here; None if it may."""
+    try:
+        _native()
+    except ImportError as error:
+        return f"the CPU extension is not built ({error}); install the package with pip, which compiles it"
+    if field.device.type != "cpu":
+        return f"the field is on {field.device}, the cpu engine needs it on the CPU: call .to('cpu')"
+    if field.dtype not in _BUILDERS:
+        return f"the cpu engine computes in float32 and float64, not {field.dtype}: call .float() or .double()"
+    return None
 
 
 def _rows(field: VectorField, slots: int = 1) -> int:
@@ -67,15 +80,7 @@ class CpuEngine(NativeEngine):
 
     @staticmethod
     def unsupported(field: VectorField) -> str | None:
-        try:
-            _native()
-        except ImportError as error:
-            return f"the CPU extension is not built ({error}); install the package with pip, which compiles it"
-        if field.device.type != "cpu":
-            return f"the field is on {field.device}, the cpu engine needs it on the CPU: call .to('cpu')"
-        if field.dtype not in _BUILDERS:
-            return f"the cpu engine computes in float32 and float64, not {field.dtype}: call .float() or .double()"
-        return _too_large(field)
+        return unready(field) or _too_large(field)
 
     def __init__(self, field: VectorField, plan: DivergencePlan | None = None) -> None:
         super().__init__(field, plan)

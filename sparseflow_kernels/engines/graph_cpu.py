@@ -13,7 +13,7 @@ from ..field import GraphField, Node
 from ..field.graph import STATE, evaluate, order
 from ..threads import get_num_threads
 from .base import Gradient, SolveRequest, SolveResult
-from .cpu import _BUILDERS, STAGE_BYTES, _native
+from .cpu import _BUILDERS, STAGE_BYTES, _native, unready
 from .lower import COTANGENT, TRACE_COTANGENT, GraphWriter, state_bindings, time_bindings
 from .native import NativeEngine, address, native_options, native_tableau, solve_result, times_gradient
 
@@ -34,14 +34,9 @@ class GraphCpuEngine(NativeEngine):
 
     @staticmethod
     def unsupported(field: GraphField) -> str | None:
-        try:
-            native = _native()
-        except ImportError as error:
-            return f"the CPU extension is not built ({error}); install the package with pip, which compiles it"
-        if field.device.type != "cpu":
-            return f"the field is on {field.device}, the cpu engine needs it on the CPU: call .to('cpu')"
-        if field.dtype not in _BUILDERS:
-            return f"the cpu engine computes in float32 and float64, not {field.dtype}: call .float() or .double()"
+        if (reason := unready(field)) is not None:
+            return reason
+        native = _native()
         nodes = order([field.output])
         if (rows := sum(node.rows + 1 for node in nodes if node.per_sample)) > native.MOST_ROWS:
             return (

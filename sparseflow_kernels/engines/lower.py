@@ -218,7 +218,7 @@ class GraphWriter:
         """placed: nodes that belong in these rows.  traced: whose rows are added to the trace.  pairs: (matrix, left,
         right) whose inner products are a gradient.  targets: what is copied where at the end (None: zeros).  sums: (vector
         node, cotangent per sample) to be summed over the samples."""
-        per_sample, steps = self.bindings.per_sample, plan.steps
+        steps = plan.steps
         outside: dict[Node, int] = {}  # nodes that are read at the end -> the last step of all
         end = max(steps.values(), default=0) + 2
         sinks = [side for _, *sides in pairs for side in sides] + [bar for bar, _, _ in targets if bar is not None]
