@@ -301,6 +301,13 @@ def activation(reading: Reading, func, args, kwargs, out) -> Any:
     return _activate(reading, args[0], Activation(base_name(func)))
 
 
+@rule("gelu")
+def gelu(reading: Reading, func, args, kwargs, out) -> Any:
+    if kwargs.get("approximate", "none") != "none":
+        refuse("gelu by its approximation")
+    return _activate(reading, args[0], Activation("gelu"))
+
+
 @rule("softplus")
 def softplus(reading: Reading, func, args, kwargs, out) -> Any:
     params = (_number(args, kwargs, 1, "beta", 1.0), _number(args, kwargs, 2, "threshold", 20.0))

@@ -89,7 +89,7 @@ class GraphCpuEngine(NativeEngine):
         field, g = self._field, self._field.graph
         trace = None if self.plan is None else self.plan.form.trace
         builder = getattr(_native(), _BUILDERS[field.dtype])()
-        writer = GraphWriter(builder, field, state_bindings(field, *more))
+        writer = GraphWriter(builder, field, state_bindings(field, *more), totals=True)
         if adjoint:
             names = {COTANGENT: g.input(COTANGENT, field.dim, STATE), TRACE_COTANGENT: g.input(TRACE_COTANGENT, 1, STATE)}
             writer.write_adjoint(field.output, trace, names)
@@ -107,7 +107,7 @@ class GraphCpuEngine(NativeEngine):
             program.native.set_refresh(lambda times: self._answer_in_torch(timed, times))
             return
         builder = getattr(_native(), _BUILDERS[self.dtype])()
-        writer = GraphWriter(builder, self._field, time_bindings(self._field))
+        writer = GraphWriter(builder, self._field, time_bindings(self._field), totals=True)
         writer.write(self._field.graph.concatenate(timed))
         program.time = _Program(builder.compile(), writer)
         program.native.set_time(program.time.native)

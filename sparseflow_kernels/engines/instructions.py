@@ -22,6 +22,7 @@ class Code:
     inputs: list[Node] = dataclass_field(default_factory=list)
     vectors: list[Node] = dataclass_field(default_factory=list)
     outputs: list[Node] = dataclass_field(default_factory=list)  # a node twice: once kept, once added to the trace
+    totals: list[int] = dataclass_field(default_factory=list)  # places whose rows are summed up
     registers: int = 0
     instructions: list[tuple[int, int, int, int, int, float]] = dataclass_field(default_factory=list)
 
@@ -33,12 +34,13 @@ class Code:
 
 
 def code_of(
-    nodes: Sequence[Node], outputs: Sequence[Node], traced: Sequence[Node], is_vector: Callable[[Node], bool]
+    nodes: Sequence[Node], outputs: Sequence[Node], traced: Sequence[Node], is_vector: Callable[[Node], bool],
+    totals: Sequence[Node] = (),
 ) -> Code:
     """The code that computes `nodes` (elementwise, operands first), or copies what is not among them.
 
     outputs: nodes whose values are wanted, each in rows of its own.  traced: nodes whose rows are added to the trace.
-    is_vector: leaves that are one number per row, the same for all samples.
+    is_vector: leaves that are one number per row, the same for all samples.  totals: nodes whose sums over rows are wanted.
     """
     code = Code(outputs=[*outputs, *traced])
     inside = set(nodes)
@@ -46,9 +48,9 @@ def code_of(
     for node in nodes:
         for operand in node.operands:
             reads[operand] = reads.get(operand, 0) + 1
-    for node in code.outputs:
+    for node in [*code.outputs, *totals]:
         reads[node] = reads.get(node, 0) + 1
-    fused = _products_of_sums(nodes, inside, reads, set(code.outputs), is_vector)
+    fused = _products_of_sums(nodes, inside, reads, {*code.outputs, *totals}, is_vector)
     absorbed = set(fused.values())
     work = [node for node in nodes if node not in absorbed]
 
@@ -58,7 +60,7 @@ def code_of(
             return [*product.operands, next(o for o in node.operands if o is not product)]
         return list(node.operands)
 
-    for node in [*(operand for node in work for operand in operands_of(node)), *code.outputs]:
+    for node in [*(operand for node in work for operand in operands_of(node)), *code.outputs, *totals]:
         if node in inside or node.kind == "number":
             continue
         kind = code.vectors if is_vector(node) else code.inputs
@@ -75,7 +77,7 @@ def code_of(
     for number, node in enumerate(work):
         for operand in operands_of(node):
             last[operand] = number
-    for node in code.outputs:
+    for node in [*code.outputs, *totals]:
         last[node] = len(work)
     free: list[int] = []
     emit = code.instructions.append
@@ -116,6 +118,7 @@ def code_of(
         where = first_output + number
         if place.get(node) != where:
             emit((COPY, where, load(node), 0, 0, 0.0))
+    code.totals = [load(node) for node in totals]
     return code
 
 

@@ -11,6 +11,7 @@ and evaluation.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Callable, Iterable, Sequence
 
@@ -384,6 +385,7 @@ _ACTIVATIONS: dict[str, Callable[..., Node]] = {
     "sin": lambda g, z: g.apply("sin", z),
     "square": lambda g, z: g.square(z),
     "cube": lambda g, z: g.mul(z, g.square(z)),
+    "gelu": lambda g, z: g.mul(g.scaled(z, 0.5), g.add(g.apply("erf", g.scaled(z, math.sqrt(0.5))), g.number(1.0))),
 }
 
 
