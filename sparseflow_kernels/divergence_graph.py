@@ -8,6 +8,7 @@ tangents that takes, the number of colours, follows from the structure of the gr
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -85,10 +86,15 @@ def _trace_by_columns(field: GraphField, term: Node) -> tuple[Node, int, int]:
 
 
 def inner_product(g: Graph, fixed: Node, dot: Node) -> Node:
-    """fixed . dot, [1], where `fixed` stays the same for a solve: what the last matrix makes of it does too."""
+    """fixed . dot, [1], where `fixed` stays the same for a solve: what the last matrix makes of it does too. What other
+    nodes of dot read is computed in any case, and is multiplied as it is."""
+    readers = Counter(operand for node in order([dot]) for operand in set(node.operands))
     total, waiting = None, [(fixed, dot, 1.0)]
     while waiting:
         left, right, sign = waiting.pop()
+        if readers[right] > 1:
+            total = g.add(total, g.scaled(g.total(g.mul(left, right)), sign))
+            continue
         if right.kind in ("add", "sub") and all(operand.rows == right.rows for operand in right.operands):
             a, b = right.operands
             waiting += [(left, a, sign), (left, b, -sign if right.kind == "sub" else sign)]
