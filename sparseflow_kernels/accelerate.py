@@ -138,7 +138,7 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
 def _fits(field: CompiledField, y0: Any) -> bool:
     if field.layout is not None:
         return field.layout.fits(y0) is None
-    return isinstance(y0, Tensor) and y0.shape[-1] == field.dim and field._program.refused(y0.dim()) is None
+    return isinstance(y0, Tensor) and y0.shape[-1] == field.dim and field.skeleton.refused(y0.dim()) is None
 
 
 # ------------------------------------------------------------------------------------------- torchdiffeq's functions

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -27,16 +27,13 @@ from .packing import Packing
 from .solution import SolverError
 from .solving.arguments import request_of, upward
 
-if TYPE_CHECKING:
-    from .compiled_field import CompiledField
-
 # ------------------------------------------------------------------------------------------------ programs as constants
 
 
 class Described(NamedTuple):
-    """A field without its numbers: the program as text, and (row_ptr, col) of every layer's pattern, flat."""
+    """A field without its numbers: its layers as text, and (row_ptr, col) of every layer's pattern, flat."""
 
-    program: str
+    text: str
     patterns: list[Tensor]
 
 
@@ -142,11 +139,10 @@ _FIELD = "Tensor[] tensors, Tensor[] patterns, str program, str kind"
 
 
 def evaluate(
-    field: "CompiledField", kind: str | None, t: Tensor, x: Tensor, noise: Tensor | None
+    field: Described, tensors: list[Tensor], kind: str | None, t: Tensor, x: Tensor, noise: Tensor | None
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """gradients.evaluate, as an operator."""
-    program, patterns = field.described
-    f, trace = torch.ops.sparseflow.evaluate(t, x, noise, field.ordered(), patterns, program, kind or "")
+    """gradients.evaluate, as an operator. tensors: the field's, in the order of VectorField.tensors()."""
+    f, trace = torch.ops.sparseflow.evaluate(t, x, noise, tensors, field.patterns, field.text, kind or "")
     return (f,) if kind is None else (f, trace)
 
 
@@ -218,9 +214,9 @@ _LISTS = frozenset(("step_t", "jump_t"))
 _IGNORED = frozenset(("dtype", "interp", "norm"))  # float64, "linear" and, on a fixed grid, any norm
 
 
-def no_solve(field: "CompiledField", t: Any, options: dict, step_control: str) -> str | None:
+def no_solve(field: Described | None, t: Any, options: dict, step_control: str) -> str | None:
     """Why a solve cannot be an operator, or None. Reads no data."""
-    if field.described is None:
+    if field is None:
         return "the field has functions of time in Python"
     if step_control != "shared" or not isinstance(t, Tensor):
         return "only shared steps, at times in a tensor, can be traced"
@@ -250,17 +246,16 @@ class Solved(NamedTuple):
 
 
 def solve(
-    field: "CompiledField", kind: str | None, x: Tensor, l: Tensor | None,  # noqa: E741
+    field: Described, tensors: list[Tensor], kind: str | None, x: Tensor, l: Tensor | None,  # noqa: E741
     noise: Tensor | None, t: Tensor, rtol: Sequence[float], atol: Sequence[float], method: str, options: dict,
 ) -> Solved:  # fmt: skip
-    """A solve, as an operator; x [batch, dim], l [batch], noise [batch, dim], t as the caller has it."""
-    program, patterns = field.described
-    tensors = field.ordered()
+    """A solve, as an operator; tensors as in `evaluate`, x [batch, dim], l [batch], noise [batch, dim], t as the caller has
+    it."""
     names = [name for name, value in options.items() if name in _NUMBERS and value is not None]
     wants = [value for value in (x, l, t, noise, *tensors) if value is not None and value.requires_grad]
     record = torch.is_grad_enabled() and len(wants) > 0
     return Solved(*torch.ops.sparseflow.solve(
-        x, l, t, noise, tensors, patterns, program, kind or "", method,
+        x, l, t, noise, tensors, field.patterns, field.text, kind or "", method,
         [float(value) for value in rtol], [float(value) for value in atol],
         names, [float(options[name]) for name in names],
         *([float(point) for point in options.get(name) or ()] for name in ("step_t", "jump_t")), record,
