@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .field import Pattern
+from .masks import effective
 from .products.linear import product, rows_of
 from .products.packed import BACKENDS, CPU_CLASSES, REMEDY, Where, packed_of
-from .pruning.masks import effective
 
 
 class SparseLinear(nn.Module):

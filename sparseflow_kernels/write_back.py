@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from .capture import capture_with_origins
-from .report import part_name
 from .field import Layer, Part, Pattern
 from .field.layout import State
 from .field_parameters import FieldParameters, time_programs
 from .reading import Reading
+from .report import part_name
 from .trained import Held, Shares, without_zeros, write
 
 

@@ -93,7 +93,7 @@ def main(argument: str) -> None:
 def _forward(problem, device) -> Callable[[], int]:
     import jax
 
-    from .peers import JaxField
+    from .jax_field import JaxField
 
     own, arguments = JaxField(problem), jax.device_put(JaxField.arguments(problem), device)
     run = jax.jit(own.solve)
@@ -103,7 +103,7 @@ def _forward(problem, device) -> Callable[[], int]:
 def _training(problem, device) -> Callable[[], int]:
     import jax
 
-    from .peers import JaxField
+    from .jax_field import JaxField
     from .training_peers import diffrax_step
 
     weights, noise, start = jax.device_put(JaxField.arguments(problem), device)

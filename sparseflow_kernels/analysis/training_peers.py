@@ -25,7 +25,8 @@ from ..capture import capture_with_origins
 from ..compiled_field import CompiledField
 from ..flows import ContinuousFlow
 from ..simplify import simplify
-from .peers import AutogradDivergence, Contender, JaxField
+from .jax_field import JaxField
+from .peers import AutogradDivergence, Contender
 from .problems import Problem
 
 

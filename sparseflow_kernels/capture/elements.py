@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..field import Node
-from .algebra import apply
+from .algebra import apply, typed
 from .functions import product
 from .graph_table import GraphTable, distinct, distinct_lines
 from .operations import aten
-from .refusal import REMEDY, refuse
+from .refusal import REMEDY, NeedsContext, refuse
 from .samples import ROUNDING, STRIDE
 from .values import NOT_PLAIN, Constant, StateValue, TimeValue
 
@@ -30,10 +30,6 @@ MOST_GROUPS = 64  # groups that one matrix of parameters is applied to, with a n
 LARGEST = 1 << 25  # entries of a product that is written out
 
 Make = Callable[..., Node]
-
-
-class NeedsContext(Exception):
-    """A constant that differs from sample to sample: read again, with the module's tensors as context."""
 
 
 def rows_of(ids: Tensor) -> Tensor:
@@ -73,12 +69,7 @@ class Elements:
 
     def typed(self, value: Any) -> Constant | TimeValue:
         """A number, constant or function of t in the field's dtype and device."""
-        dtype, device = self.table.dtype, self.table.device
-        if not isinstance(value, (Constant, TimeValue)):
-            return Constant(torch.tensor(value, dtype=dtype, device=device))
-        if value.value.dtype == dtype and value.value.device == device:
-            return value
-        return apply(aten._to_copy.default, value, dtype=dtype, device=device)
+        return typed(value, self.table.dtype, self.table.device)
 
     def ids(self, value: Any, samples: Tensor | None = None) -> Tensor:
         """Elements of any value. samples: those that it meets, of a shape that it can be expanded to."""

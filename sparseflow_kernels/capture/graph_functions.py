@@ -24,10 +24,12 @@ from .functions import (
     quotient,
     truncated,
 )
-from .graph_rules import argument, rule
 from .operations import base_name
 from .refusal import refuse
-from .values import Constant, Opaque, StateValue, TimeValue
+from .registry import GRAPH, argument, number
+from .values import Constant, Opaque, StateValue
+
+rule = GRAPH.rule
 
 
 @rule(*ELEMENTWISE)
@@ -83,13 +85,6 @@ def addcmul(e: Elements, func, args, kwargs, out) -> Any:
 def addcdiv(e: Elements, func, args, kwargs, out) -> Any:
     value = kwargs.get("value", 1)
     return e.pointwise(lambda g, a, b, c, v: g.add(a, g.mul(g.apply("div", b, c), v)), *args[:3], value)
-
-
-def number(args: tuple, kwargs: dict, position: int, name: str, default: float | None) -> float | None:
-    value = argument(args, kwargs, position, name, default)
-    if isinstance(value, (TimeValue, StateValue)):
-        refuse(f"an activation whose {name} depends on t")
-    return float(value) if isinstance(value, (int, float)) else value
 
 
 @rule("clamp", "clip")

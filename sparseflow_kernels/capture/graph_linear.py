@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .algebra import apply
+from .algebra import apply, sparse_weight
 from .elements import LARGEST, Elements, same_for_all, samples_of
 from .functions import maximum, product
-from .graph_rules import argument, grouped, rule
+from .graph_rules import grouped
 from .operations import aten, base_name
 from .refusal import refuse
+from .registry import GRAPH, argument
 from .values import Constant, Opaque, StateValue
+
+rule = GRAPH.rule
 
 
 def matmul(e: Elements, left: Any, right: Any) -> StateValue:
@@ -421,13 +424,7 @@ def _by_rows(e: Elements, ids: Tensor, matrix: Tensor) -> Tensor:
 @rule("linear")  # sparseflow::linear, a matrix that has values at the entries of a pattern only
 def sparse_linear(e: Elements, func, args, kwargs, out) -> Any:
     x, values, bias, row_ptr, col, inputs, _ = args
-    row_ptr, col = (a.value.cpu() for a in (row_ptr, col))
-    outputs = row_ptr.numel() - 1
-    where = torch.repeat_interleave(torch.arange(outputs), row_ptr.diff()) * inputs + col
-    device = values.value.device
-    zeros = Constant(torch.zeros(outputs * inputs, dtype=values.value.dtype, device=device))
-    matrix = apply(aten.index_put.default, zeros, [Constant(where.to(device))], values)
-    matrix = apply(aten.view.default, matrix, [outputs, inputs])
+    matrix = sparse_weight(values, row_ptr, col, inputs)
     ids = e.ids(x)
     made = e.contract(ids.reshape(-1, inputs), matrix, e.matrix_name(values))
     result = StateValue(made.view(out.shape))

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from ..field import GraphField, UnsupportedFieldError
 from ..field.layout import State
 from ..origin import Key, Origin
-from .elements import NeedsContext
 from .graph_probe import GraphProbe, probes
 from .graph_tracer import MOST_CONTEXT, GraphTracer
 from .probe import Probe, check_settled, dtype_and_device, untouched
 from .reads import compare_runs
-from .refusal import REMEDY, NotFinite
+from .refusal import REMEDY, NeedsContext, NotFinite
 from .verify import verify_graph
 
 MOST_READINGS = 5  # of a module that has a context

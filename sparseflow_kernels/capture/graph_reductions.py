@@ -12,10 +12,12 @@ from ..field import Node
 from .algebra import apply
 from .elements import ANY, Elements, samples_of
 from .functions import complement, maximum, minimum, product
-from .graph_rules import argument, rule
 from .operations import aten, base_name
 from .refusal import refuse
+from .registry import GRAPH, argument
 from .values import Opaque, StateValue
+
+rule = GRAPH.rule
 
 
 def groups_of(ids: Tensor, dims: set[int]) -> tuple[Tensor, list[int]]:

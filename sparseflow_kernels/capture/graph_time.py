@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from ..field import UnsupportedFieldError
 from . import algebra
 from .elements import Elements, same_for_all
-from .graph_rules import apply_to_elements
+from .graph_operations import apply_to_elements
 from .operations import aten, base_name, call
 from .provenance import ParameterNumbers
 from .replay import Attribute, Leaf, Node, TimeProgram

@@ -14,8 +14,8 @@ from ..field import Graph, GraphField, Node
 from ..trained import Held
 from .context import Context, ReadContext, attribute, names_of
 from .elements import ANY, Elements, rows_of, samples_of
+from .graph_operations import apply_to_elements
 from .graph_probe import GraphProbe
-from .graph_rules import RULES, apply_to_elements
 from .graph_table import GraphTable
 from .graph_time import TimeReader
 from .memory import found_in, geometry, overlap, replaced, taken
@@ -182,14 +182,6 @@ class GraphTracer(Following):
         self.graph.origin = self.stack.path
         with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
             return apply_to_elements(self.elements, func, args, kwargs, out)
-
-    def _sparse_linear(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
-        with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
-            if isinstance(args[0], StateValue):
-                return RULES["linear"](self.elements, func, args, kwargs, out)
-            from .rules import sparse_linear
-
-            return sparse_linear(None, args, out)
 
 
 @contextlib.contextmanager

@@ -18,9 +18,9 @@ from ..capture import capture_graph
 from ..field import GraphField, UnsupportedFieldError
 from ..field.graph import Node, order
 from ..field.primitives import PRIMITIVES
+from ..masks import check_maskable, effective, refresh_, set_mask_
 from ..origin import COMPUTED, Key, Origin
 from .chain import vector_fields
-from .masks import check_maskable, effective, refresh_, set_mask_
 
 NOBODYS, OF_MANY = -1, -2  # elements: of an entry that is no parameter's, and of one computed from several
 
