@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 from typing import Annotated, Optional
 
+import gpu_measure
+import gpu_report
+import gpu_suite
 import typer
+from gpu_suite import Budget, Results
 
-from sparseflow_kernels.analysis import gpu_measure, gpu_report, gpu_suite
-from sparseflow_kernels.analysis.gpu_suite import Budget, Results
 from sparseflow_kernels.cli.console import console, progress, say
 
 HERE = Path(__file__).resolve().parent
@@ -65,7 +67,7 @@ def main(
 
     def command(until: float) -> list[str]:
         flags = [flag for flag, on in (("--quick", quick), ("--sanitize", sanitize), ("--dry-run", dry_run)) if on]
-        return [sys.executable, "-P", __file__, "--until", str(until), "--out", str(out), "--only", only, *flags]
+        return [sys.executable, __file__, "--until", str(until), "--out", str(out), "--only", only, *flags]
 
     budget = Budget(60 * minutes - min(8.0, 6 * minutes))  # the rest is for tables and the plot
     left = [item for item in items if not results.settled(item.name)]

@@ -9,14 +9,18 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import gpu_diffrax
+import gpu_measure
+import gpu_report
+import gpu_sanitize
+import gpu_sanitized_case
+import gpu_suite
 import pytest
 import torch
 import typer
 from cpu_cases import isolated_environment
+from gpu_suite import Budget, Item, Results
 from typer.testing import CliRunner
-
-from sparseflow_kernels.analysis import gpu_diffrax, gpu_measure, gpu_report, gpu_sanitize, gpu_suite
-from sparseflow_kernels.analysis.gpu_suite import Budget, Item, Results
 
 SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.py"
 
@@ -441,7 +445,7 @@ def test_every_item_has_its_place():
 
 
 def test_the_case_for_the_sanitizer_runs(capsys):
-    gpu_sanitize.main("reference")
+    gpu_sanitized_case.main("reference")
     assert "reference: finite" in capsys.readouterr().out
 
 
@@ -492,7 +496,7 @@ def test_the_rate_kernel_is_multiply_adds_and_nothing_else():
     pytest.importorskip("triton")
     code = (
         "from triton.compiler import ASTSource\nfrom triton.backends.compiler import GPUTarget\nimport triton\n"
-        "from sparseflow_kernels.analysis import gpu_fma as g\n"
+        "import gpu_fma as g\n"
         "types = {'out': '*fp32', 'factor': 'fp32', 'term': 'fp32', 'loops': 'i32', 'BLOCK': 'constexpr', 'UNROLL': 'constexpr'}\n"
         "source = ASTSource(fn=g.multiply_adds, signature=types, constexprs={'BLOCK': g.BLOCK, 'UNROLL': g.UNROLL})\n"
         "ptx = triton.compile(source, target=GPUTarget('cuda', 90, 32), options={'num_warps': g.WARPS}).asm['ptx']\n"

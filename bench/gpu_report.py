@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Sequence
 
-from .bench import Row
+from sparseflow_kernels.analysis.bench import Row
 
 OWN = ("cuda", "triton", "cpu", "reference")  # the last two in dry runs
 PEERS = ("torchdiffeq", "torch.compile", "diffrax")
@@ -214,7 +214,7 @@ def _cell(row: dict | None) -> str:
 
 def plot(document: Document, path: Path) -> Path:
     """Time of a solve against the keep ratio, a panel for every field and batch. Raises ImportError without matplotlib."""
-    from .plots import plot_bench
+    from sparseflow_kernels.analysis.plots import plot_bench
 
     table, rows = Table(document), []
     for (field, keep, batch, engine, task), row in table.known.items():

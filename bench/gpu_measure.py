@@ -18,20 +18,23 @@ from typing import Any, Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..build_info import build_info
-from ..compiled_field import CompiledField
-from ..compiled_field import compile as compile_field
-from ..engines.base import Engine, SolveRequest
-from ..field import VectorField
-from ..flows import ContinuousFlow, mlp_field
-from ..solving.arguments import request_of
-from . import gpu_diffrax, gpu_sanitize, peers, training_peers
-from .bench import processor
-from .floor import Work
-from .gpu_suite import Item, Sections, first_line
-from .peers import Outcome
-from .problems import FIELDS, FieldSpec, Problem, make_problem
-from .training_peers import StepOutcome, small_steps
+import gpu_diffrax
+import gpu_sanitize
+from gpu_suite import Item, Sections, first_line
+
+from sparseflow_kernels.analysis import peers, training_peers
+from sparseflow_kernels.analysis.bench import processor
+from sparseflow_kernels.analysis.floor import Work
+from sparseflow_kernels.analysis.peers import Outcome
+from sparseflow_kernels.analysis.problems import FIELDS, FieldSpec, Problem, make_problem
+from sparseflow_kernels.analysis.training_peers import StepOutcome, small_steps
+from sparseflow_kernels.build_info import build_info
+from sparseflow_kernels.compiled_field import CompiledField
+from sparseflow_kernels.compiled_field import compile as compile_field
+from sparseflow_kernels.engines.base import Engine, SolveRequest
+from sparseflow_kernels.field import VectorField
+from sparseflow_kernels.flows import ContinuousFlow, mlp_field
+from sparseflow_kernels.solving.arguments import request_of
 
 FIELD_NAMES = ("toy", "power", "hepmass", "miniboone", "bsds300")
 KEEPS = (0.1, 1.0, 0.02, 0.5, 0.2)  # the most wanted first
@@ -273,7 +276,7 @@ def _fma_rate(setting: Setting, seconds: float) -> dict[str, Any]:
     is no Triton."""
     if setting.device.type == "cuda":
         try:
-            from . import gpu_fma
+            import gpu_fma
 
             out = gpu_fma.output(torch.cuda.get_device_properties(setting.device).multi_processor_count, setting.device)
             loops = 2048
