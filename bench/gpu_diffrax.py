@@ -110,14 +110,14 @@ def _training(problem, device) -> Callable[[], int]:
     return lambda: JaxField.evaluations(jax.block_until_ready(step(masks, weights, noise, start))[1])
 
 
-def _timed(run: Callable[[], int], seconds: float, most: int = 30) -> dict[str, Any]:
+def _timed(run: Callable[[], int], seconds: float) -> dict[str, Any]:
     """Wall time around a call that waits for its result; compiled and run once before."""
     import statistics
 
     run()
     nfe, times = run(), []
     begin = time.perf_counter()
-    while len(times) < 3 or (len(times) < most and time.perf_counter() - begin < seconds):
+    while len(times) < 3 or (len(times) < 30 and time.perf_counter() - begin < seconds):
         before = time.perf_counter()
         run()
         times.append(time.perf_counter() - before)

@@ -365,20 +365,11 @@ def training_run(compiled: CompiledField, problem: Problem) -> Callable[[], Step
     if problem.noise is not None:
         flow.noise = problem.noise
     parameters = list(compiled.parameters())
-    step = small_steps(parameters)
 
     def gradient() -> Tensor:
         return torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
 
-    def run() -> StepOutcome:
-        step()
-        flow.zero_grad(set_to_none=True)
-        loss = -flow.log_prob(problem.x).mean()
-        loss.backward()
-        (stats,) = flow.stats.solves
-        return StepOutcome(float(loss.detach()), gradient, stats.nfe, steps=stats.accepted)
-
-    return run
+    return training_peers.step_of(flow, problem, small_steps(parameters), gradient)
 
 
 def forward_error(outcome: Outcome, reference: Outcome) -> float:

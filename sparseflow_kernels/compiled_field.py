@@ -154,15 +154,12 @@ class CompiledField(FieldParameters):
         """How the divergence is computed (`divergence.plan`), counted once."""
         return self._packing.plan(kind, self._live_field)
 
-    def runner(self, kind: Literal["exact", "hutchinson"] | None = None) -> Engine:
-        """The engine for a call made now: `packed(kind)`, or the reference engine where only torch operations may take
-        part."""
-        return self.ready(kind)[0]
-
     def ready(
         self, kind: Literal["exact", "hutchinson"] | None = None
     ) -> tuple[Engine, Callable[[], ReferenceEngine]]:  # fmt: skip
-        """(the engine for a call made now, what gives the reference engine over the live parameters for it)."""
+        """(the engine for a call made now, what gives the reference engine over the live parameters for it).
+
+        The engine is `packed(kind)`, or the reference engine where only torch operations may take part."""
         if self._watch is not None:
             self.follow()
         reference = lambda: self.reference(kind)

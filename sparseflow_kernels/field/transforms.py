@@ -51,17 +51,14 @@ class Adjoint:
     matrices: dict[Matrix, list[tuple[Node, Node]]]
 
 
-def adjoint(
-    g: Graph, cotangents: Mapping[Node, Node], leaf: Callable[[Node], bool], needed: Callable[[Node], bool] | None = None
-) -> Adjoint:
+def adjoint(g: Graph, cotangents: Mapping[Node, Node], leaf: Callable[[Node], bool]) -> Adjoint:
     """From cotangents of nodes, those of the leaves, and the gradients of matrices. leaf: nodes behind which nothing is
-    differentiated.  needed: whether a leaf's cotangent is wanted (None: all but numbers and constants)."""
+    differentiated."""
     nodes = order(cotangents, stop=leaf)
-    wanted = needed or (lambda node: node.kind not in ("number", "constant"))
     moves: dict[Node, bool] = {}
     for node in nodes:  # whether a cotangent of it leads anywhere
         if leaf(node) or not node.operands:
-            moves[node] = wanted(node)
+            moves[node] = node.kind not in ("number", "constant")
         else:
             trained = node.matrix is not None and not node.matrix.constant
             moves[node] = trained or any(moves[operand] for operand in node.operands)
