@@ -95,7 +95,7 @@ class CompiledField(FieldParameters):
     in the module>`. What the module does not train is a buffer. A state dict fits a field compiled from the same masks.
 
     torch.compile and torch.export see one opaque operator per evaluation or solve, with its gradient (`operators`); an
-    exported program runs wherever this package was imported. Fields with functions of time that are Python break a
+    exported program of torch runs wherever this package was imported. Fields with functions of time that are Python break a
     graph; exported, their evaluations are torch operations, and their solves are refused.
 
     dim: size of the state.  nnz: weights, that is multiply-adds per sample and evaluation.

@@ -9,7 +9,7 @@ from typing import Any, Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from .capture.replay import TimeProgram
+from .capture.replay import TimeFormula
 from .field import GraphField, TimeFunction, VectorField
 from .field.graph import order
 from .field.layout import Layout
@@ -38,7 +38,7 @@ class FieldParameters(nn.Module):
         if origins is None:
             origins, held = Held.by_tensors(field)
         self.origins = origins
-        whole = (name for function in time_programs(field) for name in function.names)
+        whole = (name for formula in time_formulas(field) for name in formula.names)
         self.shares = Shares(origins, held, whole, live=source is not None)
         with torch.inference_mode(False):  # a field compiled there is a field elsewhere
             self._make_parameters(field, held)
@@ -62,13 +62,13 @@ class FieldParameters(nn.Module):
         functions: dict[int, dict[str, nn.Module]] = {number: {} for number in range(len(field.layers))}
         for number, kind, part in time_functions(field):
             function = part.function
-            if isinstance(function, TimeProgram):
+            if isinstance(function, TimeFormula):
                 function = function.over(entries.__getitem__)
             if isinstance(function, nn.Module):
                 functions[number][f"{kind}_function"] = function
         if isinstance(field, GraphField):
-            for program in time_programs(field):  # they are the graph's own
-                program.read(entries.__getitem__)
+            for formula in time_formulas(field):  # they are the graph's own
+                formula.read(entries.__getitem__)
             if not field.parts:  # a field without tensors has a dtype and a device all the same
                 self.register_buffer("_nothing", torch.empty(0, dtype=field.dtype, device=field.device), persistent=False)
         self.layers = nn.ModuleList()
@@ -209,13 +209,13 @@ class FieldParameters(nn.Module):
                 yield tensor
 
 
-def time_programs(field: VectorField | GraphField) -> list[TimeProgram]:
+def time_formulas(field: VectorField | GraphField) -> list[TimeFormula]:
     """Functions of time that read parameters of the module."""
     if isinstance(field, GraphField):
         functions = [node.function for node in order([field.output]) if node.kind == "time"]
     else:
         functions = [part.function for _, _, part in time_functions(field)]
-    return [function for function in functions if isinstance(function, TimeProgram)]
+    return [function for function in functions if isinstance(function, TimeFormula)]
 
 
 def time_functions(field: VectorField | GraphField) -> list[tuple[int, str, TimeFunction]]:
@@ -236,5 +236,5 @@ def follow_assigned(field: FieldParameters, _: Any) -> None:
     if any(field.layers[n].tensor(name) is not own for (n, name), own in field._masked.items()):
         field._mask_gradients()
     for module in field.layers.modules():
-        if isinstance(module, TimeProgram):
+        if isinstance(module, TimeFormula):
             module.read(field.entry)

@@ -10,7 +10,7 @@ from .packing import Snapshot
 
 
 class Watch:
-    """A module as it was compiled. `changed` tells of everything that its program, and not only its numbers, may follow
+    """A module as it was compiled. `changed` tells of everything that its field, and not only the field's numbers, may follow
     from: parameters, buffers and submodules that came or went, buffers and masks with other numbers, a switch between
     training and evaluation, pruned entries (exact zeros) that are no longer zero."""
 

@@ -2,10 +2,9 @@
 
     sparseflow::evaluate, sparseflow::solve, and their backwards
 
-An operator is given the program of its field as a string (shapes, activations, engine; a digest of the patterns), the
-patterns as constant tensors, and the numbers as tensors, so that a graph holds all it needs: an exported program can be
-saved, and runs in any process that has imported this package. Engines packed for a graph's tensors live as long as the
-tensors do. Eager calls do not come here: an operator costs more than a small evaluation.
+An operator is given its field as a string (shapes, activations, engine; a digest of the patterns), the patterns as constant
+tensors, and the numbers as tensors, so that a graph of torch.export holds all it needs: it can be saved, and runs in any
+process that has imported this package. Engines packed for a graph's tensors live as long as the tensors do. Eager calls do not come here: an operator costs more than a small evaluation.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from .packing import Packing
 from .solution import SolverError
 from .solving.arguments import request_of, upward
 
-# ------------------------------------------------------------------------------------------------ programs as constants
+# ------------------------------------------------------------------------------------------------- fields as constants
 
 
 class Described(NamedTuple):
@@ -57,7 +56,7 @@ def describe(field: VectorField | GraphField, engine: str) -> Described | None:
 
 
 @dataclass
-class _Program:
+class _ReadBack:
     """A description read back: the field's skeleton, and its engines for the numbers it was last given."""
 
     text: str
@@ -65,7 +64,7 @@ class _Program:
     packing: Packing
 
     @staticmethod
-    def read(text: str, patterns: Sequence[Tensor]) -> "_Program":
+    def read(text: str, patterns: Sequence[Tensor]) -> "_ReadBack":
         described, nothing = json.loads(text), torch.empty(0, device="meta")
         layers = []
         for entry, row_ptr, col in zip(described["layers"], patterns[::2], patterns[1::2]):
@@ -77,10 +76,10 @@ class _Program:
                 LinearShift(nothing, nothing) if entry["shift"] else None,
                 Activation(name, tuple(params)), entry["name"],
             ))  # fmt: skip
-        return _Program(text, VectorField(layers), Packing(described["engine"]))
+        return _ReadBack(text, VectorField(layers), Packing(described["engine"]))
 
     def over(self, tensors: Sequence[Tensor]) -> VectorField:
-        given = iter([tensor.detach() for tensor in tensors])  # aliases: what is packed must not keep `_programs`' key
+        given = iter([tensor.detach() for tensor in tensors])  # aliases: what is packed must not keep `_read_back`' key
         return self.field.map_tensors(lambda _: next(given))
 
     def engine(self, kind: str | None, tensors: Sequence[Tensor]) -> Engine:
@@ -91,13 +90,13 @@ class _Program:
         return ReferenceEngine(field, self.packing.plan(kind, lambda: field))
 
 
-_programs = WeakTensorKeyDictionary()  # the first tensor of a field -> its program
+_read_back = WeakTensorKeyDictionary()  # the first tensor of a field -> what its description gave
 
 
-def _program(text: str, patterns: Sequence[Tensor], tensors: Sequence[Tensor]) -> _Program:
-    known = _programs.get(tensors[0])
+def _field_of(text: str, patterns: Sequence[Tensor], tensors: Sequence[Tensor]) -> _ReadBack:
+    known = _read_back.get(tensors[0])
     if known is None or known.text != text:
-        known = _programs[tensors[0]] = _Program.read(text, patterns)
+        known = _read_back[tensors[0]] = _ReadBack.read(text, patterns)
     return known
 
 
@@ -132,7 +131,7 @@ def _nothing(constant: Any) -> Any:
     return [None] * len(constant) if tensors else None
 
 
-_FIELD = "Tensor[] tensors, Tensor[] patterns, str program, str kind"
+_FIELD = "Tensor[] tensors, Tensor[] patterns, str program, str kind"  # program: the text; exported programs name it so
 
 
 # --------------------------------------------------------------------------------------------------------- evaluations
@@ -150,7 +149,7 @@ def evaluate(
     "sparseflow::evaluate", mutates_args=(), schema=f"(Tensor t, Tensor x, Tensor? noise, {_FIELD}) -> (Tensor, Tensor)"
 )
 def _evaluate(t, x, noise, tensors, patterns, program, kind):
-    engine = _program(program, patterns, tensors).engine(kind or None, tensors)
+    engine = _field_of(program, patterns, tensors).engine(kind or None, tensors)
     with torch.no_grad():
         found = gradients.call(engine, t, x.contiguous(), None if noise is None else noise.contiguous())
     return (*found, x.new_empty(0))[:2]
@@ -167,7 +166,7 @@ def _(t, x, noise, tensors, patterns, program, kind):
     " -> Tensor[]",
 )  # fmt: skip
 def _evaluate_backward(t, x, noise, tensors, patterns, program, kind, grad_f, grad_trace, needs):
-    kind, read = kind or None, _program(program, patterns, tensors)
+    kind, read = kind or None, _field_of(program, patterns, tensors)
     with _with_autograd(), torch.no_grad():
         gradient = gradients.evaluate_backward(
             read.engine(kind, tensors), read.reference(kind, tensors), t, x.contiguous(),
@@ -283,7 +282,7 @@ def _solve(
         if len(x) == 0:
             result = SolveResult(x.new_empty(len(t), *x.shape), None, 0, 0, 0, torch.empty(0, 2, dtype=torch.float64))
         else:
-            result = _program(program, patterns, tensors).engine(kind or None, tensors).solve(request)
+            result = _field_of(program, patterns, tensors).engine(kind or None, tensors).solve(request)
     if result.status != "ok":
         raise SolverError.of(result, request, (result.xs,) if l is None else (result.xs, result.ls), l is not None)
 
@@ -323,7 +322,7 @@ def _solve_backward(
 ):  # fmt: skip
     if len(x) == 0:
         return _needed([None] * len(needs), (x, l, t, noise, *tensors), needs)
-    kind, read = kind or None, _program(program, patterns, tensors)
+    kind, read = kind or None, _field_of(program, patterns, tensors)
     (need_x, need_l, need_t, need_noise), of_tensors = needs[:4], needs[4:]
     with _with_autograd():
         time = t.detach().requires_grad_(need_t)

@@ -8,7 +8,7 @@ from torch import nn
 from .capture import capture_with_origins
 from .field import Layer, Part, Pattern
 from .field.layout import State
-from .field_parameters import FieldParameters, time_programs
+from .field_parameters import FieldParameters, time_formulas
 from .reading import Reading
 from .report import part_name
 from .trained import Held, Shares, without_zeros, write
@@ -25,7 +25,7 @@ def write_back(field: FieldParameters, module: nn.Module, like: State | None) ->
             theirs[name].trained = field.shares.trained[name]
         found = Reading(original, origins, theirs).simplified()
     _check_alike(field, found)
-    shares = Shares(found.origins, theirs, (name for function in time_programs(found.field) for name in function.names))
+    shares = Shares(found.origins, theirs, (name for formula in time_formulas(found.field) for name in formula.names))
     if shares != field.shares:
         raise ValueError(
             "copy_to: the module computes its field from its parameters in another way than the one this was compiled "

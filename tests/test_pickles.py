@@ -11,7 +11,8 @@ from torch import nn
 import sparseflow_kernels as sfk
 
 NAMES = """
-compiled_field.CompiledField compiled_field._follow_assigned divergence_field.DivergenceField field.chain.Activation
+capture.replay.TimeProgram compiled_field.CompiledField compiled_field._follow_assigned
+divergence_field.DivergenceField field.chain.Activation
 field.chain.Layer field.chain.Pattern field.chain.VectorField field.graph.Graph field.graph.Matrix field.graph.Node
 field.graph_field.GraphField field.graph_field.Part field.layout.Layout layer_parameters.LayerParameters live.Watch
 operators.Described origin.Origin origin.Recipe packing.Packing pruning.masks._Refresh sparse_linear.SparseLinear

@@ -154,7 +154,7 @@ def _sigmoid(func, args, kwargs) -> tuple | None:
     return _with(func, args, kwargs, "sigmoid", 0), _with(func, args, kwargs, "sigmoid", 1)
 
 
-# ------------------------------------------------------------------------- what the rows of a program are computed with
+# ------------------------------------------------------------------------- what the rows of a field are computed with
 
 
 def add(a, b):

@@ -19,7 +19,7 @@ from .elements import Elements, same_for_all
 from .graph_operations import apply_to_elements
 from .operations import aten, base_name, call
 from .provenance import ParameterNumbers
-from .replay import Attribute, Leaf, Node, TimeProgram
+from .replay import Attribute, Leaf, Node, TimeFormula
 from .values import Constant, StateValue, TimeValue
 
 
@@ -49,7 +49,7 @@ class TimeReader:
         self._e, self._t, self._parameters, self._attribute = e, t, parameters, attribute
         self._time = StateValue(same_for_all(e.table.add(time)).reshape(()))
         self._known: dict[int, tuple[Any, Read]] = {}
-        self.functions: list[TimeProgram] = []
+        self.functions: list[TimeFormula] = []
 
     def ids(self, value: TimeValue) -> Tensor:
         with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
@@ -67,9 +67,9 @@ class TimeReader:
 
     def _function(self, node: Node, value: Tensor) -> Tensor:
         flat = Node(aten.reshape.default, (Node(aten._to_copy.default, (node,), {"dtype": self._e.table.dtype}), [-1]))
-        program = TimeProgram(flat, self._e.table.dtype, self._parameters.value)
-        self.functions.append(program)
-        made = self._e.graph.time_function(program, value.numel())
+        formula = TimeFormula(flat, self._e.table.dtype, self._parameters.value)
+        self.functions.append(formula)
+        made = self._e.graph.time_function(formula, value.numel())
         return same_for_all(self._e.table.add(made, value.numel())).view(value.shape)
 
     def _read(self, node: Node) -> Read:

@@ -68,8 +68,8 @@ class GraphTracer(Following):
             out = self.probe.call(self.module, t, state)
         with self.stack.naming(), torch.no_grad():
             return self.table.node_of(self._result(out, lines)), [
-                f"capture: {program.names or 'a function of t'} is kept as a general function of t"
-                for program in reader.functions
+                f"capture: {formula.names or 'a function of t'} is kept as a general function of t"
+                for formula in reader.functions
             ]
 
     def _result(self, out: Any, lines: Tensor) -> Tensor:

@@ -189,7 +189,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices=list(gpus)))
         stack.enter_context(torch.inference_mode(False))
         for kind in filter(torch.amp.is_autocast_available, kinds):
-            stack.enter_context(torch.autocast(kind, enabled=False))  # the program is the module's in its own dtype
+            stack.enter_context(torch.autocast(kind, enabled=False))  # the field is the module in its own dtype
         if "torch._dynamo" in sys.modules:  # what is compiled inside (submodules, functions) runs as it was written
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
