@@ -29,7 +29,7 @@ def part_name(part: SigmoidGate | LinearShift | TimeFunction | None) -> str:
 
 
 def describe_graph(field: GraphField) -> list[str]:
-    """Products one line each, the elementwise operations between them together."""
+    """Its operations: a line for every product, and one for the elementwise operations between two products."""
     nodes = [node for node in order([field.output]) if node.operands]
     rows = [("operation", "from", "rows", "weights", "density", "computed")]
     run: list[Node] = []

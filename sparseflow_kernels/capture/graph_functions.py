@@ -1,4 +1,4 @@
-"""Rules for elementwise functions."""
+"""Rules of graphs for elementwise functions. What a function is made of, in primitives, is written in functions.py."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def softplus_backward(e: Elements, func, args, kwargs, out) -> Any:
 
 
 def _below(g: Graph, a: Node) -> Node:
-    """min(a, 0), so that exp of it does not overflow where it is not wanted."""
+    """min(a, 0): exp of it does not overflow, not even where the result is thrown away."""
     return choose(g, above(g, a), g.number(0.0), a)
 
 

@@ -1,6 +1,9 @@
-"""Functions of t as nodes. What forward computes from t alone is kept as operations to be replayed (replay.py); where
-it meets the state it is read like everything else, with the same rules, so that the parameters in it are parts of the
-field. What no rule knows (a lookup, whole numbers) is one function of time that stays in Python."""
+"""Functions of t as nodes.
+
+What forward computes from t alone is kept as operations to be replayed (replay.py). Where it meets the state it is read by
+the same rules as everything else, so that the parameters in it are parts of the field. What no rule knows (a lookup, whole
+numbers) becomes a function of time that stays in Python.
+"""
 
 from __future__ import annotations
 
@@ -25,27 +28,28 @@ from .values import Constant, StateValue, TimeValue
 
 @dataclass(eq=False)
 class Unread:
-    """A function of t that is not, or not yet, rows: whole numbers, truth values, other dtypes."""
+    """A function of t that is not made of rows: whole numbers, truth values, other dtypes."""
 
     node: Node
 
 
 @dataclass(eq=False)
 class Read:
-    """What a node of the replay is at the probe's time, and as elements. Lists of results are lists of these."""
+    """What is known of a node of the replay. value: the result at the time of the run.  abstract: its elements, a Constant
+    or Unread. For an operation with several results both are lists."""
 
     value: Any
     abstract: Any
 
 
 class TimeReader:
-    """Elements of functions of t."""
+    """Gives the elements of functions of t. functions: those of time that stay in Python."""
 
     def __init__(
         self, e: Elements, time: Node | Any, t: Tensor, parameters: ParameterNumbers,
         attribute: Callable[[Attribute], Constant],
     ) -> None:  # fmt: skip
-        """time: the graph's input.  t: 0-d, that of the run."""
+        """time: the node of the graph's input.  t: 0-d, the time of the run.  attribute: gives what the module holds."""
         self._e, self._t, self._parameters, self._attribute = e, t, parameters, attribute
         self._time = StateValue(same_for_all(e.table.add(time)).reshape(()))
         self._known: dict[int, tuple[Any, Read]] = {}
@@ -73,7 +77,7 @@ class TimeReader:
         return same_for_all(self._e.table.add(made, value.numel())).view(value.shape)
 
     def _read(self, node: Node) -> Read:
-        """The node, and all before it that were not read yet, operands first."""
+        """Reads the node and, before it, those of its operands that were not read yet."""
         waiting = [node]
         while waiting:
             top = waiting[-1]
@@ -125,7 +129,7 @@ class TimeReader:
         return self._known[key][1]
 
     def _of_samples(self, constant: Constant) -> StateValue:
-        """A tensor of the module with a row for every sample, beside t: its samples lie along the first axis."""
+        """The elements of a tensor of the module that has a row for every sample, along its first axis."""
         entries = torch.arange(constant.value.numel()).view(constant.shape)
         lead = [len(entries)] + [1] * (entries.dim() - 1)
         samples = torch.arange(len(entries)).view(lead).expand(constant.shape)
@@ -154,8 +158,11 @@ class TimeReader:
         return Unread(node) if out.dtype == torch.bool else StateValue(self._function(node, out))
 
     def _picked(self, node: Node, args: tuple, out: Tensor) -> StateValue | None:
-        """table[:, index] of numbers given per sample at an index that depends on t: the table's entries times one for
-        those that are picked and zero for the others, which are the function of t."""
+        """table[:, index], of numbers given per sample at an index that depends on t; None for other operations.
+
+        The sum of the table's entries, each times one where the index picks it and else times zero, is a product with a
+        function of t.
+        """
         base = getattr(node.operation, "_schema", None) and base_name(node.operation)
         if base not in ("index", "index_select") or not isinstance(args[0], StateValue):
             return None

@@ -21,8 +21,11 @@ _STRUCTURAL = frozenset(("input", "vector", "number", "constant", "made", "linea
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A sparse matrix of the graph: a pattern with the values of part `part` of the field, with those that `made` computes
-    from parts, or with ones. entries: which of the part's values they are, int64 [nnz]; None: all of them in order."""
+    """A sparse matrix [out, in] of the graph. Its values are those of part `part` of the field, what `made` computes from
+    parts, or ones where both are None.
+
+    entries: int64 [nnz], which of the part's values they are; None: all of them in order.
+    """
 
     pattern: Pattern
     part: int | None = None
@@ -35,11 +38,11 @@ class Matrix:
 
     @property
     def constant(self) -> bool:
-        """Ones."""
+        """Its values are ones, which nothing trains."""
         return self.part is None and self.made is None
 
     def values(self, part: Callable[[int], Tensor], like: Tensor) -> Tensor:
-        """[nnz]. part: gives the values of a part of the field."""
+        """Its values [nnz]. part: gives the values of a part of the field.  like: of the dtype and device of ones."""
         if self.made is not None:
             return self.made(part, like)
         if self.part is None:
@@ -69,7 +72,7 @@ class Node:
     tensor: Tensor | None = None
     matrix: Matrix | None = None
     transposed: bool = False
-    pieces: tuple[tuple[int, int], ...] = ()  # rows: first row and number of rows of each operand
+    pieces: tuple[tuple[int, int], ...] = ()  # of "rows": (first row, number of rows) of each operand
     function: Callable[[Tensor], Tensor] | None = None
     made: Made | None = None
     origin: str = ""
@@ -81,12 +84,13 @@ class Node:
 
     @property
     def per_sample(self) -> bool:
-        """It differs from sample to sample and has to be computed at every evaluation."""
+        """Its value differs from sample to sample, and is computed at every evaluation."""
         return self.binding in SAMPLES
 
 
 def order(outputs: Iterable[Node], stop: Callable[[Node], bool] = lambda node: False) -> list[Node]:
-    """The nodes that outputs depend on, operands first; behind a node where `stop` holds it is not looked further."""
+    """The outputs and the nodes that they depend on, operands before what reads them. Operands of a node for which `stop`
+    holds are not followed."""
     seen: set[int] = set()
     found: list[Node] = []
     waiting: list[tuple[Node, bool]] = [(node, False) for node in reversed(list(outputs))]
@@ -103,5 +107,5 @@ def order(outputs: Iterable[Node], stop: Callable[[Node], bool] = lambda node: F
 
 
 def from_parts(outputs: Sequence[Node]) -> bool:
-    """Do they depend on parts of the field?"""
+    """Whether they depend on parts of the field."""
     return any(node.kind in ("vector", "made") or not (node.matrix is None or node.matrix.constant) for node in order(outputs))

@@ -1,8 +1,8 @@
 """The elementwise primitives of a graph: the one table of names, native numbers, values and derivatives.
 
-`number` is the instruction of csrc/expression.h. `value` defines the meaning, on tensors that broadcast. `partials`
-builds the derivative by each operand as nodes: it is given the graph, the node itself (so that tanh' can be written by
-tanh) and its operands; None stands for zero. Where a derivative jumps it is the one torch's own backward uses.
+`number` is the instruction of csrc/expression.h. `value` defines the meaning, on tensors that broadcast. `partials` builds
+the derivative by each operand as nodes. It is given the graph, the node itself (tanh' is written with tanh) and the node's
+operands, and gives None for zero. Where a derivative jumps, it has the value that torch's own backward uses.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Partials = Callable[[Builder, Node, Sequence[Node]], Sequence[Node | None]]
 
 @dataclass(frozen=True)
 class Primitive:
-    """cheap: takes no longer than a load, so that it is better computed again than kept."""
+    """One row of the table. cheap: it takes no longer than a load, so that computing it again beats keeping it."""
 
     number: int
     arity: int
@@ -69,7 +69,7 @@ def _division(g: Builder, node: Node, operands: Sequence[Node]) -> list[Node]:
 
 
 def _larger(of_first: bool) -> Partials:
-    """torch halves the gradient between equal operands."""
+    """Of maximum or minimum. torch halves the gradient between equal operands, and so does this."""
 
     def partials(g: Builder, node: Node, operands: Sequence[Node]) -> list[Node]:
         a, b = operands
