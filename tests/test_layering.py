@@ -98,3 +98,17 @@ def test_no_files_import_each_other_in_a_circle():
     for name in sorted(FILES):
         if name not in state:
             visit(name)
+
+
+def test_the_package_imports_nothing_of_the_bench():
+    """The GPU suite lies in bench/, which a wheel does not have."""
+    bench = {path.stem for path in (PACKAGE.parent / "bench").glob("*.py")}
+    for name, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found = {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found = {node.module.split(".")[0]}
+            else:
+                continue
+            assert not found & (bench | {"bench", "tests"}), name
