@@ -31,11 +31,15 @@ class Graph:
         self._known: dict[tuple, Node] = {}
         self._matrices: dict[tuple, Matrix] = {}
         self.origin = ""  # given to the nodes that are made
-        self.activations: dict[Node, tuple[Activation, Node]] = {}  # node -> (activation, its operand): fused kernels run it as one
+        self.activations: dict[Node, tuple[Activation, Node]] = {}  # node -> (activation, operand): fused kernels run it
+        self.slopes: dict[Node, Node] = {}  # node of an activation -> its derivative there (`transforms.slope`)
 
     def __getstate__(self) -> dict:
         """Without the tables, which go by the identity of nodes and matrices: a copy has other ones."""
         return {**self.__dict__, "_known": {}, "_matrices": {}}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update({"slopes": {}, **state})  # version 0.1.0 kept no slopes
 
     def _intern(self, key: tuple, make: Callable[[], Node]) -> Node:
         node = self._known.get(key)
