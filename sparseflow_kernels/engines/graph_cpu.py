@@ -295,8 +295,7 @@ class GraphCpuEngine(NativeEngine):
         self, program: _Program, raw: dict, context: Tensor | None, noise: Tensor | None, grad_rows: Tensor | None,
         wanted: Collection[str],
     ) -> tuple[Gradient, float]:
-        """The gradient of the parts, the context and the noise, which autograd makes from the native sums; and that of the
-        time."""
+        """What native sums are carried on to: the parts, the context and the noise; and the gradient of the time."""
         writer, dtype = program.writer, self.dtype
         parts = self._values
         of_parts: list[Tensor | None] = [None] * len(parts)
