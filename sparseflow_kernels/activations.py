@@ -121,9 +121,3 @@ def derivative(activation: Activation, z: Tensor) -> Tensor:
     """act'(z)."""
     rule, params = rule_and_params(activation)
     return rule.first(z, *params)
-
-
-def second_derivative(activation: Activation, z: Tensor) -> Tensor:
-    """act''(z)."""
-    rule, params = rule_and_params(activation)
-    return rule.second(z, *params)

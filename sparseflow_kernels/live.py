@@ -1,5 +1,4 @@
-"""What a field with live parameters watches: whether its module is still the one that it was compiled from, but for the
-values of its parameters."""
+"""What a field with live parameters watches: whether anything of its module but the values of parameters has changed."""
 
 from __future__ import annotations
 
@@ -10,9 +9,12 @@ from .packing import Snapshot
 
 
 class Watch:
-    """A module as it was compiled. `changed` tells of everything that its program, and not only its numbers, may follow
-    from: parameters, buffers and submodules that came or went, buffers and masks with other numbers, a switch between
-    training and evaluation, pruned entries (exact zeros) that are no longer zero."""
+    """A module as it was compiled.
+
+    `changed` notices what makes another field of it than one with other numbers: parameters, buffers and submodules that
+    came or went, buffers and masks with other numbers, a switch between training and evaluation, and pruned entries (exact
+    zeros) that are no longer zero.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -37,6 +39,7 @@ class Watch:
         return Snapshot(tensors) if tensors else None
 
     def changed(self) -> bool:
+        """Whether the module has to be compiled anew."""
         if any(tuple(names) != before for names, before in self._structure):
             return True
         if any(part.training != mode for part, mode in self._modes):

@@ -1,4 +1,4 @@
-"""Rules for elementwise functions."""
+"""Rules of graphs for elementwise functions. What a function is made of, in primitives, is written in functions.py."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ from .functions import (
     quotient,
     truncated,
 )
-from .graph_rules import argument, rule
 from .operations import base_name
 from .refusal import refuse
-from .values import Constant, Opaque, StateValue, TimeValue
+from .registry import GRAPH, argument, number
+from .values import Constant, Opaque, StateValue
+
+rule = GRAPH.rule
 
 
 @rule(*ELEMENTWISE)
@@ -85,13 +87,6 @@ def addcdiv(e: Elements, func, args, kwargs, out) -> Any:
     return e.pointwise(lambda g, a, b, c, v: g.add(a, g.mul(g.apply("div", b, c), v)), *args[:3], value)
 
 
-def number(args: tuple, kwargs: dict, position: int, name: str, default: float | None) -> float | None:
-    value = argument(args, kwargs, position, name, default)
-    if isinstance(value, (TimeValue, StateValue)):
-        refuse(f"an activation whose {name} depends on t")
-    return float(value) if isinstance(value, (int, float)) else value
-
-
 @rule("clamp", "clip")
 def clamp(e: Elements, func, args, kwargs, out) -> Any:
     low, high = argument(args, kwargs, 1, "min"), argument(args, kwargs, 2, "max")
@@ -124,7 +119,7 @@ def _pulled_back(e: Elements, of: Activation, args: tuple) -> Any:
 
 
 def _below(g: Graph, a: Node) -> Node:
-    """min(a, 0), so that exp of it does not overflow where it is not wanted."""
+    """min(a, 0): exp of it does not overflow, not even where the result is thrown away."""
     return choose(g, above(g, a), g.number(0.0), a)
 
 

@@ -1,7 +1,4 @@
-"""What every aten operation makes of elements of a graph: the table operation -> rule, and rules that move elements.
-
-A rule takes (elements, func, args, kwargs, out) as those of a chain do (rules.py).
-"""
+"""Rules that move elements: views, joins, copies, padding, and writing at places."""
 
 from __future__ import annotations
 
@@ -11,60 +8,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..field import UnsupportedFieldError
 from .algebra import apply
 from .elements import Elements, rows_of, samples_of
 from .functions import complement, maximum, minimum, product
 from .operations import STRUCTURAL, aten, base_name
-from .refusal import REMEDY, NotFinite, refuse
+from .refusal import refuse
+from .registry import GRAPH, argument
 from .values import Constant, StateValue, TimeValue
 
-Rule = Callable[[Elements, Any, tuple, dict, Any], Any]
-RULES: dict[str, Rule] = {}
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
-        return function
-
-    return register
-
-
-def apply_to_elements(e: Elements, func, args: tuple, kwargs: dict, out: Any) -> Any:
-    base = base_name(func)
-    if base not in RULES:
-        refuse(f"the operation {base} on the state")
-    _check_dtypes(e, base, args, out)
-    try:
-        return RULES[base](e, func, args, kwargs, out)
-    except (UnsupportedFieldError, NotFinite):
-        raise
-    except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        refuse(f"the operation {func} on the state ({type(error).__name__}: {error})", REMEDY, error)
-
-
-def _check_dtypes(e: Elements, base: str, args: tuple, out: Any) -> None:
-    """Elements are numbers of the field's dtype; truth values are 0 and 1, and numbers of them whole numbers."""
-    for tensor in tree_leaves(out):
-        if isinstance(tensor, Tensor):
-            dtype = tensor.dtype
-            if (dtype.is_floating_point or dtype.is_complex) and dtype != e.table.dtype:
-                refuse(f"a change of the state's dtype to {dtype}")
-            if dtype != torch.bool and base.startswith(("bitwise_", "__and", "__or", "__xor")):
-                refuse(f"the operation {base} on whole numbers made of the state")
-            if dtype == torch.bool and base in ("add", "sub", "sum", "mean", "cumsum"):
-                what = f"the operation {base} on truth values made of the state"
-                refuse(what, "Use logical_or, or .to(y.dtype) first")
-    if base == "view" and len(args) > 1 and isinstance(args[1], torch.dtype):
-        refuse("the bits of the state viewed as another dtype")
-
-
-def argument(args: tuple, kwargs: dict, position: int, name: str, default: Any = None) -> Any:
-    return args[position] if len(args) > position else kwargs.get(name, default)
-
-
-# ------------------------------------------------------------------------------------------------- moving elements
+rule = GRAPH.rule
 
 
 @rule(*STRUCTURAL)
@@ -244,6 +196,3 @@ def put(e: Elements, func, args, kwargs, out) -> Any:
 def fill(e: Elements, func, args, kwargs, out) -> Any:
     value = args[1] if len(args) > 1 else 0.0
     return StateValue(e.ids(value).expand(out.shape).clone())
-
-
-from . import graph_functions, graph_linear, graph_reductions  # noqa: E402, F401  they register their rules

@@ -1,6 +1,9 @@
-"""Functions of t as nodes. What forward computes from t alone is kept as operations to be replayed (replay.py); where
-it meets the state it is read like everything else, with the same rules, so that the parameters in it are parts of the
-field. What no rule knows (a lookup, whole numbers) is one function of time that stays in Python."""
+"""Functions of t as nodes.
+
+What forward computes from t alone is kept as operations to be replayed (replay.py). Where it meets the state it is read by
+the same rules as everything else, so that the parameters in it are parts of the field. What no rule knows (a lookup, whole
+numbers) becomes a function of time that stays in Python.
+"""
 
 from __future__ import annotations
 
@@ -16,40 +19,41 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from ..field import UnsupportedFieldError
 from . import algebra
 from .elements import Elements, same_for_all
-from .graph_rules import apply_to_elements
+from .graph_operations import apply_to_elements
 from .operations import aten, base_name, call
 from .provenance import ParameterNumbers
-from .replay import Attribute, Leaf, Node, TimeProgram
+from .replay import Attribute, Leaf, Node, TimeFormula
 from .values import Constant, StateValue, TimeValue
 
 
 @dataclass(eq=False)
 class Unread:
-    """A function of t that is not, or not yet, rows: whole numbers, truth values, other dtypes."""
+    """A function of t that is not made of rows: whole numbers, truth values, other dtypes."""
 
     node: Node
 
 
 @dataclass(eq=False)
 class Read:
-    """What a node of the replay is at the probe's time, and as elements. Lists of results are lists of these."""
+    """What is known of a node of the replay. value: the result at the time of the run.  abstract: its elements, a Constant
+    or Unread. For an operation with several results both are lists."""
 
     value: Any
     abstract: Any
 
 
 class TimeReader:
-    """Elements of functions of t."""
+    """Gives the elements of functions of t. functions: those of time that stay in Python."""
 
     def __init__(
         self, e: Elements, time: Node | Any, t: Tensor, parameters: ParameterNumbers,
         attribute: Callable[[Attribute], Constant],
     ) -> None:  # fmt: skip
-        """time: the graph's input.  t: 0-d, that of the run."""
+        """time: the node of the graph's input.  t: 0-d, the time of the run.  attribute: gives what the module holds."""
         self._e, self._t, self._parameters, self._attribute = e, t, parameters, attribute
         self._time = StateValue(same_for_all(e.table.add(time)).reshape(()))
         self._known: dict[int, tuple[Any, Read]] = {}
-        self.functions: list[TimeProgram] = []
+        self.functions: list[TimeFormula] = []
 
     def ids(self, value: TimeValue) -> Tensor:
         with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
@@ -67,13 +71,13 @@ class TimeReader:
 
     def _function(self, node: Node, value: Tensor) -> Tensor:
         flat = Node(aten.reshape.default, (Node(aten._to_copy.default, (node,), {"dtype": self._e.table.dtype}), [-1]))
-        program = TimeProgram(flat, self._e.table.dtype, self._parameters.value)
-        self.functions.append(program)
-        made = self._e.graph.time_function(program, value.numel())
+        formula = TimeFormula(flat, self._e.table.dtype, self._parameters.value)
+        self.functions.append(formula)
+        made = self._e.graph.time_function(formula, value.numel())
         return same_for_all(self._e.table.add(made, value.numel())).view(value.shape)
 
     def _read(self, node: Node) -> Read:
-        """The node, and all before it that were not read yet, operands first."""
+        """Reads the node and, before it, those of its operands that were not read yet."""
         waiting = [node]
         while waiting:
             top = waiting[-1]
@@ -125,7 +129,7 @@ class TimeReader:
         return self._known[key][1]
 
     def _of_samples(self, constant: Constant) -> StateValue:
-        """A tensor of the module with a row for every sample, beside t: its samples lie along the first axis."""
+        """The elements of a tensor of the module that has a row for every sample, along its first axis."""
         entries = torch.arange(constant.value.numel()).view(constant.shape)
         lead = [len(entries)] + [1] * (entries.dim() - 1)
         samples = torch.arange(len(entries)).view(lead).expand(constant.shape)
@@ -154,8 +158,11 @@ class TimeReader:
         return Unread(node) if out.dtype == torch.bool else StateValue(self._function(node, out))
 
     def _picked(self, node: Node, args: tuple, out: Tensor) -> StateValue | None:
-        """table[:, index] of numbers given per sample at an index that depends on t: the table's entries times one for
-        those that are picked and zero for the others, which are the function of t."""
+        """table[:, index], of numbers given per sample at an index that depends on t; None for other operations.
+
+        The sum of the table's entries, each times one where the index picks it and else times zero, is a product with a
+        function of t.
+        """
         base = getattr(node.operation, "_schema", None) and base_name(node.operation)
         if base not in ("index", "index_select") or not isinstance(args[0], StateValue):
             return None

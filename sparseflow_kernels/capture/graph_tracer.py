@@ -14,8 +14,8 @@ from ..field import Graph, GraphField, Node
 from ..trained import Held
 from .context import Context, ReadContext, attribute, names_of
 from .elements import ANY, Elements, rows_of, samples_of
+from .graph_operations import apply_to_elements
 from .graph_probe import GraphProbe
-from .graph_rules import RULES, apply_to_elements
 from .graph_table import GraphTable
 from .graph_time import TimeReader
 from .memory import found_in, geometry, overlap, replaced, taken
@@ -30,8 +30,12 @@ MOST_CONTEXT = 1 << 16  # rows of context, while it is not known how many there 
 
 
 class GraphTracer(Following):
-    """Reads one run of module(t, state): `tracer.read()` gives the field. context: whether the tensors of the module
-    with a row for every sample may be its context, and how many rows there are.  names: of those that are."""
+    """Reads one run of module(t, state): `read` gives the node of the result, `field` the field.
+
+    context: None: constants that differ from sample to sample raise NeedsContext; else they become the context, and this
+    is its number of rows, or more than that.  names: of the module's tensors that may be the context; None: all of those
+    with a row for every sample.
+    """
 
     attends = True
 
@@ -53,7 +57,7 @@ class GraphTracer(Following):
             self.table.attribute = self._attribute
 
     def read(self) -> tuple[Node, list[str]]:
-        """The node of the result, and notes."""
+        """(the node of the result, notes for people). Raises UnsupportedFieldError for what no rule expresses."""
         t, rows = self.probe.point()
         state = self.probe.state(rows)
         parts = list(state) if isinstance(state, tuple) else [state]
@@ -68,12 +72,12 @@ class GraphTracer(Following):
             out = self.probe.call(self.module, t, state)
         with self.stack.naming(), torch.no_grad():
             return self.table.node_of(self._result(out, lines)), [
-                f"capture: {program.names or 'a function of t'} is kept as a general function of t"
-                for program in reader.functions
+                f"capture: {formula.names or 'a function of t'} is kept as a general function of t"
+                for formula in reader.functions
             ]
 
     def _result(self, out: Any, lines: Tensor) -> Tensor:
-        """The rows of the derivative of one sample."""
+        """The numbers of the rows of one sample's derivative, int64 [dim]."""
         outs = list(out) if isinstance(out, (tuple, list)) else [out]
         rows = []
         for part, ids in zip(outs, self.probe.parts_of(lines)):
@@ -110,7 +114,8 @@ class GraphTracer(Following):
         return self.value_of(attribute(self.module, leaf.name))
 
     def value_of(self, tensor: Tensor) -> Any:
-        """Also of a tensor that is new to Python and shows memory that is known: what autograd has kept, say."""
+        """The value of a tensor. A tensor that was not met before may show memory that was: what autograd has kept, for
+        example. Others are constants."""
         value = self.values.get(id(tensor))
         if value is not None:
             return value
@@ -144,7 +149,7 @@ class GraphTracer(Following):
         return None
 
     def rebind(self, tensor: Tensor, value: Any) -> None:
-        """After an in-place operation: what else shows the same memory follows."""
+        """The value of a tensor after an operation in place, which other tensors of the same memory follow."""
         self.bind(tensor, value)
         for other in self.aliases[_memory(tensor)]:
             if other is tensor or not overlap(other, tensor):
@@ -168,7 +173,7 @@ class GraphTracer(Following):
     def _abstract(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
         base = base_name(func)
         if base in ("is_same_size", "_has_same_storage_numel", "_linalg_check_errors"):
-            return out  # nothing of the values
+            return out  # it asks for shapes alone
         opaque = next((a for a in tree_leaves((args, kwargs)) if isinstance(a, Opaque)), None)
         if opaque is not None and base not in FACTORIES:
             if torch.Tag.data_dependent_output in func.tags:
@@ -183,18 +188,10 @@ class GraphTracer(Following):
         with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
             return apply_to_elements(self.elements, func, args, kwargs, out)
 
-    def _sparse_linear(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
-        with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
-            if isinstance(args[0], StateValue):
-                return RULES["linear"](self.elements, func, args, kwargs, out)
-            from .rules import sparse_linear
-
-            return sparse_linear(None, args, out)
-
 
 @contextlib.contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Attention as the operations that it consists of."""
+    """While this lasts, torch runs attention by the single operations that it consists of."""
     quick = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -210,7 +210,7 @@ class GraphWriter:
     # ---- operations
 
     def _summed(self, node: Node) -> Node:
-        """The node whose rows add up to this one [1]: a sum of rows need not be made first."""
+        """The node whose rows add up to this one [1]. The trace adds rows up by itself, so their sum is not computed first."""
         ones = node.kind == "linear" and node.matrix.constant and not node.transposed
         if ones and node.matrix.pattern.nnz == node.operands[0].rows and node.rows == 1 and self.bindings.per_sample(node):
             return node.operands[0]
@@ -314,7 +314,7 @@ class GraphWriter:
 
     @staticmethod
     def _stored(node: Node, inside: set[Node], plan: Schedule, outside, traced, placed) -> bool:
-        """Others than the operation that makes a node read it."""
+        """Whether a node is read by others than the operation that computes it."""
         if (node in outside and node not in traced) or node in placed:
             return True
         return any(reader not in inside for reader in plan.readers.get(node, ()))
@@ -330,7 +330,7 @@ class GraphWriter:
         return self._pieces(nodes[:half]) + self._pieces(nodes[half:])
 
     def _last_reads(self, plan, end, placed, traced, targets, sums, due, joined) -> dict[Node, int]:
-        """The step behind which nobody reads a node's rows, itself or through pieces of it."""
+        """node -> the last step that reads its rows, directly or through a piece of them."""
         gone: dict[Node, int] = {}
 
         def read(node: Node, step: int) -> None:
@@ -488,7 +488,7 @@ class GraphWriter:
 
 
 def _is_trained(node: Node) -> bool:
-    """Parts of the field, time or the context have a say in it."""
+    """Whether the node depends on parts of the field, on time or on the context."""
     return node.kind != "input" and bool(node.binding) or from_parts([node])
 
 

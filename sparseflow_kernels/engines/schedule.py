@@ -1,8 +1,8 @@
 """The order in which the nodes of a graph are computed, and which of them are one operation.
 
 Every node that differs from sample to sample gets a step. Elementwise nodes of the same step and number of rows are one
-pointwise operation, so they are put off to the step of their first reader: a slope that only the backward pass reads
-is made there, of what is kept anyway. Products are taken as soon as they can be.
+pointwise operation, so each is put off to the step of its first reader. A slope that only the backward pass reads is
+computed there, from values that are kept anyway. Products are computed as soon as their operands are there.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _assign(found: Schedule, fixed: set[Node], per_sample: Callable[[Node], bool
     steps = found.steps
 
     def beside(reader: Node, operand: Node) -> int:
-        """How many steps before its reader an operand has to be there."""
+        """The number of steps by which an operand must come before its reader."""
         together = found.is_pointwise(operand) and (
             reader in found.totals or (found.is_pointwise(reader) and reader.rows == operand.rows)
         )
@@ -128,7 +128,7 @@ def _assign(found: Schedule, fixed: set[Node], per_sample: Callable[[Node], bool
         if node in found.affine and found.affine[node].slope is not None:
             steps[found.affine[node].slope] = steps[node]
     for node in reversed(found.nodes):
-        # Only what is not read from outside can be put off, and only where its operands need not be kept for it alone.
+        # A node is put off only if it is no output, and if no operand would have to be kept for it alone.
         readers = found.readers.get(node, ())
         if node in fixed or not found.is_pointwise(node) or not readers:
             continue
