@@ -22,6 +22,7 @@ ENGINES = {
 
 # Of fields that are graphs. Those that are missing run chains only.
 GRAPH_ENGINES = {
+    "triton": ("triton.graph_engine", "GraphTritonEngine"),
     "reference": ("graph_reference", "GraphReferenceEngine"),
     "cpu": ("graph_cpu", "GraphCpuEngine"),
 }

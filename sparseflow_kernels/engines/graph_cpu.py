@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Collection, Sequence
+from typing import Collection
 
 import torch
 from torch import Tensor
 
 from ..divergence import DivergencePlan
-from ..field import GraphField, Node
-from ..field.graph import STATE, evaluate, order
+from ..field import GraphField
+from ..field.graph import STATE, order
 from ..threads import get_num_threads
 from .base import Gradient, SolveRequest, SolveResult
 from .cpu import _BUILDERS, STAGE_BYTES, _native, unready
+from .graph_native import GraphNativeEngine, ProgramSums, summands
 from .lower import COTANGENT, TRACE_COTANGENT, GraphWriter, state_bindings, time_bindings
-from .native import NativeEngine, address, native_options, native_tableau, solve_result, times_gradient
+from .native import address, native_options, native_tableau, solve_result, times_gradient
 
 
 @dataclass(eq=False)
@@ -27,7 +28,7 @@ class _Program:
     time: "_Program | None" = None
 
 
-class GraphCpuEngine(NativeEngine):
+class GraphCpuEngine(GraphNativeEngine):
     """Sparse products and pointwise expressions in C++ over batch-minor tiles; a whole solve is one call."""
 
     name = "cpu"
@@ -75,7 +76,7 @@ class GraphCpuEngine(NativeEngine):
             writer.write_adjoint(field.output, trace, names)
             program = _Program(builder.compile_adjoint(), writer)
         else:
-            writer.write(field.output, [] if trace is None else _summands(trace))
+            writer.write(field.output, [] if trace is None else summands(trace))
             program = _Program(builder.compile(), writer)
         if writer.timed:
             self._answer_times(program)
@@ -85,7 +86,7 @@ class GraphCpuEngine(NativeEngine):
     def _answer_times(self, program: _Program) -> None:
         timed = program.writer.timed
         if program.writer.time_in_python:
-            program.native.set_refresh(lambda times: self._answer_in_torch(timed, times))
+            program.native.set_refresh(lambda times: [[_array(row)] for row in self._answer_in_torch(timed, times)])
             return
         builder = getattr(_native(), _BUILDERS[self.dtype])()
         writer = GraphWriter(builder, self._field, time_bindings(self._field))
@@ -93,31 +94,19 @@ class GraphCpuEngine(NativeEngine):
         program.time = _Program(builder.compile(), writer)
         program.native.set_time(program.time.native)
 
-    @torch.no_grad()
-    def _answer_in_torch(self, timed: Sequence[Node], times: list[float]) -> list[list]:
-        values = self._evaluate(timed, {"time": torch.tensor(times, dtype=self.dtype)[:, None]})
-        rows = torch.cat([value.expand(len(times), value.shape[1]) for value in values], 1)
-        return [[_array(row)] for row in rows]
-
     def _renew(self, program: _Program) -> None:
         """The present numbers of the field's parts."""
-        parts, writer, like = self._field.parts, program.writer, torch.empty(0, dtype=self.dtype)
-        of_part = lambda number: parts[number].values
-        for number, matrix in writer.matrices:
-            if not matrix.constant:
-                program.native.set_values(number, _array(matrix.values(of_part, like)))
-        nodes = [node for _, node in writer.vectors]
-        values = evaluate(nodes, {}, of_part, like=like)
-        for (number, _), value in zip(writer.vectors, values):
-            program.native.set_vector(number, _array(value[0]))
+        matrices, vectors = self._numbers(program.writer)
+        for number, values in matrices:
+            program.native.set_values(number, _array(values))
+        for number, values in vectors:
+            program.native.set_vector(number, _array(values))
         if program.time is not None:
             self._renew(program.time)
 
     @torch.no_grad()
     def update(self, field: GraphField) -> bool:
-        if field.graph is not self._field.graph or field.output is not self._field.output:
-            return False
-        if (field.dtype, field.device) != (self.dtype, self.device):
+        if not self._takes_over(field):
             return False
         self._field = field
         self.stamp += 1
@@ -125,34 +114,7 @@ class GraphCpuEngine(NativeEngine):
             self._renew(program)
         return True
 
-    # ---- what comes with a call
-
-    def _context(self, program: _Program, context: Tensor | None, noise: Tensor | None, batch: int) -> Tensor | None:
-        """The rows [batch, rows] that follow from the context, for this call."""
-        nodes = program.writer.contexts
-        if not nodes:
-            return None
-        with torch.no_grad():
-            values = self._evaluate(nodes, {"context": context, "noise": noise})
-            return torch.cat([value.expand(batch, node.rows) for value, node in zip(values, nodes)], 1).contiguous()
-
-    def _evaluate(self, nodes: Sequence[Node], inputs: dict, parts: Sequence[Tensor] | None = None) -> list[Tensor]:
-        parts = [part.values for part in self._field.parts] if parts is None else parts
-        inputs = {name: value for name, value in inputs.items() if value is not None}
-        return evaluate(nodes, inputs, lambda n: parts[n], like=torch.empty(0, dtype=self.dtype))
-
-    def _ready_context(self, context: Tensor | None, batch: int) -> Tensor | None:
-        node = self._field.context
-        if node is None:
-            return None
-        if context is None:
-            raise ValueError(f"this field has a context [batch, {node.rows}], and none was given")
-        if context.shape != (batch, node.rows) or context.dtype != self.dtype or context.device != self.device:
-            raise ValueError(
-                f"context must be [{batch}, {node.rows}], {self.dtype} on {self.device}, not {list(context.shape)}, "
-                f"{context.dtype} on {context.device}"
-            )
-        return context.detach()
+    # ---- evaluations and solves
 
     def evaluate(self, t: Tensor | float, y: Tensor, context: Tensor | None = None) -> Tensor:
         return self._run(t, y, None, context)[0]
@@ -170,20 +132,13 @@ class GraphCpuEngine(NativeEngine):
         x, time, own_times = self._ready_point(t, x)
         program = self._program(False, own_times)
         batch = len(x)
-        rows = self._context(program, self._ready_context(context, batch), self._ready_noise(noise, x[:, : self.dim]), batch)
+        rows = self._context_rows(program.writer, self._ready_context(context, batch), self._ready_noise(noise, x[:, : self.dim]), batch)
         f = x.new_empty(batch, self.dim)
         divergence = None if self.plan is None else x.new_empty(batch)
         program.native.evaluate(
-            time, x.data_ptr(), 0, batch, get_num_threads(), f.data_ptr(), address(divergence), context=address(rows)
+            float(time), x.data_ptr(), 0, batch, get_num_threads(), f.data_ptr(), address(divergence), context=address(rows)
         )
         return f, divergence
-
-    def _ready_point(self, t: Tensor | float, x: Tensor) -> tuple[Tensor, float, bool]:
-        """(the rows of the program's state, its time, whether every sample has its own)."""
-        x = self._ready(x, "y")
-        if isinstance(t, Tensor) and t.numel() > 1:
-            return torch.cat((x, t.detach().reshape(-1, 1).to(x)), 1), 0.0, True
-        return x, float(t), False
 
     def solve(self, request: SolveRequest) -> SolveResult:
         x = self._ready(request.x, "y0")
@@ -194,7 +149,7 @@ class GraphCpuEngine(NativeEngine):
         ls = None if l is None else x.new_full((outputs, batch), torch.nan)
         program = self._program(False)
         noise = self._ready_noise(request.noise, x)
-        rows = self._context(program, self._ready_context(request.context, batch), noise, batch)
+        rows = self._context_rows(program.writer, self._ready_context(request.context, batch), noise, batch)
         xs = x.new_full((outputs, batch, self.dim), torch.nan)  # outputs a failed solve does not reach stay NaN
         raw = program.native.solve(
             x=x.data_ptr(), l=address(l), noise=0, batch=batch,
@@ -208,14 +163,6 @@ class GraphCpuEngine(NativeEngine):
 
     # ---- gradients
 
-    def no_gradient(self, wanted: Collection[str], request: SolveRequest | None = None) -> str | None:
-        if request is not None:
-            return super().no_gradient([name for name in wanted if name != "noise"], request)
-        return None
-
-    def _no_adjoint(self) -> None:
-        return None
-
     def evaluate_backward(
         self, t: Tensor | float, x: Tensor, noise: Tensor | None, grad_f: Tensor, grad_trace: Tensor | None,
         wanted: Collection[str], context: Tensor | None = None,
@@ -226,14 +173,14 @@ class GraphCpuEngine(NativeEngine):
         grad_f = self._ready_like(grad_f, x.detach(), "grad_f")
         grad_trace = self._ready_channel(grad_trace, x.shape[:1], "grad_trace")
         context, noise = self._ready_context(context, batch), self._ready_noise(noise, x.detach())
-        rows = self._context(program, context, noise, batch)
+        rows = self._context_rows(program.writer, context, noise, batch)
         grad_rows = None if rows is None else torch.empty_like(rows)
         grad_x = torch.empty_like(point)
         raw = program.native.evaluate(
-            t=time, x=point.data_ptr(), noise=0, batch=batch, threads=get_num_threads(), grad_f=grad_f.data_ptr(),
+            t=float(time), x=point.data_ptr(), noise=0, batch=batch, threads=get_num_threads(), grad_f=grad_f.data_ptr(),
             grad_trace=address(grad_trace), grad_x=grad_x.data_ptr(), context=address(rows), grad_context=address(grad_rows),
         )
-        found, of_time = self._gradient(program, raw, context, noise, grad_rows, wanted)
+        found, of_time = self._gradient(program.writer, _sums(program.writer, raw), context, noise, grad_rows, wanted)
         found.x = grad_x[:, : self.dim] if own_times else grad_x
         if "t" in wanted:
             found.t = grad_x[:, self.dim].reshape(t.shape) if own_times else torch.tensor(of_time, dtype=self.dtype)
@@ -247,7 +194,7 @@ class GraphCpuEngine(NativeEngine):
         grad_xs, grad_ls = self._ready_cotangents(request, grad_xs, grad_ls)
         batch = x.shape[0]
         context = self._ready_context(request.context, batch)
-        rows = self._context(program, context, noise, batch)
+        rows = self._context_rows(program.writer, context, noise, batch)
         grad_rows = None if rows is None else torch.empty_like(rows)
         grad_x = torch.empty_like(x)
         grad_l = None if self.plan is None else x.new_empty(batch)
@@ -258,80 +205,19 @@ class GraphCpuEngine(NativeEngine):
             grad_xs=grad_xs.data_ptr(), grad_ls=address(grad_ls), grad_x=grad_x.data_ptr(), grad_l=address(grad_l),
             context=address(rows), grad_context=address(grad_rows),
         )
-        found, of_time = self._gradient(program, raw, context, noise, grad_rows, wanted)
+        found, of_time = self._gradient(program.writer, _sums(program.writer, raw), context, noise, grad_rows, wanted)
         found.x, found.l = grad_x, grad_l
         if "times" in wanted:
             found.times = times_gradient(request, result, grad_xs, grad_ls, of_time)
         return found
 
-    def _gradient(
-        self, program: _Program, raw: dict, context: Tensor | None, noise: Tensor | None, grad_rows: Tensor | None,
-        wanted: Collection[str],
-    ) -> tuple[Gradient, float]:
-        """What native sums are carried on to: the parts, the context and the noise; and the gradient of the time."""
-        writer, dtype = program.writer, self.dtype
-        parts = [part.values.detach() for part in self._field.parts]
-        of_parts: list[Tensor | None] = [None] * len(parts)
-        made = []
-        for number, matrix in writer.gradients:
-            grad = torch.from_numpy(raw["matrices"][number])
-            if matrix.made is not None:
-                made.append((matrix, grad.to(dtype)))
-                continue
-            if of_parts[matrix.part] is None:
-                of_parts[matrix.part] = torch.zeros(len(parts[matrix.part]), dtype=torch.float64)
-            if matrix.entries is None:
-                of_parts[matrix.part] += grad
-            else:
-                of_parts[matrix.part].index_add_(0, matrix.entries, grad)
-        times = torch.from_numpy(raw["time_points"]).to(dtype) if writer.timed else torch.empty(0, dtype=dtype)
-        with torch.enable_grad():
-            leaves = [part.clone().requires_grad_() for part in parts]
-            inputs = {"context": context, "noise": noise, "time": times[:, None] if len(times) else None}
-            inputs = {name: value.detach().requires_grad_() for name, value in inputs.items() if value is not None}
-            outputs = [matrix.values(leaves.__getitem__, times) for matrix, _ in made]
-            grads = [grad for _, grad in made]
-            of_vector = [(node, raw["vectors"][number]) for number, node in writer.vectors if len(raw["vectors"][number])]
-            for (_, grad), value in zip(of_vector, self._evaluate([node for node, _ in of_vector], {}, leaves)):
-                outputs.append(value[0])
-                grads.append(torch.from_numpy(grad).to(dtype))
-            if len(times):
-                cotangents = torch.from_numpy(raw["time_cotangents"]).to(dtype).reshape(len(times), -1)
-                outputs += self._evaluate(writer.timed, {"time": inputs["time"]}, leaves)
-                grads += cotangents.split([node.rows for node in writer.timed], 1)
-            if grad_rows is not None:
-                given = {name: inputs[name] for name in ("context", "noise") if name in inputs}
-                values = self._evaluate(writer.contexts, given, leaves)
-                outputs += [value.expand(len(grad_rows), value.shape[1]) for value in values]
-                grads += grad_rows.split([node.rows for node in writer.contexts], 1)
-            pairs = [(out, grad) for out, grad in zip(outputs, grads) if out.requires_grad]
-            targets = [*leaves, *inputs.values()]
-            carried: Sequence[Tensor | None] = [None] * len(targets)
-            if pairs:
-                carried = torch.autograd.grad([o for o, _ in pairs], targets, [g for _, g in pairs], allow_unused=True)
-        tensors = []
-        for own, more, part in zip(of_parts, carried, parts):
-            total = more if own is None else own.to(dtype) if more is None else own.to(dtype) + more
-            tensors.append(torch.zeros_like(part) if total is None else total)
-        named = dict(zip(inputs, carried[len(parts) :]))
-        found = Gradient(tensors=tuple(tensors) if "tensors" in wanted else ())
-        for name in ("context", "noise"):
-            if name in wanted and name in inputs:
-                setattr(found, name, torch.zeros_like(inputs[name]) if named[name] is None else named[name])
-        of_time = named.get("time")
-        return found, 0.0 if of_time is None else float(of_time.sum(dtype=torch.float64))
 
-
-def _summands(trace: Node) -> list[Node]:
-    """The terms of a sum."""
-    found, waiting = [], [trace]
-    while waiting:
-        node = waiting.pop()
-        if node.kind == "add":
-            waiting += node.operands
-        else:
-            found.append(node)
-    return found
+def _sums(writer: GraphWriter, raw: dict) -> ProgramSums:
+    vectors = {n: torch.from_numpy(raw["vectors"][n]) for n, _ in writer.vectors if len(raw["vectors"][n])}
+    times = cotangents = torch.empty(0)
+    if writer.timed:
+        times, cotangents = (torch.from_numpy(raw[name]) for name in ("time_points", "time_cotangents"))
+    return ProgramSums(lambda number: torch.from_numpy(raw["matrices"][number]), vectors, times, cotangents)
 
 
 def _array(values: Tensor):
