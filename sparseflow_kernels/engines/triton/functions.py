@@ -123,7 +123,8 @@ def _atan_of_positive(a):
     safe = tl.where(far, a, 1.0)
     x = tl.where(far, -(1.0 / safe), tl.where(middle, (a - 1.0) / (a + 1.0), tl.where(far, 0.0, a)))
     z = x * x
-    start = tl.where(far, 1.5707963267948966, tl.where(middle, 0.7853981633974483, 0.0)).to(a.dtype)
+    none = tl.zeros_like(a)  # two plain numbers would be chosen between in single precision
+    start = tl.where(far, 1.5707963267948966, tl.where(middle, 0.7853981633974483, none))
     if a.dtype == tl.float64:
         p = z * -8.750608600031904122785e-1 - 1.615753718733365076637e1
         p = p * z - 7.500855792314704667340e1
@@ -136,7 +137,7 @@ def _atan_of_positive(a):
         q = q * z + 1.945506571482613964425e2
         rest = x * (z * (p / q)) + x
         # what pi loses to rounding
-        rest += tl.where(far, 6.123233995736765886130e-17, tl.where(middle, 3.061616997868382943065e-17, 0.0))
+        rest += tl.where(far, 6.123233995736765886130e-17, tl.where(middle, 3.061616997868382943065e-17, none))
     else:
         p = z * 8.05374449538e-2 - 1.38776856032e-1
         p = p * z + 1.99777106478e-1
@@ -176,9 +177,9 @@ def atan2(a, b):
     x = tl.abs(b)
     both = (y == float("inf")) & (x == float("inf"))
     none = (y == 0.0) & (x == 0.0)
-    angle = _atan_of_positive(tl.where(both, 1.0, tl.where(none, y, y) / tl.where(none | both, 1.0, x)))
+    angle = _atan_of_positive(tl.where(both, 1.0, y / tl.where(none | both, 1.0, x)))
     angle = tl.where((a != a) | (b != b), a + b, angle)
-    angle = tl.where(_negative(b), 3.141592653589793 - angle, angle)
+    angle = tl.where(_negative(b), 3.141592653589793 - angle + 1.2246467991473532e-16, angle)
     return tl.where(_negative(a), -angle, angle)
 
 

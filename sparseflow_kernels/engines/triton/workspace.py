@@ -191,7 +191,7 @@ class Workspace:
         return numbers[part.first + first : part.first + part.n]
 
     def _pointwise_tile(self, op: Op) -> forms.Tile:
-        return forms.tiles("step", op.options["rows"], self.padded, interpreted())[0]
+        return forms.tiles("pointwise", op.options["rows"], self.padded, interpreted())[0]
 
     def _bind_pointwise(self, op: Op, stage: int) -> Launch:
         o = op.options
