@@ -36,6 +36,8 @@ std::vector<int32_t> place_buffers(const Program<T>& p, int32_t& rows) {
   auto visit = [&](const Op& op, int which, int at) {
     for (const Operand* o : {&op.source, &op.target, &op.seed, &op.weight, &op.factor, &op.factor2, &op.addend, &op.kept, &op.slope_cotangent, &op.value})
       touch(which, at, *o);
+    for (const auto& input : op.inputs) touch(which, at, input.rows);
+    for (const Operand& output : op.outputs) touch(which, at, output);
   };
   int at = 0;
   for (const Op& op : p.body) visit(op, 0, at++);
@@ -45,7 +47,7 @@ std::vector<int32_t> place_buffers(const Program<T>& p, int32_t& rows) {
   for (const Op& op : p.prologue)
     for (const Operand* o : {&op.source, &op.target})
       if (o->buffer >= 0) always[o->buffer] = 1;
-  for (int id : {p.input, p.output, p.noise, p.ones, p.cotangent, p.trace_cotangent, p.state_cotangent})
+  for (int id : {p.input, p.output, p.noise, p.ones, p.cotangent, p.trace_cotangent, p.state_cotangent, p.context, p.context_cotangent})
     if (id >= 0) always[id] = 1;
 
   auto size = [&](int id) { return int64_t(p.buffers[id].rows) * p.buffers[id].slots; };
@@ -87,13 +89,15 @@ class Writer {
     for (const Matrix<T>& m : p_.matrices)
       if (m.rows > 0xffff || m.cols > 0xffff) fail("a layer is wider than 65535, and a GPU's stream has 16 bits for a column");
     DeviceProgram& d = out_.program;
-    d.dim = p_.dim;
+    d.dim = p_.out_rows();
+    d.time_in_input = p_.dim - d.dim;
     d.divergence = p_.divergence;
     buffers_ = place_buffers(p_, d.workspace_rows);
     out_.matrices.resize(p_.matrices.size());
     for (size_t i = 0; i < p_.matrices.size(); ++i) out_.dense.push_back(dense(static_cast<int>(i)));
     out_.matrix_gradients.resize(p_.matrices.size());
     place_sums();
+    write_vectors();
     write_modulations();
     write_gated();
     const std::vector<Op>* lists[] = {&p_.prologue, &p_.body, &p_.keep, &p_.reverse};
@@ -105,6 +109,10 @@ class Writer {
     d.list[kLists] = d.n_ops = static_cast<int32_t>(ops_.size());
     for (const auto* list : p_.adjoint() ? std::vector<const std::vector<Op>*>{&p_.keep, &p_.reverse} : std::vector<const std::vector<Op>*>{&p_.body})
       for (const Op& op : *list) {
+        if (op.kind == OpKind::kPointwise) {
+          out_.work.push_back({double(op.rows), 0, 1, false, false, double(p_.expressions[op.expression].code.size())});
+          continue;
+        }
         const Matrix<T>& m = p_.matrices[op.matrix];
         const bool whole = dense(op.matrix) && op.kind != OpKind::kGradient, gradient = op.kind == OpKind::kGradient;
         out_.work.push_back({double(op.transposed ? m.cols : m.rows), (whole ? double(m.rows) * m.cols : double(m.nnz())) / kQuad, op.tangent() ? 2.0 : 1.0, whole, gradient});
@@ -116,18 +124,15 @@ class Writer {
     auto whole = [&](int id) { return id < 0 ? Place{} : place({id, 0}); };
     d.input = whole(p_.input), d.output = whole(p_.output), d.noise = whole(p_.noise), d.ones = whole(p_.ones);
     d.cotangent = whole(p_.cotangent), d.trace_cotangent = whole(p_.trace_cotangent), d.state_cotangent = whole(p_.state_cotangent);
+    d.context = whole(p_.context), d.context_cotangent = whole(p_.context_cotangent), d.context_rows = p_.context_rows();
     return std::move(out_);
   }
 
  private:
   // What only the CPU's engine runs.
   void refuse_graphs() const {
-    if (!p_.expressions.empty() || !p_.vectors.empty() || p_.context >= 0 || p_.time_rows > 0 || p_.out_rows() != p_.dim)
-      fail("expressions, row vectors, a context, a time answer and an output of another size than the input run on the CPU only");
-    for (const std::vector<Op>* list : {&p_.prologue, &p_.body, &p_.keep, &p_.reverse})
-      for (const Op& op : *list)
-        for (const Operand* o : {&op.source, &op.target, &op.seed, &op.weight, &op.factor, &op.factor2, &op.addend, &op.kept, &op.slope_cotangent, &op.value})
-          if (o->buffer >= 0 && o->row != 0) fail("an operand that begins inside its buffer runs on the CPU only");
+    if (p_.time_rows > 0) fail("a time answer runs on the CPU only: a GPU's program has the time as a last row of its input");
+    if (p_.dim != p_.out_rows() && p_.dim != p_.out_rows() + 1) fail("an output of another size than the input, but for the time, runs on the CPU only");
     if (p_.adjoint() && !p_.prologue.empty()) fail("an adjoint with a prologue runs on the CPU only");
   }
   int32_t append(const void* data, size_t bytes) {
@@ -149,7 +154,7 @@ class Writer {
 
   Place place(const Operand& o) const {
     if (o.buffer < 0) return {};
-    return {buffers_[o.buffer] + o.slot * p_.buffers[o.buffer].rows, p_.buffers[o.buffer].rows};
+    return {buffers_[o.buffer] + o.slot * p_.buffers[o.buffer].rows + o.row, p_.buffers[o.buffer].rows};
   }
 
   // ---- gradients' places
@@ -186,10 +191,18 @@ class Writer {
         if (!m.gate_slope.empty()) ranges.gate_slope = next(m.n), ranges.gate_offset = next(m.n);
         if (!m.shift_slope.empty()) ranges.shift_slope = next(m.n), ranges.shift_offset = next(m.n);
       }
+      for (const RowVector<T>& v : p_.vectors) out_.vector_gradients.push_back(v.sum < 0 ? typename Image<T>::Range{} : typename Image<T>::Range{sums_[v.sum], v.n});
       next(1);
     }
     d.totals = counted(total, "gradients");
     counted(int64_t(d.lasting_sums) + total, "gradients");
+  }
+
+  void write_vectors() {
+    for (const RowVector<T>& v : p_.vectors) {
+      vectors_.push_back(append(v.values));
+      out_.vectors.push_back(index(vectors_.back()));
+    }
   }
 
   // ---- what time changes
@@ -205,7 +218,8 @@ class Writer {
       d.modulation_rows = counted(int64_t(d.modulation_rows) + m.n, "rows of modulations");
       first_row_.push_back(to.first);
       auto put = [&](const std::vector<T>& values) { return values.empty() ? -1 : append(values); };
-      to.bias = append(m.bias);
+      to.bias = m.of_vectors() ? m.shift_vector < 0 ? -1 : vectors_[m.shift_vector] : append(m.bias);
+      to.scale = m.scale_vector < 0 ? -1 : vectors_[m.scale_vector];
       to.gate_slope = put(m.gate_slope), to.gate_offset = put(m.gate_offset);
       to.shift_slope = put(m.shift_slope), to.shift_offset = put(m.shift_offset);
       auto at = [&](int32_t offset) { return offset < 0 ? -1 : index(offset); };
@@ -271,7 +285,59 @@ class Writer {
 
   // ---- operations
 
+  DeviceOp describe_pointwise(const Op& op) {
+    const Expression& e = p_.expressions[op.expression];
+    DeviceOp to{};
+    to.kind = int(op.kind);
+    to.flags = op.reduces() ? kReduces : 0;
+    to.rows = op.rows;
+    to.next_chunk = -1;
+    to.first_chunk = static_cast<int32_t>(chunks_.size());
+    std::vector<DeviceRows> operands, vectors;
+    std::vector<uint16_t> traces;
+    int registers = e.registers;
+    std::vector<int> where(e.places());  // of a place of the expression: operand or register
+    auto operand = [&](const Operand& o, int step) {
+      operands.push_back({place(o).row, step});
+      return static_cast<int>(operands.size()) - 1;
+    };
+    for (int i = 0; i < e.inputs; ++i) where[i] = operand(op.inputs[i].rows, op.inputs[i].broadcast ? 0 : 1);
+    for (int i = 0; i < e.outputs; ++i) {
+      const Operand& o = op.outputs[i];
+      where[e.inputs + i] = o.buffer < 0 ? kRegister | registers : operand(o, 1);
+      if (o.buffer < 0) traces.push_back(static_cast<uint16_t>(registers++));
+    }
+    for (int i = 0; i < e.registers; ++i) where[e.inputs + e.outputs + i] = kRegister | i;
+    if (registers > kRegisters) fail("a pointwise operation needs " + std::to_string(registers) + " registers, and a thread has " + std::to_string(kRegisters));
+    for (const auto& v : op.vectors) vectors.push_back({static_cast<int32_t>(vectors_[v.vector] + v.first * int64_t(sizeof(T))), v.broadcast ? 0 : 1});
+    std::vector<DeviceInstruct> code;
+    for (const Instruction& one : e.code) {
+      const InstructKind& kind = kInstructKinds[static_cast<int>(one.op)];
+      DeviceInstruct in{};
+      in.op = static_cast<uint16_t>(one.op), in.reads = static_cast<uint16_t>(kind.reads), in.row_vector = kind.row_vector;
+      in.to = static_cast<uint16_t>(where[one.to]);
+      if (kind.reads > 0) in.a = static_cast<uint16_t>(where[one.a]);
+      if (kind.row_vector) in.b = one.b;
+      else if (kind.reads > 1) in.b = static_cast<uint16_t>(where[one.b]);
+      if (kind.reads > 2) in.c = static_cast<uint16_t>(where[one.c]);
+      in.number = one.number;
+      code.push_back(in);
+    }
+    to.instructions = static_cast<int32_t>(code.size());
+    to.n_vectors = static_cast<int32_t>(vectors.size());
+    to.traces = static_cast<int32_t>(traces.size());
+    to.code = append(code);
+    to.operands = append(operands);
+    // the registers of the traces lie behind the row vectors
+    std::vector<char> both(vectors.size() * sizeof(DeviceRows) + traces.size() * sizeof(uint16_t));
+    if (!vectors.empty()) std::memcpy(both.data(), vectors.data(), vectors.size() * sizeof(DeviceRows));
+    if (!traces.empty()) std::memcpy(both.data() + vectors.size() * sizeof(DeviceRows), traces.data(), traces.size() * sizeof(uint16_t));
+    to.vectors = append(both);
+    return to;
+  }
+
   DeviceOp describe(const Op& op) {
+    if (op.kind == OpKind::kPointwise) return describe_pointwise(op);
     const Matrix<T>& m = p_.matrices[op.matrix];
     DeviceOp to{};
     to.kind = int(op.kind);
@@ -499,6 +565,7 @@ class Writer {
   const double dense_above_;
   Image<T> out_;
   std::vector<int32_t> buffers_, sums_, first_row_, dynamic_values_, indirect_;
+  std::vector<int32_t> vectors_;  // byte offsets of row vectors
   std::map<std::pair<int, bool>, std::pair<int32_t, int32_t>> streams_;  // (matrix, transposed) -> first chunk, how many
   std::map<int, int32_t> pairs_;                                         // by matrix, of its gradients
   std::vector<DeviceOp> ops_;

@@ -31,7 +31,7 @@ struct Integration {
   int turn = 0;  // which of y0, y1 (f0, f1) is the old one
   unsigned long long barriers = 0;
   const bool several;  // tiles of this block, in one solve
-  int loaded = -1;     // the tile whose noise is in the workspace
+  int loaded = -1;     // the tile whose noise and context are in the workspace
 
   SF_DEVICE Integration(const SolveParams<T>& params, bool has_several)
       : in(params), block(params.program, params.plan, params.global + size_t(blockIdx.x) * params.plan.global_bytes), program(params.program),
@@ -110,9 +110,11 @@ struct Integration {
   }
 
   SF_CALLED void begin_tile() {
-    if (program.noise.row < 0 || loaded == tile || in.noise == nullptr) return;
+    const bool noise = program.noise.row >= 0 && in.noise != nullptr, context = program.context.row >= 0;
+    if ((!noise && !context) || loaded == tile) return;
     loaded = tile;
-    load_rows(in.noise, dim, block.rows_of(program.noise));
+    if (noise) load_rows(in.noise, dim, block.rows_of(program.noise));
+    if (context) load_rows(in.context, program.context_rows, block.rows_of(program.context));
     sync();
     block.run(kPrologue);
   }
@@ -121,7 +123,10 @@ struct Integration {
 
   // Everything that depends on time, and a trace of zero; the state is in place. Behind it the operations may run.
   SF_CALLED void prepare(T t) {
-    if (program.dynamic_modulations) block.modulate(in.evaluate ? t : T(in.sign) * t, false);
+    const T own = in.evaluate ? t : T(in.sign) * t;  // the field's
+    if (program.dynamic_modulations) block.modulate(own, false);
+    if (program.time_in_input && !in.own_times)
+      for (int s = threadIdx.x; s < S; s += blockDim.x) block.row_of(program.input, dim)[s] = own;
     for (int s = threadIdx.x; s < S; s += blockDim.x) block.trace()[s] = T(0);
     sync();
     if (program.n_gated) {
@@ -554,7 +559,7 @@ struct Integration {
       select(which);
       begin_tile();
       T* const y = block.rows_of(program.input);
-      load_rows(in.x, dim, y);
+      load_rows(in.x, dim + in.own_times, y);
       prepare(t);
       block.run(kBody);
       sync();

@@ -20,6 +20,7 @@ struct SolveParams {
   BlockPlan plan;
   int32_t batch = 0, tiles = 0;
   const T *x = nullptr, *l = nullptr, *noise = nullptr;  // [batch][dim], [batch], [batch][dim]
+  const T* context = nullptr;                            // [batch][program.context_rows]
   char* global = nullptr;                                // [blocks][plan.global_bytes]
 
   // one evaluation: f [batch][dim], trace [batch] or null, at *time or, without one, at time_value
@@ -27,6 +28,7 @@ struct SolveParams {
   T *f = nullptr, *f_trace = nullptr;
   const T* time = nullptr;
   T time_value = 0;
+  bool own_times = false;  // the time of every sample is a last column of x
 
   // a solve
   Control control = Control::kShared;

@@ -22,6 +22,7 @@ ENGINES = {
 
 # Of fields that are graphs. Those that are missing run chains only.
 GRAPH_ENGINES = {
+    "cuda": ("graph_cuda", "GraphCudaEngine"),
     "triton": ("triton.graph_engine", "GraphTritonEngine"),
     "reference": ("graph_reference", "GraphReferenceEngine"),
     "cpu": ("graph_cpu", "GraphCpuEngine"),

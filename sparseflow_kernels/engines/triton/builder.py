@@ -46,7 +46,8 @@ class ModulationPart:
     external_shift: int = -1
     shift_sum: int = -1
     gate_sum: int = -1
-    scale_vector: int = -1  # or scale and shift are row vectors, one and zero where there is none; then n is 0
+    of_vectors: bool = False  # scale and shift are row vectors, one and zero where there is none; then n is 0
+    scale_vector: int = -1
     shift_vector: int = -1
 
     @property
@@ -232,7 +233,7 @@ class Builder:
         self.vectors[vector].sum = sum
 
     def vector_modulation(self, n: int, scale: int = -1, shift: int = -1) -> int:
-        self.modulations.append(ModulationPart(0, 0, False, False, scale_vector=scale, shift_vector=shift))
+        self.modulations.append(ModulationPart(0, 0, False, False, of_vectors=True, scale_vector=scale, shift_vector=shift))
         self.numbers.append({})
         return len(self.modulations) - 1
 

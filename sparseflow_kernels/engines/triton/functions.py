@@ -76,6 +76,16 @@ def expm1(a):
 
 
 @triton.jit
+def log(a):
+    """libdevice's takes a denormal number for zero."""
+    if a.dtype == tl.float32:
+        small = (a > 0.0) & (a < 1.1754943508222875e-38)
+        return tl.log(tl.where(small, a * 16777216.0, a)) - tl.where(small, 16.635532333438686, 0.0)
+    else:
+        return tl.log(a)
+
+
+@triton.jit
 def log1p(a):
     """What 1 + a loses to rounding is added again."""
     total = a + 1.0

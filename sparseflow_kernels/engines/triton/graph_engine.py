@@ -12,6 +12,7 @@ from torch import Tensor
 from ...divergence import DivergencePlan
 from ...field import GraphField
 from ...field.graph import STATE, order
+from ...field.primitives import PRIMITIVES
 from ..base import Gradient, SolveRequest, SolveResult
 from ..graph_native import GraphNativeEngine, ProgramSums, summands
 from ..lower import COTANGENT, TRACE_COTANGENT, GraphWriter, state_bindings, time_bindings
@@ -45,7 +46,14 @@ class GraphTritonEngine(HeldMemory, GraphNativeEngine):
         nodes = order([field.output])
         if (rows := sum(node.rows + 1 for node in nodes if node.per_sample)) > MOST_COUNTED:
             return f"its nodes take {rows} rows, more than the {MOST_COUNTED} that 32-bit offsets reach: use engine='reference'"
+        from .pointwise import INSTRUCTIONS  # late: without triton the class can still say why it cannot run
+
         for node in nodes:
+            if node.elementwise and PRIMITIVES[node.kind].number not in INSTRUCTIONS:
+                return (
+                    f"{node.origin or 'an operation'} is {node.kind!r}, which the triton engine has no instruction for: use "
+                    "engine='reference'"
+                )
             if node.matrix is not None and node.matrix.pattern.nnz > MOST_COUNTED:
                 return (
                     f"{node.origin or 'a matrix'} has {node.matrix.pattern.nnz} entries, more than the {MOST_COUNTED} that "

@@ -60,7 +60,7 @@ INSTRUCTIONS: dict[int, Callable[..., str]] = {
     16: lambda a, **_: f"reciprocal({a})",
     17: lambda a, **_: f"exp({a})",
     18: lambda a, **_: f"expm1({a})",
-    19: lambda a, **_: f"tl.log({a})",
+    19: lambda a, **_: f"log({a})",
     20: lambda a, **_: f"log1p({a})",
     21: lambda a, **_: f"tl.sin({a})",
     22: lambda a, **_: f"tl.cos({a})",
@@ -89,7 +89,7 @@ INSTRUCTIONS: dict[int, Callable[..., str]] = {
 }
 OF_VECTORS = (2, 42, 43)  # instructions whose b is a row vector
 
-_NAMES = ("divide", "reciprocal", "sqrt", "sign", "maximum", "minimum", "exp", "expm1", "log1p", "softplus", "tan",
+_NAMES = ("divide", "reciprocal", "sqrt", "sign", "maximum", "minimum", "exp", "expm1", "log", "log1p", "softplus", "tan",
           "sinh", "cosh", "atan", "asin", "acos", "atan2", "power")  # fmt: skip
 
 

@@ -180,7 +180,7 @@ class Workspace:
 
     def _modulation(self, part: ModulationPart, stage: int) -> tuple[Tensor | None, Tensor | None]:
         """(scale, shift) by row."""
-        if part.scale_vector >= 0 or part.shift_vector >= 0:
+        if part.of_vectors:
             return tuple(None if n < 0 else self._vector(n, stage) for n in (part.scale_vector, part.shift_vector))
         rows = slice(part.first, part.first + part.n)
         return self.scale[stage, rows], self.shift[stage, rows]
