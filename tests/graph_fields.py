@@ -1,11 +1,19 @@
 """Modules whose vector fields are graphs, of the kinds that people write, for the engines that run on a GPU: each with a
-state. `compiled` gives what an engine and the reference make of one."""
+state; and what an engine makes of such a field, against the reference engine."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Callable
+
 import sparseflow_kernels as sfk
 import torch
+from sparseflow_kernels import divergence
+from sparseflow_kernels.engines.base import SolveRequest
+from sparseflow_kernels.engines.graph_reference import GraphReferenceEngine
 from sparseflow_kernels.field import GraphField
+from sparseflow_kernels.numerics.step_control import StepOptions
+from sparseflow_kernels.numerics.tableaus import METHODS
 from test_compiled_graph import Net, gru, hamiltonian, points, residual
 from torch import Tensor, nn
 
@@ -78,3 +86,81 @@ def graph_of(make, dtype: torch.dtype = F64) -> tuple[GraphField, Tensor, Tensor
     assert isinstance(graph, GraphField), make
     x = y0 if field.layout is None else field.layout.flatten(y0)
     return graph, x.detach(), field.context_of(len(x))
+
+
+@dataclass(frozen=True)
+class Against:
+    """An engine's class beside the reference, on a device. close(got, wanted, bound, what) is the tests' own."""
+
+    engine: type
+    device: torch.device
+    close: Callable[..., None]
+    bound: float = 1e-10
+
+    def engines(self, field: GraphField, kind: str | None = None):
+        field = field.map_tensors(lambda tensor: tensor.to(self.device))
+        plan = None if kind is None else divergence.plan(field, kind)
+        return self.engine(field, plan), GraphReferenceEngine(field, plan)
+
+    def gradients(self, got, want, bound: float) -> None:
+        for name in ("x", "t", "l", "times", "context", "noise"):
+            one, other = getattr(got, name), getattr(want, name)
+            self.close(None if one is None else one.cpu(), None if other is None else other.cpu(), bound, name)
+        for number, (one, other) in enumerate(zip(got.tensors, want.tensors, strict=True)):
+            self.close(one, other, bound, f"part {number}")
+
+    def evaluations(
+        self, field: GraphField, x: Tensor, context: Tensor | None, kind: str | None, times=(0.375,), bound: float | None = None
+    ) -> None:  # fmt: skip
+        """Values, traces and the gradients of both."""
+        bound = self.bound if bound is None else bound
+        generator = torch.Generator().manual_seed(3)
+        normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=F64).to(x)
+        x, context = x.to(self.device), None if context is None else context.to(self.device)
+        own, reference = self.engines(field, kind)
+        noise = normal(*x.shape) if kind == "hutchinson" else None
+        given = {} if context is None else {"context": context}
+        wanted = {"x", "t", "context", "tensors", *(("noise",) if noise is not None else ())}
+        for t in times:
+            t = torch.as_tensor(t, dtype=x.dtype, device=self.device)
+            if kind is None:
+                self.close(own.evaluate(t, x, context), reference.evaluate(t, x, context), bound, "f")
+            else:
+                found = own.evaluate_with_divergence(t, x, noise, context)
+                for one, other in zip(found, reference.evaluate_with_divergence(t, x, noise, context)):
+                    self.close(one, other, bound, "f and trace")
+            of_f, of_trace = normal(*x.shape), None if kind is None else normal(len(x))
+            self.gradients(
+                own.evaluate_backward(t, x, noise, of_f, of_trace, wanted, **given),
+                reference.evaluate_backward(t, x, noise, of_f, of_trace, wanted, **given), bound,
+            )  # fmt: skip
+
+    def solves(
+        self, field: GraphField, x: Tensor, context: Tensor | None, kind: str | None = None, method: str = "dopri5", *,
+        bound: float = 1e-9, gradient: bool = True, times=(0.0, 0.1, 0.3), **more,
+    ) -> None:  # fmt: skip
+        """The same steps, states and gradients."""
+        x, context = x.to(self.device), None if context is None else context.to(self.device)
+        own, reference = self.engines(field, kind)
+        generator = torch.Generator().manual_seed(4)
+        normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=F64).to(x)
+        noise = normal(*x.shape) if kind == "hutchinson" else None
+        tolerance = (1e-4,) * (1 if kind is None else 2)
+        request = SolveRequest(**dict(
+            x=x, l=None if kind is None else x.new_zeros(len(x)), times=torch.tensor(times, dtype=F64), sign=1,
+            tableau=METHODS[method], rtol=tolerance, atol=tolerance, options=StepOptions(first_step=0.1), noise=noise,
+            record=True, context=context,
+            grid=torch.linspace(times[0], times[-1], 3, dtype=F64) if method in ("rk4", "midpoint") else None,
+        ) | more)  # fmt: skip
+        got, want = own.solve(request), reference.solve(request)
+        assert (got.status, got.nfe, got.accepted, got.rejected) == (want.status, want.nfe, want.accepted, want.rejected)
+        self.close(got.xs, want.xs, bound, "xs")
+        self.close(got.ls, want.ls, bound, "ls")
+        if gradient:
+            wanted = {"x", "tensors", "context", *(("l",) if kind else ()), *(("times",) if method == "dopri5" else ())}
+            wanted |= {"noise"} if noise is not None else set()
+            assert own.no_gradient(wanted, request) is None
+            xs, ls = normal(*got.xs.shape), None if kind is None else normal(*got.ls.shape)
+            self.gradients(
+                own.solve_backward(request, got, xs, ls, wanted), reference.solve_backward(request, want, xs, ls, wanted), bound
+            )

@@ -6,23 +6,19 @@ from __future__ import annotations
 import pytest
 import sparseflow_kernels as sfk
 import torch
-from graph_fields import FIELDS, graph_of, made, second_order
+from graph_fields import FIELDS, Against, graph_of, made, second_order
 from random_graphs import random_graph
+from test_compiled_graph import Net
 from test_native_graph import BINARY, POW_NUMBER, UNARY, WHERE, assert_close, special
 from triton_cases import DEVICE, F32, F64, INTERPRETED, close
 
-from sparseflow_kernels import divergence
-from sparseflow_kernels.engines.base import SolveRequest
-from sparseflow_kernels.engines.graph_reference import GraphReferenceEngine
 from sparseflow_kernels.engines.triton import pointwise
 from sparseflow_kernels.engines.triton.builder import Expression
 from sparseflow_kernels.engines.triton.graph_engine import GraphTritonEngine
 from sparseflow_kernels.engines.triton.launching import ceil_div, launch
 from sparseflow_kernels.numerics.step_control import StepOptions
-from sparseflow_kernels.numerics.tableaus import METHODS
 
 T = 0.375
-NAMES = ("x", "t", "l", "times", "context", "noise")
 # where csrc/cpu asks the C library, the arcs and powers here are made of several roundings
 WIDER = {"tan": 4, "atan": 3, "asin": 5, "acos": 5, "sinh": 4, "cosh": 4, "atan2": 5, "div": 1, "exp": 2, "sigmoid": 5}
 
@@ -72,45 +68,7 @@ def test_powers_and_choices(dtype):
     assert_close(elementwise([(WHERE, 3, 0, 1, 2)], x), torch.where(x[:, 0] != 0, x[:, 1], x[:, 2]), 0, "where")
 
 
-def on_device(field):
-    return field.map_tensors(lambda tensor: tensor.to(DEVICE))
-
-
-def engines(field, kind=None):
-    field = on_device(field)
-    plan = None if kind is None else divergence.plan(field, kind)
-    return GraphTritonEngine(field, plan), GraphReferenceEngine(field, plan)
-
-
-def compare(got, want, bound):
-    for name in NAMES:
-        one, other = getattr(got, name), getattr(want, name)
-        close(None if one is None else one.cpu(), None if other is None else other.cpu(), bound, name)
-    for number, (one, other) in enumerate(zip(got.tensors, want.tensors, strict=True)):
-        close(one, other, bound, f"part {number}")
-
-
-def evaluations(field, x, context, kind, times=(T,), bound=1e-10):
-    generator = torch.Generator().manual_seed(3)
-    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=F64).to(x)
-    x, context = x.to(DEVICE), None if context is None else context.to(DEVICE)
-    own, reference = engines(field, kind)
-    noise = normal(*x.shape) if kind == "hutchinson" else None
-    given = {} if context is None else {"context": context}
-    wanted = {"x", "t", "context", "tensors", *(("noise",) if noise is not None else ())}
-    for t in times:
-        t = torch.as_tensor(t, dtype=x.dtype, device=DEVICE)
-        if kind is None:
-            close(own.evaluate(t, x, context), reference.evaluate(t, x, context), bound, "f")
-        else:
-            found = zip(own.evaluate_with_divergence(t, x, noise, context), reference.evaluate_with_divergence(t, x, noise, context))
-            for one, other in found:
-                close(one, other, bound, "f and trace")
-        of_f, of_trace = normal(*x.shape), None if kind is None else normal(len(x))
-        compare(
-            own.evaluate_backward(t, x, noise, of_f, of_trace, wanted, **given),
-            reference.evaluate_backward(t, x, noise, of_f, of_trace, wanted, **given), bound,
-        )  # fmt: skip
+CASE = Against(GraphTritonEngine, DEVICE, close)
 
 
 @pytest.mark.parametrize("seed,kind", [(0, None), (1, "exact"), (2, "hutchinson")])
@@ -118,24 +76,24 @@ def test_random_graphs(seed, kind):
     field = random_graph(seed)
     x = torch.randn(5, field.dim, generator=torch.Generator().manual_seed(seed), dtype=F64)
     context = None if field.context is None else torch.randn(5, field.context.rows, generator=torch.Generator().manual_seed(1), dtype=F64)
-    evaluations(field, x, context, kind, (T, torch.linspace(-1, 1, 5, dtype=F64)))
+    CASE.evaluations(field, x, context, kind, (T, torch.linspace(-1, 1, 5, dtype=F64)))
 
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_evaluations(name):
     field, x, context = graph_of(FIELDS[name])
     kind = {"residual": "hutchinson", "gru": "exact", "mixed": "exact", "conditional": "hutchinson"}.get(name)
-    evaluations(field, x, context, kind)
+    CASE.evaluations(field, x, context, kind)
 
 
 def test_single_precision():
     field, x, context = graph_of(FIELDS["conditional"], F32)
-    evaluations(field, x, context, "hutchinson", bound=3e-5)
+    CASE.evaluations(field, x, context, "hutchinson", bound=3e-5)
 
 
 def solves(field, x, context, kind=None, method="dopri5", *, bound=1e-9, gradient=True, times=(0.0, 0.1, 0.3), **more):
     x, context = x.to(DEVICE), None if context is None else context.to(DEVICE)
-    own, reference = engines(field, kind)
+    own, reference = CASE.engines(field, kind)
     generator = torch.Generator().manual_seed(4)
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(DEVICE) if kind == "hutchinson" else None
     grid = torch.linspace(times[0], times[-1], 3, dtype=F64)
@@ -163,12 +121,12 @@ def solves(field, x, context, kind=None, method="dopri5", *, bound=1e-9, gradien
 ])  # fmt: skip
 def test_solves(name, kind, method):
     field, x, context = graph_of(FIELDS[name])
-    solves(field, x, context, kind, method)
+    CASE.solves(field, x, context, kind, method)
 
 
 def test_a_solve_backwards_chooses_its_first_step():
     field, x, context = graph_of(FIELDS["mixed"])
-    solves(field, x, context, "exact", sign=-1, options=StepOptions(), gradient=False)
+    CASE.solves(field, x, context, "exact", sign=-1, options=StepOptions(), gradient=False)
 
 
 def test_a_tuple_state_has_a_norm_for_each_part():
@@ -202,19 +160,19 @@ def test_training_takes_over_new_values():
 
 
 def test_a_function_of_time_in_python():
-    field = on_device(random_graph(3))
+    field = random_graph(3)
     g = field.graph
     wave = g.time_function(lambda t: torch.stack([torch.sin(t)] * field.dim), field.dim)
     field.output = g.mul(g.add(field.output, wave), g.add(wave, g.apply("cos", field.time)))
     x = torch.randn(4, field.dim, generator=torch.Generator().manual_seed(0), dtype=F64)
     context = None if field.context is None else x.new_ones(4, field.context.rows)
-    evaluations(field, x, context, None)
-    solves(field, x, context, None, "rk4")
+    CASE.evaluations(field, x, context, None)
+    CASE.solves(field, x, context, None, "rk4")
 
 
 def test_no_samples():
     field, x, context = graph_of(FIELDS["conditional"])
-    own, _ = engines(field, "exact")
+    own, _ = CASE.engines(field, "exact")
     none = x[:0].to(DEVICE)
     assert own.evaluate(T, none, context[:0].to(DEVICE)).shape == (0, 2)
     found = own.evaluate_backward(T, none, None, none, none[:, 0], {"x", "context", "tensors", "t"}, context=context[:0].to(DEVICE))
@@ -224,8 +182,14 @@ def test_no_samples():
 @pytest.mark.skipif(not INTERPRETED, reason="a field on the CPU runs here in the interpreter alone")
 def test_what_is_missing_is_said():
     field, x, context = graph_of(FIELDS["conditional"])
-    own, _ = engines(field)
+    own, _ = CASE.engines(field)
     with pytest.raises(ValueError, match="context"):
         own.evaluate(T, x, None)
     with pytest.raises(ValueError, match="per_sample"):
-        solves(field, x, context, step_control="per_sample", gradient=False)
+        CASE.solves(field, x, context, step_control="per_sample", gradient=False)
+
+
+def test_a_layer_without_a_bias():
+    torch.manual_seed(0)
+    field, x, context = graph_of(lambda: (Net(lambda s, t, y: torch.tanh(s.a(y)) - y * y, a=torch.nn.Linear(3, 3, bias=False)), (4, 3)))
+    CASE.evaluations(field, x, context, None)

@@ -341,40 +341,12 @@ struct Block {
     }
   }
 
-  // An expression, row by row: a thread keeps to one sample, because a block has a multiple of a tile's threads. Operands are
-  // in the workspace, what is between them in registers of the thread's own.
   SF_DEVICE void run_pointwise(const DeviceOp& op) {
-    const DeviceInstruct* const code = in_image<DeviceInstruct>(op.code);
-    const DeviceRows* const operands = in_image<DeviceRows>(op.operands);
-    const DeviceRows* const vectors = in_image<DeviceRows>(op.vectors);
-    const int S = samples(), s = threadIdx.x & (S - 1), step = blockDim.x >> tile_log;
-    T* const own = work() + s;
-    T registers[kRegisters];
-    T trace_part = T(0);
-    for (int row = threadIdx.x >> tile_log; row < op.rows; row += step) {
-      auto operand = [&](int place) -> T* {
-        const DeviceRows rows = operands[place];
-        return own + (size_t(rows.at + row * rows.step) << tile_log);
-      };
-      auto read = [&](int place) { return place & kRegister ? registers[place & ~kRegister] : *operand(place); };
-      for (int i = 0; i < op.instructions; ++i) {
-        const DeviceInstruct one = code[i];
-        T a = T(0), b = T(0), c = T(0), n = T(one.number);
-        if (one.reads > 0) a = read(one.a);
-        if (one.reads > 1) b = read(one.b);
-        if (one.reads > 2) c = read(one.c);
-        if (one.row_vector) n = *(in_image<T>(vectors[one.b].at) + row * vectors[one.b].step);
-        const T value = instruct(Instruct(one.op), a, b, c, n);
-        if (one.to & kRegister) registers[one.to & ~kRegister] = value;
-        else *operand(one.to) = value;
-      }
-      const uint16_t* const traces = reinterpret_cast<const uint16_t*>(vectors + op.n_vectors);
-      for (int i = 0; i < op.traces; ++i) trace_part += registers[traces[i]];
-    }
+    T trace_part = pointwise_rows<T, Shared>(op, program.image, Shared ? plan.work : 0, Shared ? nullptr : global + plan.work_global, tile_log);
     if (!(op.flags & kReduces)) return sync();
-    for (int bit = S; bit < 32; bit <<= 1) trace_part += __shfl_xor_sync(kWarp, trace_part, bit);
+    for (int bit = samples(); bit < 32; bit <<= 1) trace_part += __shfl_xor_sync(kWarp, trace_part, bit);
     const int in_warp = threadIdx.x & 31;
-    sum_into_trace(in_warp < S, in_warp, trace_part);
+    sum_into_trace(in_warp < samples(), in_warp, trace_part);
   }
 
   // sums[e] += the inner product over samples of two rows, for every entry e, always by the same thread

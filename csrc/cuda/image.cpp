@@ -44,9 +44,14 @@ std::vector<int32_t> place_buffers(const Program<T>& p, int32_t& rows) {
   at = 0;
   for (const Op& op : p.keep) visit(op, 1, at++);
   for (const Op& op : p.reverse) visit(op, 1, at++);
-  for (const Op& op : p.prologue)
-    for (const Operand* o : {&op.source, &op.target})
-      if (o->buffer >= 0) always[o->buffer] = 1;
+  auto outlives = [&](const Operand& o) {
+    if (o.buffer >= 0) always[o.buffer] = 1;
+  };
+  for (const Op& op : p.prologue) {
+    outlives(op.source), outlives(op.target), outlives(op.addend);
+    for (const auto& input : op.inputs) outlives(input.rows);
+    for (const Operand& output : op.outputs) outlives(output);
+  }
   for (int id : {p.input, p.output, p.noise, p.ones, p.cotangent, p.trace_cotangent, p.state_cotangent, p.context, p.context_cotangent})
     if (id >= 0) always[id] = 1;
 

@@ -3,6 +3,7 @@
 
 #include "../expression.h"
 #include "activation.cuh"
+#include "device_program.h"
 
 namespace sparseflow::cuda {
 
@@ -69,6 +70,41 @@ SF_CALLED T instruct(Instruct op, T a, T b, T c, T n) {
     case Instruct::kSquare: return a * a;
   }
   return a;
+}
+
+// An expression, row by row: a thread keeps to one sample, because a block has a multiple of a tile's threads. Operands are
+// in the workspace (at an offset in shared memory, or in global memory), what is between them in registers of the thread's
+// own. Returns what the thread's rows add to the trace. A function of its own, so that its registers, which are numbered at
+// run time and therefore in memory, are not in the way of the loops over weights.
+template <class T, bool Shared>
+SF_CALLED T pointwise_rows(const DeviceOp& op, const char* image, int offset, char* global, int tile_log) {
+  const DeviceInstruct* const code = reinterpret_cast<const DeviceInstruct*>(image + op.code);
+  const DeviceRows* const operands = reinterpret_cast<const DeviceRows*>(image + op.operands);
+  const DeviceRows* const vectors = reinterpret_cast<const DeviceRows*>(image + op.vectors);
+  const uint16_t* const traces = reinterpret_cast<const uint16_t*>(vectors + op.n_vectors);
+  const int sample = threadIdx.x & ((1 << tile_log) - 1), step = blockDim.x >> tile_log;
+  T* const own = reinterpret_cast<T*>(Shared ? shared_memory() + offset : global) + sample;
+  T registers[kRegisters], trace_part = T(0);
+  for (int row = threadIdx.x >> tile_log; row < op.rows; row += step) {
+    auto operand = [&](int place) -> T* {
+      const DeviceRows rows = operands[place];
+      return own + (size_t(rows.at + row * rows.step) << tile_log);
+    };
+    auto read = [&](int place) { return place & kRegister ? registers[place & ~kRegister] : *operand(place); };
+    for (int i = 0; i < op.instructions; ++i) {
+      const DeviceInstruct one = code[i];
+      T a = T(0), b = T(0), c = T(0), n = T(one.number);
+      if (one.reads > 0) a = read(one.a);
+      if (one.reads > 1) b = read(one.b);
+      if (one.reads > 2) c = read(one.c);
+      if (one.row_vector) n = reinterpret_cast<const T*>(image + vectors[one.b].at)[row * vectors[one.b].step];
+      const T value = instruct(Instruct(one.op), a, b, c, n);
+      if (one.to & kRegister) registers[one.to & ~kRegister] = value;
+      else *operand(one.to) = value;
+    }
+    for (int i = 0; i < op.traces; ++i) trace_part += registers[traces[i]];
+  }
+  return trace_part;
 }
 
 }  // namespace sparseflow::cuda

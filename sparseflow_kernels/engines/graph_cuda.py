@@ -75,7 +75,7 @@ class GraphCudaEngine(GraphNativeEngine, CudaSolver):
             where = node.origin or f"an operation ({node.kind})"
             if node.kind == "time":
                 return (
-                    f"{where} is a function of time in Python, which a kernel cannot call; the triton and reference engines can"
+                    f"{node.origin or 'some of what it reads of t'} is a function of time in Python, which a kernel cannot call; the triton and reference engines can"
                 )
             if node.rows > MOST_ROWS:
                 return f"{where} has {node.rows} rows, more than {MOST_ROWS}; the triton engine runs any width"
