@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Collection
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..divergence import DivergencePlan
-from ..field import GraphField
-from ..field.graph import STATE, order
+from ..field import GraphField, Node
+from ..field.graph import CONTEXT, STATE, order
 from ..threads import get_num_threads
 from .base import Gradient, SolveRequest, SolveResult
 from .cpu import _BUILDERS, STAGE_BYTES, _native, unready
-from .graph_native import GraphNativeEngine, ProgramSums, summands
+from .graph_native import GraphNativeEngine, GraphProgram, ProgramSums, summands
 from .lower import COTANGENT, TRACE_COTANGENT, GraphWriter, state_bindings, time_bindings
 from .native import address, native_options, native_tableau, solve_result, times_gradient
-
-
-@dataclass(eq=False)
-class _Program:
-    """A compiled program, its writer, and the program that answers for what depends on time."""
-
-    native: object
-    writer: GraphWriter
-    time: "_Program | None" = None
 
 
 class GraphCpuEngine(GraphNativeEngine):
@@ -54,65 +45,62 @@ class GraphCpuEngine(GraphNativeEngine):
 
     def __init__(self, field: GraphField, plan: DivergencePlan | None = None) -> None:
         super().__init__(field, plan)
-        self._programs: dict[tuple[bool, bool], _Program] = {}  # by (adjoint, a time per sample)
+        self._programs: dict[tuple[bool, tuple[Node, ...]], GraphProgram] = {}  # by (adjoint, what is in the state besides)
         self._program(False)
 
     # ---- programs
 
-    def _program(self, adjoint: bool, time_per_sample: bool = False) -> _Program:
-        key = adjoint, time_per_sample
+    def _program(self, adjoint: bool, more: tuple[Node, ...] = ()) -> GraphProgram:
+        """more: inputs that are rows of the state too (`state_bindings`)."""
+        key = adjoint, more
         if key not in self._programs:
             with torch.no_grad():
-                self._programs[key] = self._write(adjoint, time_per_sample)
-        return self._programs[key]
+                self._programs[key] = self._write(adjoint, more)
+        program = self._programs[key]
+        if program.stamp != self.stamp:
+            self._renew(program)
+        return program
 
-    def _write(self, adjoint: bool, time_per_sample: bool) -> _Program:
+    def _write(self, adjoint: bool, more: tuple[Node, ...]) -> GraphProgram:
         field, g = self._field, self._field.graph
         trace = None if self.plan is None else self.plan.form.trace
         builder = getattr(_native(), _BUILDERS[field.dtype])()
-        writer = GraphWriter(builder, field, state_bindings(field, time_per_sample))
+        writer = GraphWriter(builder, field, state_bindings(field, *more))
         if adjoint:
             names = {COTANGENT: g.input(COTANGENT, field.dim, STATE), TRACE_COTANGENT: g.input(TRACE_COTANGENT, 1, STATE)}
             writer.write_adjoint(field.output, trace, names)
-            program = _Program(builder.compile_adjoint(), writer)
+            program = GraphProgram(builder.compile_adjoint(), writer)
         else:
             writer.write(field.output, [] if trace is None else summands(trace))
-            program = _Program(builder.compile(), writer)
+            program = GraphProgram(builder.compile(), writer)
         if writer.timed:
             self._answer_times(program)
-        self._renew(program)
         return program
 
-    def _answer_times(self, program: _Program) -> None:
+    def _answer_times(self, program: GraphProgram) -> None:
         timed = program.writer.timed
         if program.writer.time_in_python:
-            program.native.set_refresh(lambda times: [[_array(row)] for row in self._answer_in_torch(timed, times)])
+            program.native.set_refresh(
+                lambda times: [[self._array(row)] for row in self._answer_in_torch(timed, times)]
+            )
             return
         builder = getattr(_native(), _BUILDERS[self.dtype])()
         writer = GraphWriter(builder, self._field, time_bindings(self._field))
         writer.write(self._field.graph.concatenate(timed))
-        program.time = _Program(builder.compile(), writer)
+        program.time = GraphProgram(builder.compile(), writer)
         program.native.set_time(program.time.native)
-
-    def _renew(self, program: _Program) -> None:
-        """The present numbers of the field's parts."""
-        matrices, vectors = self._numbers(program.writer)
-        for number, values in matrices:
-            program.native.set_values(number, _array(values))
-        for number, values in vectors:
-            program.native.set_vector(number, _array(values))
-        if program.time is not None:
-            self._renew(program.time)
 
     @torch.no_grad()
     def update(self, field: GraphField) -> bool:
         if not self._takes_over(field):
             return False
-        self._field = field
+        self._take(field)
         self.stamp += 1
-        for program in self._programs.values():
-            self._renew(program)
         return True
+
+    @staticmethod
+    def _array(values: Tensor) -> np.ndarray:
+        return values.detach().contiguous().numpy()
 
     # ---- evaluations and solves
 
@@ -129,16 +117,32 @@ class GraphCpuEngine(GraphNativeEngine):
     def _run(
         self, t: Tensor | float, x: Tensor, noise: Tensor | None, context: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        x, time, own_times = self._ready_point(t, x)
-        program = self._program(False, own_times)
+        x, time, more = self._ready_point(t, x, noise, context)
+        program = self._program(False, more)
         batch = len(x)
-        rows = self._context_rows(program.writer, self._ready_context(context, batch), self._ready_noise(noise, x[:, : self.dim]), batch)
         f = x.new_empty(batch, self.dim)
         divergence = None if self.plan is None else x.new_empty(batch)
-        program.native.evaluate(
-            float(time), x.data_ptr(), 0, batch, get_num_threads(), f.data_ptr(), address(divergence), context=address(rows)
-        )
+        program.native.evaluate(time, x.data_ptr(), 0, batch, get_num_threads(), f.data_ptr(), address(divergence))
         return f, divergence
+
+    def _ready_point(
+        self, t: Tensor | float, x: Tensor, noise: Tensor | None, context: Tensor | None
+    ) -> tuple[Tensor, float, tuple[Node, ...]]:
+        """(the rows of a program's state, its time, the inputs that its state holds besides)."""
+        field, x, time = self._field, self._ready(x, "y"), 0.0
+        rows, more = [x], []
+        if isinstance(t, Tensor) and t.numel() > 1:
+            rows.append(t.detach().reshape(-1, 1).to(x))
+            more.append(field.time)
+        else:
+            time = float(t)
+        if (context := self._ready_context(context, len(x))) is not None:
+            rows.append(context)
+            more.append(field.context)
+        if (noise := self._ready_noise(noise, x)) is not None:
+            rows.append(noise)
+            more.append(field.graph.input("noise", self.dim, CONTEXT))
+        return torch.cat(rows, 1) if more else x, time, tuple(more)
 
     def solve(self, request: SolveRequest) -> SolveResult:
         x = self._ready(request.x, "y0")
@@ -149,7 +153,7 @@ class GraphCpuEngine(GraphNativeEngine):
         ls = None if l is None else x.new_full((outputs, batch), torch.nan)
         program = self._program(False)
         noise = self._ready_noise(request.noise, x)
-        rows = self._context_rows(program.writer, self._ready_context(request.context, batch), noise, batch)
+        rows = self._context(program, self._ready_context(request.context, batch), noise, batch)
         xs = x.new_full((outputs, batch, self.dim), torch.nan)  # outputs a failed solve does not reach stay NaN
         raw = program.native.solve(
             x=x.data_ptr(), l=address(l), noise=0, batch=batch,
@@ -167,23 +171,22 @@ class GraphCpuEngine(GraphNativeEngine):
         self, t: Tensor | float, x: Tensor, noise: Tensor | None, grad_f: Tensor, grad_trace: Tensor | None,
         wanted: Collection[str], context: Tensor | None = None,
     ) -> Gradient:  # fmt: skip
-        point, time, own_times = self._ready_point(t, x)
-        program = self._program(True, own_times)
-        batch = len(x)
+        point, time, more = self._ready_point(t, x, noise, context)
+        program = self._program(True, more)
         grad_f = self._ready_like(grad_f, x.detach(), "grad_f")
         grad_trace = self._ready_channel(grad_trace, x.shape[:1], "grad_trace")
-        context, noise = self._ready_context(context, batch), self._ready_noise(noise, x.detach())
-        rows = self._context_rows(program.writer, context, noise, batch)
-        grad_rows = None if rows is None else torch.empty_like(rows)
-        grad_x = torch.empty_like(point)
+        grad = torch.empty_like(point)
         raw = program.native.evaluate(
-            t=float(time), x=point.data_ptr(), noise=0, batch=batch, threads=get_num_threads(), grad_f=grad_f.data_ptr(),
-            grad_trace=address(grad_trace), grad_x=grad_x.data_ptr(), context=address(rows), grad_context=address(grad_rows),
+            t=time, x=point.data_ptr(), noise=0, batch=len(x), threads=get_num_threads(), grad_f=grad_f.data_ptr(),
+            grad_trace=address(grad_trace), grad_x=grad.data_ptr(),
         )
-        found, of_time = self._gradient(program.writer, _sums(program.writer, raw), context, noise, grad_rows, wanted)
-        found.x = grad_x[:, : self.dim] if own_times else grad_x
+        found, of_time = self._gradient(program, _sums(program.writer, raw), None, None, None, wanted)
+        found.x, *others = grad.split([self.dim, *(node.rows for node in more)], 1)
+        named = dict(zip((node.name for node in more), others))
+        found.context, found.noise = named.get("context"), named.get("noise")
         if "t" in wanted:
-            found.t = grad_x[:, self.dim].reshape(t.shape) if own_times else torch.tensor(of_time, dtype=self.dtype)
+            own = named.get("time")
+            found.t = torch.tensor(of_time, dtype=self.dtype) if own is None else own.reshape(t.shape)
         return found
 
     def solve_backward(
@@ -194,7 +197,7 @@ class GraphCpuEngine(GraphNativeEngine):
         grad_xs, grad_ls = self._ready_cotangents(request, grad_xs, grad_ls)
         batch = x.shape[0]
         context = self._ready_context(request.context, batch)
-        rows = self._context_rows(program.writer, context, noise, batch)
+        rows = self._context(program, context, noise, batch)
         grad_rows = None if rows is None else torch.empty_like(rows)
         grad_x = torch.empty_like(x)
         grad_l = None if self.plan is None else x.new_empty(batch)
@@ -205,7 +208,7 @@ class GraphCpuEngine(GraphNativeEngine):
             grad_xs=grad_xs.data_ptr(), grad_ls=address(grad_ls), grad_x=grad_x.data_ptr(), grad_l=address(grad_l),
             context=address(rows), grad_context=address(grad_rows),
         )
-        found, of_time = self._gradient(program.writer, _sums(program.writer, raw), context, noise, grad_rows, wanted)
+        found, of_time = self._gradient(program, _sums(program.writer, raw), context, noise, grad_rows, wanted)
         found.x, found.l = grad_x, grad_l
         if "times" in wanted:
             found.times = times_gradient(request, result, grad_xs, grad_ls, of_time)
@@ -213,12 +216,9 @@ class GraphCpuEngine(GraphNativeEngine):
 
 
 def _sums(writer: GraphWriter, raw: dict) -> ProgramSums:
-    vectors = {n: torch.from_numpy(raw["vectors"][n]) for n, _ in writer.vectors if len(raw["vectors"][n])}
+    """What the native program summed up."""
+    vectors = {number: torch.from_numpy(raw["vectors"][number]) for number, _ in writer.vectors if len(raw["vectors"][number])}
     times = cotangents = torch.empty(0)
     if writer.timed:
         times, cotangents = (torch.from_numpy(raw[name]) for name in ("time_points", "time_cotangents"))
     return ProgramSums(lambda number: torch.from_numpy(raw["matrices"][number]), vectors, times, cotangents)
-
-
-def _array(values: Tensor):
-    return values.detach().contiguous().numpy()

@@ -16,7 +16,7 @@ from .base import Gradient, SolveRequest, SolveResult
 from .cuda_device import BUILDERS, IMAGE_BYTES, DeviceImage
 from .cuda_shapes import stages_of
 from .cuda_solve import CudaSolver
-from .graph_native import GraphNativeEngine, ProgramSums, summands
+from .graph_native import GraphNativeEngine, GraphProgram, ProgramSums, summands
 from .instructions import code_of
 from .lower import COTANGENT, TRACE_COTANGENT, GraphWriter, Place, state_bindings
 from .native import address, times_gradient
@@ -28,7 +28,7 @@ class CudaGraphWriter(GraphWriter):
     """registers: that a thread has for what lies between the instructions of a pointwise operation."""
 
     def __init__(self, builder: Any, field: GraphField, registers: int) -> None:
-        super().__init__(builder, field, state_bindings(field, time_per_sample=True))
+        super().__init__(builder, field, state_bindings(field, field.time))
         self._registers = registers
 
     def _pointwise(
@@ -41,12 +41,12 @@ class CudaGraphWriter(GraphWriter):
         first, second = nodes[: len(nodes) // 2], nodes[len(nodes) // 2 :]
         kept = {node for node, _ in stored}
         read = {operand for node in second for operand in node.operands} | (set(traced) - set(first))
-        buffers = []
+        buffers: list[tuple[int, int, int]] = []
         between: list[tuple[Node, Place]] = []
         for node in first:
             if node in read and node not in kept:
-                buffers.append((node.rows, self._buffer(node.rows)))
-                between.append((node, (buffers[-1][1], 0, 0)))
+                buffers.append((node.rows, 1, self._buffer(node.rows)))
+                between.append((node, (buffers[-1][2], 0, 0)))
         self._pointwise(
             rows, first, [*((n, p) for n, p in stored if n in set(first)), *between], [n for n in traced if n in set(first)]
         )
@@ -106,6 +106,7 @@ class GraphCudaEngine(GraphNativeEngine, CudaSolver):
     def __init__(self, field: GraphField, plan: DivergencePlan | None = None) -> None:
         super().__init__(field, plan)
         self._writers: dict[str, CudaGraphWriter] = {}
+        self._programs: dict[str, GraphProgram] = {}
         with self._guard():
             self._image("forward")  # what cannot be laid out is refused now
 
@@ -114,8 +115,9 @@ class GraphCudaEngine(GraphNativeEngine, CudaSolver):
     def _image(self, kind: str) -> DeviceImage:
         if kind not in self._images:
             image = super()._image(kind)
+            self._programs[kind] = GraphProgram(image, self._writers[kind])
             with self._guard():
-                image.renew(lambda to: self._tell(kind, to))
+                image.renew(lambda _: self._renew(self._programs[kind]))
         return self._images[kind]
 
     def _write_image(self, kind: str) -> Any:
@@ -130,21 +132,13 @@ class GraphCudaEngine(GraphNativeEngine, CudaSolver):
             writer.write(field.output, [] if trace is None else summands(trace))
         return self._laid_out(builder)
 
-    def _tell(self, kind: str, image: DeviceImage) -> None:
-        """The present numbers of the field's parts."""
-        matrices, vectors = self._numbers(self._writers[kind])
-        for number, values in matrices:
-            image.set_values(number, values)
-        for number, values in vectors:
-            image.set_vector(number, values)
-
     def update(self, field: GraphField) -> bool:
         if not self._takes_over(field):
             return False
-        self._field = field
-        self.stamp += 1
         with self._guard():
-            self._renew_images(self._tell)
+            self._take(field)
+            self.stamp += 1
+            self._renew_images(lambda kind, _: self._renew(self._programs[kind]))
         return True
 
     def _layers(self) -> str:
@@ -162,7 +156,14 @@ class GraphCudaEngine(GraphNativeEngine, CudaSolver):
         self, kind: str, noise: Tensor | None, context: Tensor | None, batch: int
     ) -> tuple[Tensor | None, Tensor | None]:
         self._image(kind)
-        return None, self._context_rows(self._writers[kind], self._ready_context(context, batch), noise, batch)
+        return None, self._context(self._programs[kind], self._ready_context(context, batch), noise, batch)
+
+    def _ready_point(self, t: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor | float, bool]:
+        """(the rows of the program's state, its time, whether every sample has its own)."""
+        x = self._ready(x, "y")
+        if isinstance(t, Tensor) and t.numel() > 1:
+            return torch.cat((x, t.detach().reshape(-1, 1).to(x)), 1), 0.0, True
+        return x, t, False
 
     # ---- evaluations
 
@@ -207,7 +208,7 @@ class GraphCudaEngine(GraphNativeEngine, CudaSolver):
                 "grad_l": 0, "context": address(rows), "grad_context": address(grad_rows), "own_times": own_times,
                 "grad_times": address(grad_times),
             })  # fmt: skip
-        found, _ = self._gradient(self._writers["adjoint"], self._sums(sums), context, noise, grad_rows, wanted)
+        found, _ = self._gradient(self._programs["adjoint"], self._sums(sums), context, noise, grad_rows, wanted)
         found.x = grad_x
         if "t" in wanted:
             found.t = grad_times.reshape(t.shape) if own_times else sums[-1].to(self.dtype)
@@ -235,7 +236,7 @@ class GraphCudaEngine(GraphNativeEngine, CudaSolver):
                 "grad_context": address(grad_rows),
             })  # fmt: skip
             of_times = times_gradient(request, result, grad_xs, grad_ls, sums[-1]) if "times" in wanted else None
-        found, _ = self._gradient(self._writers["adjoint"], self._sums(sums), context, noise, grad_rows, wanted)
+        found, _ = self._gradient(self._programs["adjoint"], self._sums(sums), context, noise, grad_rows, wanted)
         found.x, found.l, found.times = grad_x, grad_l, of_times
         return found
 

@@ -172,10 +172,10 @@ class Builder:
 
     def affine(
         self, matrix: int, source: Ref, target: Ref, modulation: int, activation: int, a: float = 1.0, b: float = 20.0,
-        store: int = 0, seed: Ref = ABSENT, weight: Ref = ABSENT,
+        store: int = 0, seed: Ref = ABSENT, weight: Ref = ABSENT, list: str = "body",
     ) -> None:  # fmt: skip
-        self.lists["body"].append(Op("affine", matrix, source, target, options=dict(
-            modulation=modulation, activation=activation, a=a, b=b, store=store, seed=seed, weight=weight,
+        self.lists[list].append(Op("affine", matrix, source, target, options=dict(
+            modulation=modulation, activation=activation, a=a, b=b, store=int(store), seed=seed, weight=weight,
         )))  # fmt: skip
 
     def product(

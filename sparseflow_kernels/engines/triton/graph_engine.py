@@ -3,7 +3,7 @@ pointwise expression."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Callable, Collection, Sequence
 
 import torch
@@ -14,20 +14,11 @@ from ...field import GraphField
 from ...field.graph import STATE, order
 from ...field.primitives import PRIMITIVES
 from ..base import Gradient, SolveRequest, SolveResult
-from ..graph_native import GraphNativeEngine, ProgramSums, summands
+from ..graph_native import GraphNativeEngine, GraphProgram, ProgramSums, summands
 from ..lower import COTANGENT, TRACE_COTANGENT, GraphWriter, state_bindings, time_bindings
 from ..native import solve_of_nothing, times_gradient
 from .engine import MOST_COUNTED, unready
 from .held import HeldMemory, check_request, tell
-
-
-@dataclass(eq=False)
-class _Program:
-    """A compiled program, its writer, and the program that answers for what depends on time."""
-
-    native: Any
-    writer: GraphWriter
-    time: _Program | None = None
 
 
 class GraphTritonEngine(HeldMemory, GraphNativeEngine):
@@ -66,7 +57,7 @@ class GraphTritonEngine(HeldMemory, GraphNativeEngine):
         super().__init__(field, plan)
         self.form, self.notes = form, []
         self._hold_memory()
-        self._programs: dict[tuple[bool, bool], _Program] = {}  # by (adjoint, a time per sample)
+        self._programs: dict[tuple[bool, bool], GraphProgram] = {}  # by (adjoint, a time per sample)
         self._program(False)
 
     def describe(self) -> list[str]:
@@ -82,66 +73,63 @@ class GraphTritonEngine(HeldMemory, GraphNativeEngine):
 
     # ---- programs
 
-    def _program(self, adjoint: bool, time_per_sample: bool = False) -> _Program:
+    def _program(self, adjoint: bool, time_per_sample: bool = False) -> GraphProgram:
         key = adjoint, time_per_sample
-        if key not in self._programs:
-            with self._guard():
+        with self._guard():
+            if key not in self._programs:
                 self._programs[key] = self._write(adjoint, time_per_sample)
-        return self._programs[key]
+            program = self._programs[key]
+            if program.stamp != self.stamp:
+                self._renew(program)
+        return program
 
     def _builder(self):
         from .builder import Builder  # late: without triton the class can still say why it cannot run
 
         return Builder(self.dtype, self.device, self.form)
 
-    def _write(self, adjoint: bool, time_per_sample: bool) -> _Program:
+    def _write(self, adjoint: bool, time_per_sample: bool) -> GraphProgram:
         field, g = self._field, self._field.graph
         trace = None if self.plan is None else self.plan.form.trace
         builder = self._builder()
-        writer = GraphWriter(builder, field, state_bindings(field, time_per_sample))
+        writer = GraphWriter(builder, field, state_bindings(field, *((field.time,) if time_per_sample else ())))
         if adjoint:
             names = {COTANGENT: g.input(COTANGENT, field.dim, STATE), TRACE_COTANGENT: g.input(TRACE_COTANGENT, 1, STATE)}
             writer.write_adjoint(field.output, trace, names)
         else:
             writer.write(field.output, [] if trace is None else summands(trace))
-        program = _Program(builder.compile(), writer)
+        program = GraphProgram(builder.compile(), writer)
         if writer.timed and not writer.time_in_python:
             builder = self._builder()
             of_time = GraphWriter(builder, field, time_bindings(field))
             of_time.write(g.concatenate(writer.timed))
-            program.time = _Program(builder.compile(), of_time)
+            program.time = GraphProgram(builder.compile(), of_time)
             program.native.time = program.time.native
-        self._renew(program)
         return program
-
-    def _renew(self, program: _Program) -> None:
-        """The present numbers of the field's parts."""
-        matrices, vectors = self._numbers(program.writer)
-        for number, values in matrices:
-            program.native.set_values(number, values)
-        for number, values in vectors:
-            program.native.set_vector(number, values)
-        if program.time is not None:
-            self._renew(program.time)
 
     def update(self, field: GraphField) -> bool:
         if not self._takes_over(field):
             return False
         with self._lock, self._guard():
-            self._field = field
+            self._take(field)
             self.stamp += 1
-            for program in self._programs.values():
-                self._renew(program)
         return True
 
-    def _answers(self, program: _Program) -> Callable[[Sequence[float]], list[list[Tensor]]] | None:
+    def _answers(self, program: GraphProgram) -> Callable[[Sequence[float]], list[list[Tensor]]] | None:
         """Who answers for what depends on time where some of it runs in Python; None where none does."""
         writer = program.writer
         if not writer.timed or not writer.time_in_python:
             return None
         return lambda times: [[row] for row in self._answer_in_torch(writer.timed, times)]
 
-    def _modulate(self, program: _Program, work: Any, t: Tensor | float) -> None:
+    def _ready_point(self, t: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor | float, bool]:
+        """(the rows of the program's state, its time, whether every sample has its own)."""
+        x = self._ready(x, "y")
+        if isinstance(t, Tensor) and t.numel() > 1:
+            return torch.cat((x, t.detach().reshape(-1, 1).to(x)), 1), 0.0, True
+        return x, t, False
+
+    def _modulate(self, program: GraphProgram, work: Any, t: Tensor | float) -> None:
         tell(work.times, t)
         answers = self._answers(program)
         work.modulate(None if answers is None else answers([float(t)]))
@@ -178,7 +166,7 @@ class GraphTritonEngine(HeldMemory, GraphNativeEngine):
             work = self._hold(("evaluate", own_times, batch), lambda: Workspace(native, batch, 1))
             self._modulate(program, work, time)
             self._put(work, native.input, x)
-            self._put(work, native.context, self._context_rows(program.writer, context, noise, batch))
+            self._put(work, native.context, self._context(program, context, noise, batch))
             work.run("body")
             trace = work.partials[: work.n_partials, :batch].sum(0) if self.plan is not None else x.new_empty(0)
             return work.state(native.output)[:, :batch].T.contiguous(), trace
@@ -203,7 +191,7 @@ class GraphTritonEngine(HeldMemory, GraphNativeEngine):
                     native, request.tableau, batch, request.sign, self._answers(program), self.notes.append, request.parts
                 ),
             )
-            self._put(solver.work, native.context, self._context_rows(program.writer, context, noise, batch))
+            self._put(solver.work, native.context, self._context(program, context, noise, batch))
             return solver.solve(replace(request, x=x, l=l, noise=None))
 
     # ---- gradients
@@ -230,10 +218,10 @@ class GraphTritonEngine(HeldMemory, GraphNativeEngine):
             self._put(work, native.cotangent, grad_f)
             if native.trace_cotangent >= 0:
                 work.state(native.trace_cotangent)[0, :batch] = 0.0 if grad_trace is None else grad_trace
-            self._put(work, native.context, self._context_rows(program.writer, context, noise, batch))
+            self._put(work, native.context, self._context(program, context, noise, batch))
             raw = reverse.run()
             grad_x = work.state(native.state_cotangent)[:, :batch].T.contiguous()
-        found, of_time = self._gradient(program.writer, _sums(raw), context, noise, raw.context, wanted)
+        found, of_time = self._gradient(program, _sums(raw), context, noise, raw.context, wanted)
         found.x = grad_x[:, : self.dim] if own_times else grad_x
         if "t" in wanted:
             if own_times:
@@ -263,9 +251,9 @@ class GraphTritonEngine(HeldMemory, GraphNativeEngine):
                     native, request.tableau, batch, request.sign, self.notes.append, self._answers(program), graph=True
                 ),
             )
-            self._put(reversal.work, native.context, self._context_rows(program.writer, context, noise, batch))
+            self._put(reversal.work, native.context, self._context(program, context, noise, batch))
             raw, grad_x, grad_l = reversal.solve(replace(request, x=x, noise=None), result, grad_xs, grad_ls)
-        found, of_time = self._gradient(program.writer, _sums(raw), context, noise, raw.context, wanted)
+        found, of_time = self._gradient(program, _sums(raw), context, noise, raw.context, wanted)
         found.x, found.l = grad_x, grad_l
         if "times" in wanted:
             found.times = times_gradient(request, result, grad_xs, grad_ls, of_time)

@@ -1,7 +1,8 @@
 """All memory of a program for one batch size, with the launches over it bound once, so that a step is a fixed sequence of
 launches on static memory, which a CUDA graph can hold.
 
-Buffers are batch-minor, [rows, slots, padded batch]; lanes beyond the batch are computed and never looked at.
+Buffers are batch-minor, [rows, slots, padded batch], a slot behind the other; lanes beyond the batch are computed and
+never looked at.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Workspace:
         self.first_rows = [0, *itertools.accumulate(sizes)]
         self.memory = new(self.first_rows[-1], self.padded).zero_()
         self.buffers = [
-            self.memory[first : first + rows * slots].view(rows, slots, self.padded)
+            self.memory[first : first + rows * slots].view(slots, rows, self.padded).transpose(0, 1)
             for first, (rows, slots) in zip(self.first_rows, program.buffers)
         ]
         if program.ones >= 0:
@@ -213,8 +214,7 @@ class Workspace:
 
     def _first_row(self, buffer: int, slot: int, row: int) -> int:
         """Of an operand, in the memory of all buffers; its rows follow each other."""
-        assert self.program.buffers[buffer][1] == 1 and slot == 0, "operands of pointwise operations have one slot"
-        return self.first_rows[buffer] + row
+        return self.first_rows[buffer] + slot * self.program.buffers[buffer][0] + row
 
     def _bind_modulations(self) -> tuple[list[Launch], list[Launch]]:
         program = self.program
