@@ -180,7 +180,7 @@ class GraphCpuEngine(GraphNativeEngine):
             t=time, x=point.data_ptr(), noise=0, batch=len(x), threads=get_num_threads(), grad_f=grad_f.data_ptr(),
             grad_trace=address(grad_trace), grad_x=grad.data_ptr(),
         )
-        found, of_time = self._gradient(program, _sums(program.writer, raw), None, None, None, wanted)
+        found, of_time = self._gradient(program, sums_of(program.writer, raw), None, None, None, wanted)
         found.x, *others = grad.split([self.dim, *(node.rows for node in more)], 1)
         named = dict(zip((node.name for node in more), others))
         found.context, found.noise = named.get("context"), named.get("noise")
@@ -208,14 +208,14 @@ class GraphCpuEngine(GraphNativeEngine):
             grad_xs=grad_xs.data_ptr(), grad_ls=address(grad_ls), grad_x=grad_x.data_ptr(), grad_l=address(grad_l),
             context=address(rows), grad_context=address(grad_rows),
         )
-        found, of_time = self._gradient(program, _sums(program.writer, raw), context, noise, grad_rows, wanted)
+        found, of_time = self._gradient(program, sums_of(program.writer, raw), context, noise, grad_rows, wanted)
         found.x, found.l = grad_x, grad_l
         if "times" in wanted:
             found.times = times_gradient(request, result, grad_xs, grad_ls, of_time)
         return found
 
 
-def _sums(writer: GraphWriter, raw: dict) -> ProgramSums:
+def sums_of(writer: GraphWriter, raw: dict) -> ProgramSums:
     """What the native program summed up."""
     vectors = {number: torch.from_numpy(raw["vectors"][number]) for number, _ in writer.vectors if len(raw["vectors"][number])}
     times = cotangents = torch.empty(0)
