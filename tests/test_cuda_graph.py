@@ -14,6 +14,7 @@ from sparseflow_kernels.engines.graph_cuda import GraphCudaEngine
 from sparseflow_kernels.field import Graph, GraphField
 from sparseflow_kernels.numerics.step_control import StepOptions
 from sparseflow_kernels.numerics.tableaus import METHODS
+from test_compiled_graph import Net
 from test_native_graph import BINARY, UNARY, assert_close, special
 
 Engine = engine_on(GraphCudaEngine)
@@ -85,6 +86,17 @@ def test_solves(name, kind, method):
     field, x, context = graph_of(FIELDS[name])
     CASE.solves(field, x, context, kind, method)
     CASE.solves(field, x, context, kind, method, sign=-1, options=StepOptions(), gradient=False)
+
+
+def test_a_tuple_state_has_a_norm_for_each_part():
+    module, y0 = made(second_order)
+    field = sfk.compile(module, "reference", like=y0)
+    x = field.layout.flatten(y0)
+    for tolerances in (dict(rtol=(1e-2, 1e-5), atol=(1e-3, 1e-6)), dict(rtol=(1e-3,), atol=(1e-4,))):
+        for options in (StepOptions(first_step=0.1), StepOptions()):
+            CASE.solves(field.vector_field, x, None, parts=(2, 2), options=options, times=(0.0, 0.4, 1.0), **tolerances)
+    two = engine_on(GraphCudaEngine, multiprocessors=1)
+    Against(two, DEVICE, close).solves(field.vector_field, x.repeat(40, 1), None, parts=(2, 2), rtol=(1e-2, 1e-5), atol=(1e-3, 1e-6))
 
 
 def test_batches_of_several_tiles():
@@ -161,9 +173,9 @@ def test_new_values_are_taken_over():
 
 
 def test_what_it_cannot_run_is_refused_by_name():
-    module, y0 = made(second_order)
-    tuple_state = sfk.compile(module, "reference", like=y0).vector_field
-    assert "tuple" in Engine.unsupported(tuple_state)
+    y0 = tuple(torch.randn(2, 1, dtype=F64) for _ in range(NATIVE.COMPONENTS))
+    many = sfk.compile(Net(lambda s, t, y: y), "reference", like=y0).vector_field
+    assert "norms" in Engine.unsupported(many.map_tensors(lambda tensor: tensor.to(DEVICE)))
     field = random_graph(0)
     g = field.graph
     g.origin = "model.py:12 of Net"

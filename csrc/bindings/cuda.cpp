@@ -108,10 +108,21 @@ void solve(const Image<T>& self, const Plan& plan, const py::dict& a) {
   const bool shared = a["shared"].cast<bool>();
   p.control = shared ? Control::kShared : Control::kPerTile;
   p.tableau = a["tableau"].cast<const DeviceTableau&>();
-  const auto rtol = a["rtol"].cast<std::pair<py::object, py::object>>(), atol = a["atol"].cast<std::pair<py::object, py::object>>();
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  p.rtol[0] = real(rtol.first, "rtol", 0.0, kInfinity), p.rtol[1] = real(rtol.second, "rtol", 0.0, kInfinity);
-  p.atol[0] = real(atol.first, "atol", 0.0, kInfinity), p.atol[1] = real(atol.second, "atol", 0.0, kInfinity);
+  const auto parts = a["parts"].cast<std::vector<int>>();  // rows of the tensors of the state; the log-density comes behind them
+  const auto rtol = a["rtol"].cast<std::vector<py::object>>(), atol = a["atol"].cast<std::vector<py::object>>();
+  const size_t components = parts.size() + p.program.divergence;
+  if (parts.empty() || components > size_t(kMaxComponents)) throw std::invalid_argument("solve: from 1 to " + std::to_string(kMaxComponents) + " components, not " + std::to_string(components));
+  if (rtol.size() != components || atol.size() != components) throw std::invalid_argument("solve: a tolerance for every component is needed");
+  int64_t rows = 0;
+  for (size_t i = 0; i < components; ++i) {
+    const int own = i < parts.size() ? parts[i] : 1;
+    if (own < 1) throw std::invalid_argument("solve: a component has no rows");
+    rows += own;
+    if (rows > p.program.dim + p.program.divergence) throw std::invalid_argument("solve: the components have more rows than the state");
+    p.add_component(own, real(rtol[i], "rtol", 0.0, kInfinity), real(atol[i], "atol", 0.0, kInfinity));
+  }
+  if (rows != p.program.dim + p.program.divergence) throw std::invalid_argument("solve: the components have fewer rows than the state");
   const StepOptions options = options_of(a["options"]);
   p.rule = options;
   p.first_step = options.first_step;
@@ -246,6 +257,7 @@ SF_MODULE(SPARSEFLOW_MODULE_NAME, m) {
   m.doc() = "The CUDA engine: whole solves of sparse vector fields in one launch.";
   m.attr("SUMS") = kSums;
   m.attr("REGISTERS") = kRegisters;
+  m.attr("COMPONENTS") = kMaxComponents;
   py::class_<DeviceTableau>(m, "Tableau", py::module_local(), "A Runge-Kutta method, checked, as kernels take it.")
       .def(py::init([](const py::dict& tableau) { return device_tableau(tableau_of(tableau)); }), py::arg("tableau"));
   py::class_<Plan>(m, "Plan", py::module_local(), "How a kernel would be launched (csrc/cuda/plan.h).")

@@ -102,6 +102,9 @@ class CudaSolver(LaunchShapes):
         ls = None if l is None else x.new_empty(outputs, batch)
 
         noise, context = self._given("forward", noise, request.context, batch)
+        own_parts = list(request.parts or (dim,))
+        components = len(own_parts) + (l is not None)
+        tolerances = [[*one] * components if len(one) == 1 else [*one][:components] for one in (request.rtol, request.atol)]
         rows = dim + (l is not None)
         several = shared and plan.tiles > blocks
         if request.grid is not None:
@@ -133,7 +136,7 @@ class CudaSolver(LaunchShapes):
             "batch": batch, "x": x.data_ptr(), "l": address(l), "noise": address(noise),
             "context": address(context), "shared": shared,
             "tableau": self._tableau(request.tableau),
-            "rtol": (*request.rtol, 0.0)[:2], "atol": (*request.atol, 0.0)[:2], "options": options, "sign": request.sign,
+            "parts": own_parts, "rtol": tolerances[0], "atol": tolerances[1], "options": options, "sign": request.sign,
             "perturb": request.perturb, "n_times": outputs, "n_grid": len(points) - outputs, "times": times.data_ptr(),
             "xs": xs.data_ptr(), "ls": address(ls), "record": request.record, "capacity": capacity,
             "step_capacity": step_capacity,

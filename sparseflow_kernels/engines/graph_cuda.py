@@ -65,10 +65,10 @@ class GraphCudaEngine(GraphNativeEngine, CudaSolver):
     def unsupported(cls, field: GraphField) -> str | None:
         if (reason := cls._unready(field)) is not None:
             return reason
-        if field.layout.is_tuple:
+        if field.layout.is_tuple and len(field.layout.shapes) >= (most := cls.native().COMPONENTS):
             return (
-                "its state is a tuple of tensors, each with an error norm of its own, and the cuda engine knows one norm; the "
-                "triton engine runs it"
+                f"its state is a tuple of {len(field.layout.shapes)} tensors, and the cuda engine knows fewer than {most} norms; "
+                "the triton engine runs it"
             )
         size = 0
         for node in order([field.output]):
