@@ -160,6 +160,30 @@ def test_everything_is_on_the_fields_device(form, kind, monkeypatch):
     assert {"affine", "modulate", "begin", "finish", "total", "keep", "pull", "modulation_gradient"} <= seen
 
 
+@pytest.mark.parametrize("name,kind", [("conditional", "hutchinson"), ("residual", "exact")])
+def test_everything_of_a_graph_is_on_its_device(name, kind, monkeypatch):
+    seen = set()
+
+    def check(kernel, programs, *arguments, warps=4, **constants):
+        for name, value in zip(kernel.arg_names, arguments):
+            assert not isinstance(value, torch.Tensor) or value.device.type == "meta", f"{kernel.__name__}: {name}"
+        seen.add(kernel.__name__)
+
+    for module in LAUNCHING:
+        monkeypatch.setattr(module, "launch", check)
+    monkeypatch.setattr(graph_engine.GraphTritonEngine, "unsupported", staticmethod(lambda field: None))
+    field = graph_of(FIELDS[name])[0]
+    plan = divergence.plan(field, kind)
+    engine = graph_engine.GraphTritonEngine(field.map_tensors(lambda tensor: tensor.to("meta")), plan)
+    solver = solve.Solver(engine._program(False).native, METHODS["dopri5"], 100, 1, None, print)
+    backward = reversal.Reversal(engine._program(True).native, METHODS["dopri5"], 100, 1, print, graph=True)
+    for sequence in (solver.step, *backward.pulls):
+        for bound in sequence.launches:
+            bound()
+    backward.graph_sums.take(0)
+    assert {"pointwise", "product", "begin", "finish", "dense_gradient" if "dense_gradient" in seen else "gradient", "spread"} <= seen
+
+
 def compile_all(launched, tmp_path, capability):
     assert launched
     for variant in launched:

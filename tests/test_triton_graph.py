@@ -121,12 +121,12 @@ def solves(field, x, context, kind=None, method="dopri5", *, bound=1e-9, gradien
 ])  # fmt: skip
 def test_solves(name, kind, method):
     field, x, context = graph_of(FIELDS[name])
-    CASE.solves(field, x, context, kind, method)
+    CASE.solves(field, x, context, kind, method, times=(0.0, 0.07, 0.2))
 
 
 def test_a_solve_backwards_chooses_its_first_step():
     field, x, context = graph_of(FIELDS["mixed"])
-    CASE.solves(field, x, context, "exact", sign=-1, options=StepOptions(), gradient=False)
+    CASE.solves(field, x, context, "exact", sign=-1, options=StepOptions(), gradient=False, times=(0.0, 0.1))
 
 
 def test_a_tuple_state_has_a_norm_for_each_part():
@@ -167,7 +167,7 @@ def test_a_function_of_time_in_python():
     x = torch.randn(4, field.dim, generator=torch.Generator().manual_seed(0), dtype=F64)
     context = None if field.context is None else x.new_ones(4, field.context.rows)
     CASE.evaluations(field, x, context, None)
-    CASE.solves(field, x, context, None, "rk4")
+    CASE.solves(field, x, context, None, "midpoint", times=(0.0, 0.2))
 
 
 def test_no_samples():
