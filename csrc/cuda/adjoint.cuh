@@ -8,6 +8,25 @@
 
 namespace sparseflow::cuda {
 
+// [samples][columns] -> rows of a tile. Beyond the batch there is the last sample again, whose slopes are what they are: those
+// of zeros might be infinite, and its cotangents of zero would become NaN. By itself, like the next one: it leaves its
+// callers their registers.
+template <class T>
+SF_CALLED void load_samples(const T* from, int columns, T* to, int first_sample, int count, int tile_log) {
+  for (int i = threadIdx.x; i < columns << tile_log; i += blockDim.x) {
+    const int s = i / columns, c = i - s * columns;
+    to[(c << tile_log) + s] = from[size_t(first_sample + (s < count ? s : count - 1)) * columns + c];
+  }
+}
+// rows of a tile are added to [samples][columns]
+template <class T>
+SF_CALLED void add_samples(const T* from, int columns, T* to, int first_sample, int count, int tile_log) {
+  for (int i = threadIdx.x; i < count * columns; i += blockDim.x) {
+    const int s = i / columns, c = i - s * columns;
+    to[size_t(first_sample) * columns + i] += from[(c << tile_log) + s];
+  }
+}
+
 template <class T, int V, bool Shared>
 struct Reversal {
   const AdjointParams<T>& in;
@@ -56,14 +75,7 @@ struct Reversal {
     }
     sync();
   }
-  // [samples][columns] -> rows. Beyond the batch there is the last sample again, whose slopes are what they are: those of
-  // zeros might be infinite, and its cotangents of zero would become NaN.
-  SF_DEVICE void load_columns(const T* from, int columns, T* to) {
-    for (int i = threadIdx.x; i < S * columns; i += blockDim.x) {
-      const int s = i / columns, c = i - s * columns;
-      to[c * S + s] = from[size_t(first_sample + (s < count ? s : count - 1)) * columns + c];
-    }
-  }
+  SF_DEVICE void load_columns(const T* from, int columns, T* to) { load_samples(from, columns, to, first_sample, count, block.tile_log); }
   SF_DEVICE void load_rows(const T* from, T* to) { load_columns(from, dim, to); }
   SF_DEVICE T output_cotangent(int index, int i) const {
     const int c = i / S, s = i - c * S;
@@ -115,14 +127,8 @@ struct Reversal {
 
   // What a graph's evaluation owes to the context and to the time, of the samples there are.
   SF_DEVICE void give_away() {
-    if (program.context_cotangent.row >= 0 && in.grad_context != nullptr) {
-      const T* const found = block.rows_of(program.context_cotangent);
-      const int columns = program.context_rows;
-      for (int i = threadIdx.x; i < count * columns; i += blockDim.x) {
-        const int s = i / columns, c = i - s * columns;
-        in.grad_context[size_t(first_sample) * columns + i] += found[c * S + s];
-      }
-    }
+    if (program.context_cotangent.row >= 0 && in.grad_context != nullptr)
+      add_samples(block.rows_of(program.context_cotangent), program.context_rows, in.grad_context, first_sample, count, block.tile_log);
     if (program.time_in_input && !in.own_times)
       for (int s = threadIdx.x; s < count; s += blockDim.x) of_time += double(block.row_of(program.state_cotangent, dim)[s]);
   }
