@@ -8,7 +8,7 @@ import torch
 from random_graphs import random_graph
 from sparseflow_kernels import divergence
 from sparseflow_kernels.engines import graph_cpu, reference_engine
-from sparseflow_kernels.engines.graph_cpu import GraphCpuEngine
+from sparseflow_kernels.engines.graph_cpu import GraphCpuEngine, sums_of
 from sparseflow_kernels.field import Activation, Graph, GraphField, Matrix, Part, Pattern
 from sparseflow_kernels.field.graph import CONTEXT
 
@@ -61,7 +61,7 @@ def test_programs_of_random_graphs(seed, kind):
             adjoint = engine._program(True, tuple(more))
             rows = engine._context(adjoint, context, noise, n)
             pulled, of_rows, raw = adjoint.native.back(t, point, grad_f, grad_trace, rows)
-            found, of_time = engine._gradient(adjoint, raw, context, noise, of_rows, WANTED)
+            found, of_time = engine._gradient(adjoint, sums_of(adjoint.writer, raw), context, noise, of_rows, WANTED)
             wanted = reference.evaluate_backward(times, x, noise, grad_f, grad_trace, WANTED, context=context)
             of_x, *others = pulled.split([field.dim, *(node.rows for node in more)], 1)
             others = dict(zip((node.name for node in more), others))
