@@ -40,7 +40,7 @@ from .hooks import GLOBAL_HOOKS, hooks_of
 from .layer_parameters import LayerParameters, lost, zeroing
 from .live import Watch
 from .origin import CONSTANT, Derivation, Key, Origin
-from .packing import Packing
+from .packing import Packing, strided
 from .simplify import simplify
 from .trained import Entries, Held, Shares, check_made_again, without_zeros, write, zeros_to_keep
 
@@ -370,7 +370,7 @@ class CompiledField(nn.Module):
         if self._slots is None:
             self._slots = [
                 (m, kind, name) for m in self.modules() for kind in ("_parameters", "_buffers")
-                for name in m.__dict__[kind]
+                for name in m.__dict__[kind].keys()  # TorchScript's dictionaries are no others
             ]  # fmt: skip
         for module, kind, name in self._slots:
             try:
@@ -378,7 +378,7 @@ class CompiledField(nn.Module):
             except KeyError:
                 raise lost(name) from None
             if tensor is not None:
-                yield tensor
+                yield from strided(tensor)
 
     def hooked_inside(self) -> bool:
         """Are there hooks of torch's on the field's layers, or on all modules?"""

@@ -108,6 +108,11 @@ class DivergenceField(nn.Module):
 
         Differentiable in t, x and the parameters; l does not enter.
         """
+        if isinstance(self.field, CompiledField) and self.field.layout is not None and self.field.layout.is_tuple:
+            raise TypeError(
+                "with_divergence: this field's state is a tuple of tensors, and a divergence is of one. Compile a module "
+                "of the tensor whose density is meant; what else it integrates can be columns of a state of its own"
+            )
         if not isinstance(state, (tuple, list)) or len(state) != 2 or not all(isinstance(p, Tensor) for p in state):
             raise TypeError("state: must be a tuple (x, l) of two tensors")
         x, l = state  # noqa: E741
@@ -135,8 +140,6 @@ class DivergenceField(nn.Module):
     def _of_layout(self, t: Tensor | float, x: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
         """Of states of the field's own layout: the divergence is over all numbers of a sample."""
         field = self.field
-        if field.layout.is_tuple:
-            raise TypeError("with_divergence: this field's state is a tuple of tensors, and a divergence is of one")
         rows = field.flatten("x", x)
         if l.numel() != len(rows):
             raise ValueError(f"l: must have a number for each of {len(rows)} samples, not be of shape {list(l.shape)}")

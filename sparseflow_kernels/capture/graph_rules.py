@@ -17,10 +17,11 @@ from .elements import Elements, rows_of, samples_of
 from .functions import complement, maximum, minimum, product
 from .operations import STRUCTURAL, aten, base_name
 from .refusal import REMEDY, NotFinite, refuse
-from .values import Constant, StateValue, TimeValue
+from .values import Constant, Opaque, StateValue, TimeValue
 
 Rule = Callable[[Elements, Any, tuple, dict, Any], Any]
 RULES: dict[str, Rule] = {}
+COPIES = ("_to_copy", "to", "to_copy")  # that may change the dtype
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -44,13 +45,18 @@ def apply_to_elements(e: Elements, func, args: tuple, kwargs: dict, out: Any) ->
         refuse(f"the operation {func} on the state ({type(error).__name__}: {error})", REMEDY, error)
 
 
+EXACT = {"add", "sub", "rsub", "mul", "neg", "sum", "minimum", "maximum", "where", "stack", "cat", *STRUCTURAL}
+
+
 def _check_dtypes(e: Elements, base: str, args: tuple, out: Any) -> None:
-    """Elements are numbers of the field's dtype; truth values are 0 and 1, and numbers of them whole numbers."""
+    """Elements are numbers of the field's dtype; truth values are 0 and 1, and numbers of them whole numbers. Truth
+    values may be numbers of another dtype until they meet the state: whole numbers are exact in all of them."""
     for tensor in tree_leaves(out):
         if isinstance(tensor, Tensor):
             dtype = tensor.dtype
-            if (dtype.is_floating_point or dtype.is_complex) and dtype != e.table.dtype:
-                refuse(f"a change of the state's dtype to {dtype}")
+            if (dtype.is_floating_point or dtype.is_complex) and dtype != e.table.dtype and base not in COPIES:
+                if dtype.is_complex or base not in EXACT or not all(map(_whole, tree_leaves(args))):
+                    refuse(f"a change of the state's dtype to {dtype} (by the operation {base})")
             if dtype != torch.bool and base.startswith(("bitwise_", "__and", "__or", "__xor")):
                 refuse(f"the operation {base} on whole numbers made of the state")
             if dtype == torch.bool and base in ("add", "sub", "sum", "mean", "cumsum"):
@@ -58,6 +64,13 @@ def _check_dtypes(e: Elements, base: str, args: tuple, out: Any) -> None:
                 refuse(what, "Use logical_or, or .to(y.dtype) first")
     if base == "view" and len(args) > 1 and isinstance(args[1], torch.dtype):
         refuse("the bits of the state viewed as another dtype")
+
+
+def _whole(value: Any) -> bool:
+    """It holds whole numbers: a state of another dtype than the field's does."""
+    if isinstance(value, Constant):
+        return value.source is None and bool((value.value == value.value.round()).all())
+    return not isinstance(value, TimeValue) and not (isinstance(value, float) and value != round(value))
 
 
 def argument(args: tuple, kwargs: dict, position: int, name: str, default: Any = None) -> Any:
@@ -106,10 +119,11 @@ def join(e: Elements, func, args, kwargs, out) -> Any:
     return StateValue(torch.cat([i for i in e.together(parts, axis)], axis))
 
 
-@rule("_to_copy", "to", "to_copy")
+@rule(*COPIES)
 def to_copy(e: Elements, func, args, kwargs, out) -> Any:
-    if out.dtype not in (e.table.dtype, torch.bool):
-        refuse(f"a change of the state's dtype to {out.dtype}")
+    exact = e.copies_truth and out.dtype.is_floating_point
+    if out.dtype not in (e.table.dtype, torch.bool) and not exact:  # forward derivatives make some that nobody reads
+        return Opaque(out.shape, f"a change of the state's dtype to {out.dtype} (by the operation {base_name(func)})")
     if out.dtype == torch.bool:
         return e.pointwise(lambda g, a: complement(g, g.apply("eq", a, g.number(0.0))), args[0])
     return StateValue(e.ids(args[0]))

@@ -174,12 +174,18 @@ class GraphTracer(Following):
             if torch.Tag.data_dependent_output in func.tags:
                 refuse(f"reading a number out of {opaque.reason}")
             return tree_map(lambda x: Opaque(x.shape, opaque.reason) if isinstance(x, Tensor) else x, out)
+        if base == "as_strided":  # as autograd writes into a part of a gradient
+            value = self._in_known_memory(out)
+            if value is not None:
+                return value
         if base in FACTORIES:
             out = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, out)  # it may be filled later
         return super()._abstract(func, args, kwargs, out)
 
     def _of_state(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
         self.graph.origin = self.stack.path
+        first = self.given[0] if self.given else None
+        self.elements.copies_truth = isinstance(first, Tensor) and first.dtype == torch.bool
         with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
             return apply_to_elements(self.elements, func, args, kwargs, out)
 
