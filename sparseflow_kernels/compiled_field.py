@@ -481,6 +481,13 @@ class CompiledField(nn.Module):
         return other
 
     @property
+    def is_detached(self) -> bool:
+        """Whether forward detaches what it computes of the state, so that some of its derivatives are not all of them."""
+        return isinstance(self._program, GraphField) and any(
+            node.kind == "detached" for node in order([self._program.output])
+        )
+
+    @property
     def has_context(self) -> bool:
         return getattr(self._program, "context", None) is not None
 

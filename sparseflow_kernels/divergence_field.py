@@ -11,6 +11,7 @@ from .compiled_field import CompiledField
 from .divergence import KINDS
 from .field import VectorField
 from .hooks import GLOBAL_HOOKS, hooks_of
+from .warn import warn
 
 NOISES = ("rademacher", "gaussian")
 
@@ -57,6 +58,11 @@ class DivergenceField(nn.Module):
             raise ValueError(f'with_divergence: noise must be a tensor, "rademacher" or "gaussian", not {noise!r}')
         if noise is not None and not isinstance(noise, (str, Tensor)):
             raise TypeError(f"with_divergence: noise must be a tensor or a name, not {type(noise).__name__}")
+        if isinstance(field, CompiledField) and field.is_detached:
+            warn(
+                "with_divergence: forward detaches its state (.detach(), .data), and nothing is differentiated through that, "
+                "so the divergence is that of the other terms. For all of it, leave the detaching out of forward"
+            )
         self.field = field
         self.kind = kind
         self.distribution = "rademacher" if noise is None else noise if isinstance(noise, str) else "given"

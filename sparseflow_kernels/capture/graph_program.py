@@ -68,11 +68,12 @@ def _read(module: nn.Module, probe: GraphProbe, like: Tensor | None) -> Result:
 def _trace(module: nn.Module, probe: GraphProbe) -> tuple[GraphTracer, Any, list[str]]:
     """Where tensors of the module turn out to be its context, twice: at first their number of rows is not known."""
     rows, names = MOST_CONTEXT if probe.only else None, None
+    flagged = True
     for _ in range(MOST_READINGS):
         with untouched(module), torch.no_grad():
             tracer = GraphTracer(module, probe, rows, names)
             try:
-                output, notes = tracer.read()
+                output, notes = tracer.read(flagged)
             except NeedsContext:
                 if rows is not None:
                     raise
@@ -81,7 +82,10 @@ def _trace(module: nn.Module, probe: GraphProbe) -> tuple[GraphTracer, Any, list
             except UnsupportedFieldError:
                 raise
             except Exception as error:
-                raise unforeseen(module, tracer, error) from error
+                if not flagged:
+                    raise unforeseen(module, tracer, error) from error
+                flagged = False  # it may not be written to, or leave torch, then
+                continue
         if rows is None or (rows == tracer.context.count and names == tracer.context.names):
             return tracer, output, notes
         rows, names = tracer.context.count or None, tracer.context.names

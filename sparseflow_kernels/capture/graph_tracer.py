@@ -14,6 +14,7 @@ from ..field import Graph, GraphField, Node
 from ..trained import Held
 from .context import Context, ReadContext, attribute, names_of
 from .elements import ANY, Elements, rows_of, samples_of
+from .functions import primitive
 from .graph_probe import GraphProbe
 from .graph_rules import RULES, apply_to_elements
 from .graph_table import GraphTable
@@ -52,11 +53,14 @@ class GraphTracer(Following):
             self._context_names = {key: leaf for key, leaf in found.items() if names is None or leaf.name in names}
             self.table.attribute = self._attribute
 
-    def read(self) -> tuple[Node, list[str]]:
-        """The node of the result, and notes."""
+    def read(self, flagged: bool = True) -> tuple[Node, list[str]]:
+        """The node of the result, and notes. flagged: the state is one that requires a gradient, as it does in training,
+        for forwards that ask."""
         t, rows = self.probe.point()
         state = self.probe.state(rows)
         parts = list(state) if isinstance(state, tuple) else [state]
+        for part in parts:
+            part.requires_grad_(flagged)
         lines = torch.arange(self.probe.batch)[:, None] * STRIDE + self.table.add(self._input)
         self._keep = [state, parts, t]
         for part, ids in zip(parts, self.probe.parts_of(lines)):
@@ -123,6 +127,10 @@ class GraphTracer(Following):
                 value = Constant(tensor.detach(), torch.full(tensor.shape, NOT_PLAIN), None, leaf)
         self.bind(tensor, value)
         return value
+
+    def _detached(self, value: StateValue) -> StateValue:
+        with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+            return self.elements.pointwise(primitive("detached"), value)
 
     def _in_known_memory(self, tensor: Tensor) -> Any:
         if tensor.layout != torch.strided or not tensor.numel():

@@ -131,6 +131,14 @@ class Following(TorchDispatchMode):
             if other is not tensor:
                 self.values[id(other)] = value if geometry(other) == geometry(tensor) else Overwritten()
 
+    def detached(self, tensor: Tensor) -> None:
+        """forward itself has detached it: gradients end there. What autograd detaches on its way is not meant."""
+        if isinstance(self.values.get(id(tensor)), StateValue):
+            self.values[id(tensor)] = self._detached(self.values[id(tensor)])
+
+    def _detached(self, value: StateValue) -> Any:
+        return Overwritten()  # no layer of a chain: unreadable, but it may be kept
+
     # ------------------------------------------------------------------------------------------------------ operations
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
