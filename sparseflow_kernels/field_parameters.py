@@ -16,6 +16,7 @@ from .field.layout import Layout
 from .layer_parameters import LayerParameters, lost, zeroing
 from .live import Watch
 from .origin import CONSTANT, Derivation, Key, Origin
+from .packing import strided
 from .trained import Entries, Held, Shares
 
 
@@ -161,6 +162,13 @@ class FieldParameters(nn.Module):
     def device(self) -> torch.device:
         return next(self._tensors()).device
 
+    @property
+    def is_detached(self) -> bool:
+        """Whether forward detaches what it computes of the state, so that some of its derivatives are not all of them."""
+        return isinstance(self.skeleton, GraphField) and any(
+            node.kind == "detached" for node in order([self.skeleton.output])
+        )
+
     def ordered(self) -> list[Tensor]:
         """The field's tensors in the order of `VectorField.tensors()`, differentiable in the parameters; plainly
         enough for torch.compile to read."""
@@ -198,7 +206,7 @@ class FieldParameters(nn.Module):
         if self._slots is None:
             self._slots = [
                 (m, kind, name) for m in self.modules() for kind in ("_parameters", "_buffers")
-                for name in m.__dict__[kind]
+                for name in m.__dict__[kind].keys()  # TorchScript's dictionaries are no others
             ]  # fmt: skip
         for module, kind, name in self._slots:
             try:
@@ -206,7 +214,7 @@ class FieldParameters(nn.Module):
             except KeyError:
                 raise lost(name) from None
             if tensor is not None:
-                yield tensor
+                yield from strided(tensor)
 
 
 def time_formulas(field: VectorField | GraphField) -> list[TimeFormula]:

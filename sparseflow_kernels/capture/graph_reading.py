@@ -72,11 +72,12 @@ def _trace(module: nn.Module, probe: GraphProbe) -> tuple[GraphTracer, Any, list
     """Runs the module and reads the run. Where tensors of the module turn out to be its context the module is read again,
     until the number of the context's rows, which every reading needs to begin with, is that of the reading before."""
     rows, names = MOST_CONTEXT if probe.only else None, None
+    flagged = True
     for _ in range(MOST_READINGS):
         with untouched(module), torch.no_grad():
             tracer = GraphTracer(module, probe, rows, names)
             try:
-                output, notes = tracer.read()
+                output, notes = tracer.read(flagged)
             except NeedsContext:
                 if rows is not None:
                     raise
@@ -85,7 +86,10 @@ def _trace(module: nn.Module, probe: GraphProbe) -> tuple[GraphTracer, Any, list
             except UnsupportedFieldError:
                 raise
             except Exception as error:
-                raise unforeseen(module, tracer, error) from error
+                if not flagged:
+                    raise unforeseen(module, tracer, error) from error
+                flagged = False  # it may not be written to, or leave torch, then
+                continue
         if rows is None or (rows == tracer.context.count and names == tracer.context.names):
             return tracer, output, notes
         rows, names = tracer.context.count or None, tracer.context.names

@@ -12,6 +12,7 @@ from ..field import Node
 from .algebra import apply
 from .elements import ANY, Elements, samples_of
 from .functions import complement, maximum, minimum, product
+from .graph_rules import grouped
 from .operations import aten, base_name
 from .refusal import refuse
 from .registry import GRAPH, argument
@@ -191,9 +192,25 @@ def _same_sample(lines: Tensor, func) -> None:
 def softmax(e: Elements, func, args, kwargs, out) -> Any:
     lines, back = _rows_along(e.ids(args[0]), args[1])
     _same_sample(lines, func)
+    if bool((lines == e.lowest).any()):
+        return StateValue(back(_softmax_of_some(e, lines, func)))
     powers = mapped(e, lambda g, a: g.apply("exp", a), _shifted(e, lines)[0])
     total = mapped(e, lambda g, a: g.apply("reciprocal", a), e.sums(powers))
     return StateValue(back(mapped(e, product, powers, total[:, None])))
+
+
+def _softmax_of_some(e: Elements, lines: Tensor, func) -> Tensor:
+    """That of lines of which some elements are masked, and so have no part in it."""
+    kept = lines != e.lowest
+    if not bool(kept.any(1).all()):
+        refuse(f"{base_name(func)} of a line of which every element is masked", "Leave such lines out of the mask")
+    line, count = kept.nonzero()[:, 0], len(lines)
+    top = grouped(e, lines[kept], line, count, lambda groups: e.tree(maximum, groups), None)
+    powers = mapped(e, lambda g, a, m: g.apply("exp", g.sub(a, m)), lines[kept], top[line])
+    total = grouped(e, powers, line, count, e.sums, e.zero)
+    made = e.zero.expand(lines.shape).clone()
+    made[kept] = mapped(e, lambda g, a, s: g.mul(a, g.apply("reciprocal", s)), powers, total[line])
+    return made
 
 
 @rule("_log_softmax", "log_softmax")

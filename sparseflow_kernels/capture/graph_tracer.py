@@ -14,6 +14,7 @@ from ..field import Graph, GraphField, Node
 from ..trained import Held
 from .context import Context, ReadContext, attribute, names_of
 from .elements import ANY, Elements, rows_of, samples_of
+from .functions import primitive
 from .graph_operations import apply_to_elements
 from .graph_probe import GraphProbe
 from .graph_table import GraphTable
@@ -56,11 +57,14 @@ class GraphTracer(Following):
             self._context_names = {key: leaf for key, leaf in found.items() if names is None or leaf.name in names}
             self.table.attribute = self._attribute
 
-    def read(self) -> tuple[Node, list[str]]:
-        """(the node of the result, notes for people). Raises UnsupportedFieldError for what no rule expresses."""
+    def read(self, flagged: bool = True) -> tuple[Node, list[str]]:
+        """(the node of the result, notes for people). Raises UnsupportedFieldError for what no rule expresses. flagged: the
+        state is one that requires a gradient, as it does in training, for forwards that ask."""
         t, rows = self.probe.point()
         state = self.probe.state(rows)
         parts = list(state) if isinstance(state, tuple) else [state]
+        for part in parts:
+            part.requires_grad_(flagged)
         lines = torch.arange(self.probe.batch)[:, None] * STRIDE + self.table.add(self._input)
         self._keep = [state, parts, t]
         for part, ids in zip(parts, self.probe.parts_of(lines)):
@@ -129,6 +133,10 @@ class GraphTracer(Following):
         self.bind(tensor, value)
         return value
 
+    def _detached(self, value: StateValue) -> StateValue:
+        with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+            return self.elements.pointwise(primitive("detached"), value)
+
     def _in_known_memory(self, tensor: Tensor) -> Any:
         if tensor.layout != torch.strided or not tensor.numel():
             return None
@@ -179,12 +187,18 @@ class GraphTracer(Following):
             if torch.Tag.data_dependent_output in func.tags:
                 refuse(f"reading a number out of {opaque.reason}")
             return tree_map(lambda x: Opaque(x.shape, opaque.reason) if isinstance(x, Tensor) else x, out)
+        if base == "as_strided":  # as autograd writes into a part of a gradient
+            value = self._in_known_memory(out)
+            if value is not None:
+                return value
         if base in FACTORIES:
             out = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, out)  # it may be filled later
         return super()._abstract(func, args, kwargs, out)
 
     def _of_state(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
         self.graph.origin = self.stack.path
+        first = self.given[0] if self.given else None
+        self.elements.copies_truth = isinstance(first, Tensor) and first.dtype == torch.bool
         with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
             return apply_to_elements(self.elements, func, args, kwargs, out)
 

@@ -82,7 +82,7 @@ class StateValue:
 
 
 class Overwritten:
-    """A tensor that was changed in place through another view of its memory."""
+    """A tensor that was changed in place through another view of its memory, or detached: a chain is not read on."""
 
 
 @dataclass(eq=False)
