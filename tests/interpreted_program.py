@@ -8,10 +8,12 @@ import math
 import numpy as np
 import torch
 from sparseflow_kernels import activations
+from sparseflow_kernels.engines.program import Store
 from sparseflow_kernels.field import Activation
 from sparseflow_kernels.field.primitives import PRIMITIVES
 
 BY_NUMBER = {primitive.number: primitive for primitive in PRIMITIVES.values()}
+ABSENT = (-1, 0, 0)
 ACTIVATIONS = {rule.number: name for name, rule in activations.ACTIVATIONS.items()}
 
 
@@ -38,7 +40,7 @@ class Builder:
         return len(self.modulations) - 1
 
     def buffer(self, rows, slots=1):
-        self.buffers.append(rows)
+        self.buffers.append((rows, slots))
         return len(self.buffers) - 1
 
     def expression(self, inputs, vectors, outputs, registers, op, to, a, b, c, number):
@@ -67,11 +69,11 @@ class Builder:
     def pointwise(self, expression, rows, inputs, vectors, outputs, list="body"):
         self.lists[list].append(("pointwise", expression, rows, inputs, vectors, outputs))
 
-    def product(self, matrix, source, target, transposed=False, addend=(-1, 0, 0), list="body"):
-        self.lists[list].append(("product", matrix, source, target, transposed, addend))
+    def product(self, matrix, source, target, factor=ABSENT, transposed=False, addend=ABSENT, list="body"):
+        self.lists[list].append(("product", matrix, source, target, factor, transposed, addend))
 
-    def affine(self, matrix, source, target, modulation, activation, a, b, store):
-        self.lists["body"].append(("affine", matrix, source, target, modulation, activation, a, b))
+    def affine(self, matrix, source, target, modulation, activation, a, b, store, list="body"):
+        self.lists[list].append(("affine", matrix, source, target, modulation, activation, a, b, store))
 
     def gradient(self, matrix, left, right, sum):
         self.lists["reverse"].append(("gradient", matrix, left, right, sum))
@@ -111,12 +113,12 @@ class Program:
 
     def start(self, t, x, context):
         b, batch = self.b, len(x)
-        self.memory = [torch.full((rows, batch), math.nan, dtype=Builder.dtype) for rows in b.buffers]
-        self.memory[b.roles["input"]][:] = x.T
+        self.memory = [torch.full((slots, rows, batch), math.nan, dtype=Builder.dtype) for rows, slots in b.buffers]
+        self.whole("input")[:] = x.T
         if b.roles["ones"] >= 0:
-            self.memory[b.roles["ones"]][:] = 1.0
+            self.whole("ones")[:] = 1.0
         if b.roles["context"] >= 0:
-            self.memory[b.roles["context"]][:] = context.T
+            self.whole("context")[:] = context.T
         self.answer = None
         if b.roles["time_rows"]:
             self.answer = self.time.call(0.0, torch.tensor([[t]], dtype=Builder.dtype))[0][0]
@@ -129,21 +131,28 @@ class Program:
 
     def rows(self, place, count):
         buffer, slot, row = place
-        assert 0 <= row and row + count <= self.b.buffers[buffer], "rows outside the buffer"
-        return self.memory[buffer][row : row + count]
+        rows, slots = self.b.buffers[buffer]
+        assert 0 <= row and row + count <= rows and 0 <= slot < slots, "rows outside the buffer"
+        return self.memory[buffer][slot, row : row + count]
+
+    def whole(self, role):
+        """Slot 0 of the buffer of this role."""
+        return self.memory[self.b.roles[role]][0]
 
     def run(self, name):
         for kind, *op in self.b.lists[name]:
             getattr(self, "_" + kind)(*op)
 
-    def _product(self, matrix, source, target, transposed, addend):
+    def _product(self, matrix, source, target, factor, transposed, addend):
         dense = self.dense(matrix).T if transposed else self.dense(matrix)
         value = dense @ self.rows(source, dense.shape[1])
+        if factor[0] >= 0:
+            value = value * self.rows(factor, dense.shape[0])
         if addend[0] >= 0:
             value = value + self.rows(addend, dense.shape[0])
         self.rows(target, dense.shape[0])[:] = value
 
-    def _affine(self, matrix, source, target, modulation, activation, a, b):
+    def _affine(self, matrix, source, target, modulation, activation, a, b, store):
         dense = self.dense(matrix)
         n, scale, shift = self.b.modulations[modulation]
         assert n == dense.shape[0]
@@ -153,6 +162,10 @@ class Program:
         name = ACTIVATIONS[activation]
         params = (a, b)[: len(activations.ACTIVATIONS[name].defaults)]
         self.rows(target, dense.shape[0])[:] = activations.apply(Activation(name, params), z)
+        if store == Store.VALUE_SLOPE:
+            assert scale < 0, "a slope would be that of z by W h"
+            buffer, slot, row = target
+            self.rows((buffer, slot + 1, row), dense.shape[0])[:] = activations.derivative(Activation(name, params), z)
 
     def _pointwise(self, expression, rows, inputs, vectors, outputs):
         n_in, n_vec, n_out, _, code = self.b.expressions[expression]
@@ -192,16 +205,16 @@ class Program:
     def call(self, t, x, context=None):
         self.start(t, x, context)
         self.run("body")
-        f = self.memory[self.b.roles["output"]].T.clone()
+        f = self.whole("output").T.clone()
         assert not f.isnan().any(), "a row that nobody has written"
         return f, self.reduce.clone()
 
     def back(self, t, x, grad_f, grad_trace, context=None):
         self.start(t, x, context)
         roles = self.b.roles
-        self.memory[roles["cotangent"]][:] = grad_f.T
+        self.whole("cotangent")[:] = grad_f.T
         if roles["trace"] >= 0:
-            self.memory[roles["trace"]][:] = grad_trace
+            self.whole("trace")[:] = grad_trace
         self.run("reverse")
         raw = {
             "matrices": [(self.totals[m["sum"]] if m["sum"] >= 0 else torch.zeros(0)).numpy() for m in self.b.matrices],
@@ -215,5 +228,5 @@ class Program:
             if v["sum"] >= 0 and v["row"] >= 0:
                 cotangent[v["row"] : v["row"] + v["n"]] += self.totals[v["sum"]]
         raw["time_cotangents"] = cotangent.numpy()
-        of_context = None if roles["of_context"] < 0 else self.memory[roles["of_context"]].T.clone()
-        return self.memory[roles["pulled"]].T.clone(), of_context, raw
+        of_context = None if roles["of_context"] < 0 else self.whole("of_context").T.clone()
+        return self.whole("pulled").T.clone(), of_context, raw

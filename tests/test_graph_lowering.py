@@ -10,6 +10,7 @@ from sparseflow_kernels import divergence
 from sparseflow_kernels.engines import graph_cpu, reference_engine
 from sparseflow_kernels.engines.graph_cpu import GraphCpuEngine
 from sparseflow_kernels.field import Activation, Graph, GraphField, Matrix, Part, Pattern
+from sparseflow_kernels.field.graph import CONTEXT
 
 WANTED = ("x", "tensors", "context", "noise", "t")
 
@@ -42,29 +43,39 @@ def test_programs_of_random_graphs(seed, kind):
     grad_f, grad_trace = torch.randn(n, field.dim).double(), torch.randn(n).double() if kind else None
     reference, engine = reference_engine(field, plan), GraphCpuEngine(field, plan)
     for times in (torch.tensor(0.3, dtype=torch.float64), torch.rand(n).double()):
-        own = times.dim() > 0
-        point = torch.cat((x, times[:, None]), 1) if own else x
-        program = engine._program(False, own)
-        t = 0.0 if own else float(times)
-        f, trace = program.native.call(t, point, engine._context(program, context, noise, n))
-        if kind is None:
-            assert_same(f, reference.evaluate(times, x, context))
-        else:
-            wanted = reference.evaluate_with_divergence(times, x, noise, context)
-            assert_same(f, wanted[0])
-            assert_same(trace, wanted[1])
-        adjoint = engine._program(True, own)
-        rows = engine._context(adjoint, context, noise, n)
-        pulled, of_rows, raw = adjoint.native.back(t, point, grad_f, grad_trace, rows)
-        found, of_time = engine._gradient(adjoint, raw, context, noise, of_rows, WANTED)
-        wanted = reference.evaluate_backward(times, x, noise, grad_f, grad_trace, WANTED, context=context)
-        assert_same(pulled[:, : field.dim], wanted.x)
-        assert_same(pulled[:, field.dim] if own else torch.tensor(of_time, dtype=torch.float64), wanted.t)
-        for one, other in zip(found.tensors, wanted.tensors):
-            assert_same(one, other)
-        for name in ("context", "noise"):
-            if getattr(found, name) is not None:
-                assert_same(getattr(found, name), getattr(wanted, name))
+        # What a solve runs, where the context is computed beforehand; and what an evaluation runs, where it is in the state.
+        inputs = [field.time] if times.dim() else []
+        joint = [*inputs, *([field.context] if context is not None else []), *([noise_node(field)] if noise is not None else [])]
+        for more in (inputs, joint):
+            named = {"time": times[:, None] if times.dim() else None, "context": context, "noise": noise}
+            point = torch.cat((x, *(named[node.name] for node in more)), 1)
+            program = engine._program(False, tuple(more))
+            t = 0.0 if times.dim() else float(times)
+            f, trace = program.native.call(t, point, engine._context(program, context, noise, n))
+            if kind is None:
+                assert_same(f, reference.evaluate(times, x, context))
+            else:
+                wanted = reference.evaluate_with_divergence(times, x, noise, context)
+                assert_same(f, wanted[0])
+                assert_same(trace, wanted[1])
+            adjoint = engine._program(True, tuple(more))
+            rows = engine._context(adjoint, context, noise, n)
+            pulled, of_rows, raw = adjoint.native.back(t, point, grad_f, grad_trace, rows)
+            found, of_time = engine._gradient(adjoint, raw, context, noise, of_rows, WANTED)
+            wanted = reference.evaluate_backward(times, x, noise, grad_f, grad_trace, WANTED, context=context)
+            of_x, *others = pulled.split([field.dim, *(node.rows for node in more)], 1)
+            others = dict(zip((node.name for node in more), others))
+            assert_same(of_x, wanted.x)
+            assert_same(others["time"][:, 0] if times.dim() else torch.tensor(of_time, dtype=torch.float64), wanted.t)
+            for one, other in zip(found.tensors, wanted.tensors):
+                assert_same(one, other)
+            for name in ("context", "noise"):
+                if named[name] is not None:
+                    assert_same(others.get(name, getattr(found, name)), getattr(wanted, name))
+
+
+def noise_node(field):
+    return field.graph.input("noise", field.dim, CONTEXT)
 
 
 def lists(field, kind=None):
@@ -90,8 +101,22 @@ def test_a_chain_is_one_fused_operation_a_layer(activation):
     body, _ = lists(field)
     assert [op[0] for op in body] == ["affine"] * 3
     _, engine = lists(field, "hutchinson")
-    products = [op for op in engine._program(True).native.b.lists["reverse"] if op[0] == "product"]
-    assert len(products) == 2 + 1 + 1 + 2 + 1  # z_1 and z_2, the tangent of z_2, its cotangent, those of h_2 and h_1, the state's
+    streams = [op for op in engine._program(True).native.b.lists["reverse"] if op[0] in ("affine", "product")]
+    assert len(streams) == 2 + 1 + 1 + 2 + 1  # z_1 and z_2, the tangent of z_2, its cotangent, those of h_2 and h_1, the state's
+
+
+@pytest.mark.parametrize("activation", ["tanh", "silu", "softplus", "elu", "relu", "sin", "cube"])
+def test_the_backward_pass_of_a_chain_is_its_layers_and_what_they_pull(activation):
+    g, parts = Graph(), []
+    state, time, _ = GraphField.inputs(g, 3)
+    out = layer(g, parts, layer(g, parts, layer(g, parts, state, 8, activation), 8, activation), 3)
+    field = GraphField(g, state, time, None, out, parts, torch.device("cpu"), torch.float64)
+    _, engine = lists(field)
+    ops = engine._program(True).native.b.lists["reverse"]
+    assert [op[0] for op in ops if op[0] in ("affine", "product")] == ["affine"] * 2 + ["product"] * 3
+    assert [op[0] for op in ops if op[0] == "pointwise"] == ["pointwise"]  # the state's cotangent into its place
+    slopes = [op[3][0] for op in ops if op[0] == "affine"]  # kept beside the values, and multiplied on the way back
+    assert [op[4][:2] for op in ops if op[0] == "product"] == [(slopes[1], 1), (slopes[0], 1), (-1, 0)]
 
 
 def test_what_depends_on_time_or_context_alone_is_computed_outside():

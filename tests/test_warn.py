@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_pruning import Residual
+from test_pruning import Unreadable
 from torch import nn
 
 import sparseflow_kernels as sfk
@@ -39,8 +39,8 @@ def one_neuron():
     return line(), prune_neurons_(field(), 0.01)
 
 
-def no_chain():
-    return line(), prune_weights_(Residual(), 0.5)
+def unreadable():
+    return line(), prune_weights_(Unreadable(), 0.5)
 
 
 def in_the_loop():
@@ -68,7 +68,7 @@ def a_cycle():
 module = field()
 
 
-CALLS = [cut, one_neuron, no_chain, in_the_loop, on_another_default_device, a_solve, a_cycle]
+CALLS = [cut, one_neuron, unreadable, in_the_loop, on_another_default_device, a_solve, a_cycle]
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)

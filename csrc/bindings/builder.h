@@ -204,7 +204,8 @@ class Builder {
     op.carries = carries;
     program_.reverse.push_back(op);
   }
-  void affine(int matrix, Ref source, Ref target, int modulation, int activation, double a, double b, int store, Ref seed, Ref weight) {
+  void affine(int matrix, Ref source, Ref target, int modulation, int activation, double a, double b, int store, Ref seed, Ref weight,
+              const std::string& list) {
     Op op;
     op.kind = OpKind::kAffine;
     op.matrix = matrix;
@@ -216,7 +217,7 @@ class Builder {
     op.store = store;
     op.seed = operand(seed);
     op.weight = operand(weight);
-    program_.body.push_back(op);
+    ops(list).push_back(op);
   }
   void product(int matrix, Ref source, Ref target, Ref factor, const std::optional<py::array>& factor_row, bool prologue,
                bool transposed, Ref addend, bool second, Ref factor2, const std::optional<py::array>& factor2_row, const std::string& list) {
@@ -292,7 +293,7 @@ py::class_<Builder<T>> bind_builder(py::module_& m, const char* name) {
            py::arg("ones") = -1, py::arg("externals") = 0)
       .def("affine", &Builder<T>::affine, py::arg("matrix"), py::arg("source"), py::arg("target"), py::arg("modulation"),
            py::arg("activation"), py::arg("a") = 1.0, py::arg("b") = 20.0, py::arg("store") = 0, py::arg("seed") = Ref{-1, 0},
-           py::arg("weight") = Ref{-1, 0})
+           py::arg("weight") = Ref{-1, 0}, py::arg("list") = "body")
       .def("product", &Builder<T>::product, py::arg("matrix"), py::arg("source"), py::arg("target"), py::arg("factor") = Ref{-1, 0},
            py::arg("factor_row") = py::none(), py::arg("prologue") = false, py::arg("transposed") = false, py::arg("addend") = Ref{-1, 0},
            py::arg("second") = false, py::arg("factor2") = Ref{-1, 0}, py::arg("factor2_row") = py::none(), py::arg("list") = "body")

@@ -20,7 +20,7 @@ import torch
 
 from ..activations import ACTIVATIONS
 from ..divergence import DivergencePlan
-from ..engines.lower import COTANGENT, TRACE_COTANGENT, state_bindings
+from ..engines.lower import COTANGENT, TRACE_COTANGENT, Bindings, state_bindings
 from ..field import GraphField, Node
 from ..field.graph import STATE, order
 from ..field.primitives import PRIMITIVES
@@ -83,13 +83,13 @@ class GraphWork:
     def of(field: GraphField, plan: DivergencePlan | None = None, time_per_sample: bool = False) -> "GraphWork":
         """Of f and of the trace."""
         outputs = [field.output] if plan is None else [field.output, plan.form.trace]
-        return _counted(outputs, state_bindings(field, time_per_sample).per_sample)
+        return _counted(outputs, _bindings(field, time_per_sample).per_sample)
 
     @staticmethod
     def of_gradient(field: GraphField, plan: DivergencePlan | None = None, time_per_sample: bool = False) -> "GraphWork":
         """One evaluation turned back: whatever of f the cotangents of state, vectors and matrices need, those, and a
         multiply-add for every weight."""
-        g, per_sample = field.graph, state_bindings(field, time_per_sample).per_sample
+        g, per_sample = field.graph, _bindings(field, time_per_sample).per_sample
         given = {field.output: g.input(COTANGENT, field.dim, STATE)}
         if plan is not None:
             given[plan.form.trace] = g.input(TRACE_COTANGENT, 1, STATE)
@@ -107,6 +107,10 @@ class GraphWork:
         rates = {name: peak if PRIMITIVES[name].cheap else instruction_rate(name) for name in self.instructions}
         each = self.multiply_adds / peak + sum(count / rates[name] for name, count in self.instructions.items())
         return samples * each
+
+
+def _bindings(field: GraphField, time_per_sample: bool) -> Bindings:
+    return state_bindings(field, *((field.time,) if time_per_sample else ()))
 
 
 def _counted(outputs: Sequence[Node], per_sample: Callable[[Node], bool]) -> GraphWork:

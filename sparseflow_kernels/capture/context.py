@@ -137,24 +137,24 @@ class ReadContext:
         return sorted(leaf.name.removeprefix(PREFIX).replace("/", ".").strip(".") for leaf in leaves)
 
     def __call__(self) -> Tensor:
-        parts = [self._part(*part) for part in self._parts]
-        return torch.cat(parts, 1)
-
-    def _part(self, replay: Replay, axis: int, columns: Tensor) -> Tensor:
-        parameters = dict(self._module.named_parameters())
-        find = lambda name: attribute(self._module, name) if name.startswith(PREFIX) else parameters[name]
-        like = next(iter(parameters.values()), None)
+        like = next(self._module.parameters(), None)
         if like is None:
             held = (x for _, x in attributes(self._module) if x.is_floating_point())
             like = next(held, torch.empty(0, dtype=self._dtype))
         like = torch.empty(0, dtype=self._dtype, device=like.device)
+        parts = [self._part(like, *part) for part in self._parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
+    def _part(self, like: Tensor, replay: Replay, axis: int, columns: Tensor) -> Tensor:
         def moved(name: str) -> Tensor:
-            value = find(name)
+            value = attribute(self._module, name) if name.startswith(PREFIX) else self._module.get_parameter(name)
             return value.to(like.device, like.dtype if value.is_floating_point() else None)
 
         value = replay.run(like, None, moved).movedim(axis, 0)
-        return value.reshape(value.shape[0], -1)[:, columns.to(value.device)].to(like.dtype)
+        value = value.reshape(value.shape[0], -1)
+        if len(columns) != value.shape[1] or int(columns[-1]) != len(columns) - 1:  # ascending: else they are all of them
+            value = value[:, columns.to(value.device)]
+        return value.to(like.dtype)
 
 
 def names_of(module: nn.Module, batch: int) -> dict[int, Attribute]:

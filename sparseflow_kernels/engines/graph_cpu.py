@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Collection, Sequence
+from typing import Callable, Collection, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..divergence import DivergencePlan
-from ..field import GraphField, Node
-from ..field.graph import STATE, evaluate, order
+from ..field import GraphField, Matrix, Node
+from ..field.graph import CONTEXT, STATE, evaluate, order
 from ..threads import get_num_threads
 from .base import Gradient, SolveRequest, SolveResult
 from .cpu import _BUILDERS, STAGE_BYTES, _native, unready
@@ -20,11 +21,19 @@ from .native import NativeEngine, address, native_options, native_tableau, solve
 
 @dataclass(eq=False)
 class _Program:
-    """A compiled program, its writer, and the program that answers for what depends on time."""
+    """A compiled program, its writer, and the program that answers for what depends on time.
+
+    plain: (native number, part) of the row vectors that are a part of the field.  computed: (native number, node) of all
+    others."""
 
     native: object
     writer: GraphWriter
     time: "_Program | None" = None
+    stamp: int = -1  # of the engine, when the numbers were those that the program holds
+
+    def __post_init__(self) -> None:
+        self.plain = [(number, node.part) for number, node in self.writer.vectors if node.kind == "vector"]
+        self.computed = [(number, node) for number, node in self.writer.vectors if node.kind != "vector"]
 
 
 class GraphCpuEngine(NativeEngine):
@@ -53,23 +62,34 @@ class GraphCpuEngine(NativeEngine):
 
     def __init__(self, field: GraphField, plan: DivergencePlan | None = None) -> None:
         super().__init__(field, plan)
-        self._programs: dict[tuple[bool, bool], _Program] = {}  # by (adjoint, a time per sample)
+        self._take(field)
+        self._programs: dict[tuple[bool, tuple[Node, ...]], _Program] = {}  # by (adjoint, what is in the state besides)
         self._program(False)
+
+    def _take(self, field: GraphField) -> None:
+        """The field's numbers of now. A copy: the program of a gradient is packed when one is asked for, and the field's own
+        may have changed by then."""
+        self._field = field
+        self._values = [part.values.detach().clone() for part in field.parts]
 
     # ---- programs
 
-    def _program(self, adjoint: bool, time_per_sample: bool = False) -> _Program:
-        key = adjoint, time_per_sample
+    def _program(self, adjoint: bool, more: tuple[Node, ...] = ()) -> _Program:
+        """more: inputs that are rows of the state too (`state_bindings`)."""
+        key = adjoint, more
         if key not in self._programs:
             with torch.no_grad():
-                self._programs[key] = self._write(adjoint, time_per_sample)
-        return self._programs[key]
+                self._programs[key] = self._write(adjoint, more)
+        program = self._programs[key]
+        if program.stamp != self.stamp:
+            self._renew(program)
+        return program
 
-    def _write(self, adjoint: bool, time_per_sample: bool) -> _Program:
+    def _write(self, adjoint: bool, more: tuple[Node, ...]) -> _Program:
         field, g = self._field, self._field.graph
         trace = None if self.plan is None else self.plan.form.trace
         builder = getattr(_native(), _BUILDERS[field.dtype])()
-        writer = GraphWriter(builder, field, state_bindings(field, time_per_sample))
+        writer = GraphWriter(builder, field, state_bindings(field, *more))
         if adjoint:
             names = {COTANGENT: g.input(COTANGENT, field.dim, STATE), TRACE_COTANGENT: g.input(TRACE_COTANGENT, 1, STATE)}
             writer.write_adjoint(field.output, trace, names)
@@ -79,7 +99,6 @@ class GraphCpuEngine(NativeEngine):
             program = _Program(builder.compile(), writer)
         if writer.timed:
             self._answer_times(program)
-        self._renew(program)
         return program
 
     def _answer_times(self, program: _Program) -> None:
@@ -99,19 +118,21 @@ class GraphCpuEngine(NativeEngine):
         rows = torch.cat([value.expand(len(times), value.shape[1]) for value in values], 1)
         return [[_array(row)] for row in rows]
 
+    @torch.no_grad()
     def _renew(self, program: _Program) -> None:
         """The present numbers of the field's parts."""
-        parts, writer, like = self._field.parts, program.writer, torch.empty(0, dtype=self.dtype)
-        of_part = lambda number: parts[number].values
+        writer, like, of_part = program.writer, torch.empty(0, dtype=self.dtype), self._values.__getitem__
         for number, matrix in writer.matrices:
             if not matrix.constant:
                 program.native.set_values(number, _array(matrix.values(of_part, like)))
-        nodes = [node for _, node in writer.vectors]
-        values = evaluate(nodes, {}, of_part, like=like)
-        for (number, _), value in zip(writer.vectors, values):
+        for number, part in program.plain:
+            program.native.set_vector(number, _array(of_part(part)))
+        values = evaluate([node for _, node in program.computed], {}, of_part, like=like) if program.computed else ()
+        for (number, _), value in zip(program.computed, values):
             program.native.set_vector(number, _array(value[0]))
         if program.time is not None:
             self._renew(program.time)
+        program.stamp = self.stamp
 
     @torch.no_grad()
     def update(self, field: GraphField) -> bool:
@@ -119,10 +140,8 @@ class GraphCpuEngine(NativeEngine):
             return False
         if (field.dtype, field.device) != (self.dtype, self.device):
             return False
-        self._field = field
+        self._take(field)
         self.stamp += 1
-        for program in self._programs.values():
-            self._renew(program)
         return True
 
     # ---- what comes with a call
@@ -137,7 +156,7 @@ class GraphCpuEngine(NativeEngine):
             return torch.cat([value.expand(batch, node.rows) for value, node in zip(values, nodes)], 1).contiguous()
 
     def _evaluate(self, nodes: Sequence[Node], inputs: dict, parts: Sequence[Tensor] | None = None) -> list[Tensor]:
-        parts = [part.values for part in self._field.parts] if parts is None else parts
+        parts = self._values if parts is None else parts
         inputs = {name: value for name, value in inputs.items() if value is not None}
         return evaluate(nodes, inputs, lambda n: parts[n], like=torch.empty(0, dtype=self.dtype))
 
@@ -167,23 +186,32 @@ class GraphCpuEngine(NativeEngine):
     def _run(
         self, t: Tensor | float, x: Tensor, noise: Tensor | None, context: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        x, time, own_times = self._ready_point(t, x)
-        program = self._program(False, own_times)
+        x, time, more = self._ready_point(t, x, noise, context)
+        program = self._program(False, more)
         batch = len(x)
-        rows = self._context(program, self._ready_context(context, batch), self._ready_noise(noise, x[:, : self.dim]), batch)
         f = x.new_empty(batch, self.dim)
         divergence = None if self.plan is None else x.new_empty(batch)
-        program.native.evaluate(
-            time, x.data_ptr(), 0, batch, get_num_threads(), f.data_ptr(), address(divergence), context=address(rows)
-        )
+        program.native.evaluate(time, x.data_ptr(), 0, batch, get_num_threads(), f.data_ptr(), address(divergence))
         return f, divergence
 
-    def _ready_point(self, t: Tensor | float, x: Tensor) -> tuple[Tensor, float, bool]:
-        """(the rows of the program's state, its time, whether every sample has its own)."""
-        x = self._ready(x, "y")
+    def _ready_point(
+        self, t: Tensor | float, x: Tensor, noise: Tensor | None, context: Tensor | None
+    ) -> tuple[Tensor, float, tuple[Node, ...]]:
+        """(the rows of a program's state, its time, the inputs that its state holds besides)."""
+        field, x, time = self._field, self._ready(x, "y"), 0.0
+        rows, more = [x], []
         if isinstance(t, Tensor) and t.numel() > 1:
-            return torch.cat((x, t.detach().reshape(-1, 1).to(x)), 1), 0.0, True
-        return x, float(t), False
+            rows.append(t.detach().reshape(-1, 1).to(x))
+            more.append(field.time)
+        else:
+            time = float(t)
+        if (context := self._ready_context(context, len(x))) is not None:
+            rows.append(context)
+            more.append(field.context)
+        if (noise := self._ready_noise(noise, x)) is not None:
+            rows.append(noise)
+            more.append(field.graph.input("noise", self.dim, CONTEXT))
+        return torch.cat(rows, 1) if more else x, time, tuple(more)
 
     def solve(self, request: SolveRequest) -> SolveResult:
         x = self._ready(request.x, "y0")
@@ -220,23 +248,22 @@ class GraphCpuEngine(NativeEngine):
         self, t: Tensor | float, x: Tensor, noise: Tensor | None, grad_f: Tensor, grad_trace: Tensor | None,
         wanted: Collection[str], context: Tensor | None = None,
     ) -> Gradient:  # fmt: skip
-        point, time, own_times = self._ready_point(t, x)
-        program = self._program(True, own_times)
-        batch = len(x)
+        point, time, more = self._ready_point(t, x, noise, context)
+        program = self._program(True, more)
         grad_f = self._ready_like(grad_f, x.detach(), "grad_f")
         grad_trace = self._ready_channel(grad_trace, x.shape[:1], "grad_trace")
-        context, noise = self._ready_context(context, batch), self._ready_noise(noise, x.detach())
-        rows = self._context(program, context, noise, batch)
-        grad_rows = None if rows is None else torch.empty_like(rows)
-        grad_x = torch.empty_like(point)
+        grad = torch.empty_like(point)
         raw = program.native.evaluate(
-            t=time, x=point.data_ptr(), noise=0, batch=batch, threads=get_num_threads(), grad_f=grad_f.data_ptr(),
-            grad_trace=address(grad_trace), grad_x=grad_x.data_ptr(), context=address(rows), grad_context=address(grad_rows),
+            t=time, x=point.data_ptr(), noise=0, batch=len(x), threads=get_num_threads(), grad_f=grad_f.data_ptr(),
+            grad_trace=address(grad_trace), grad_x=grad.data_ptr(),
         )
-        found, of_time = self._gradient(program, raw, context, noise, grad_rows, wanted)
-        found.x = grad_x[:, : self.dim] if own_times else grad_x
+        found, of_time = self._gradient(program, raw, None, None, None, wanted)
+        found.x, *others = grad.split([self.dim, *(node.rows for node in more)], 1)
+        named = dict(zip((node.name for node in more), others))
+        found.context, found.noise = named.get("context"), named.get("noise")
         if "t" in wanted:
-            found.t = grad_x[:, self.dim].reshape(t.shape) if own_times else torch.tensor(of_time, dtype=self.dtype)
+            own = named.get("time")
+            found.t = torch.tensor(of_time, dtype=self.dtype) if own is None else own.reshape(t.shape)
         return found
 
     def solve_backward(
@@ -270,20 +297,51 @@ class GraphCpuEngine(NativeEngine):
     ) -> tuple[Gradient, float]:
         """What native sums are carried on to: the parts, the context and the noise; and the gradient of the time."""
         writer, dtype = program.writer, self.dtype
-        parts = [part.values.detach() for part in self._field.parts]
+        parts = self._values
         of_parts: list[Tensor | None] = [None] * len(parts)
+
+        def give(part: int, grad: Tensor, entries: Tensor | None = None) -> None:
+            if of_parts[part] is None:
+                if entries is None:
+                    of_parts[part] = grad
+                    return
+                of_parts[part] = torch.zeros(len(parts[part]), dtype=torch.float64)
+            if entries is None:
+                of_parts[part] = of_parts[part] + grad
+            else:
+                of_parts[part].index_add_(0, entries, grad)
+
         made = []
         for number, matrix in writer.gradients:
             grad = torch.from_numpy(raw["matrices"][number])
             if matrix.made is not None:
                 made.append((matrix, grad.to(dtype)))
-                continue
-            if of_parts[matrix.part] is None:
-                of_parts[matrix.part] = torch.zeros(len(parts[matrix.part]), dtype=torch.float64)
-            if matrix.entries is None:
-                of_parts[matrix.part] += grad
             else:
-                of_parts[matrix.part].index_add_(0, matrix.entries, grad)
+                give(matrix.part, grad, matrix.entries)
+        for number, part in program.plain:
+            if len(grad := raw["vectors"][number]):
+                give(part, torch.from_numpy(grad))
+        of_vector = [(node, raw["vectors"][number]) for number, node in program.computed if len(raw["vectors"][number])]
+        named, of_time = {}, 0.0
+        if made or of_vector or writer.timed or grad_rows is not None:
+            named, of_time = self._carry_on(writer, raw, parts, give, made, of_vector, context, noise, grad_rows)
+        found = Gradient(tensors=())
+        if "tensors" in wanted:
+            found.tensors = tuple(
+                torch.zeros_like(part) if total is None else total.to(dtype) for part, total in zip(parts, of_parts)
+            )
+        for name, like in (("context", context), ("noise", noise)):
+            if name in wanted and like is not None:
+                setattr(found, name, torch.zeros_like(like) if named.get(name) is None else named[name])
+        return found, of_time
+
+    def _carry_on(
+        self, writer: GraphWriter, raw: dict, parts: Sequence[Tensor], give: Callable[[int, Tensor], None],
+        made: Sequence[tuple[Matrix, Tensor]], of_vector: Sequence[tuple[Node, np.ndarray]], context: Tensor | None,
+        noise: Tensor | None, grad_rows: Tensor | None,
+    ) -> tuple[dict[str, Tensor | None], float]:  # fmt: skip
+        """By autograd, through what was computed in torch: ({name of an input: its gradient}, the gradient of time)."""
+        dtype = self.dtype
         times = torch.from_numpy(raw["time_points"]).to(dtype) if writer.timed else torch.empty(0, dtype=dtype)
         with torch.enable_grad():
             leaves = [part.clone().requires_grad_() for part in parts]
@@ -291,7 +349,6 @@ class GraphCpuEngine(NativeEngine):
             inputs = {name: value.detach().requires_grad_() for name, value in inputs.items() if value is not None}
             outputs = [matrix.values(leaves.__getitem__, times) for matrix, _ in made]
             grads = [grad for _, grad in made]
-            of_vector = [(node, raw["vectors"][number]) for number, node in writer.vectors if len(raw["vectors"][number])]
             for (_, grad), value in zip(of_vector, self._evaluate([node for node, _ in of_vector], {}, leaves)):
                 outputs.append(value[0])
                 grads.append(torch.from_numpy(grad).to(dtype))
@@ -309,17 +366,12 @@ class GraphCpuEngine(NativeEngine):
             carried: Sequence[Tensor | None] = [None] * len(targets)
             if pairs:
                 carried = torch.autograd.grad([o for o, _ in pairs], targets, [g for _, g in pairs], allow_unused=True)
-        tensors = []
-        for own, more, part in zip(of_parts, carried, parts):
-            total = more if own is None else own.to(dtype) if more is None else own.to(dtype) + more
-            tensors.append(torch.zeros_like(part) if total is None else total)
+        for number, grad in enumerate(carried[: len(parts)]):
+            if grad is not None:
+                give(number, grad)
         named = dict(zip(inputs, carried[len(parts) :]))
-        found = Gradient(tensors=tuple(tensors) if "tensors" in wanted else ())
-        for name in ("context", "noise"):
-            if name in wanted and name in inputs:
-                setattr(found, name, torch.zeros_like(inputs[name]) if named[name] is None else named[name])
-        of_time = named.get("time")
-        return found, 0.0 if of_time is None else float(of_time.sum(dtype=torch.float64))
+        of_time = named.pop("time", None)
+        return named, 0.0 if of_time is None else float(of_time.sum(dtype=torch.float64))
 
 
 def _summands(trace: Node) -> list[Node]:

@@ -8,6 +8,8 @@ computes once an evaluation; those that follow from the context are computed in 
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import dataclass
 from typing import Callable, Iterable, Sequence
 
@@ -19,7 +21,8 @@ from ..field import GraphField, Matrix, Node, Pattern
 from ..field.graph import CONTEXT, STATE, TIME, from_parts, order
 from ..field.transforms import adjoint
 from .instructions import code_of
-from .schedule import Affine, Schedule, schedule
+from .program import Store
+from .schedule import Affine, Product, Schedule, schedule
 
 Place = tuple[int, int, int]  # buffer, slot, first row
 
@@ -64,8 +67,8 @@ class GraphWriter:
         self._vector: dict[Node, int] = {}
         self._places: dict[Node, Place] = {}
         self._modulations: dict[tuple, int] = {}
-        self._owned: list[tuple[int, int]] = []  # buffers of what is computed: (rows, number)
-        self._free: list[tuple[int, int]] = []  # those that nobody reads any more
+        self._owned: list[tuple[int, int, int]] = []  # buffers of what is computed: (rows, slots, number)
+        self._free: list[tuple[int, int, int]] = []  # those that nobody reads any more
         self._list = "body"
 
     # ---- whole programs
@@ -76,7 +79,7 @@ class GraphWriter:
         f = self.builder.buffer(output.rows)
         summed = [self._summed(node) for node in trace]
         traced = [node for node in summed if node.kind != "number" or node.value != 0.0]
-        plan = schedule(self.graph, [output, *traced], self.bindings.per_sample, self.bindings.vector, fused=True)
+        plan = schedule(self.graph, [output, *traced], self.bindings.per_sample, self.bindings.vector, apart=[output])
         self._leaves(plan.leaves)
         self._emit(plan, {output: (f, 0, 0)}, traced)
         self.builder.graph_roles(
@@ -90,7 +93,7 @@ class GraphWriter:
         g, builder, per_sample = self.graph, self.builder, self.bindings.per_sample
         state = self._inputs()
         f = builder.buffer(output.rows)
-        body = schedule(g, [output], per_sample, self.bindings.vector, fused=True)
+        body = schedule(g, [output], per_sample, self.bindings.vector, apart=[output])
         given = {output: names[COTANGENT]}
         if trace is not None:
             given[trace] = names[TRACE_COTANGENT]
@@ -99,7 +102,7 @@ class GraphWriter:
         pairs = [(matrix, left, right) for matrix, both in found.matrices.items() for left, right in both]
         bars = dict(found.cotangents)
         read = [*bars.values(), *(side for _, *sides in pairs for side in sides)]
-        plan = schedule(g, read, per_sample, self.bindings.vector, fused=False)
+        plan = schedule(g, read, per_sample, self.bindings.vector)
         self._leaves([*body.leaves, *plan.leaves, *(node for node in bars if leaf(node) and _is_trained(node))])
         cotangent, lam = builder.buffer(output.rows), -1
         self._places[names[COTANGENT]] = (cotangent, 0, 0)
@@ -240,7 +243,7 @@ class GraphWriter:
                 clusters.setdefault(steps[node], {}).setdefault(node.rows, []).append(node)
             else:
                 singles.setdefault(steps[node], []).append(node)
-        owners: dict[int, list[tuple[int, int]]] = {}  # step -> buffers (rows, number) that are free after it
+        owners: dict[int, list[tuple[int, int, int]]] = {}  # step -> buffers that are free after it
 
         def place(node: Node) -> Place:
             if node in self._places:
@@ -253,9 +256,17 @@ class GraphWriter:
                 buffer, slot, row = place(whole)
                 self._places[node] = (buffer, slot, row + first)
                 return self._places[node]
-            buffer = self._buffer(node.rows)
+            if node in plan.slopes:  # beside its node
+                buffer, _, row = place(plan.slopes[node])
+                self._places[node] = (buffer, 1, row)
+                return self._places[node]
+            slope = plan.affine[node].slope if node in plan.affine else None
+            last = max(gone.get(node, end), 0 if slope is None else gone.get(slope, end))
+            buffer = self._buffer(node.rows, 1 if slope is None else 2)
             self._places[node] = (buffer, 0, 0)
-            owners.setdefault(gone.get(node, end), []).append((node.rows, buffer))
+            owners.setdefault(last, []).append((node.rows, 1 if slope is None else 2, buffer))
+            if slope is not None:
+                self._places[slope] = (buffer, 1, 0)
             return self._places[node]
 
         for step in range(1, end):
@@ -337,19 +348,20 @@ class GraphWriter:
             start = 0
             for part, (first, count) in zip(whole.operands, whole.pieces):
                 computed = part in plan.steps and (plan.is_pointwise(part) or plan.is_product(part))
+                computed = computed and part not in plan.slopes and part not in plan.slopes.values()
                 if computed and first == 0 and count == part.rows and part not in found and part not in placed:
                     found[part] = (whole, start)
                 start += count
         return found
 
-    def _buffer(self, rows: int) -> int:
-        """A buffer of exactly so many rows: one that is free, or a new one."""
-        for index, (size, number) in enumerate(self._free):
-            if size == rows:
+    def _buffer(self, rows: int, slots: int = 1) -> int:
+        """A buffer of exactly so many rows and slots: one that is free, or a new one."""
+        for index, (*size, number) in enumerate(self._free):
+            if size == [rows, slots]:
                 del self._free[index]
                 return number
-        self._owned.append((rows, self.builder.buffer(rows)))
-        return self._owned[-1][1]
+        self._owned.append((rows, slots, self.builder.buffer(rows, slots)))
+        return self._owned[-1][2]
 
     def _rows(self, node: Node, place: Callable[[Node], Place], joined: dict[Node, tuple[Node, int]]) -> None:
         if len(node.operands) == 1 and self.bindings.per_sample(node.operands[0]):  # a piece: the same rows
@@ -410,18 +422,18 @@ class GraphWriter:
             one = plan.affine[node]
             rule, params = rule_and_params(one.activation)
             a, b = (*params, 1.0, 1.0)[:2]
-            if one.product.transposed or self._list != "body":
-                raise AssertionError("only a matrix as it is, evaluated forwards, has a fused operation")
+            store = Store.VALUE if one.slope is None else Store.VALUE_SLOPE
             self.builder.affine(
                 self._native(one.product.matrix), self._source(one.source), place(node),
-                self._modulation(node.rows, one), rule.number, float(a), float(b), 0,
+                self._modulation(node.rows, one), rule.number, float(a), float(b), store, list=self._list,
             )  # fmt: skip
             return
-        product, addend = plan.sums.get(node, (node, None))
-        extra = {} if addend is None else {"addend": self._source(addend)}
+        one = plan.products.get(node, Product(node))
+        beside = {name: getattr(one, name) for name in ("factor", "addend")}
         self.builder.product(
-            self._native(product.matrix), self._source(product.operands[0]), place(node), transposed=product.transposed,
-            list=self._list, **extra,
+            self._native(one.product.matrix), self._source(one.product.operands[0]), place(node),
+            transposed=one.product.transposed, list=self._list,
+            **{name: self._source(other) for name, other in beside.items() if other is not None},
         )  # fmt: skip
 
     def _pointwise(
@@ -467,11 +479,11 @@ def _arrays(instructions: Iterable[tuple]) -> tuple:
     return (*(np.array(column, dtype=np.int32) for column in columns[:5]), np.array(columns[5], dtype=np.float64))
 
 
-def state_bindings(field: GraphField, time_per_sample: bool = False) -> Bindings:
-    """Of the program that evaluates a field: time is one for all samples, or a last row of the state."""
-    if time_per_sample:
-        return Bindings((field.state, field.time), STATE | TIME)
-    return Bindings((field.state,), STATE)
+def state_bindings(field: GraphField, *more: Node) -> Bindings:
+    """Of the program that evaluates a field. more: inputs that are rows of its state too (a time per sample, the context),
+    so that nothing which follows from them is computed elsewhere: right for a single evaluation."""
+    inputs = (field.state, *more)
+    return Bindings(inputs, functools.reduce(operator.or_, (node.binding for node in inputs)))
 
 
 def time_bindings(field: GraphField) -> Bindings:

@@ -8,22 +8,25 @@ is made there, of what is kept anyway. Products are taken as soon as they can be
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field as dataclass_field
-from typing import Callable, Iterable, Sequence
+from dataclasses import dataclass, field as dataclass_field, replace
+from typing import Callable, Collection, Iterable, Sequence
 
 from ..activations import ACTIVATIONS
 from ..field import IDENTITY, Activation, Graph, Node
 from ..field.graph import order
+from ..field.transforms import slope
 
 
 @dataclass(eq=False)
 class Affine:
-    """act(scale * (W source) + shift), one fused operation. scale, shift: nodes that are the same for all samples."""
+    """act(scale * (W source) + shift), one fused operation. scale, shift: nodes that are the same for all samples.
+    slope: the node of act' there, where the operation makes that too."""
 
     product: Node
     scale: Node | None
     shift: Node | None
     activation: Activation
+    slope: Node | None = None
 
     @property
     def source(self) -> Node:
@@ -31,29 +34,43 @@ class Affine:
 
 
 @dataclass(eq=False)
+class Product:
+    """factor * (W source) + addend, one operation; its inner nodes are made by nobody else. factor, addend: as many rows
+    per sample."""
+
+    product: Node
+    factor: Node | None = None
+    addend: Node | None = None
+
+    @property
+    def operands(self) -> tuple[Node, ...]:
+        return tuple(node for node in (self.product.operands[0], self.factor, self.addend) if node is not None)
+
+
+@dataclass(eq=False)
 class Schedule:
-    """nodes: all that differ from sample to sample, operands first.  steps: their steps.  affine: node -> the fused
-    operation that makes it (its inner nodes are in no list).  sums: product node -> the node that is added to it, for
-    nodes that are such a sum.  leaves: nodes that are given, and are read by these."""
+    """nodes: all that differ from sample to sample, operands first.  steps: their steps.  affine, products: node -> the
+    fused operation that makes it (its inner nodes are in no list).  slopes: a slope -> the node of `affine` whose operation
+    makes it; it is in no list either, but has that one's step.  leaves: nodes that are given, and are read by these."""
 
     nodes: list[Node]
     steps: dict[Node, int]
     affine: dict[Node, Affine]
-    sums: dict[Node, tuple[Node, Node]]
+    products: dict[Node, Product]
     readers: dict[Node, list[Node]]
     leaves: list[Node] = dataclass_field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.slopes = {one.slope: node for node, one in self.affine.items() if one.slope is not None}
 
     def operands(self, node: Node) -> Sequence[Node]:
         """What an operation reads."""
         if node in self.affine:
             return (self.affine[node].source,)
-        if node in self.sums:
-            product, addend = self.sums[node]
-            return (product.operands[0], addend)
-        return node.operands
+        return self.products[node].operands if node in self.products else node.operands
 
     def is_product(self, node: Node) -> bool:
-        return node.kind == "linear" or node in self.affine or node in self.sums
+        return node.kind == "linear" or node in self.affine or node in self.products or node in self.slopes
 
     def is_pointwise(self, node: Node) -> bool:
         return node.elementwise and not self.is_product(node)
@@ -61,10 +78,10 @@ class Schedule:
 
 def schedule(
     g: Graph, outputs: Iterable[Node], per_sample: Callable[[Node], bool], uniform: Callable[[Node], bool],
-    fused: bool,
+    apart: Collection[Node] = (),
 ) -> Schedule:  # fmt: skip
     """per_sample: which nodes are to be computed; all others are given.  uniform: which of these are the same for all
-    samples.  fused: with affine operations where a node is one."""
+    samples.  apart: outputs whose rows are given from outside, so that nothing can lie beside them."""
     outputs = list(outputs)
     reached = order(outputs, stop=lambda node: not per_sample(node) or node.kind == "input")
     nodes = [node for node in reached if per_sample(node) and node.kind != "input"]
@@ -74,13 +91,15 @@ def schedule(
         for operand in node.operands:
             readers.setdefault(operand, []).append(node)
     fixed = set(outputs)
-    affine = _affine(g, nodes, readers, fixed, per_sample, uniform) if fused else {}
+    affine = _affine(g, nodes, readers, fixed, apart, per_sample, uniform)
     inner = set().union(*(_inside(node, one) for node, one in affine.items()))
-    nodes = [node for node in nodes if node not in inner or node in affine]
-    sums = _sums(nodes, fixed, affine, per_sample, uniform)
-    absorbed = {product for product, _ in sums.values()}
+    beside = {one.slope: node for node, one in affine.items() if one.slope is not None}
+    # A node and its slope are made together, as soon as either was to be.
+    nodes = list(dict.fromkeys(beside.get(node, node) for node in nodes if node not in inner or node in affine))
+    products = _products(nodes, fixed, affine, per_sample, uniform)
+    absorbed = set().union(*(_absorbed(node, one) for node, one in products.items()))
     nodes = [node for node in nodes if node not in absorbed]
-    found = Schedule(nodes, {}, affine, sums, {}, leaves)
+    found = Schedule(nodes, {}, affine, products, {}, leaves)
     for node in nodes:
         for operand in found.operands(node):
             found.readers.setdefault(operand, []).append(node)
@@ -100,6 +119,8 @@ def _assign(found: Schedule, fixed: set[Node], per_sample: Callable[[Node], bool
     for node in found.nodes:
         read = [operand for operand in found.operands(node) if operand in steps]
         steps[node] = max((steps[operand] + beside(node, operand) for operand in read), default=1)
+        if node in found.affine and found.affine[node].slope is not None:
+            steps[found.affine[node].slope] = steps[node]
     for node in reversed(found.nodes):
         # Only what is not read from outside can be put off, and only where its operands need not be kept for it alone.
         readers = found.readers.get(node, ())
@@ -120,11 +141,21 @@ def _outlives(found: Schedule, operand: Node, node: Node, fixed: set[Node]) -> b
 
 
 def _affine(
-    g: Graph, nodes: Sequence[Node], readers: dict[Node, list[Node]], fixed: set[Node],
+    g: Graph, nodes: Sequence[Node], readers: dict[Node, list[Node]], fixed: set[Node], apart: Collection[Node],
     per_sample: Callable[[Node], bool], uniform: Callable[[Node], bool],
 ) -> dict[Node, Affine]:  # fmt: skip
+    computed = set(nodes)
     found: dict[Node, Affine] = {}
     taken: set[Node] = set()
+
+    def alone(node: Node, one: Affine) -> bool:
+        """Nobody else reads what is inside."""
+        inside = _inside(node, one)
+        made = {node, one.slope}
+        return not any(
+            n in fixed or n in taken or any(r not in made and r not in inside for r in readers.get(n, ())) for n in inside
+        )
+
     for node in reversed(nodes):  # outermost first, so that the activation goes with its product
         if node in taken:
             continue
@@ -134,11 +165,15 @@ def _affine(
         one = _linear_part(z, activation, per_sample, uniform)
         if one is None or (one.product is node and activation == IDENTITY):
             continue
-        inside = _inside(node, one)
-        if any(n in fixed or n in taken or any(r is not node and r not in inside for r in readers.get(n, ())) for n in inside):
+        derivative = None if activation == IDENTITY else slope(g, node)  # a module may have written it out itself
+        if derivative in computed and derivative not in taken and one.scale is None and node not in apart:
+            with_slope = replace(one, slope=derivative)
+            if alone(node, with_slope):
+                one = with_slope
+        if one.slope is None and not alone(node, one):
             continue
         found[node] = one
-        taken |= inside | {node}
+        taken |= _inside(node, one) | {node} | ({one.slope} if one.slope is not None else set())
     return found
 
 
@@ -163,20 +198,20 @@ def _linear_part(
                 return None
             node, other = parts
             shift, scale = (other, scale) if kind == "add" else (shift, other)
-    if node.kind != "linear" or node.rows != z.rows or not per_sample(node):
+    if node.kind != "linear" or node.transposed or node.rows != z.rows or not per_sample(node):
         return None
     return Affine(node, scale, shift, activation)
 
 
 def _inside(node: Node, one: Affine) -> set[Node]:
-    """The nodes between the product, which is one of them, and the result, which is not."""
+    """The nodes between the product, which is one of them, and the results, which are not."""
     found: set[Node] = set()
-    waiting = list(node.operands)
+    waiting = [*node.operands, *(() if one.slope is None else one.slope.operands)]
     while waiting:
         other = waiting.pop()
         if other in found or other in one.product.operands or not other.operands:
             continue
-        if other is one.scale or other is one.shift:
+        if other in (one.scale, one.shift, node, one.slope):
             continue
         found.add(other)
         if other is not one.product:
@@ -184,23 +219,38 @@ def _inside(node: Node, one: Affine) -> set[Node]:
     return found
 
 
-def _sums(
+def _products(
     nodes: Sequence[Node], fixed: set[Node], affine: dict[Node, Affine], per_sample: Callable[[Node], bool],
     uniform: Callable[[Node], bool],
-) -> dict[Node, tuple[Node, Node]]:  # fmt: skip
-    """Sums W h + a, which a product makes on its way."""
-    counts = Counter(operand for node in nodes if node not in affine for operand in node.operands)
-    counts.update(one.source for one in affine.values())
-    found: dict[Node, tuple[Node, Node]] = {}
+) -> dict[Node, Product]:  # fmt: skip
+    """Factors and addends that a product takes along on its way."""
+    made = Schedule([], {}, affine, {}, {})
+    counts = Counter(operand for node in nodes for operand in made.operands(node))
+    found: dict[Node, Product] = {}
     taken: set[Node] = set()
     for node in nodes:
-        if node.kind != "add" or node in affine:
+        if node.kind not in ("mul", "add") or node in affine:
             continue
-        for product, addend in (node.operands, node.operands[::-1]):
-            alone = product.kind == "linear" and product not in affine and counts[product] == 1
-            if alone and product not in fixed and product not in taken and not uniform(addend) and addend.rows == node.rows:
-                if product.rows == node.rows and addend is not product and per_sample(product):
-                    found[node] = (product, addend)
-                    taken.add(product)
-                    break
-    return found
+        for inner, other in (node.operands, node.operands[::-1]):
+            if counts[inner] != 1 or inner in fixed or inner in taken or inner in affine or inner is other:
+                continue
+            one = Product(inner) if inner.kind == "linear" and per_sample(inner) else found.get(inner)
+            if one is None or one.addend is not None or uniform(other) or not inner.rows == other.rows == node.rows:
+                continue
+            if node.kind == "mul" and one.factor is None:
+                found[node] = replace(one, factor=other)
+            elif node.kind == "add":
+                found[node] = replace(one, addend=other)
+            else:
+                continue
+            taken.add(inner)
+            break
+    return {node: one for node, one in found.items() if node not in taken}
+
+
+def _absorbed(node: Node, one: Product) -> set[Node]:
+    """The nodes that such an operation makes on its way: the product, and its product with the factor."""
+    inner = {one.product}
+    if one.factor is not None and one.addend is not None:
+        inner |= {operand for operand in node.operands if operand is not one.addend}
+    return inner

@@ -114,6 +114,7 @@ class Graph:
         self._matrices: dict[tuple, Matrix] = {}
         self.origin = ""  # given to the nodes that are made
         self.activations: dict[Node, tuple[Activation, Node]] = {}  # node -> what of which it is, for fused kernels
+        self.slopes: dict[Node, Node] = {}  # an activation's node -> its derivative there (`transforms.slope`)
 
     def __getstate__(self) -> dict:
         """What is known is known by identity, which a copy does not keep."""

@@ -16,7 +16,12 @@ def tangent(g: Graph, outputs: Sequence[Node], seeds: Mapping[Node, Node]) -> li
     """The directional derivatives of the outputs, the inputs moving along their seeds; None is zero."""
     dots: dict[Node, Node | None] = dict(seeds)
     for node in order(outputs, stop=lambda node: node in dots):
-        if node not in dots:
+        if node in dots:
+            continue
+        if node in g.activations and g.activations[node][1] in dots:
+            dot = dots[g.activations[node][1]]
+            dots[node] = None if dot is None else g.mul(slope(g, node), dot)
+        else:
             dots[node] = _tangent_of(g, node, [dots[operand] for operand in node.operands])
     return [dots[output] for output in outputs]
 
@@ -32,10 +37,22 @@ def _tangent_of(g: Graph, node: Node, moved: Sequence[Node | None]) -> Node | No
             g.select(part, _range(first, count)) for part, (first, count) in zip(parts, node.pieces)
         ])  # fmt: skip
     total = None
-    for slope, dot in zip(PRIMITIVES[node.kind].partials(g, node, node.operands), moved):
-        if slope is not None and dot is not None:
-            total = g.add(total, g.mul(slope, dot))
+    for partial, dot in zip(PRIMITIVES[node.kind].partials(g, node, node.operands), moved):
+        if partial is not None and dot is not None:
+            total = g.add(total, g.mul(partial, dot))
     return None if total is None else g.spread(total, node.rows)
+
+
+def slope(g: Graph, node: Node) -> Node:
+    """act'(z) of a node that is act(z) (`Graph.activation`), as one node: kernels make it along with act(z)."""
+    if node not in g.slopes:
+        _, z = g.activations[node]
+        dots: dict[Node, Node | None] = {z: g.number(1.0)}
+        for inner in order([node], stop=lambda inner: inner is z):
+            if inner is not z:
+                dots[inner] = _tangent_of(g, inner, [dots[operand] for operand in inner.operands])
+        g.slopes[node] = g.zeros(node.rows) if dots[node] is None else g.spread(dots[node], node.rows)
+    return g.slopes[node]
 
 
 def _range(first: int, count: int) -> Tensor:
@@ -99,10 +116,14 @@ def adjoint(
                     piece = g.select(bar, _range(start, count)) if bar.rows > 1 else bar
                     gathered.setdefault(operand, []).append((first, g.spread(piece, count)))
                 start += count
+        elif node in g.activations and g.activations[node][1] in moves:
+            z = g.activations[node][1]
+            if moves[z]:
+                give(z, g.mul(slope(g, node), bar), node.rows)
         else:
-            for operand, slope in zip(node.operands, PRIMITIVES[node.kind].partials(g, node, node.operands)):
-                if slope is not None and moves[operand]:
-                    give(operand, g.mul(slope, bar), node.rows)
+            for operand, partial in zip(node.operands, PRIMITIVES[node.kind].partials(g, node, node.operands)):
+                if partial is not None and moves[operand]:
+                    give(operand, g.mul(partial, bar), node.rows)
     leaves = [node for node in nodes if (leaf(node) or not node.operands) and bars.get(node) is not None]
     found = {node: g.spread(bars[node], node.rows) for node in leaves}
     return Adjoint(found, pairs)
