@@ -299,11 +299,11 @@ class CompiledField(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self._tensors()).dtype
+        return self._first().dtype
 
     @property
     def device(self) -> torch.device:
-        return next(self._tensors()).device
+        return self._first().device
 
     @property
     def engine(self) -> type[Engine]:
@@ -369,16 +369,20 @@ class CompiledField(nn.Module):
         small solve. Raises RuntimeError if one was taken out."""
         if self._slots is None:
             self._slots = [
-                (m, kind, name) for m in self.modules() for kind in ("_parameters", "_buffers")
-                for name in m.__dict__[kind].keys()  # TorchScript's dictionaries are no others
+                (m, kind, name) for kind in ("_parameters", "_buffers") for m in self.modules()
+                for name in getattr(m, kind).keys()  # TorchScript's dictionaries are no others
             ]  # fmt: skip
         for module, kind, name in self._slots:
             try:
-                tensor = module.__dict__[kind][name]
+                tensor = getattr(module, kind)[name]
             except KeyError:
                 raise lost(name) from None
             if tensor is not None:
                 yield from strided(tensor)
+
+    def _first(self) -> Tensor:
+        """One of the field's dtype, on its device: a module may hold masks and indices beside its numbers."""
+        return next(tensor for tensor in self._tensors() if tensor.is_floating_point())
 
     def hooked_inside(self) -> bool:
         """Are there hooks of torch's on the field's layers, or on all modules?"""
@@ -550,7 +554,7 @@ class CompiledField(nn.Module):
         return gradients.evaluate(*self.ready(kind), t, x, noise, context)
 
     def _check_time(self, t: Tensor | float) -> Tensor:
-        like = next(self._tensors())
+        like = self._first()
         if isinstance(t, Tensor):
             if t.numel() != 1 or t.dim() > 2:
                 raise ValueError(f"t: must be a number or a tensor of one element, at most 2 axes, not {list(t.shape)}")
@@ -562,7 +566,7 @@ class CompiledField(nn.Module):
         return torch.full((), float(t), dtype=like.dtype, device=like.device)  # no copy, which would wait for a GPU
 
     def _check_state(self, name: str, y: Tensor) -> None:
-        like = next(self._tensors())
+        like = self._first()
         if not isinstance(y, Tensor):
             raise TypeError(f"{name}: must be a tensor, not {type(y).__name__}")
         if y.dim() < 1 or y.shape[-1] != self.dim:
