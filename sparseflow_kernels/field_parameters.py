@@ -156,11 +156,11 @@ class FieldParameters(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self._tensors()).dtype
+        return self._first().dtype
 
     @property
     def device(self) -> torch.device:
-        return next(self._tensors()).device
+        return self._first().device
 
     @property
     def is_detached(self) -> bool:
@@ -205,16 +205,20 @@ class FieldParameters(nn.Module):
         small solve. Raises RuntimeError if one was taken out."""
         if self._slots is None:
             self._slots = [
-                (m, kind, name) for m in self.modules() for kind in ("_parameters", "_buffers")
-                for name in m.__dict__[kind].keys()  # TorchScript's dictionaries are no others
+                (m, kind, name) for kind in ("_parameters", "_buffers") for m in self.modules()
+                for name in getattr(m, kind).keys()  # TorchScript's dictionaries are no others
             ]  # fmt: skip
         for module, kind, name in self._slots:
             try:
-                tensor = module.__dict__[kind][name]
+                tensor = getattr(module, kind)[name]
             except KeyError:
                 raise lost(name) from None
             if tensor is not None:
                 yield from strided(tensor)
+
+    def _first(self) -> Tensor:
+        """One of the field's dtype, on its device: a module may hold masks and indices beside its numbers."""
+        return next(tensor for tensor in self._tensors() if tensor.is_floating_point())
 
 
 def time_formulas(field: VectorField | GraphField) -> list[TimeFormula]:

@@ -104,6 +104,101 @@ def test_the_gradient_of_what_was_written_into_a_part() -> None:
     check(made(energy, {"n": net(3, 6, 3)}), FLAT, False)
 
 
+def copied_to_places(m, t, y):
+    moved = torch.zeros_like(y).index_copy(1, TO[:1], m.n(y)[:, :1]) + y.index_copy(1, FROM[:1], 2 * y[:, 1:2])
+    return moved.index_fill(1, FROM[3:], 0.5)
+
+
+def written_where(m, t, y):
+    h = m.n(y).clone()
+    h[h > 0.2] = 0.2
+    h[y[:, 0] > 0.5] = 0.1
+    return h
+
+
+MOVED = {"copied to places": copied_to_places, "one number where a condition holds": written_where}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_places_and_conditions_that_are_written_to(name: str) -> None:
+    check(made(MOVED[name], {"n": net(3, 6, 3)}), FLAT, False)
+
+
+def test_other_writes_where_a_condition_holds_say_what_to_do() -> None:
+    def rule(m, t, y):
+        h = m.n(y).clone()
+        h[h > 0.2] = y[h > 0.2]
+        return h
+
+    with pytest.raises(sfk.UnsupportedFieldError, match="torch.where"):
+        sfk.compile(made(rule, {"n": net(3, 6, 3)}), like=FLAT)
+
+
+# -------------------------------------------------------------------------------------------------- orders, and running products
+
+
+ORDERED = {
+    "sort": lambda x: torch.sort(x, dim=1).values * torch.arange(3.0), "sort down": lambda x: x.sort(descending=True)[0].cumsum(1),
+    "median": lambda x: x - x.median(1, keepdim=True).values, "kthvalue": lambda x: x * x.kthvalue(2, 1, keepdim=True)[0],
+    "topk": lambda x: x * x.topk(2, 1).values.sum(1, keepdim=True), "smallest": lambda x: x * x.topk(1, 1, largest=False).values,
+    "cumprod": lambda x: x.cumprod(1), "cummax": lambda x: x.cummax(1)[0] * x, "logcumsumexp": lambda x: x.logcumsumexp(1),
+    "middle of samples": lambda x: x * x.t().sort(0).values.t(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ORDERED)
+def test_orders_and_running_products(name: str) -> None:
+    check(made(lambda m, t, y: ORDERED[name](m.n(y)) + y, {"n": net(3, 6, 3)}), FLAT, False)
+
+
+def test_orders_of_many_numbers_and_positions_are_refused() -> None:
+    wide = torch.zeros(4, 100, dtype=F64)
+    with pytest.raises(sfk.UnsupportedFieldError, match="more than 64"):
+        sfk.compile(made(lambda m, t, y: y.sort(1).values, {}), like=wide)
+    with pytest.raises(sfk.UnsupportedFieldError, match="an order"):
+        sfk.compile(made(lambda m, t, y: torch.zeros_like(y).scatter(1, *m.n(y).topk(2, 1)[::-1]), {"n": net(3, 6, 3)}), like=FLAT)
+
+
+REDUCED = {
+    f"{name}{' with itself' * itself}": (name, itself) for name in ("mean", "prod", "amax", "sum") for itself in (False, True)
+}
+
+
+@pytest.mark.parametrize("name", REDUCED)
+def test_what_is_gathered_from_neighbours(name: str) -> None:
+    reduce, itself = REDUCED[name]
+    edges = TO[:, None].expand(-1, 3)
+
+    def rule(m, t, x):
+        return (0.5 * x.sin()).scatter_reduce(0, edges, m.n(x)[FROM], reduce, include_self=itself) - x
+
+    check(made(rule, {"n": net(3, 4, 3)}), torch.zeros(POINTS, 3, dtype=F64), True)
+
+
+# --------------------------------------------------------------------------------------------- checks that a solve passes
+
+
+def asserts(m, t, y):
+    assert not torch.isnan(y).any() and torch.isfinite(y).all(), "the state is no number"
+    h = m.n(y)
+    if torch.isnan(h.sum()) or torch.isinf(h).any().item():
+        raise ValueError("the field is no number")
+    return h * torch.where(torch.isnan(y), torch.zeros_like(y), y)
+
+
+def test_checks_that_numbers_are_finite() -> None:
+    check(made(asserts, {"n": net(3, 6, 3)}), FLAT, False)
+
+
+@pytest.mark.parametrize("rule", [
+    lambda m, t, y: m.n(y) if (y < 3).all() else y, lambda m, t, y: m.n(y) if y.isnan().any() or y.max() < 3 else y,
+    lambda m, t, y: m.n(y) if (torch.isnan(y) | (y > 0)).any() else y,
+])  # fmt: skip
+def test_other_questions_about_the_state_are_refused(rule) -> None:
+    with pytest.raises(sfk.UnsupportedFieldError, match="reading a number"):
+        sfk.compile(made(rule, {"n": net(3, 6, 3)}), like=FLAT)
+
+
 # ----------------------------------------------------------------------------------------------------- masks of attention
 
 
@@ -149,6 +244,16 @@ def test_masks_of_attention(name: str) -> None:
     field = check(made(rule, parts), TOKENS, True)
     constants = [node.tensor for node in order([field.output]) if node.kind == "constant"]
     assert all(bool(torch.isfinite(tensor).all()) for tensor in constants)
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers(layer) -> None:
+    torch.manual_seed(0)
+    rule = lambda m, t, x: m.r(x)[0] - x
+    module = made(rule, {"r": layer(3, 3, batch_first=True)})
+    for dtype in (torch.float32, F64):  # float32 has an operation of its own
+        sfk.compile(module.to(dtype), like=TOKENS.to(dtype))
+    check(module, TOKENS, True)
 
 
 def test_a_line_that_is_masked_whole_is_refused() -> None:
@@ -333,6 +438,9 @@ def sparse_rule(m, t, y):
 
 LIVE = {
     "a sparse buffer": lambda: (made(sparse_rule, {"n": net(3, 4, 3), "adj": TRIANGLE.to_sparse()}), TOKENS),
+    "indices and masks beside numbers": lambda: (
+        made(lambda m, t, y: m.n(y)[:, m.index] * m.mask, {"n": net(3, 4, 3), "index": FROM[:3], "mask": TO[:3] > 0}), FLAT),
+    "a traced part": lambda: (made(lambda m, t, y: m.n(y) - y, lambda: {"n": torch.jit.trace(net(3, 4, 3), torch.zeros(2, 3))}), FLAT),
     "a scripted part": lambda: (made(lambda m, t, y: m.n(y) - y, lambda: {"n": torch.jit.script(net(3, 4, 3))}), FLAT),
 }  # fmt: skip
 

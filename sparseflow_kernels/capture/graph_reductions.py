@@ -11,7 +11,7 @@ from torch import Tensor
 from ..field import Node
 from .algebra import apply
 from .elements import ANY, Elements, samples_of
-from .functions import complement, maximum, minimum, product
+from .functions import ELEMENTWISE, complement, maximum, minimum, product
 from .graph_rules import grouped
 from .operations import aten, base_name
 from .refusal import refuse
@@ -19,6 +19,7 @@ from .registry import GRAPH, argument
 from .values import Opaque, StateValue
 
 rule = GRAPH.rule
+MOST_ORDERED = 64  # numbers that are put in order, which takes half as many exchanges as their square
 
 
 def groups_of(ids: Tensor, dims: set[int]) -> tuple[Tensor, list[int]]:
@@ -93,9 +94,51 @@ def extreme(e: Elements, func, args, kwargs, out) -> Any:
     return [result, Opaque(out[1].shape, "the position of a maximum")]
 
 
-@rule("argmax", "argmin", "argsort", "sort", "topk", "median", "kthvalue", "nonzero", "unique_dim", "_unique2", "mode")
+@rule("argmax", "argmin", "argsort", "nonzero", "unique_dim", "_unique2", "mode")
 def position(e: Elements, func, args, kwargs, out) -> Any:
     refuse(f"the operation {base_name(func)} on the state (an order of its values)")
+
+
+@rule("sort", "topk", "median", "kthvalue")
+def ordered(e: Elements, func, args, kwargs, out) -> Any:
+    """The values in order, by exchanges of neighbours; where they were is no value that can be followed."""
+    base, ids = base_name(func), e.ids(args[0])
+    if not isinstance(out, (tuple, list)):
+        refuse(f"the operation {func} on the state")
+    given = {a.name: argument(args, kwargs, i, a.name, a.default_value) for i, a in enumerate(func._schema.arguments)}
+    axis = given["dim"] % max(ids.dim(), 1)
+    lines, back = _rows_along(ids.reshape(1) if not ids.dim() else ids, axis)
+    _same_sample(lines, func)
+    n = lines.shape[1]
+    if n > MOST_ORDERED:
+        refuse(f"the operation {base} on {n} numbers of the state (an order of more than {MOST_ORDERED})")
+    lines = lines.clone()
+    for turn in range(n):
+        low = torch.arange(turn % 2, n - 1, 2)
+        a, b = lines[:, low], lines[:, low + 1]
+        if low.numel():
+            lines[:, low], lines[:, low + 1] = mapped(e, minimum, a, b), mapped(e, maximum, a, b)
+    if base == "sort":
+        lines = lines.flip(1) if given["descending"] else lines
+    elif base == "topk":
+        lines = lines.flip(1)[:, : given["k"]] if given["largest"] else lines[:, : given["k"]]
+    else:
+        place = (n - 1) // 2 if base == "median" else given["k"] - 1
+        lines = lines[:, place: place + 1]
+    found = lines.view(*ids.movedim(axis, -1).shape[:-1], -1).movedim(-1, axis)
+    return [StateValue(found.reshape(out[0].shape)), Opaque(out[1].shape, "the position of a value in an order")]
+
+
+@rule("cumprod", "cummax", "cummin", "logcumsumexp")
+def scan(e: Elements, func, args, kwargs, out) -> Any:
+    make = {"cumprod": product, "cummax": maximum, "cummin": minimum}.get(base_name(func), ELEMENTWISE["logaddexp"])
+    lines, back = _rows_along(e.ids(args[0]), args[1])
+    _same_sample(lines, func)
+    columns = [lines[:, 0]]
+    for i in range(1, lines.shape[1]):
+        columns.append(mapped(e, make, columns[-1], lines[:, i]))
+    result = StateValue(back(torch.stack(columns, 1)))
+    return [result, Opaque(out[1].shape, "the position of a maximum")] if isinstance(out, (tuple, list)) else result
 
 
 @rule("any", "all")

@@ -21,7 +21,7 @@ from ..field import UnsupportedFieldError
 from .operations import written
 from .probe import Probe
 from .refusal import refuse, refuse_python_value
-from .values import Overwritten, StateValue, TimeValue
+from .values import Opaque, Overwritten, StateValue, TimeValue
 
 WHOLE = {"__int__", "__index__"}
 TRUTH = {"__bool__", "is_nonzero"}
@@ -74,6 +74,8 @@ class Reads(TorchFunctionMode):
     def _read(self, name: str, tensor: Tensor) -> None:
         value = self._value(tensor)
         with self.tracer.stack.naming():
+            if getattr(value, "checks", False) and name in TRUTH:
+                return
             if isinstance(value, (StateValue, Overwritten)) and name in ARRAYS:
                 refuse(f"reading the state outside torch (.{name}())")
             elif isinstance(value, (StateValue, Overwritten)):
@@ -148,6 +150,16 @@ def is_finiteness(node: Any) -> bool:
         others = [a for a in node.args if type(a) is not type(node)]
         return len(nodes) == 2 and nodes[0] is nodes[1] or any(isinstance(a, float) and math.isinf(a) for a in others)
     return name in CONNECTIVES and bool(nodes) and all(map(is_finiteness, nodes))
+
+
+def checks(base: str, args: Any) -> bool:
+    """The same of an operation on states."""
+    states = [a for a in tree_leaves(args) if isinstance(a, (StateValue, Opaque))]
+    if base in FINITENESS:
+        return True
+    if base in ("eq", "ne"):
+        return len(states) == 2 and states[0] is states[1] or any(isinstance(a, float) and math.isinf(a) for a in args)
+    return base in CONNECTIVES and bool(states) and all(state.checks for state in states)
 
 
 # -------------------------------------------------------------------------------------------- numbers made of float(t)

@@ -179,7 +179,7 @@ class Following(TorchDispatchMode):
         base, leaves = base_name(func), tree_leaves((args, kwargs))
         has_time, has_state = (any(isinstance(a, kind) for a in leaves) for kind in (TimeValue, StateValue))
         if torch.Tag.data_dependent_output in func.tags and not isinstance(out, Tensor):
-            if has_state:
+            if has_state and not all(a.checks for a in leaves if isinstance(a, StateValue)):
                 refuse("reading a number out of the state (.item(), an if on its values)")
             if has_time and isinstance(out, float):
                 self.follow(out, args[0])
