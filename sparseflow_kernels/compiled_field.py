@@ -323,7 +323,7 @@ class CompiledField(FieldParameters):
         return gradients.evaluate(*self.ready(kind), t, x, noise, context)
 
     def _check_time(self, t: Tensor | float) -> Tensor:
-        like = next(self._tensors())
+        like = self._first()
         if isinstance(t, Tensor):
             if t.numel() != 1 or t.dim() > 2:
                 raise ValueError(f"t: must be a number or a tensor of one element, at most 2 axes, not {list(t.shape)}")
@@ -335,7 +335,7 @@ class CompiledField(FieldParameters):
         return torch.full((), float(t), dtype=like.dtype, device=like.device)  # no copy, which would wait for a GPU
 
     def _check_state(self, name: str, y: Tensor) -> None:
-        like = next(self._tensors())
+        like = self._first()
         if not isinstance(y, Tensor):
             raise TypeError(f"{name}: must be a tensor, not {type(y).__name__}")
         if y.dim() < 1 or y.shape[-1] != self.dim:

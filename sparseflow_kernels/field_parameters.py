@@ -16,6 +16,7 @@ from .field.layout import Layout
 from .layer_parameters import LayerParameters, lost, zeroing
 from .live import Watch
 from .origin import CONSTANT, Derivation, Key, Origin
+from .packing import strided
 from .trained import Entries, Held, Shares
 
 
@@ -155,11 +156,18 @@ class FieldParameters(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self._tensors()).dtype
+        return self._first().dtype
 
     @property
     def device(self) -> torch.device:
-        return next(self._tensors()).device
+        return self._first().device
+
+    @property
+    def is_detached(self) -> bool:
+        """Whether forward detaches what it computes of the state, so that some of its derivatives are not all of them."""
+        return isinstance(self.skeleton, GraphField) and any(
+            node.kind == "detached" for node in order([self.skeleton.output])
+        )
 
     def ordered(self) -> list[Tensor]:
         """The field's tensors in the order of `VectorField.tensors()`, differentiable in the parameters; plainly
@@ -197,16 +205,20 @@ class FieldParameters(nn.Module):
         small solve. Raises RuntimeError if one was taken out."""
         if self._slots is None:
             self._slots = [
-                (m, kind, name) for m in self.modules() for kind in ("_parameters", "_buffers")
-                for name in m.__dict__[kind]
+                (m, kind, name) for kind in ("_parameters", "_buffers") for m in self.modules()
+                for name in getattr(m, kind).keys()  # TorchScript's dictionaries are no others
             ]  # fmt: skip
         for module, kind, name in self._slots:
             try:
-                tensor = module.__dict__[kind][name]
+                tensor = getattr(module, kind)[name]
             except KeyError:
                 raise lost(name) from None
             if tensor is not None:
-                yield tensor
+                yield from strided(tensor)
+
+    def _first(self) -> Tensor:
+        """One of the field's dtype, on its device: a module may hold masks and indices beside its numbers."""
+        return next(tensor for tensor in self._tensors() if tensor.is_floating_point())
 
 
 def time_formulas(field: VectorField | GraphField) -> list[TimeFormula]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .packing import Snapshot
+from .packing import Snapshot, strided
 
 
 class Watch:
@@ -20,7 +20,8 @@ class Watch:
         self._module = module
         parts = list(module.modules())
         self._structure = [
-            (names, tuple(names)) for part in parts for names in (part._parameters, part._buffers, part._modules)
+            (names, tuple(names.keys()))  # TorchScript's dictionaries are no others
+            for part in parts for names in (part._parameters, part._buffers, part._modules)
         ]
         self._modes = [(part, part.training) for part in parts]
         self._buffers = self._snapshot(self._present_buffers())
@@ -31,7 +32,8 @@ class Watch:
         ]  # fmt: skip
 
     def _present_buffers(self) -> list[Tensor]:
-        return [buffer for part in self._module.modules() for buffer in part._buffers.values() if buffer is not None]
+        held = [buffer for part in self._module.modules() for _, buffer in part._buffers.items() if buffer is not None]
+        return [part for buffer in held for part in strided(buffer)]
 
     @staticmethod
     def _snapshot(tensors: list[Tensor]) -> Snapshot | None:
@@ -44,7 +46,7 @@ class Watch:
         """Whether the module has to be compiled anew. It has in a copy, which knows nothing of what was compiled."""
         if "_structure" not in self.__dict__:
             return True
-        if any(tuple(names) != before for names, before in self._structure):
+        if any(tuple(names.keys()) != before for names, before in self._structure):
             return True
         if any(part.training != mode for part, mode in self._modes):
             return True

@@ -64,6 +64,17 @@ def _together(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.cat(group) for group in groups.values()]
 
 
+def strided(tensor: Tensor) -> list[Tensor]:
+    """The tensor, or those that a sparse one consists of, its values first."""
+    if tensor.layout == torch.strided:
+        return [tensor]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._values(), tensor._indices()]
+    rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+    outer, inner = (tensor.crow_indices, tensor.col_indices) if rows else (tensor.ccol_indices, tensor.row_indices)
+    return [tensor.values(), outer(), inner()]
+
+
 class Packing:
     """The engines that hold one field's values: without a divergence, and with each kind of it.
 

@@ -66,7 +66,9 @@ class Elements:
         self.table, self.graph, self.size, self.name, self.matrix_name = table, table.graph, size, name, matrix_name
         self.time_ids: Callable[[TimeValue], Tensor] | None = None
         self.context_ids: Callable[[Constant, Tensor], Tensor] | None = None
+        self.copies_truth = False  # the operation that is read is given truth values first
         self.zero = same_for_all(torch.tensor(table.zero_row))
+        self.lowest = self.ids(-math.inf)  # what masks put where a softmax leaves an element out
 
     # ---------------------------------------------------------------------------------------------- values as elements
 
@@ -181,6 +183,12 @@ class Elements:
         first, inverse = distinct(rows)
         made = self._rows(make, [r[first] for r in rows])
         return StateValue(samples * STRIDE + made[inverse].view(shape))
+
+    def chosen(self, mask: Tensor, a: Any, b: Any, shape: torch.Size) -> StateValue:
+        """a where the mask is true, else b: a mask that never changes moves elements, and computes nothing."""
+        samples = self._samples([v.ids.expand(shape) for v in (a, b) if isinstance(v, StateValue)], shape)
+        first, second = (self.ids(v, samples).expand(shape) for v in (a, b))
+        return StateValue(torch.where(mask.cpu().expand(shape), first, second))
 
     def _samples(self, ids: list[Tensor], shape: torch.Size) -> Tensor:
         if not ids:

@@ -222,6 +222,7 @@ ELEMENTWISE: dict[str, Callable[..., Node]] = {
     "eq": primitive("eq"),
     "ne": lambda g, a, b: complement(g, g.apply("eq", a, b)),
     "isnan": not_a_number,
+    "isinf": lambda g, a: g.apply("eq", g.apply("abs", a), g.number(math.inf)),
     "logical_not": lambda g, a: g.apply("eq", a, g.number(0.0)),
     "bitwise_not": lambda g, a: g.apply("eq", a, g.number(0.0)),
     "logical_and": lambda g, a, b: g.mul(truth(g, a), truth(g, b)),
@@ -241,6 +242,7 @@ ELEMENTWISE: dict[str, Callable[..., Node]] = {
     "masked_fill": lambda g, a, mask, value: choose(g, mask, value, a),
     "xlogy": lambda g, a, b: choose(g, g.apply("eq", a, g.number(0.0)), g.number(0.0), g.mul(a, g.apply("log", b))),
     "logaddexp": lambda g, a, b: g.add(maximum(g, a, b), softplus(g, g.neg(g.apply("abs", g.sub(a, b))))),
+    "heaviside": lambda g, a, b: choose(g, g.apply("eq", a, g.number(0.0)), b, above(g, a)),
     "sinc": lambda g, a: choose(
         g, g.apply("eq", a, g.number(0.0)), g.number(1.0),
         g.apply("div", g.apply("sin", g.scaled(a, math.pi)), g.scaled(a, math.pi)),

@@ -42,6 +42,10 @@ def elementwise(e: Elements, func, args, kwargs, out) -> Any:
         refuse(f"the operation {func} on the state")
     first = out[0] if isinstance(out, (tuple, list)) else out
     args = tuple(a for a in args if a is not None)
+    if base in ("where", "masked_fill"):
+        mask, a, b = args if base == "where" else (args[1], args[2], args[0])
+        if isinstance(mask, Constant) and mask.source is None:
+            return e.chosen(mask.value != 0, a, b, first.shape)
     if base in ("log_sigmoid_backward",):
         args = args[:2]
     result = e.pointwise(ELEMENTWISE[base], *args, shape=first.shape if base != "prelu" else None)
@@ -61,6 +65,11 @@ def sum_rule(e: Elements, func, args, kwargs, out) -> Any:
         a, b = b, a
     if alpha != 1:
         b = e.pointwise(product, b, alpha)
+    if base == "add" and isinstance(b, Constant) and not isinstance(a, Constant) and b.source is None:
+        left_out = b.value == -math.inf
+        if bool(left_out.any()):  # a mask that is added
+            kept = e.pointwise(Graph.add, a, Constant(b.value.masked_fill(left_out, 0.0)), shape=out.shape)
+            return e.chosen(left_out, -math.inf, kept, out.shape)
     sign = Graph.add if base == "add" else Graph.sub
     return e.pointwise(lambda g, x, y: sign(g, x, y), a, b, shape=out.shape)
 

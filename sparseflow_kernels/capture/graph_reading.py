@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..field import GraphField, UnsupportedFieldError
 from ..field.layout import State
 from ..origin import Key, Origin
+from .elements import WHOLE
 from .graph_probe import GraphProbe, probes
 from .graph_tracer import MOST_CONTEXT, GraphTracer
 from .probe import Probe, check_settled, dtype_and_device, untouched
@@ -17,6 +18,7 @@ from .reads import compare_runs
 from .refusal import REMEDY, NeedsContext, NotFinite
 from .verify import verify_graph
 
+WRONG_WAY = (WHOLE, "one by one")  # in errors: samples meet each other, or rows do
 MOST_READINGS = 5  # of a module that has a context
 Result = tuple[GraphField, dict[Key, Origin]]
 
@@ -35,20 +37,21 @@ def read_graph(
     dtype, device = dtype_and_device(module, example)
     with untouched(module), torch.no_grad():
         ways = list(probes(module, found, like, dtype, device))
-    first: UnsupportedFieldError | None = None
+    errors: list[UnsupportedFieldError] = []
     for probe in ways:
         try:
             return _read(module, probe, like if probe.plain is not None and isinstance(like, Tensor) else None)
         except UnsupportedFieldError as error:
             if probe.only and probe.only not in str(error):
                 error = UnsupportedFieldError(f"{error} ({probe.only})")
-            first = first or error
-    if first is None:
-        first = chain or UnsupportedFieldError(
+            errors.append(error)
+    if not errors:
+        errors = [chain or UnsupportedFieldError(
             f"module {type(module).__name__}: forward(t, like) does not run for the example, or returns something else "
             f"than a derivative of the state. {REMEDY}."
-        )
-    raise first
+        )]  # fmt: skip
+    # That a way was the wrong one tells less than why the right one did not do.
+    raise next((error for error in errors if not any(words in str(error) for words in WRONG_WAY)), errors[0])
 
 
 def _read(module: nn.Module, probe: GraphProbe, like: Tensor | None) -> Result:
@@ -72,11 +75,12 @@ def _trace(module: nn.Module, probe: GraphProbe) -> tuple[GraphTracer, Any, list
     """Runs the module and reads the run. Where tensors of the module turn out to be its context the module is read again,
     until the number of the context's rows, which every reading needs to begin with, is that of the reading before."""
     rows, names = MOST_CONTEXT if probe.only else None, None
+    flagged = True
     for _ in range(MOST_READINGS):
         with untouched(module), torch.no_grad():
             tracer = GraphTracer(module, probe, rows, names)
             try:
-                output, notes = tracer.read()
+                output, notes = tracer.read(flagged)
             except NeedsContext:
                 if rows is not None:
                     raise
@@ -85,7 +89,10 @@ def _trace(module: nn.Module, probe: GraphProbe) -> tuple[GraphTracer, Any, list
             except UnsupportedFieldError:
                 raise
             except Exception as error:
-                raise unforeseen(module, tracer, error) from error
+                if not flagged:
+                    raise unforeseen(module, tracer, error) from error
+                flagged = False  # it may not be written to, or leave torch, then
+                continue
         if rows is None or (rows == tracer.context.count and names == tracer.context.names):
             return tracer, output, notes
         rows, names = tracer.context.count or None, tracer.context.names

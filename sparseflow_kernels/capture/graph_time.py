@@ -22,8 +22,11 @@ from .elements import Elements, same_for_all
 from .graph_operations import apply_to_elements
 from .operations import aten, base_name, call
 from .provenance import ParameterNumbers
+from .refusal import REMEDY, refuse
 from .replay import Attribute, Leaf, Node, TimeFormula
 from .values import Constant, StateValue, TimeValue
+
+ALIKE_AT = (0.618, 0.0, 0.31, 1.0, -0.7, 1.9, 7.3, 25.0)  # times at which copies of a function are compared
 
 
 @dataclass(eq=False)
@@ -71,10 +74,35 @@ class TimeReader:
 
     def _function(self, node: Node, value: Tensor) -> Tensor:
         flat = Node(aten.reshape.default, (Node(aten._to_copy.default, (node,), {"dtype": self._e.table.dtype}), [-1]))
-        formula = TimeFormula(flat, self._e.table.dtype, self._parameters.value)
+        formula = self._formula(flat)
+        first, inverse = self._alike(formula, value)
+        if first.numel() < value.numel():
+            flat = Node(aten.index_select.default, (flat, 0, first.to(self._e.table.device)))
+            formula = self._formula(flat)
+        if any(self._parameters.trained(name) for name in formula.names):
+            refuse(
+                f"a function of t that reads the parameters {', '.join(map(repr, formula.names))} in ways that are not "
+                "followed (in another dtype, as whole numbers)",
+                f"Compute it in the module's dtype with tensors. Otherwise u{REMEDY[1:]}",
+            )
         self.functions.append(formula)
-        made = self._e.graph.time_function(formula, value.numel())
-        return same_for_all(self._e.table.add(made, value.numel())).view(value.shape)
+        made = self._e.graph.time_function(formula, first.numel())
+        return same_for_all(self._e.table.add(made, first.numel())[inverse]).view(value.shape)
+
+    def _formula(self, node: Node) -> TimeFormula:
+        return TimeFormula(node, self._e.table.dtype, self._parameters.value)
+
+    def _alike(self, formula: TimeFormula, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Elements that are one function for all samples: those of the first, and for every element its number among
+        them. An axis as long as the batch is one of copies, where its numbers agree at all times."""
+        places = torch.arange(value.numel()).view(value.shape)
+        with contextlib.suppress(Exception):  # it is not defined at one of these times
+            at = torch.stack([formula(self._t.new_tensor(t)).view(value.shape) for t in ALIKE_AT])
+            for axis, size in enumerate(value.shape):
+                one = at.narrow(axis + 1, 0, 1)
+                if size == self._e.size and size > 1 and bool(((at == one) | (at.isnan() & one.isnan())).all()):
+                    places = places.narrow(axis, 0, 1).expand(places.shape)
+        return places.reshape(-1).unique(return_inverse=True)
 
     def _read(self, node: Node) -> Read:
         """Reads the node and, before it, those of its operands that were not read yet."""
@@ -158,31 +186,37 @@ class TimeReader:
         return Unread(node) if out.dtype == torch.bool else StateValue(self._function(node, out))
 
     def _picked(self, node: Node, args: tuple, out: Tensor) -> StateValue | None:
-        """table[:, index], of numbers given per sample at an index that depends on t; None for other operations.
+        """table[:, index] of parameters, or of numbers given per sample, at an index that depends on t; None for other
+        operations.
 
         The sum of the table's entries, each times one where the index picks it and else times zero, is a product with a
         function of t.
         """
         base = getattr(node.operation, "_schema", None) and base_name(node.operation)
-        if base not in ("index", "index_select") or not isinstance(args[0], StateValue):
+        own = isinstance(args[0], StateValue) or isinstance(args[0], Constant) and args[0].source is not None
+        if base not in ("index", "index_select", "embedding") or not own:
             return None
         if base == "index":
             places = [i for i, a in enumerate(args[1]) if a is not None]
             axis, index, read = places[0], args[1][places[0]], node.args[1][places[0]]
             if len(places) != 1:
                 return None
+        elif base == "embedding":
+            axis, index, read = 0, args[1], node.args[1]
         else:
             axis, index, read = args[1], args[2], node.args[2]
         if not isinstance(index, Unread):
             return None
-        ids, axis = args[0].ids, axis % args[0].ids.dim()
+        ids = self._e.ids(args[0])
+        axis = axis % ids.dim()
         size, shape = ids.shape[axis], self._argument(read).value.shape
         column = Node(aten.remainder.Scalar, (Node(aten.reshape.default, (read, [-1, 1])), size))
         picked = Node(aten.eq.Tensor, (column, torch.arange(size, device=self._e.table.device)))
         ones = Node(aten._to_copy.default, (picked,), {"dtype": self._e.table.dtype})
         weights = self._function(ones, torch.zeros(shape.numel(), size))
         found = self._e.products(ids.movedim(axis, -1).unsqueeze(-2), weights)
-        return StateValue(found.movedim(-1, axis).reshape(out.shape))
+        found = found.movedim(-1, axis)
+        return StateValue(found.reshape(*found.shape[:axis], *shape, *found.shape[axis + 1:]).reshape(out.shape))
 
     def _many(self, node: Node, args: tuple, kwargs: dict, out: Any, leaves: list) -> list:
         if any(isinstance(a, StateValue) for a in tree_leaves((args, kwargs))) and not any(

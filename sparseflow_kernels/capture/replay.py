@@ -106,7 +106,7 @@ class Replay:
                 return parameter(a.name)
             if isinstance(a, Tensor):
                 if id(a) not in self._moved:
-                    self._moved[id(a)] = a.to(like.device, like.dtype if a.is_floating_point() else None)
+                    self._moved[id(a)] = a.to(like.device, like.dtype if a.dtype == self._dtype else None)
                 return self._moved[id(a)]
             if isinstance(a, torch.dtype):
                 return like.dtype if a == self._dtype else a

@@ -89,6 +89,7 @@ class Following(TorchDispatchMode):
         self.numbers: dict[float, TimeValue] = {}  # t, and what is read out of functions of t by .item()
         self.read_by_python = False  # values that depend on t
         self.operation = ""  # the last one
+        self.given: tuple = ()  # its arguments, as they are
 
     def bind_time(self, t: Tensor) -> None:
         slope, offset = Constant(torch.ones_like(t)), Constant(torch.zeros_like(t))
@@ -130,6 +131,14 @@ class Following(TorchDispatchMode):
             if other is not tensor:
                 self.values[id(other)] = value if geometry(other) == geometry(tensor) else Overwritten()
 
+    def detached(self, tensor: Tensor) -> None:
+        """forward itself has detached it: gradients end there. What autograd detaches on its way is not meant."""
+        if isinstance(self.values.get(id(tensor)), StateValue):
+            self.values[id(tensor)] = self._detached(self.values[id(tensor)])
+
+    def _detached(self, value: StateValue) -> Any:
+        return Overwritten()  # no layer of a chain: unreadable, but it may be kept
+
     # ------------------------------------------------------------------------------------------------------ operations
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -149,7 +158,10 @@ class Following(TorchDispatchMode):
             return self.numbers.get(a, a) if isinstance(a, float) else a
 
         abstract_args, abstract_kwargs = tree_map(lift, tuple(args)), tree_map(lift, kwargs)
+        self.given = args
         out = func(*args, **kwargs)
+        if any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves((args, kwargs, out))):
+            return out  # forward derivatives ask so for shapes
         if base.startswith(("empty", "new_empty")) and isinstance(out, Tensor):
             out.zero_()  # memory that nobody has written yet holds anything, NaN too
         result = self._abstract(func, abstract_args, abstract_kwargs, out)
@@ -167,7 +179,7 @@ class Following(TorchDispatchMode):
         base, leaves = base_name(func), tree_leaves((args, kwargs))
         has_time, has_state = (any(isinstance(a, kind) for a in leaves) for kind in (TimeValue, StateValue))
         if torch.Tag.data_dependent_output in func.tags and not isinstance(out, Tensor):
-            if has_state:
+            if has_state and not all(a.checks for a in leaves if isinstance(a, StateValue)):
                 refuse("reading a number out of the state (.item(), an if on its values)")
             if has_time and isinstance(out, float):
                 self.follow(out, args[0])
@@ -192,8 +204,8 @@ class Following(TorchDispatchMode):
             return sparse_linear(args, out)
         if has_state:
             return self._of_state(func, args, kwargs, out)
-        if not has_time and written(func):
-            out = tree_map(torch.clone, out)  # its tensor may change again
+        if not has_time:  # the tensor may be written to later, through whatever shares its memory
+            out = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, out)
         if base in ADDITIVE | BILINEAR and func._overloadname == "Scalar" and number is not None:
             func = getattr(aten, base).Tensor  # its number was read out of t
         return evaluate(func, args, kwargs, out)

@@ -107,6 +107,7 @@ def _compared(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor,
 
 
 PRIMITIVES: dict[str, Primitive] = {
+    "detached": Primitive(0, 1, torch.detach, _flat),  # the number itself, through which nothing is differentiated
     "add": Primitive(3, 2, torch.add, lambda g, v, o: [g.number(1.0), g.number(1.0)]),
     "sub": Primitive(4, 2, torch.sub, lambda g, v, o: [g.number(1.0), g.number(-1.0)]),
     "mul": Primitive(5, 2, torch.mul, lambda g, v, o: [o[1], o[0]]),
