@@ -238,9 +238,10 @@ def test_one_matrix(form, launched, tmp_path):
 
 
 @pytest.mark.parametrize("name,dtype,capability", [
-    ("conditional", torch.float32, 90),
+    ("conditional", torch.float32, 90), ("residual", torch.float32, 80),
     *(pytest.param(name, dtype, capability, marks=pytest.mark.slow) for name, dtype, capability in (
-        ("conditional", torch.float64, 80), ("residual", torch.float32, 80), ("mixed", torch.float64, 90),
+        ("conditional", torch.float64, 80), ("gru", torch.float32, 90), ("points", torch.float32, 80),
+        ("hamiltonian", torch.float32, 80), ("mixed", torch.float64, 90),
     )),
 ])  # fmt: skip
 def test_a_graph(name, dtype, capability, launched, tmp_path):
@@ -261,5 +262,5 @@ def test_every_instruction_of_an_expression(dtype, tmp_path):
     kernel = pointwise.kernel_of(expression, (False, True, False), (False,), (False, True))
     memory, numbers = torch.zeros(64, 1008, dtype=dtype), torch.zeros(16, dtype=dtype)
     arguments = (memory, 1008, 5, 3, memory[:3], 0, 16, 32, 48, numbers)
-    variant = Variant.of(kernel, arguments, dict(ROWS=2, BATCH=256), 4)
+    variant = Variant.of(kernel, arguments, dict(ROWS=1, BATCH=256), 4)
     variant.resources(90, tmp_path, 256)

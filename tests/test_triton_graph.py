@@ -91,30 +91,6 @@ def test_single_precision():
     CASE.evaluations(field, x, context, "hutchinson", bound=3e-5)
 
 
-def solves(field, x, context, kind=None, method="dopri5", *, bound=1e-9, gradient=True, times=(0.0, 0.1, 0.3), **more):
-    x, context = x.to(DEVICE), None if context is None else context.to(DEVICE)
-    own, reference = CASE.engines(field, kind)
-    generator = torch.Generator().manual_seed(4)
-    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(DEVICE) if kind == "hutchinson" else None
-    grid = torch.linspace(times[0], times[-1], 3, dtype=F64)
-    request = SolveRequest(**dict(
-        x=x, l=None if kind is None else x.new_zeros(len(x)), times=torch.tensor(times, dtype=F64), sign=1,
-        tableau=METHODS[method], rtol=(1e-4,), atol=(1e-4,), options=StepOptions(first_step=0.1), noise=noise, record=True,
-        context=context, grid=grid if method in ("rk4", "midpoint") else None,
-    ) | more)  # fmt: skip
-    got, want = own.solve(request), reference.solve(request)
-    assert (got.status, got.nfe, got.accepted, got.rejected) == (want.status, want.nfe, want.accepted, want.rejected)
-    close(got.xs, want.xs, bound, "xs")
-    close(got.ls, want.ls, bound, "ls")
-    if gradient:
-        wanted = {"x", "tensors", "context", *(("l",) if kind else ()), *(("times",) if method == "dopri5" else ())}
-        wanted |= {"noise"} if noise is not None else set()
-        assert own.no_gradient(wanted, request) is None
-        xs = torch.randn(got.xs.shape, generator=generator, dtype=x.dtype).to(DEVICE)
-        ls = None if kind is None else torch.randn(got.ls.shape, generator=generator, dtype=x.dtype).to(DEVICE)
-        compare(own.solve_backward(request, got, xs, ls, wanted), reference.solve_backward(request, want, xs, ls, wanted), bound)
-
-
 @pytest.mark.parametrize("name,kind,method", [
     ("residual", None, "midpoint"), ("gru", "exact", "midpoint"), ("conditional", "hutchinson", "dopri5"), ("lookup", None, "rk4"),
     ("hamiltonian", None, "bosh3"), ("points", None, "midpoint"),

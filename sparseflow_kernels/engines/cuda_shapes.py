@@ -1,4 +1,4 @@
-"""Launch shapes of the CUDA engines: those that fit, the one expected to be the quickest or measured to be, how many blocks."""
+"""Launch shapes of the CUDA engines: those that fit, the one expected or measured to be the quickest, how many blocks."""
 
 from __future__ import annotations
 

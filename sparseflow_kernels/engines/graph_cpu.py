@@ -217,7 +217,7 @@ class GraphCpuEngine(GraphNativeEngine):
 
 def sums_of(writer: GraphWriter, raw: dict) -> ProgramSums:
     """What the native program summed up."""
-    vectors = {number: torch.from_numpy(raw["vectors"][number]) for number, _ in writer.vectors if len(raw["vectors"][number])}
+    vectors = {n: torch.from_numpy(raw["vectors"][n]) for n, _ in writer.vectors if len(raw["vectors"][n])}
     times = cotangents = torch.empty(0)
     if writer.timed:
         times, cotangents = (torch.from_numpy(raw[name]) for name in ("time_points", "time_cotangents"))

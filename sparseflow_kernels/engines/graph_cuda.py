@@ -1,5 +1,5 @@
 """The CUDA engine of graphs: programs that `lower` writes, laid out by csrc/cuda/image.cpp. A whole solve is one launch, its
-gradient another. The time is a last row of a program's state, so what depends on time alone is computed by every tile."""
+gradient another. The time is a last row of a program's state: what depends on time alone is computed by every tile."""
 
 from __future__ import annotations
 
@@ -67,21 +67,25 @@ class GraphCudaEngine(GraphNativeEngine, CudaSolver):
             return reason
         if field.layout.is_tuple and len(field.layout.shapes) >= (most := cls.native().COMPONENTS):
             return (
-                f"its state is a tuple of {len(field.layout.shapes)} tensors, and the cuda engine knows fewer than {most} norms; "
-                "the triton engine runs it"
+                f"its state is a tuple of {len(field.layout.shapes)} tensors, and the cuda engine knows fewer than {most} "
+                "norms; the triton engine runs it"
             )
         size = 0
         for node in order([field.output]):
             where = node.origin or f"an operation ({node.kind})"
             if node.kind == "time":
                 return (
-                    f"{node.origin or 'some of what it reads of t'} is a function of time in Python, which a kernel cannot call; the triton and reference engines can"
+                    f"{node.origin or 'some of what it reads of t'} is a function of time in Python, which a kernel cannot "
+                    "call; the triton and reference engines can"
                 )
             if node.rows > MOST_ROWS:
                 return f"{where} has {node.rows} rows, more than {MOST_ROWS}; the triton engine runs any width"
             if node.matrix is not None:
                 if max(node.matrix.shape) > MOST_ROWS:
-                    return f"{where} is a product of {max(node.matrix.shape)} rows, more than {MOST_ROWS}; the triton engine runs any width"
+                    return (
+                        f"{where} is a product of {max(node.matrix.shape)} rows, more than {MOST_ROWS}; the triton engine "
+                        "runs any width"
+                    )
                 size += node.matrix.pattern.nnz * (field.dtype.itemsize + 2)
         if size >= IMAGE_BYTES:
             return (
@@ -93,7 +97,8 @@ class GraphCudaEngine(GraphNativeEngine, CudaSolver):
     @classmethod
     def unsuited(cls, field: GraphField) -> str | None:
         # the least a tile takes: what a product reads and what it makes, four samples
-        products = [sum(node.matrix.shape) for node in order([field.output]) if node.matrix is not None and node.per_sample]
+        nodes = order([field.output])
+        products = [sum(node.matrix.shape) for node in nodes if node.matrix is not None and node.per_sample]
         bytes_needed = max(products, default=0) * 4 * field.dtype.itemsize
         limit = cls._limits_of(field.device)["shared_per_block"]
         if bytes_needed <= limit // 2:
@@ -149,7 +154,8 @@ class GraphCudaEngine(GraphNativeEngine, CudaSolver):
     def describe(self, batch: int = 1000) -> list[str]:
         """How a batch of this size would run."""
         plan, blocks = self.plan_for(batch, 7)
-        source = "tuned" if shapes.tuned(self._limits["name"], self._signature("forward", batch, 7, "shared")) == plan.shape else "by estimate"
+        key = self._signature("forward", batch, 7, "shared")
+        source = "tuned" if shapes.tuned(self._limits["name"], key) == plan.shape else "by estimate"
         return [f"a solve of {batch} samples: one launch of {blocks} blocks; {plan.reason} [{source}]"]
 
     def _given(
@@ -158,17 +164,10 @@ class GraphCudaEngine(GraphNativeEngine, CudaSolver):
         self._image(kind)
         return None, self._context(self._programs[kind], self._ready_context(context, batch), noise, batch)
 
-    def _ready_point(self, t: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor | float, bool]:
-        """(the rows of the program's state, its time, whether every sample has its own)."""
-        x = self._ready(x, "y")
-        if isinstance(t, Tensor) and t.numel() > 1:
-            return torch.cat((x, t.detach().reshape(-1, 1).to(x)), 1), 0.0, True
-        return x, t, False
-
     # ---- evaluations
 
     def evaluate(self, t: Tensor | float, y: Tensor, context: Tensor | None = None) -> Tensor:
-        x, time, own_times = self._ready_point(t, y)
+        x, time, own_times = self._state_and_time(t, y)
         noise = x.new_zeros(len(x), self.dim) if self.plan is not None and self.plan.kind == "hutchinson" else None
         return self._evaluate(time, x, noise, False, context, own_times)[0]
 
@@ -178,7 +177,7 @@ class GraphCudaEngine(GraphNativeEngine, CudaSolver):
         if self.plan is None:
             raise ValueError("this engine was packed without a divergence: pack it with a plan")
         noise = self._ready_noise(noise, self._ready(x, "x"))
-        x, time, own_times = self._ready_point(t, x)
+        x, time, own_times = self._state_and_time(t, x)
         return self._evaluate(time, x, noise, True, context, own_times)
 
     def solve(self, request: SolveRequest) -> SolveResult:
@@ -195,7 +194,7 @@ class GraphCudaEngine(GraphNativeEngine, CudaSolver):
         noise, context = self._ready_noise(noise, x), self._ready_context(context, len(x))
         grad_f = self._ready_like(grad_f, x, "grad_f")
         grad_trace = self._ready_channel(grad_trace, x.shape[:1], "grad_trace")
-        point, time, own_times = self._ready_point(t, x)
+        point, time, own_times = self._state_and_time(t, x)
         with self._guard():
             grad_x = torch.empty_like(x)
             grad_times = x.new_zeros(len(x)) if own_times else None

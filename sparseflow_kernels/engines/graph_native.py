@@ -58,8 +58,8 @@ class GraphNativeEngine(NativeEngine):
     # ---- the field's numbers
 
     def _take(self, field: GraphField) -> None:
-        """The field's numbers of now. A copy: the program of a gradient is packed when one is asked for, and the field's own
-        may have changed by then."""
+        """The field's numbers of now. A copy: the program of a gradient is packed when one is asked for, and the field's
+        own may have changed by then."""
         self._field = field
         self._values = [part.values.detach().clone() for part in field.parts]
 
@@ -103,6 +103,13 @@ class GraphNativeEngine(NativeEngine):
                 f"{context.dtype} on {context.device}"
             )
         return context.detach()
+
+    def _state_and_time(self, t: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor | float, bool]:
+        """(the rows of a program's state, its time, whether every sample has its own, which is a last row then)."""
+        x = self._ready(x, "y")
+        if isinstance(t, Tensor) and t.numel() > 1:
+            return torch.cat((x, t.detach().reshape(-1, 1).to(x)), 1), 0.0, True
+        return x, t, False
 
     def _context(
         self, program: GraphProgram, context: Tensor | None, noise: Tensor | None, batch: int

@@ -1,7 +1,8 @@
 """The elementary functions of pointwise expressions (csrc/expression.h) over all arguments, infinities and NaN included.
-What `elementwise` makes from arithmetic is made of it here too; log, sin, cos, erf and the roots are Triton's own, which on a
-GPU are the accurate ones of libdevice. The formulas of the arcs are Cephes'. Within a few units in the last place, but for
-powers in float64, whose relative error grows with the logarithm of the result: 1e-13 at the ends of the range.
+What `elementwise` makes from arithmetic is made of it here too; log, sin, cos, erf and the roots are Triton's own, which on
+a GPU are the accurate ones of libdevice. The formulas of the arcs are Cephes'. All are within a few units in the last
+place, but for powers in float64, whose relative error grows with the logarithm of the result: 1e-13 at the ends of the
+range.
 """
 
 from __future__ import annotations

@@ -36,14 +36,17 @@ class GraphTritonEngine(HeldMemory, GraphNativeEngine):
             return reason
         nodes = order([field.output])
         if (rows := sum(node.rows + 1 for node in nodes if node.per_sample)) > MOST_COUNTED:
-            return f"its nodes take {rows} rows, more than the {MOST_COUNTED} that 32-bit offsets reach: use engine='reference'"
+            return (
+                f"its nodes take {rows} rows, more than the {MOST_COUNTED} that 32-bit offsets reach: use "
+                "engine='reference'"
+            )
         from .pointwise import INSTRUCTIONS  # late: without triton the class can still say why it cannot run
 
         for node in nodes:
             if node.elementwise and PRIMITIVES[node.kind].number not in INSTRUCTIONS:
                 return (
-                    f"{node.origin or 'an operation'} is {node.kind!r}, which the triton engine has no instruction for: use "
-                    "engine='reference'"
+                    f"{node.origin or 'an operation'} is {node.kind!r}, which the triton engine has no instruction for: "
+                    "use engine='reference'"
                 )
             if node.matrix is not None and node.matrix.pattern.nnz > MOST_COUNTED:
                 return (
@@ -122,13 +125,6 @@ class GraphTritonEngine(HeldMemory, GraphNativeEngine):
             return None
         return lambda times: [[row] for row in self._answer_in_torch(writer.timed, times)]
 
-    def _ready_point(self, t: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor | float, bool]:
-        """(the rows of the program's state, its time, whether every sample has its own)."""
-        x = self._ready(x, "y")
-        if isinstance(t, Tensor) and t.numel() > 1:
-            return torch.cat((x, t.detach().reshape(-1, 1).to(x)), 1), 0.0, True
-        return x, t, False
-
     def _modulate(self, program: GraphProgram, work: Any, t: Tensor | float) -> None:
         tell(work.times, t)
         answers = self._answers(program)
@@ -156,7 +152,7 @@ class GraphTritonEngine(HeldMemory, GraphNativeEngine):
     ) -> tuple[Tensor, Tensor]:
         from .workspace import Workspace
 
-        x, time, own_times = self._ready_point(t, x)
+        x, time, own_times = self._state_and_time(t, x)
         program, batch = self._program(False, own_times), len(x)
         context, noise = self._ready_context(context, batch), self._ready_noise(noise, x[:, : self.dim])
         if batch == 0:
@@ -200,7 +196,7 @@ class GraphTritonEngine(HeldMemory, GraphNativeEngine):
         self, t: Tensor | float, x: Tensor, noise: Tensor | None, grad_f: Tensor, grad_trace: Tensor | None,
         wanted: Collection[str], context: Tensor | None = None,
     ) -> Gradient:  # fmt: skip
-        point, time, own_times = self._ready_point(t, x)
+        point, time, own_times = self._state_and_time(t, x)
         batch = len(x)
         grad_f, noise = self._ready_like(grad_f, x.detach(), "grad_f"), self._ready_noise(noise, x.detach())
         grad_trace = self._ready_channel(grad_trace, x.shape[:1], "grad_trace")
@@ -260,7 +256,8 @@ class GraphTritonEngine(HeldMemory, GraphNativeEngine):
         return found
 
     def _of_no_rows(
-        self, x: Tensor, context: Tensor | None, noise: Tensor | None, wanted: Collection[str], outputs: int = 0, t: Any = 0.0
+        self, x: Tensor, context: Tensor | None, noise: Tensor | None, wanted: Collection[str], outputs: int = 0,
+        t: Any = 0.0,
     ) -> Gradient:  # fmt: skip
         zero = lambda value, name: torch.zeros_like(value) if value is not None and name in wanted else None
         return Gradient(

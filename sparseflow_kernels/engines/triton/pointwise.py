@@ -42,7 +42,7 @@ def _literal(number: float) -> str:
 # By number of the instruction: its value, from the names of places a, b, c, of a row vector v and from the number n.
 INSTRUCTIONS: dict[int, Callable[..., str]] = {
     0: lambda a, **_: a,
-    1: lambda n, **_: f"tl.full([1, 1], {_literal(n)}, memory.dtype.element_ty)",
+    1: lambda n, **_: f"tl.full([ROWS, BATCH], {_literal(n)}, memory.dtype.element_ty)",
     2: lambda v, **_: v,
     3: lambda a, b, **_: f"{a} + {b}",
     4: lambda a, b, **_: f"{a} - {b}",
@@ -108,14 +108,15 @@ def source_of(
         "live = row < n_rows",
         "inside = samples < padded",
         "mask = live[:, None] & inside[None, :]",
-        "one = tl.arange(0, 1)",
     ]
+    # Values are whole tiles, also where one row serves all: tiles of one row among others are more than Triton's compiler
+    # (3.7) can give a layout to.
     for n, broadcast in enumerate(inputs):
-        at, mask = ("one", "inside[None, :]") if broadcast else ("row", "mask")
-        lines.append(f"p{n} = tl.load(places(memory, r{n} + {at}, padded, samples, 1), mask={mask}, other=0.0)")
+        at = "0 * row" if broadcast else "row"
+        lines.append(f"p{n} = tl.load(places(memory, r{n} + {at}, padded, samples, 1), mask=mask, other=0.0)")
     for n, broadcast in enumerate(vectors):
-        load = f"tl.load(numbers{n} + one)" if broadcast else f"tl.load(numbers{n} + row, mask=live, other=0.0)"
-        lines.append(f"v{n} = {load}[:, None]")
+        at = "0 * row" if broadcast else "row"
+        lines.append(f"v{n} = tl.broadcast_to(tl.load(numbers{n} + {at}, mask=live, other=0.0)[:, None], [ROWS, BATCH])")
     for op, to, a, b, c, number in expression.code:
         value = INSTRUCTIONS[op](
             a=f"p{a}", b=f"p{b}", c=f"p{c}", v=f"v{b}" if op in OF_VECTORS else "", n=number

@@ -172,7 +172,9 @@ class Solver:
                 self.y1, self.tolerance, self.bounds, self.measured, COMPONENTS=self.width - 1,
                 STAGE=self.stages - 1, WEIGHTS=-1 if self.shortcut else bits(tableau.b),
                 ERROR_WEIGHTS=bits(tableau.b_error), SIGN=self.sign, DIVERGENCE=self.program.divergence, **self.tile,
-            ), partial(launch, step_kernels.total, 1, self.measured, self.programs, self.result, WIDTH=self.width, N=256)]  # fmt: skip
+            ), partial(
+                launch, step_kernels.total, 1, self.measured, self.programs, self.result, WIDTH=self.width, N=256,
+            )]  # fmt: skip
         return sequence
 
     def _evaluate(self, t: Tensor | float, y: Tensor) -> Tensor:
