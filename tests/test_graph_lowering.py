@@ -72,6 +72,12 @@ def test_programs_of_random_graphs(seed, kind):
             for name in ("context", "noise"):
                 if named[name] is not None:
                     assert_same(others.get(name, getattr(found, name)), getattr(wanted, name))
+            lean = engine._program(True, tuple(more), (field.state, *more))  # of the parameters alone
+            pulled, of_rows, raw = lean.native.back(t, point, grad_f, grad_trace, engine._context(lean, context, noise, n))
+            assert not pulled.any() and len(lean.native.b.lists["reverse"]) <= len(adjoint.native.b.lists["reverse"]) + 1
+            found, _ = engine._gradient(lean, sums_of(lean.writer, raw), context, noise, of_rows, WANTED)
+            for one, other in zip(found.tensors, wanted.tensors):
+                assert_same(one, other)
 
 
 def noise_node(field):

@@ -45,30 +45,32 @@ class GraphCpuEngine(GraphNativeEngine):
 
     def __init__(self, field: GraphField, plan: DivergencePlan | None = None) -> None:
         super().__init__(field, plan)
-        self._programs: dict[tuple[bool, tuple[Node, ...]], GraphProgram] = {}  # by (adjoint, what is in the state besides)
+        self._programs: dict[tuple[bool, tuple[Node, ...], tuple[Node, ...]], GraphProgram] = {}  # as `_program` is asked
         self._program(False)
 
     # ---- programs
 
-    def _program(self, adjoint: bool, more: tuple[Node, ...] = ()) -> GraphProgram:
-        """more: inputs that are rows of the state too (`state_bindings`)."""
-        key = adjoint, more
+    def _program(
+        self, adjoint: bool, more: tuple[Node, ...] = (), without: tuple[Node, ...] = ()
+    ) -> GraphProgram:  # fmt: skip
+        """more: inputs that are rows of the state too (`state_bindings`).  without: those whose cotangents nobody wants."""
+        key = adjoint, more, without
         if key not in self._programs:
             with torch.no_grad():
-                self._programs[key] = self._write(adjoint, more)
+                self._programs[key] = self._write(*key)
         program = self._programs[key]
         if program.stamp != self.stamp:
             self._renew(program)
         return program
 
-    def _write(self, adjoint: bool, more: tuple[Node, ...]) -> GraphProgram:
+    def _write(self, adjoint: bool, more: tuple[Node, ...], without: tuple[Node, ...]) -> GraphProgram:
         field, g = self._field, self._field.graph
         trace = None if self.plan is None else self.plan.form.trace
         builder = getattr(_native(), _BUILDERS[field.dtype])()
         writer = GraphWriter(builder, field, state_bindings(field, *more), totals=True)
         if adjoint:
             names = {COTANGENT: g.input(COTANGENT, field.dim, STATE), TRACE_COTANGENT: g.input(TRACE_COTANGENT, 1, STATE)}
-            writer.write_adjoint(field.output, trace, names)
+            writer.write_adjoint(field.output, trace, names, without)
             program = GraphProgram(builder.compile_adjoint(), writer)
         else:
             writer.write(field.output, [] if trace is None else summands(trace))
@@ -172,7 +174,9 @@ class GraphCpuEngine(GraphNativeEngine):
         wanted: Collection[str], context: Tensor | None = None,
     ) -> Gradient:  # fmt: skip
         point, time, more = self._ready_point(t, x, noise, context)
-        program = self._program(True, more)
+        names = {"state": "x", "time": "t"}
+        without = (node for node in (self._field.state, *more) if names.get(node.name, node.name) not in wanted)
+        program = self._program(True, more, tuple(without))
         grad_f = self._ready_like(grad_f, x.detach(), "grad_f")
         grad_trace = self._ready_channel(grad_trace, x.shape[:1], "grad_trace")
         grad = torch.empty_like(point)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import operator
 from dataclasses import dataclass
-from typing import Callable, Iterable, Sequence
+from typing import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -89,9 +89,11 @@ class GraphWriter:
             **self._time_answer(),
         )
 
-    def write_adjoint(self, output: Node, trace: Node | None, names: dict[str, Node]) -> None:
+    def write_adjoint(
+        self, output: Node, trace: Node | None, names: dict[str, Node], without: Collection[Node] = ()
+    ) -> None:  # fmt: skip
         """f for the stages of a solve, and from the cotangents of f (and of the trace) those of the state, the context,
-        the vectors and the matrices. names: the cotangents' input nodes."""
+        the vectors and the matrices. names: the cotangents' input nodes.  without: inputs whose own nobody wants: zeros."""
         g, builder, per_sample = self.graph, self.builder, self.bindings.per_sample
         state = self._inputs()
         f = builder.buffer(output.rows)
@@ -102,7 +104,7 @@ class GraphWriter:
         leaf = lambda node: not per_sample(node) or node.kind == "input"
         found = adjoint(g, given, leaf)
         pairs = [(matrix, left, right) for matrix, both in found.matrices.items() for left, right in both]
-        bars = dict(found.cotangents)
+        bars = {node: bar for node, bar in found.cotangents.items() if node not in without}
         read = [*bars.values(), *(side for _, *sides in pairs for side in sides)]
         plan = schedule(g, read, per_sample, self.bindings.vector, (), self._with_totals)
         self._leaves([*body.leaves, *plan.leaves, *(node for node in bars if leaf(node) and _is_trained(node))])
