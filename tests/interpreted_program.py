@@ -162,10 +162,14 @@ class Program:
         name = ACTIVATIONS[activation]
         params = (a, b)[: len(activations.ACTIVATIONS[name].defaults)]
         self.rows(target, dense.shape[0])[:] = activations.apply(Activation(name, params), z)
-        if store == Store.VALUE_SLOPE:
-            assert scale < 0, "a slope would be that of z by W h"
+        assert store == Store.VALUE or scale < 0, "a slope would be that of z by W h"
+        if store in (Store.VALUE_SLOPE, Store.TANGENT):
             buffer, slot, row = target
-            self.rows((buffer, slot + 1, row), dense.shape[0])[:] = activations.derivative(Activation(name, params), z)
+            slope = activations.derivative(Activation(name, params), z)
+            if store == Store.TANGENT:
+                assert source[1] == slot == 0
+                slope = slope * (dense @ self.rows((source[0], 1, source[2]), dense.shape[1]))
+            self.rows((buffer, slot + 1, row), dense.shape[0])[:] = slope
 
     def _pointwise(self, expression, rows, inputs, vectors, outputs, totals):
         n_in, n_vec, n_out, _, code = self.b.expressions[expression]

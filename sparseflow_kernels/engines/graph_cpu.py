@@ -67,7 +67,7 @@ class GraphCpuEngine(GraphNativeEngine):
         field, g = self._field, self._field.graph
         trace = None if self.plan is None else self.plan.form.trace
         builder = getattr(_native(), _BUILDERS[field.dtype])()
-        writer = GraphWriter(builder, field, state_bindings(field, *more), totals=True)
+        writer = GraphWriter(builder, field, state_bindings(field, *more), totals=True, tangents=True)
         if adjoint:
             names = {COTANGENT: g.input(COTANGENT, field.dim, STATE), TRACE_COTANGENT: g.input(TRACE_COTANGENT, 1, STATE)}
             writer.write_adjoint(field.output, trace, names, without)
@@ -87,7 +87,7 @@ class GraphCpuEngine(GraphNativeEngine):
             )
             return
         builder = getattr(_native(), _BUILDERS[self.dtype])()
-        writer = GraphWriter(builder, self._field, time_bindings(self._field), totals=True)
+        writer = GraphWriter(builder, self._field, time_bindings(self._field), totals=True, tangents=True)
         writer.write(self._field.graph.concatenate(timed))
         program.time = GraphProgram(builder.compile(), writer)
         program.native.set_time(program.time.native)

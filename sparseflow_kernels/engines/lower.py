@@ -22,7 +22,8 @@ from ..field.graph import CONTEXT, STATE, TIME, from_parts, order
 from ..field.transforms import adjoint
 from .instructions import code_of
 from .program import Store
-from .schedule import Affine, Product, Schedule, schedule
+from .fusion import Affine, Product
+from .schedule import Schedule, schedule
 
 Place = tuple[int, int, int]  # buffer, slot, first row
 
@@ -56,9 +57,9 @@ class GraphWriter:
     gradients: of an adjoint: (native number of a matrix whose sums are a gradient, matrix).
     """
 
-    def __init__(self, builder, field: GraphField, bindings: Bindings, totals: bool = False) -> None:
-        """totals: the engine's pointwise operations sum up rows."""
-        self._with_totals = totals
+    def __init__(self, builder, field: GraphField, bindings: Bindings, totals: bool = False, tangents: bool = False) -> None:
+        """totals: the engine's pointwise operations sum up rows.  tangents: its layers make tangents along."""
+        self._able = totals, tangents
         self.builder, self.field, self.graph, self.bindings = builder, field, field.graph, bindings
         self.matrices: list[tuple[int, Matrix]] = []
         self.vectors: list[tuple[int, Node]] = []
@@ -81,7 +82,7 @@ class GraphWriter:
         f = self.builder.buffer(output.rows)
         summed = [self._summed(node) for node in trace]
         traced = [node for node in summed if node.kind != "number" or node.value != 0.0]
-        plan = schedule(self.graph, [output, *traced], self.bindings.per_sample, self.bindings.vector, [output], self._with_totals)
+        plan = schedule(self.graph, [output, *traced], self.bindings.per_sample, self.bindings.vector, [output], *self._able)
         self._leaves(plan.leaves)
         self._emit(plan, {output: (f, 0, 0)}, traced)
         self.builder.graph_roles(
@@ -97,7 +98,7 @@ class GraphWriter:
         g, builder, per_sample = self.graph, self.builder, self.bindings.per_sample
         state = self._inputs()
         f = builder.buffer(output.rows)
-        body = schedule(g, [output], per_sample, self.bindings.vector, [output], self._with_totals)
+        body = schedule(g, [output], per_sample, self.bindings.vector, [output], *self._able)
         given = {output: names[COTANGENT]}
         if trace is not None:
             given[trace] = names[TRACE_COTANGENT]
@@ -106,7 +107,7 @@ class GraphWriter:
         pairs = [(matrix, left, right) for matrix, both in found.matrices.items() for left, right in both]
         bars = {node: bar for node, bar in found.cotangents.items() if node not in without}
         read = [*bars.values(), *(side for _, *sides in pairs for side in sides)]
-        plan = schedule(g, read, per_sample, self.bindings.vector, (), self._with_totals)
+        plan = schedule(g, read, per_sample, self.bindings.vector, (), *self._able)
         self._leaves([*body.leaves, *plan.leaves, *(node for node in bars if leaf(node) and _is_trained(node))])
         cotangent, lam = builder.buffer(output.rows), -1
         self._places[names[COTANGENT]] = (cotangent, 0, 0)
@@ -265,17 +266,15 @@ class GraphWriter:
                 buffer, slot, row = place(whole)
                 self._places[node] = (buffer, slot, row + first)
                 return self._places[node]
-            if node in plan.slopes:  # beside its node
-                buffer, _, row = place(plan.slopes[node])
+            if node in plan.first:  # beside another one
+                buffer, _, row = place(plan.first[node])
                 self._places[node] = (buffer, 1, row)
                 return self._places[node]
-            slope = plan.affine[node].slope if node in plan.affine else None
-            last = max(gone.get(node, end), 0 if slope is None else gone.get(slope, end))
-            buffer = self._buffer(node.rows, 1 if slope is None else 2)
+            second = plan.pairs.get(node)
+            last = max(gone.get(node, end), 0 if second is None else gone.get(second, end))
+            buffer = self._buffer(node.rows, 1 if second is None else 2)
             self._places[node] = (buffer, 0, 0)
-            owners.setdefault(last, []).append((node.rows, 1 if slope is None else 2, buffer))
-            if slope is not None:
-                self._places[slope] = (buffer, 1, 0)
+            owners.setdefault(last, []).append((node.rows, 1 if second is None else 2, buffer))
             return self._places[node]
 
         for step in range(1, end):
@@ -365,7 +364,7 @@ class GraphWriter:
             start = 0
             for part, (first, count) in zip(whole.operands, whole.pieces):
                 computed = part in plan.steps and (plan.is_pointwise(part) or plan.is_product(part))
-                computed = computed and part not in plan.slopes and part not in plan.slopes.values()
+                computed = computed and part not in plan.pairs and part not in plan.first
                 if computed and first == 0 and count == part.rows and part not in found and part not in placed:
                     found[part] = (whole, start)
                 start += count
@@ -439,9 +438,14 @@ class GraphWriter:
             one = plan.affine[node]
             rule, params = rule_and_params(one.activation)
             a, b = (*params, 1.0, 1.0)[:2]
+            target = place(node)
             store = Store.VALUE if one.slope is None else Store.VALUE_SLOPE
+            if one.tangent is not None:
+                store = Store.TANGENT
+            if one.beside is not None:
+                place(one.beside)
             self.builder.affine(
-                self._native(one.product.matrix), self._source(one.source), place(node),
+                self._native(one.product.matrix), self._source(one.source), target,
                 self._modulation(node.rows, one), rule.number, float(a), float(b), store, list=self._list,
             )  # fmt: skip
             return
