@@ -11,6 +11,7 @@ from .compiled_field import CompiledField
 from .divergence import KINDS
 from .field import VectorField
 from .hooks import GLOBAL_HOOKS, hooks_of
+from .warn import warn
 
 NOISES = ("rademacher", "gaussian")
 
@@ -57,6 +58,11 @@ class DivergenceField(nn.Module):
             raise ValueError(f'with_divergence: noise must be a tensor, "rademacher" or "gaussian", not {noise!r}')
         if noise is not None and not isinstance(noise, (str, Tensor)):
             raise TypeError(f"with_divergence: noise must be a tensor or a name, not {type(noise).__name__}")
+        if isinstance(field, CompiledField) and field.is_detached:
+            warn(
+                "with_divergence: forward detaches its state (.detach(), .data), and nothing is differentiated through that, "
+                "so the divergence is that of the other terms. For all of it, leave the detaching out of forward"
+            )
         self.field = field
         self.kind = kind
         self.distribution = "rademacher" if noise is None else noise if isinstance(noise, str) else "given"
@@ -108,6 +114,11 @@ class DivergenceField(nn.Module):
 
         Differentiable in t, x and the parameters; l does not enter.
         """
+        if isinstance(self.field, CompiledField) and self.field.layout is not None and self.field.layout.is_tuple:
+            raise TypeError(
+                "with_divergence: this field's state is a tuple of tensors, and a divergence is of one. Compile a module "
+                "of the tensor whose density is meant; what else it integrates can be columns of a state of its own"
+            )
         if not isinstance(state, (tuple, list)) or len(state) != 2 or not all(isinstance(p, Tensor) for p in state):
             raise TypeError("state: must be a tuple (x, l) of two tensors")
         x, l = state  # noqa: E741
@@ -135,8 +146,6 @@ class DivergenceField(nn.Module):
     def _of_layout(self, t: Tensor | float, x: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
         """Of states of the field's own layout: the divergence is over all numbers of a sample."""
         field = self.field
-        if field.layout.is_tuple:
-            raise TypeError("with_divergence: this field's state is a tuple of tensors, and a divergence is of one")
         rows = field.flatten("x", x)
         if l.numel() != len(rows):
             raise ValueError(f"l: must have a number for each of {len(rows)} samples, not be of shape {list(l.shape)}")

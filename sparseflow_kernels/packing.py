@@ -1,4 +1,4 @@
-"""A field's program, packed for its engine once and used until a number in it changes."""
+"""A field, packed for its engine once and used until a number in it changes."""
 
 from __future__ import annotations
 
@@ -64,6 +64,17 @@ def _together(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.cat(group) for group in groups.values()]
 
 
+def strided(tensor: Tensor) -> list[Tensor]:
+    """The tensor, or those that a sparse one consists of, its values first."""
+    if tensor.layout == torch.strided:
+        return [tensor]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._values(), tensor._indices()]
+    rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+    outer, inner = (tensor.crow_indices, tensor.col_indices) if rows else (tensor.ccol_indices, tensor.row_indices)
+    return [tensor.values(), outer(), inner()]
+
+
 class Packing:
     """The engines that hold one field's values: without a divergence, and with each kind of it.
 
@@ -89,15 +100,15 @@ class Packing:
         return None if kind is None else self._plans[kind]
 
     def engine(self, kind: str | None, tensors: Sequence[Tensor], field: Callable[[], VectorField]) -> Engine:
-        """An engine that holds the present values; `field` gives the program over `tensors`, or made from them."""
+        """An engine that holds the present values; `field` gives the field over `tensors`, or made from them."""
         known = self._engines.get(kind)
         if known is None or not known[0].same(tensors):
             # Copied before it is packed: a change in between (of another thread) is seen at the next call.
             with torch.no_grad():  # an engine outlives the graph of what is made from parameters
-                program, snapshot = field(), Snapshot(tensors)
+                present, snapshot = field(), Snapshot(tensors)
             engine = None if known is None else known[1]
-            if engine is None or not engine.update(program):
-                engine_class, _ = choose(program, self.requested)
-                engine = engine_class(program, self.plan(kind, field))
+            if engine is None or not engine.update(present):
+                engine_class, _ = choose(present, self.requested)
+                engine = engine_class(present, self.plan(kind, field))
             known = self._engines[kind] = (snapshot, engine)
         return known[1]

@@ -58,10 +58,18 @@ def keys_of(field: VectorField) -> list[Key]:
     return [(number, name) for number, layer in enumerate(field.layers) for name, _ in layer.tensors()]
 
 
+def is_fresh(values: Tensor) -> bool:
+    """A parameter as it was initialised, whose zeros are no pruned entries: zero altogether, or with all other entries
+    of one size, as those of an identity are, and those that are left by pruning never."""
+    others = values[values != 0].abs()
+    return others.numel() != 1 and bool((others == others[:1]).all())
+
+
 def starts_at_zero(origin: Origin, held: Mapping[str, Held]) -> Tensor:
-    """bool [n]: which zeros of a tensor are where training starts, and not pruned: entries of a parameter that is zero
-    altogether and trained, and results that are zero only until such a parameter, or one that is not zero, has moved."""
-    fresh = [held[name].trained and not bool(held[name].values.any()) for name in origin.parameters]
+    """bool [n]: which zeros of a tensor are where training starts, and not pruned: entries of a trained parameter that
+    is still as it was initialised, and results that are zero only until such a parameter, or one that is not zero, has
+    moved."""
+    fresh = [held[name].trained and is_fresh(held[name].values) for name in origin.parameters]
     found = torch.tensor([*fresh, False, False])[origin.parameter]  # -1 and -2: no plain entries
     if origin.computed:
         moved = Derivation(Recipe({name: h.elements for name, h in held.items()}), _moved(held)).tensor(origin)
@@ -82,7 +90,8 @@ def _moved(held: Mapping[str, Held]) -> dict[str, Tensor]:
     generator, found = torch.Generator().manual_seed(0), {}
     for name, h in held.items():
         noise = (0.01 + 0.01 * torch.rand(h.values.shape, generator=generator)).to(h.values)
-        found[name] = h.values if not h.trained else h.values * (1.0 + noise) if bool(h.values.any()) else noise
+        moved = h.values + noise if is_fresh(h.values) else h.values * (1.0 + noise)
+        found[name] = moved if h.trained else h.values
     return found
 
 
@@ -91,11 +100,11 @@ def without_zeros(
     parameters: Mapping[str, nn.Parameter], held: Mapping[str, Held], trained: Mapping[str, bool]
 ) -> Iterator[None]:
     """For as long as this lasts, the parameters without zeros that are no pruned weights: those of parameters that
-    start at zero, and those that are zero in the field too, which training has not moved."""
+    are as they were initialised, and those that are zero in the field too, which training has not moved."""
     before = []
     for name, h in held.items():
         parameter = parameters.get(name)
-        fresh = parameter is not None and trained[name] and not bool(parameter.any())
+        fresh = parameter is not None and trained[name] and is_fresh(parameter.detach())
         if parameter is None or (h.elements is None and not fresh):
             continue
         elements = torch.arange(parameter.numel()) if h.elements is None else h.elements

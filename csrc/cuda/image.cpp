@@ -224,6 +224,7 @@ class Writer {
   // ---- operations
 
   DeviceOp describe_pointwise(const Op& op) {
+    if (!op.totals.empty()) fail("pointwise operations of CUDA have no totals");
     const Expression& e = p_.expressions[op.expression];
     DeviceOp to{};
     to.kind = int(op.kind);

@@ -11,15 +11,19 @@ from torch import Tensor
 from ..field import Node
 from .algebra import apply
 from .elements import ANY, Elements, samples_of
-from .functions import complement, maximum, minimum, product
-from .graph_rules import argument, rule
+from .functions import ELEMENTWISE, complement, maximum, minimum, product
+from .graph_rules import grouped
 from .operations import aten, base_name
 from .refusal import refuse
+from .registry import GRAPH, argument
 from .values import Opaque, StateValue
+
+rule = GRAPH.rule
+MOST_ORDERED = 64  # numbers that are put in order, which takes half as many exchanges as their square
 
 
 def groups_of(ids: Tensor, dims: set[int]) -> tuple[Tensor, list[int]]:
-    """Elements [groups, terms] of the axes that are reduced, and those that stay."""
+    """Elements as groups [groups, terms], the terms being those along the axes that are reduced, and the axes that stay."""
     keep = [d for d in range(ids.dim()) if d not in dims]
     terms = math.prod(ids.shape[d] for d in dims)
     return ids.permute(*keep, *sorted(dims)).reshape(-1, terms), keep
@@ -90,9 +94,51 @@ def extreme(e: Elements, func, args, kwargs, out) -> Any:
     return [result, Opaque(out[1].shape, "the position of a maximum")]
 
 
-@rule("argmax", "argmin", "argsort", "sort", "topk", "median", "kthvalue", "nonzero", "unique_dim", "_unique2", "mode")
+@rule("argmax", "argmin", "argsort", "nonzero", "unique_dim", "_unique2", "mode")
 def position(e: Elements, func, args, kwargs, out) -> Any:
     refuse(f"the operation {base_name(func)} on the state (an order of its values)")
+
+
+@rule("sort", "topk", "median", "kthvalue")
+def ordered(e: Elements, func, args, kwargs, out) -> Any:
+    """The values in order, by exchanges of neighbours; where they were is no value that can be followed."""
+    base, ids = base_name(func), e.ids(args[0])
+    if not isinstance(out, (tuple, list)):
+        refuse(f"the operation {func} on the state")
+    given = {a.name: argument(args, kwargs, i, a.name, a.default_value) for i, a in enumerate(func._schema.arguments)}
+    axis = given["dim"] % max(ids.dim(), 1)
+    lines, back = _rows_along(ids.reshape(1) if not ids.dim() else ids, axis)
+    _same_sample(lines, func)
+    n = lines.shape[1]
+    if n > MOST_ORDERED:
+        refuse(f"the operation {base} on {n} numbers of the state (an order of more than {MOST_ORDERED})")
+    lines = lines.clone()
+    for turn in range(n):
+        low = torch.arange(turn % 2, n - 1, 2)
+        a, b = lines[:, low], lines[:, low + 1]
+        if low.numel():
+            lines[:, low], lines[:, low + 1] = mapped(e, minimum, a, b), mapped(e, maximum, a, b)
+    if base == "sort":
+        lines = lines.flip(1) if given["descending"] else lines
+    elif base == "topk":
+        lines = lines.flip(1)[:, : given["k"]] if given["largest"] else lines[:, : given["k"]]
+    else:
+        place = (n - 1) // 2 if base == "median" else given["k"] - 1
+        lines = lines[:, place: place + 1]
+    found = lines.view(*ids.movedim(axis, -1).shape[:-1], -1).movedim(-1, axis)
+    return [StateValue(found.reshape(out[0].shape)), Opaque(out[1].shape, "the position of a value in an order")]
+
+
+@rule("cumprod", "cummax", "cummin", "logcumsumexp")
+def scan(e: Elements, func, args, kwargs, out) -> Any:
+    make = {"cumprod": product, "cummax": maximum, "cummin": minimum}.get(base_name(func), ELEMENTWISE["logaddexp"])
+    lines, back = _rows_along(e.ids(args[0]), args[1])
+    _same_sample(lines, func)
+    columns = [lines[:, 0]]
+    for i in range(1, lines.shape[1]):
+        columns.append(mapped(e, make, columns[-1], lines[:, i]))
+    result = StateValue(back(torch.stack(columns, 1)))
+    return [result, Opaque(out[1].shape, "the position of a maximum")] if isinstance(out, (tuple, list)) else result
 
 
 @rule("any", "all")
@@ -169,13 +215,13 @@ def norm(e: Elements, func, args, kwargs, out) -> Any:
 
 
 def _rows_along(ids: Tensor, axis: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Elements [lines, n] along an axis, and back."""
+    """(elements as lines [lines, n] along an axis, the function that gives lines their old shape again)."""
     moved = ids.movedim(axis, -1)
     return moved.reshape(-1, moved.shape[-1]), lambda rows: rows.view(moved.shape).movedim(-1, axis)
 
 
 def _shifted(e: Elements, lines: Tensor) -> tuple[Tensor, Tensor]:
-    """The lines minus their largest element, and that."""
+    """(lines minus the largest element of each, that element [lines])."""
     top = e.tree(maximum, lines)
     return mapped(e, lambda g, a, m: g.sub(a, m), lines, top[:, None]), top
 
@@ -189,9 +235,25 @@ def _same_sample(lines: Tensor, func) -> None:
 def softmax(e: Elements, func, args, kwargs, out) -> Any:
     lines, back = _rows_along(e.ids(args[0]), args[1])
     _same_sample(lines, func)
+    if bool((lines == e.lowest).any()):
+        return StateValue(back(_softmax_of_some(e, lines, func)))
     powers = mapped(e, lambda g, a: g.apply("exp", a), _shifted(e, lines)[0])
     total = mapped(e, lambda g, a: g.apply("reciprocal", a), e.sums(powers))
     return StateValue(back(mapped(e, product, powers, total[:, None])))
+
+
+def _softmax_of_some(e: Elements, lines: Tensor, func) -> Tensor:
+    """That of lines of which some elements are masked, and so have no part in it."""
+    kept = lines != e.lowest
+    if not bool(kept.any(1).all()):
+        refuse(f"{base_name(func)} of a line of which every element is masked", "Leave such lines out of the mask")
+    line, count = kept.nonzero()[:, 0], len(lines)
+    top = grouped(e, lines[kept], line, count, lambda groups: e.tree(maximum, groups), None)
+    powers = mapped(e, lambda g, a, m: g.apply("exp", g.sub(a, m)), lines[kept], top[line])
+    total = grouped(e, powers, line, count, e.sums, e.zero)
+    made = e.zero.expand(lines.shape).clone()
+    made[kept] = mapped(e, lambda g, a, s: g.mul(a, g.apply("reciprocal", s)), powers, total[line])
+    return made
 
 
 @rule("_log_softmax", "log_softmax")
@@ -240,7 +302,7 @@ def log_softmax_backward(e: Elements, func, args, kwargs, out) -> Any:
 
 
 def normalised(e: Elements, groups: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(x - mean) * rstd of groups of elements, mean and rstd."""
+    """Of groups of elements, ((x - mean) * rstd, mean, rstd)."""
     mean = mean_of(e, groups)
     centred = mapped(e, lambda g, a, m: g.sub(a, m), groups, mean[:, None])
     power = mean_of(e, mapped(e, lambda g, a: product(g, a, a), centred))

@@ -1,70 +1,26 @@
-"""What every aten operation makes of elements of a graph: the table operation -> rule, and rules that move elements.
-
-A rule takes (elements, func, args, kwargs, out) as those of a chain do (rules.py).
-"""
+"""Rules that move elements: views, joins, copies, padding, and writing at places."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, Callable
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..field import UnsupportedFieldError
+from ..field import Graph
 from .algebra import apply
 from .elements import Elements, rows_of, samples_of
-from .functions import complement, maximum, minimum, product
+from .functions import choose, complement, maximum, minimum, product
 from .operations import STRUCTURAL, aten, base_name
-from .refusal import REMEDY, NotFinite, refuse
-from .values import Constant, StateValue, TimeValue
+from .refusal import REMEDY, refuse
+from .registry import GRAPH, argument
+from .values import Constant, Opaque, StateValue, TimeValue
 
-Rule = Callable[[Elements, Any, tuple, dict, Any], Any]
-RULES: dict[str, Rule] = {}
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
-        return function
-
-    return register
-
-
-def apply_to_elements(e: Elements, func, args: tuple, kwargs: dict, out: Any) -> Any:
-    base = base_name(func)
-    if base not in RULES:
-        refuse(f"the operation {base} on the state")
-    _check_dtypes(e, base, args, out)
-    try:
-        return RULES[base](e, func, args, kwargs, out)
-    except (UnsupportedFieldError, NotFinite):
-        raise
-    except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        refuse(f"the operation {func} on the state ({type(error).__name__}: {error})", REMEDY, error)
-
-
-def _check_dtypes(e: Elements, base: str, args: tuple, out: Any) -> None:
-    """Elements are numbers of the field's dtype; truth values are 0 and 1, and numbers of them whole numbers."""
-    for tensor in tree_leaves(out):
-        if isinstance(tensor, Tensor):
-            dtype = tensor.dtype
-            if (dtype.is_floating_point or dtype.is_complex) and dtype != e.table.dtype:
-                refuse(f"a change of the state's dtype to {dtype}")
-            if dtype != torch.bool and base.startswith(("bitwise_", "__and", "__or", "__xor")):
-                refuse(f"the operation {base} on whole numbers made of the state")
-            if dtype == torch.bool and base in ("add", "sub", "sum", "mean", "cumsum"):
-                what = f"the operation {base} on truth values made of the state"
-                refuse(what, "Use logical_or, or .to(y.dtype) first")
-    if base == "view" and len(args) > 1 and isinstance(args[1], torch.dtype):
-        refuse("the bits of the state viewed as another dtype")
-
-
-def argument(args: tuple, kwargs: dict, position: int, name: str, default: Any = None) -> Any:
-    return args[position] if len(args) > position else kwargs.get(name, default)
-
-
-# ------------------------------------------------------------------------------------------------- moving elements
+rule = GRAPH.rule
+WHERE = "Choose with torch.where(condition, a, b), which computes both"
+COPIES = ("_to_copy", "to", "to_copy")  # that may change the dtype
 
 
 @rule(*STRUCTURAL)
@@ -73,7 +29,7 @@ def structural(e: Elements, func, args, kwargs, out) -> Any:
     if not isinstance(args[0], (StateValue, TimeValue)) or any(
         isinstance(a, (StateValue, TimeValue)) for a in tree_leaves((args[1:], kwargs))
     ):
-        refuse(f"{base} with an index that depends on t or on the state")
+        refuse(f"{base} with an index that depends on t or on the state", f"{WHERE}. Otherwise u{REMEDY[1:]}")
 
     def ids(a: Any) -> Any:
         if isinstance(a, (StateValue, TimeValue)):
@@ -106,10 +62,11 @@ def join(e: Elements, func, args, kwargs, out) -> Any:
     return StateValue(torch.cat([i for i in e.together(parts, axis)], axis))
 
 
-@rule("_to_copy", "to", "to_copy")
+@rule(*COPIES)
 def to_copy(e: Elements, func, args, kwargs, out) -> Any:
-    if out.dtype not in (e.table.dtype, torch.bool):
-        refuse(f"a change of the state's dtype to {out.dtype}")
+    exact = e.copies_truth and out.dtype.is_floating_point
+    if out.dtype not in (e.table.dtype, torch.bool) and not exact:  # forward derivatives make some that nobody reads
+        return Opaque(out.shape, f"a change of the state's dtype to {out.dtype} (by the operation {base_name(func)})")
     if out.dtype == torch.bool:
         return e.pointwise(lambda g, a: complement(g, g.apply("eq", a, g.number(0.0))), args[0])
     return StateValue(e.ids(args[0]))
@@ -162,7 +119,11 @@ def pad(e: Elements, func, args, kwargs, out) -> Any:
 def index_put(e: Elements, func, args, kwargs, out) -> Any:
     base, indices, values = args[:3]
     if any(isinstance(i, (StateValue, TimeValue)) for i in indices):
-        refuse("writing at an index that depends on t or on the state")
+        if len(indices) == 1 and isinstance(indices[0], StateValue) and math.prod(getattr(values, "shape", ())) == 1:
+            mask = indices[0].ids  # one number wherever a condition holds
+            mask = StateValue(mask.view(*mask.shape, *[1] * (out.dim() - mask.dim())))
+            return e.pointwise(choose, mask, StateValue(e.ids(values).reshape(())), base, shape=out.shape)
+        refuse("writing at an index that depends on t or on the state", f"{WHERE}. Otherwise u{REMEDY[1:]}")
     accumulate = argument(args, kwargs, 3, "accumulate", False)
     index = [None if i is None else i.value.cpu() for i in indices]
     places = torch.arange(out.numel()).view(out.shape)[tuple(slice(None) if i is None else i for i in index)]
@@ -219,16 +180,34 @@ def scatter(e: Elements, func, args, kwargs, out) -> Any:
     reduction = kwargs.get("reduce", args[4] if len(args) > 4 else None)
     if name == "scatter" and reduction is None:
         return StateValue(target.clone().index_put((places,), source).view(out.shape))
+    itself = kwargs.get("include_self", True)
     if name in ("index_add", "scatter_add") or reduction in ("sum", "add"):
+        target = target if itself else target.clone().index_fill(0, places, int(e.zero))
         return StateValue(added(e, target, places, source).view(out.shape))
-    makers = {"amax": maximum, "amin": minimum}
+    makers = {"amax": maximum, "amin": minimum, "prod": product, "multiply": product, "mean": Graph.add}
     if reduction not in makers:
         refuse(f"{name} with reduce={reduction!r}")
-    if kwargs.get("include_self", True):
+    if itself:
         source, places = torch.cat([target, source]), torch.cat([torch.arange(target.numel()), places])
-    found = grouped(e, source, places, target.numel(), lambda g: e.tree(makers[reduction], g), None)
-    met = torch.bincount(places, minlength=target.numel()) > 0
-    return StateValue(torch.where(met, found, target).view(out.shape))
+    reduce, filler = (e.sums, e.zero) if reduction == "mean" else (lambda g: e.tree(makers[reduction], g), None)
+    filler = e.ids(1.0) if makers[reduction] is product else filler
+    found = grouped(e, source, places, target.numel(), reduce, filler)
+    met = torch.bincount(places, minlength=target.numel())
+    if reduction == "mean":
+        share = Constant(1.0 / met.clamp(min=1).to(e.table.dtype).to(e.table.device))
+        found = e.pointwise(product, StateValue(found), share).ids
+    return StateValue(torch.where(met > 0, found, target).view(out.shape))
+
+
+@rule("index_copy", "index_fill")
+def index_copy(e: Elements, func, args, kwargs, out) -> Any:
+    base, axis, index, source = args[:4]
+    if not isinstance(index, Constant):
+        refuse(f"{base_name(func)} with an index that depends on t or on the state", f"{WHERE}. Otherwise u{REMEDY[1:]}")
+    places = torch.arange(out.numel()).view(out.shape).index_select(axis, index.value.cpu().reshape(-1))
+    samples = samples_of(base.ids).reshape(-1)[places] if isinstance(base, StateValue) else None
+    target, source = e.ids(base).expand(out.shape), e.ids(source, samples).expand(places.shape)
+    return StateValue(target.reshape(-1).clone().index_put((places.reshape(-1),), source.reshape(-1)).view(out.shape))
 
 
 @rule("slice_scatter", "select_scatter", "diagonal_scatter", "as_strided_scatter")
@@ -244,6 +223,3 @@ def put(e: Elements, func, args, kwargs, out) -> Any:
 def fill(e: Elements, func, args, kwargs, out) -> Any:
     value = args[1] if len(args) > 1 else 0.0
     return StateValue(e.ids(value).expand(out.shape).clone())
-
-
-from . import graph_functions, graph_linear, graph_reductions  # noqa: E402, F401  they register their rules

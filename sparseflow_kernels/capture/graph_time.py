@@ -1,6 +1,9 @@
-"""Functions of t as nodes. What forward computes from t alone is kept as operations to be replayed (replay.py); where
-it meets the state it is read like everything else, with the same rules, so that the parameters in it are parts of the
-field. What no rule knows (a lookup, whole numbers) is one function of time that stays in Python."""
+"""Functions of t as nodes.
+
+What forward computes from t alone is kept as operations to be replayed (replay.py). Where it meets the state it is read by
+the same rules as everything else, so that the parameters in it are parts of the field. What no rule knows (a lookup, whole
+numbers) becomes a function of time that stays in Python.
+"""
 
 from __future__ import annotations
 
@@ -16,40 +19,44 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from ..field import UnsupportedFieldError
 from . import algebra
 from .elements import Elements, same_for_all
-from .graph_rules import apply_to_elements
+from .graph_operations import apply_to_elements
 from .operations import aten, base_name, call
 from .provenance import ParameterNumbers
-from .replay import Attribute, Leaf, Node, TimeProgram
+from .refusal import REMEDY, refuse
+from .replay import Attribute, Leaf, Node, TimeFormula
 from .values import Constant, StateValue, TimeValue
+
+ALIKE_AT = (0.618, 0.0, 0.31, 1.0, -0.7, 1.9, 7.3, 25.0)  # times at which copies of a function are compared
 
 
 @dataclass(eq=False)
 class Unread:
-    """A function of t that is not, or not yet, rows: whole numbers, truth values, other dtypes."""
+    """A function of t that is not made of rows: whole numbers, truth values, other dtypes."""
 
     node: Node
 
 
 @dataclass(eq=False)
 class Read:
-    """What a node of the replay is at the probe's time, and as elements. Lists of results are lists of these."""
+    """What is known of a node of the replay. value: the result at the time of the run.  abstract: its elements, a Constant
+    or Unread. For an operation with several results both are lists."""
 
     value: Any
     abstract: Any
 
 
 class TimeReader:
-    """Elements of functions of t."""
+    """Gives the elements of functions of t. functions: those of time that stay in Python."""
 
     def __init__(
         self, e: Elements, time: Node | Any, t: Tensor, parameters: ParameterNumbers,
         attribute: Callable[[Attribute], Constant],
     ) -> None:  # fmt: skip
-        """time: the graph's input.  t: 0-d, that of the run."""
+        """time: the node of the graph's input.  t: 0-d, the time of the run.  attribute: gives what the module holds."""
         self._e, self._t, self._parameters, self._attribute = e, t, parameters, attribute
         self._time = StateValue(same_for_all(e.table.add(time)).reshape(()))
         self._known: dict[int, tuple[Any, Read]] = {}
-        self.functions: list[TimeProgram] = []
+        self.functions: list[TimeFormula] = []
 
     def ids(self, value: TimeValue) -> Tensor:
         with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
@@ -67,13 +74,38 @@ class TimeReader:
 
     def _function(self, node: Node, value: Tensor) -> Tensor:
         flat = Node(aten.reshape.default, (Node(aten._to_copy.default, (node,), {"dtype": self._e.table.dtype}), [-1]))
-        program = TimeProgram(flat, self._e.table.dtype, self._parameters.value)
-        self.functions.append(program)
-        made = self._e.graph.time_function(program, value.numel())
-        return same_for_all(self._e.table.add(made, value.numel())).view(value.shape)
+        formula = self._formula(flat)
+        first, inverse = self._alike(formula, value)
+        if first.numel() < value.numel():
+            flat = Node(aten.index_select.default, (flat, 0, first.to(self._e.table.device)))
+            formula = self._formula(flat)
+        if any(self._parameters.trained(name) for name in formula.names):
+            refuse(
+                f"a function of t that reads the parameters {', '.join(map(repr, formula.names))} in ways that are not "
+                "followed (in another dtype, as whole numbers)",
+                f"Compute it in the module's dtype with tensors. Otherwise u{REMEDY[1:]}",
+            )
+        self.functions.append(formula)
+        made = self._e.graph.time_function(formula, first.numel())
+        return same_for_all(self._e.table.add(made, first.numel())[inverse]).view(value.shape)
+
+    def _formula(self, node: Node) -> TimeFormula:
+        return TimeFormula(node, self._e.table.dtype, self._parameters.value)
+
+    def _alike(self, formula: TimeFormula, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Elements that are one function for all samples: those of the first, and for every element its number among
+        them. An axis as long as the batch is one of copies, where its numbers agree at all times."""
+        places = torch.arange(value.numel()).view(value.shape)
+        with contextlib.suppress(Exception):  # it is not defined at one of these times
+            at = torch.stack([formula(self._t.new_tensor(t)).view(value.shape) for t in ALIKE_AT])
+            for axis, size in enumerate(value.shape):
+                one = at.narrow(axis + 1, 0, 1)
+                if size == self._e.size and size > 1 and bool(((at == one) | (at.isnan() & one.isnan())).all()):
+                    places = places.narrow(axis, 0, 1).expand(places.shape)
+        return places.reshape(-1).unique(return_inverse=True)
 
     def _read(self, node: Node) -> Read:
-        """The node, and all before it that were not read yet, operands first."""
+        """Reads the node and, before it, those of its operands that were not read yet."""
         waiting = [node]
         while waiting:
             top = waiting[-1]
@@ -125,7 +157,7 @@ class TimeReader:
         return self._known[key][1]
 
     def _of_samples(self, constant: Constant) -> StateValue:
-        """A tensor of the module with a row for every sample, beside t: its samples lie along the first axis."""
+        """The elements of a tensor of the module that has a row for every sample, along its first axis."""
         entries = torch.arange(constant.value.numel()).view(constant.shape)
         lead = [len(entries)] + [1] * (entries.dim() - 1)
         samples = torch.arange(len(entries)).view(lead).expand(constant.shape)
@@ -154,28 +186,37 @@ class TimeReader:
         return Unread(node) if out.dtype == torch.bool else StateValue(self._function(node, out))
 
     def _picked(self, node: Node, args: tuple, out: Tensor) -> StateValue | None:
-        """table[:, index] of numbers given per sample at an index that depends on t: the table's entries times one for
-        those that are picked and zero for the others, which are the function of t."""
+        """table[:, index] of parameters, or of numbers given per sample, at an index that depends on t; None for other
+        operations.
+
+        The sum of the table's entries, each times one where the index picks it and else times zero, is a product with a
+        function of t.
+        """
         base = getattr(node.operation, "_schema", None) and base_name(node.operation)
-        if base not in ("index", "index_select") or not isinstance(args[0], StateValue):
+        own = isinstance(args[0], StateValue) or isinstance(args[0], Constant) and args[0].source is not None
+        if base not in ("index", "index_select", "embedding") or not own:
             return None
         if base == "index":
             places = [i for i, a in enumerate(args[1]) if a is not None]
             axis, index, read = places[0], args[1][places[0]], node.args[1][places[0]]
             if len(places) != 1:
                 return None
+        elif base == "embedding":
+            axis, index, read = 0, args[1], node.args[1]
         else:
             axis, index, read = args[1], args[2], node.args[2]
         if not isinstance(index, Unread):
             return None
-        ids, axis = args[0].ids, axis % args[0].ids.dim()
+        ids = self._e.ids(args[0])
+        axis = axis % ids.dim()
         size, shape = ids.shape[axis], self._argument(read).value.shape
         column = Node(aten.remainder.Scalar, (Node(aten.reshape.default, (read, [-1, 1])), size))
         picked = Node(aten.eq.Tensor, (column, torch.arange(size, device=self._e.table.device)))
         ones = Node(aten._to_copy.default, (picked,), {"dtype": self._e.table.dtype})
         weights = self._function(ones, torch.zeros(shape.numel(), size))
         found = self._e.products(ids.movedim(axis, -1).unsqueeze(-2), weights)
-        return StateValue(found.movedim(-1, axis).reshape(out.shape))
+        found = found.movedim(-1, axis)
+        return StateValue(found.reshape(*found.shape[:axis], *shape, *found.shape[axis + 1:]).reshape(out.shape))
 
     def _many(self, node: Node, args: tuple, kwargs: dict, out: Any, leaves: list) -> list:
         if any(isinstance(a, StateValue) for a in tree_leaves((args, kwargs))) and not any(

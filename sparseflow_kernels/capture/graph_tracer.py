@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any, Iterator
 
 import torch
@@ -14,13 +15,14 @@ from ..field import Graph, GraphField, Node
 from ..trained import Held
 from .context import Context, ReadContext, attribute, names_of
 from .elements import ANY, Elements, rows_of, samples_of
+from .functions import primitive
+from .graph_operations import apply_to_elements
 from .graph_probe import GraphProbe
-from .graph_rules import RULES, apply_to_elements
 from .graph_table import GraphTable
 from .graph_time import TimeReader
 from .memory import found_in, geometry, overlap, replaced, taken
 from .operations import FACTORIES, base_name
-from .reads import Reads
+from .reads import Reads, checks
 from .refusal import REMEDY, refuse
 from .samples import STRIDE
 from .tracer import Following, _memory
@@ -30,8 +32,12 @@ MOST_CONTEXT = 1 << 16  # rows of context, while it is not known how many there 
 
 
 class GraphTracer(Following):
-    """Reads one run of module(t, state): `tracer.read()` gives the field. context: whether the tensors of the module
-    with a row for every sample may be its context, and how many rows there are.  names: of those that are."""
+    """Reads one run of module(t, state): `read` gives the node of the result, `field` the field.
+
+    context: None: constants that differ from sample to sample raise NeedsContext; else they become the context, and this
+    is its number of rows, or more than that.  names: of the module's tensors that may be the context; None: all of those
+    with a row for every sample.
+    """
 
     attends = True
 
@@ -52,11 +58,14 @@ class GraphTracer(Following):
             self._context_names = {key: leaf for key, leaf in found.items() if names is None or leaf.name in names}
             self.table.attribute = self._attribute
 
-    def read(self) -> tuple[Node, list[str]]:
-        """The node of the result, and notes."""
+    def read(self, flagged: bool = True) -> tuple[Node, list[str]]:
+        """(the node of the result, notes for people). Raises UnsupportedFieldError for what no rule expresses. flagged: the
+        state is one that requires a gradient, as it does in training, for forwards that ask."""
         t, rows = self.probe.point()
         state = self.probe.state(rows)
         parts = list(state) if isinstance(state, tuple) else [state]
+        for part in parts:
+            part.requires_grad_(flagged)
         lines = torch.arange(self.probe.batch)[:, None] * STRIDE + self.table.add(self._input)
         self._keep = [state, parts, t]
         for part, ids in zip(parts, self.probe.parts_of(lines)):
@@ -64,16 +73,16 @@ class GraphTracer(Following):
         self.bind_time(t)
         reader = TimeReader(self.elements, self._time, t.detach().reshape(()), self.parameters, self._attribute)
         self.elements.time_ids = reader.ids
-        with Reads(self), self, self.stack.following(), _plain_attention():
+        with Reads(self), self, self.stack.following(), _plain_operations():
             out = self.probe.call(self.module, t, state)
         with self.stack.naming(), torch.no_grad():
             return self.table.node_of(self._result(out, lines)), [
-                f"capture: {program.names or 'a function of t'} is kept as a general function of t"
-                for program in reader.functions
+                f"capture: {formula.names or 'a function of t'} is kept as a general function of t"
+                for formula in reader.functions
             ]
 
     def _result(self, out: Any, lines: Tensor) -> Tensor:
-        """The rows of the derivative of one sample."""
+        """The numbers of the rows of one sample's derivative, int64 [dim]."""
         outs = list(out) if isinstance(out, (tuple, list)) else [out]
         rows = []
         for part, ids in zip(outs, self.probe.parts_of(lines)):
@@ -110,7 +119,8 @@ class GraphTracer(Following):
         return self.value_of(attribute(self.module, leaf.name))
 
     def value_of(self, tensor: Tensor) -> Any:
-        """Also of a tensor that is new to Python and shows memory that is known: what autograd has kept, say."""
+        """The value of a tensor. A tensor that was not met before may show memory that was: what autograd has kept, for
+        example. Others are constants."""
         value = self.values.get(id(tensor))
         if value is not None:
             return value
@@ -123,6 +133,10 @@ class GraphTracer(Following):
                 value = Constant(tensor.detach(), torch.full(tensor.shape, NOT_PLAIN), None, leaf)
         self.bind(tensor, value)
         return value
+
+    def _detached(self, value: StateValue) -> StateValue:
+        with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+            return self.elements.pointwise(primitive("detached"), value)
 
     def _in_known_memory(self, tensor: Tensor) -> Any:
         if tensor.layout != torch.strided or not tensor.numel():
@@ -144,7 +158,7 @@ class GraphTracer(Following):
         return None
 
     def rebind(self, tensor: Tensor, value: Any) -> None:
-        """After an in-place operation: what else shows the same memory follows."""
+        """The value of a tensor after an operation in place, which other tensors of the same memory follow."""
         self.bind(tensor, value)
         for other in self.aliases[_memory(tensor)]:
             if other is tensor or not overlap(other, tensor):
@@ -168,38 +182,43 @@ class GraphTracer(Following):
     def _abstract(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
         base = base_name(func)
         if base in ("is_same_size", "_has_same_storage_numel", "_linalg_check_errors"):
-            return out  # nothing of the values
+            return out  # it asks for shapes alone
         opaque = next((a for a in tree_leaves((args, kwargs)) if isinstance(a, Opaque)), None)
         if opaque is not None and base not in FACTORIES:
             if torch.Tag.data_dependent_output in func.tags:
+                if opaque.checks:
+                    return out
                 refuse(f"reading a number out of {opaque.reason}")
-            return tree_map(lambda x: Opaque(x.shape, opaque.reason) if isinstance(x, Tensor) else x, out)
+            told = checks(base, args)
+            return tree_map(lambda x: Opaque(x.shape, opaque.reason, told) if isinstance(x, Tensor) else x, out)
+        if base == "as_strided":  # as autograd writes into a part of a gradient
+            value = self._in_known_memory(out)
+            if value is not None:
+                return value
         if base in FACTORIES:
             out = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, out)  # it may be filled later
         return super()._abstract(func, args, kwargs, out)
 
     def _of_state(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
         self.graph.origin = self.stack.path
+        first = self.given[0] if self.given else None
+        self.elements.copies_truth = isinstance(first, Tensor) and first.dtype == torch.bool
         with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
-            return apply_to_elements(self.elements, func, args, kwargs, out)
-
-    def _sparse_linear(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
-        with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
-            if isinstance(args[0], StateValue):
-                return RULES["linear"](self.elements, func, args, kwargs, out)
-            from .rules import sparse_linear
-
-            return sparse_linear(None, args, out)
+            value = apply_to_elements(self.elements, func, args, kwargs, out)
+        if isinstance(value, (StateValue, Opaque)) and checks(base_name(func), args):
+            value = replace(value, checks=True)
+        return value
 
 
 @contextlib.contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Attention as the operations that it consists of."""
-    quick = torch.backends.mha.get_fastpath_enabled()
+def _plain_operations() -> Iterator[None]:
+    """While this lasts, torch runs attention and recurrent layers by the single operations that they consist of."""
+    quick, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags warns about other settings that it touches
     try:
         with sdpa_kernel([SDPBackend.MATH]):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(quick)
-
+        torch._C._set_mkldnn_enabled(onednn)

@@ -179,6 +179,9 @@ class ParameterNumbers:
     def value(self, name: str) -> Tensor:
         return self._parameters[self.names.index(name)].detach()
 
+    def trained(self, name: str) -> bool:
+        return self._parameters[self.names.index(name)].requires_grad
+
     def origin(self, value: Constant) -> Origin:
         source, scale = value.sources.reshape(-1).contiguous(), value.factors.reshape(-1)
         source = torch.where((source >= 0) & (scale == 0), NOT_A_PARAMETER, source)

@@ -21,12 +21,13 @@ from ..field import UnsupportedFieldError
 from .operations import written
 from .probe import Probe
 from .refusal import refuse, refuse_python_value
-from .values import StateValue, TimeValue
+from .values import Opaque, Overwritten, StateValue, TimeValue
 
 WHOLE = {"__int__", "__index__"}
 TRUTH = {"__bool__", "is_nonzero"}
 ARRAYS = {"numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage", "__reduce_ex__"}
 ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward"}
+DATA = Tensor.data.__get__
 COPIES = {"tensor", "as_tensor", "asarray", "new_tensor"}  # read the tensors inside lists that they are given
 
 TIMES = (-953.7, -31.3, -7.39, -0.73, 0.113, 1.71, 5.77, 17.9, 103.7, 1009.3)
@@ -62,7 +63,10 @@ class Reads(TorchFunctionMode):
             parts = args[1] if isinstance(args[1], tuple) else (args[1],)
             if any(map(self._whole_number_of_time, parts)):
                 return _select(args[0], parts, self._whole_number_of_time)
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if name in ("detach", "detach_") or func == DATA:
+            self.tracer.detached(out)
+        return out
 
     def _value(self, tensor: Any) -> Any:
         return self.tracer.values.get(id(tensor))
@@ -70,9 +74,11 @@ class Reads(TorchFunctionMode):
     def _read(self, name: str, tensor: Tensor) -> None:
         value = self._value(tensor)
         with self.tracer.stack.naming():
-            if isinstance(value, StateValue) and name in ARRAYS:
+            if getattr(value, "checks", False) and name in TRUTH:
+                return
+            if isinstance(value, (StateValue, Overwritten)) and name in ARRAYS:
                 refuse(f"reading the state outside torch (.{name}())")
-            elif isinstance(value, StateValue):
+            elif isinstance(value, (StateValue, Overwritten)):
                 refuse("reading a number out of the state (an if on its values)")
             elif not isinstance(value, TimeValue):
                 return
@@ -146,6 +152,16 @@ def is_finiteness(node: Any) -> bool:
     return name in CONNECTIVES and bool(nodes) and all(map(is_finiteness, nodes))
 
 
+def checks(base: str, args: Any) -> bool:
+    """The same of an operation on states."""
+    states = [a for a in tree_leaves(args) if isinstance(a, (StateValue, Opaque))]
+    if base in FINITENESS:
+        return True
+    if base in ("eq", "ne"):
+        return len(states) == 2 and states[0] is states[1] or any(isinstance(a, float) and math.isinf(a) for a in args)
+    return base in CONNECTIVES and bool(states) and all(state.checks for state in states)
+
+
 # -------------------------------------------------------------------------------------------- numbers made of float(t)
 
 
@@ -206,7 +222,9 @@ class _Calls(TorchFunctionMode):
 def compare_runs(module: nn.Module, probe: Probe) -> None:
     """Raises UnsupportedFieldError if a number that depends on t reaches an operation and is not one that was read out
     of a tensor and left as it was."""
-    base = _run(module, probe, probe.point()[0].item())
+    start = probe.point()[0].item()
+    _run(module, probe, start)  # what the first call keeps for later ones is there from now on
+    base = _run(module, probe, start)
     for time in _times(module):
         try:
             run = _run(module, probe, time)

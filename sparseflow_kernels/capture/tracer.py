@@ -13,16 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..field import UnsupportedFieldError
-from .algebra import apply, evaluate
+from .algebra import apply, evaluate, sparse_linear
 from .operations import ADDITIVE, BILINEAR, FACTORIES, FULL, aten, base_name, written
 from .probe import Probe
 from .provenance import ParameterNumbers
 from .reads import Reads, is_finiteness
 from .refusal import REMEDY, refuse, refuse_python_value
-from .rows import Affine, Hidden, RowTable
-from .rules import Reading, apply_to_state, sparse_linear
-from .samples import Samples
 from .replay import Node
+from .rows import Affine, Hidden, RowTable
+from .rules import Reading, apply_to_state
+from .samples import Samples
 from .values import Constant, Overwritten, StateValue, TimeValue
 
 
@@ -89,6 +89,7 @@ class Following(TorchDispatchMode):
         self.numbers: dict[float, TimeValue] = {}  # t, and what is read out of functions of t by .item()
         self.read_by_python = False  # values that depend on t
         self.operation = ""  # the last one
+        self.given: tuple = ()  # its arguments, as they are
 
     def bind_time(self, t: Tensor) -> None:
         slope, offset = Constant(torch.ones_like(t)), Constant(torch.zeros_like(t))
@@ -130,6 +131,14 @@ class Following(TorchDispatchMode):
             if other is not tensor:
                 self.values[id(other)] = value if geometry(other) == geometry(tensor) else Overwritten()
 
+    def detached(self, tensor: Tensor) -> None:
+        """forward itself has detached it: gradients end there. What autograd detaches on its way is not meant."""
+        if isinstance(self.values.get(id(tensor)), StateValue):
+            self.values[id(tensor)] = self._detached(self.values[id(tensor)])
+
+    def _detached(self, value: StateValue) -> Any:
+        return Overwritten()  # no layer of a chain: unreadable, but it may be kept
+
     # ------------------------------------------------------------------------------------------------------ operations
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -149,7 +158,10 @@ class Following(TorchDispatchMode):
             return self.numbers.get(a, a) if isinstance(a, float) else a
 
         abstract_args, abstract_kwargs = tree_map(lift, tuple(args)), tree_map(lift, kwargs)
+        self.given = args
         out = func(*args, **kwargs)
+        if any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves((args, kwargs, out))):
+            return out  # forward derivatives ask so for shapes
         if base.startswith(("empty", "new_empty")) and isinstance(out, Tensor):
             out.zero_()  # memory that nobody has written yet holds anything, NaN too
         result = self._abstract(func, abstract_args, abstract_kwargs, out)
@@ -167,7 +179,7 @@ class Following(TorchDispatchMode):
         base, leaves = base_name(func), tree_leaves((args, kwargs))
         has_time, has_state = (any(isinstance(a, kind) for a in leaves) for kind in (TimeValue, StateValue))
         if torch.Tag.data_dependent_output in func.tags and not isinstance(out, Tensor):
-            if has_state:
+            if has_state and not all(a.checks for a in leaves if isinstance(a, StateValue)):
                 refuse("reading a number out of the state (.item(), an if on its values)")
             if has_time and isinstance(out, float):
                 self.follow(out, args[0])
@@ -188,22 +200,18 @@ class Following(TorchDispatchMode):
             return tree_map(Constant, out)
         if func in DENSE:
             func = DENSE[func]
-        if func.namespace == "sparseflow" and base == "linear":
-            return self._sparse_linear(func, args, kwargs, out)
+        if func.namespace == "sparseflow" and base == "linear" and not isinstance(args[0], StateValue):
+            return sparse_linear(args, out)
         if has_state:
             return self._of_state(func, args, kwargs, out)
-        if not has_time and written(func):
-            out = tree_map(torch.clone, out)  # its tensor may change again
+        if not has_time:  # the tensor may be written to later, through whatever shares its memory
+            out = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, out)
         if base in ADDITIVE | BILINEAR and func._overloadname == "Scalar" and number is not None:
             func = getattr(aten, base).Tensor  # its number was read out of t
         return evaluate(func, args, kwargs, out)
 
     def _of_state(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
         """The abstract value of an operation on states."""
-        raise NotImplementedError
-
-    def _sparse_linear(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
-        """That of sparseflow::linear."""
         raise NotImplementedError
 
     def _with_numbers(self, constant: Constant) -> Constant | TimeValue:
@@ -248,6 +256,3 @@ class Tracer(Following):
 
     def _of_state(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
         return apply_to_state(self.reading, func, args, kwargs, out)
-
-    def _sparse_linear(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
-        return sparse_linear(self.reading, args, out)

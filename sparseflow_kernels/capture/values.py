@@ -71,10 +71,11 @@ class TimeValue:
 
 @dataclass(eq=False)
 class StateValue:
-    """A tensor that depends on y. ids: int64 of its shape; each element's sample and its row of the program (samples.py
-    lays the two into one number)."""
+    """A tensor that depends on y. ids: int64 of its shape; each element's sample and its row of the field (samples.py
+    lays the two into one number).  checks: it only says which numbers are finite, which those of a solve are."""
 
     ids: Tensor
+    checks: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -82,13 +83,15 @@ class StateValue:
 
 
 class Overwritten:
-    """A tensor that was changed in place through another view of its memory."""
+    """A tensor that was changed in place through another view of its memory, or detached: a chain is not read on."""
 
 
 @dataclass(eq=False)
 class Opaque:
     """A tensor that is no value of one sample (a sum over the samples, a position of a maximum), and so can only be
-    differentiated: what is computed from it is opaque too, and as a result of forward it is refused. reason: why."""
+    differentiated: what is computed from it is opaque too, and as a result of forward it is refused. reason: why.
+    checks: as of a state."""
 
     shape: torch.Size
     reason: str
+    checks: bool = False

@@ -65,7 +65,7 @@ class GraphCpuEngine(GraphNativeEngine):
         field, g = self._field, self._field.graph
         trace = None if self.plan is None else self.plan.form.trace
         builder = getattr(_native(), _BUILDERS[field.dtype])()
-        writer = GraphWriter(builder, field, state_bindings(field, *more))
+        writer = GraphWriter(builder, field, state_bindings(field, *more), totals=True)
         if adjoint:
             names = {COTANGENT: g.input(COTANGENT, field.dim, STATE), TRACE_COTANGENT: g.input(TRACE_COTANGENT, 1, STATE)}
             writer.write_adjoint(field.output, trace, names)
@@ -85,7 +85,7 @@ class GraphCpuEngine(GraphNativeEngine):
             )
             return
         builder = getattr(_native(), _BUILDERS[self.dtype])()
-        writer = GraphWriter(builder, self._field, time_bindings(self._field))
+        writer = GraphWriter(builder, self._field, time_bindings(self._field), totals=True)
         writer.write(self._field.graph.concatenate(timed))
         program.time = GraphProgram(builder.compile(), writer)
         program.native.set_time(program.time.native)

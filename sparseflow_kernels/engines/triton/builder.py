@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field as dataclass_field
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import Any, Sequence
 
 import torch
 from torch import Tensor
 
 from ...field import Pattern
-
-if TYPE_CHECKING:
-    from .program import TritonProgram
 
 ABSENT = (-1, 0)
 SHORT_ROW = 32  # entries of a row that is summed up with others
@@ -268,11 +265,6 @@ class Builder:
 
     def _rows(self, index: Tensor | None) -> Tensor | None:
         return None if index is None else index.to(self.device, torch.int32)
-
-    def compile(self) -> "TritonProgram":
-        from .program import TritonProgram
-
-        return TritonProgram(self)
 
 
 def aligned(count: int) -> int:

@@ -74,6 +74,7 @@ class TritonEngine(HeldMemory, NativeEngine):
         """form: "auto", "sparse" or "dense", how matrices are multiplied; None reads SPARSEFLOW_TRITON_FORM."""
         super().__init__(field, plan)
         from .builder import Builder  # late: without triton the class can still say why it cannot run
+        from .program import TritonProgram
 
         self.form, self.notes = form, []
         self._hold_memory()
@@ -81,7 +82,7 @@ class TritonEngine(HeldMemory, NativeEngine):
         with self._guard():
             builder = Builder(field.dtype, field.device, form)
             self._writer = write_program(builder, field, plan)
-            self.program = builder.compile()
+            self.program = TritonProgram(builder)
 
     def describe(self) -> list[str]:
         """A line per layer: how its matrix is multiplied, its density, why; and the notes."""
@@ -157,10 +158,11 @@ class TritonEngine(HeldMemory, NativeEngine):
     def _adjoint_program(self):
         if self._adjoint is None:
             from .builder import Builder
+            from .program import TritonProgram
 
             builder = Builder(self.dtype, self.device, self.form)
             writer = write_adjoint(builder, self._field, self.plan)
-            self._adjoint = builder.compile(), writer
+            self._adjoint = TritonProgram(builder), writer
         return self._adjoint
 
     def _reversal(self, tableau, batch: int, sign: int):

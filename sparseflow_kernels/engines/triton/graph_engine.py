@@ -91,6 +91,12 @@ class GraphTritonEngine(HeldMemory, GraphNativeEngine):
 
         return Builder(self.dtype, self.device, self.form)
 
+    @staticmethod
+    def _compiled(builder, writer: GraphWriter) -> GraphProgram:
+        from .program import TritonProgram
+
+        return GraphProgram(TritonProgram(builder), writer)
+
     def _write(self, adjoint: bool, time_per_sample: bool) -> GraphProgram:
         field, g = self._field, self._field.graph
         trace = None if self.plan is None else self.plan.form.trace
@@ -101,12 +107,12 @@ class GraphTritonEngine(HeldMemory, GraphNativeEngine):
             writer.write_adjoint(field.output, trace, names)
         else:
             writer.write(field.output, [] if trace is None else summands(trace))
-        program = GraphProgram(builder.compile(), writer)
+        program = self._compiled(builder, writer)
         if writer.timed and not writer.time_in_python:
             builder = self._builder()
             of_time = GraphWriter(builder, field, time_bindings(field))
             of_time.write(g.concatenate(writer.timed))
-            program.time = GraphProgram(builder.compile(), of_time)
+            program.time = self._compiled(builder, of_time)
             program.native.time = program.time.native
         return program
 

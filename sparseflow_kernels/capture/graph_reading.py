@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from ..field import GraphField, UnsupportedFieldError
 from ..field.layout import State
 from ..origin import Key, Origin
-from .elements import NeedsContext
+from .elements import WHOLE
 from .graph_probe import GraphProbe, probes
 from .graph_tracer import MOST_CONTEXT, GraphTracer
 from .probe import Probe, check_settled, dtype_and_device, untouched
 from .reads import compare_runs
-from .refusal import REMEDY, NotFinite
+from .refusal import REMEDY, NeedsContext, NotFinite
 from .verify import verify_graph
 
+WRONG_WAY = (WHOLE, "one by one")  # in errors: samples meet each other, or rows do
 MOST_READINGS = 5  # of a module that has a context
 Result = tuple[GraphField, dict[Key, Origin]]
 
@@ -25,27 +26,32 @@ Result = tuple[GraphField, dict[Key, Origin]]
 def read_graph(
     module: nn.Module, found: Probe | None, like: State | None, chain: UnsupportedFieldError | None
 ) -> Result:  # fmt: skip
-    """found: how a chain was read, if the module runs so.  chain: why it is none."""
+    """The field of a module as a graph, and the origins of its tensors.
+
+    found: the way to call the module that a chain would be read with, if there is one.  chain: why the module is no chain.
+    Raises UnsupportedFieldError, with the reason of the first way that the module can be called.
+    """
     check_settled(module)
     example = like if like is None or isinstance(like, Tensor) else like[0]
     like = tuple(like) if isinstance(like, list) else like
     dtype, device = dtype_and_device(module, example)
     with untouched(module), torch.no_grad():
         ways = list(probes(module, found, like, dtype, device))
-    first: UnsupportedFieldError | None = None
+    errors: list[UnsupportedFieldError] = []
     for probe in ways:
         try:
             return _read(module, probe, like if probe.plain is not None and isinstance(like, Tensor) else None)
         except UnsupportedFieldError as error:
             if probe.only and probe.only not in str(error):
                 error = UnsupportedFieldError(f"{error} ({probe.only})")
-            first = first or error
-    if first is None:
-        first = chain or UnsupportedFieldError(
+            errors.append(error)
+    if not errors:
+        errors = [chain or UnsupportedFieldError(
             f"module {type(module).__name__}: forward(t, like) does not run for the example, or returns something else "
             f"than a derivative of the state. {REMEDY}."
-        )
-    raise first
+        )]  # fmt: skip
+    # That a way was the wrong one tells less than why the right one did not do.
+    raise next((error for error in errors if not any(words in str(error) for words in WRONG_WAY)), errors[0])
 
 
 def _read(module: nn.Module, probe: GraphProbe, like: Tensor | None) -> Result:
@@ -66,13 +72,15 @@ def _read(module: nn.Module, probe: GraphProbe, like: Tensor | None) -> Result:
 
 
 def _trace(module: nn.Module, probe: GraphProbe) -> tuple[GraphTracer, Any, list[str]]:
-    """Where tensors of the module turn out to be its context, twice: at first their number of rows is not known."""
+    """Runs the module and reads the run. Where tensors of the module turn out to be its context the module is read again,
+    until the number of the context's rows, which every reading needs to begin with, is that of the reading before."""
     rows, names = MOST_CONTEXT if probe.only else None, None
+    flagged = True
     for _ in range(MOST_READINGS):
         with untouched(module), torch.no_grad():
             tracer = GraphTracer(module, probe, rows, names)
             try:
-                output, notes = tracer.read()
+                output, notes = tracer.read(flagged)
             except NeedsContext:
                 if rows is not None:
                     raise
@@ -81,7 +89,10 @@ def _trace(module: nn.Module, probe: GraphProbe) -> tuple[GraphTracer, Any, list
             except UnsupportedFieldError:
                 raise
             except Exception as error:
-                raise unforeseen(module, tracer, error) from error
+                if not flagged:
+                    raise unforeseen(module, tracer, error) from error
+                flagged = False  # it may not be written to, or leave torch, then
+                continue
         if rows is None or (rows == tracer.context.count and names == tracer.context.names):
             return tracer, output, notes
         rows, names = tracer.context.count or None, tracer.context.names
@@ -91,7 +102,7 @@ def _trace(module: nn.Module, probe: GraphProbe) -> tuple[GraphTracer, Any, list
 
 
 def unforeseen(module: nn.Module, tracer: Any, error: Exception) -> UnsupportedFieldError:
-    """What a module met that nobody here thought of."""
+    """The error for an exception that no rule foresaw."""
     if tracer is not None and tracer.stack.refusal is not None:
         return tracer.stack.refusal
     where = f"module {type(module).__name__}" if tracer is None else f"{tracer.stack}"
