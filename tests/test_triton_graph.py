@@ -161,6 +161,8 @@ def test_what_is_missing_is_said():
     own, _ = CASE.engines(field)
     with pytest.raises(ValueError, match="context"):
         own.evaluate(T, x, None)
+    hutchinson, reference = CASE.engines(field, "hutchinson")
+    close(hutchinson.evaluate(T, x, context), reference.evaluate(T, x, context))
     with pytest.raises(ValueError, match="per_sample"):
         CASE.solves(field, x, context, step_control="per_sample", gradient=False)
 

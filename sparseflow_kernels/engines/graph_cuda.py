@@ -32,28 +32,29 @@ class CudaGraphWriter(GraphWriter):
         self._registers = registers
 
     def _pointwise(
-        self, rows: int, nodes: Sequence[Node], stored: Sequence[tuple[Node, Place]], traced: Sequence[Node]
+        self, rows: int, nodes: Sequence[Node], stored: Sequence[tuple[Node, Place]], traced: Sequence[Node],
+        totals: Sequence[tuple[Node, Place]] = (),
     ) -> None:  # fmt: skip
         """In halves where there are too few registers: what the second half reads of the first has rows meanwhile."""
+        assert not totals, "sums of rows are products here"
         code = code_of(nodes, [node for node, _ in stored], traced, lambda node: node in self._vector)
         if len(nodes) < 2 or code.registers + len(traced) <= self._registers:
             return super()._pointwise(rows, nodes, stored, traced)
-        first, second = nodes[: len(nodes) // 2], nodes[len(nodes) // 2 :]
+        half = len(nodes) // 2
+        first, second = set(nodes[:half]), nodes[half:]
         kept = {node for node, _ in stored}
-        read = {operand for node in second for operand in node.operands} | (set(traced) - set(first))
+        read = {operand for node in second for operand in node.operands} | (set(traced) - first)
         buffers: list[tuple[int, int, int]] = []
         between: list[tuple[Node, Place]] = []
-        for node in first:
+        for node in nodes[:half]:
             if node in read and node not in kept:
                 buffers.append((node.rows, 1, self._buffer(node.rows)))
                 between.append((node, (buffers[-1][2], 0, 0)))
-        self._pointwise(
-            rows, first, [*((n, p) for n, p in stored if n in set(first)), *between], [n for n in traced if n in set(first)]
-        )
+        stored_first = [*((node, place) for node, place in stored if node in first), *between]
+        self._pointwise(rows, nodes[:half], stored_first, [node for node in traced if node in first])
         self._places.update(between)
-        self._pointwise(
-            rows, second, [(n, p) for n, p in stored if n not in set(first)], [n for n in traced if n not in set(first)]
-        )
+        stored_second = [(node, place) for node, place in stored if node not in first]
+        self._pointwise(rows, second, stored_second, [node for node in traced if node not in first])
         self._free += buffers
         return None
 

@@ -144,7 +144,8 @@ class GraphTritonEngine(HeldMemory, GraphNativeEngine):
     # ---- evaluations and solves
 
     def evaluate(self, t: Tensor | float, y: Tensor, context: Tensor | None = None) -> Tensor:
-        return self._run(t, y, None, context)[0]
+        wants_noise = self.plan is not None and self.plan.kind == "hutchinson"  # for the trace, which nobody asks for here
+        return self._run(t, y, y.new_zeros(len(y), self.dim) if wants_noise else None, context)[0]
 
     def evaluate_with_divergence(
         self, t: Tensor | float, x: Tensor, noise: Tensor | None = None, context: Tensor | None = None
@@ -159,11 +160,12 @@ class GraphTritonEngine(HeldMemory, GraphNativeEngine):
         from .workspace import Workspace
 
         x, time, own_times = self._state_and_time(t, x)
-        program, batch = self._program(False, own_times), len(x)
+        batch = len(x)
         context, noise = self._ready_context(context, batch), self._ready_noise(noise, x[:, : self.dim])
         if batch == 0:
             return x.new_empty(0, self.dim), x.new_empty(0)
         with self._lock, self._guard():
+            program = self._program(False, own_times)
             native = program.native
             work = self._hold(("evaluate", own_times, batch), lambda: Workspace(native, batch, 1))
             self._modulate(program, work, time)
@@ -184,8 +186,8 @@ class GraphTritonEngine(HeldMemory, GraphNativeEngine):
         noise, context = self._ready_noise(request.noise, x), self._ready_context(request.context, batch)
         if batch == 0:
             return solve_of_nothing(request, x)
-        program = self._program(False)
         with self._lock, self._guard():
+            program = self._program(False)
             native = program.native
             solver = self._hold(
                 (request.tableau, batch, request.sign, request.parts),
@@ -209,8 +211,8 @@ class GraphTritonEngine(HeldMemory, GraphNativeEngine):
         context = self._ready_context(context, batch)
         if batch == 0:
             return self._of_no_rows(x, context, noise, wanted, t=t)
-        program = self._program(True, own_times)
         with self._lock, self._guard():
+            program = self._program(True, own_times)
             native = program.native
             reverse = self._hold(("backward", own_times, batch), lambda: _Reverse(native, batch, self.notes.append))
             work = reverse.work
@@ -244,8 +246,8 @@ class GraphTritonEngine(HeldMemory, GraphNativeEngine):
         context = self._ready_context(request.context, batch)
         if batch == 0:
             return self._of_no_rows(x, context, noise, wanted, outputs)
-        program = self._program(True)
         with self._lock, self._guard():
+            program = self._program(True)
             native = program.native
             reversal = self._hold(
                 ("reversal", request.tableau, batch, request.sign),
