@@ -199,6 +199,16 @@ def test_other_questions_about_the_state_are_refused(rule) -> None:
         sfk.compile(made(rule, {"n": net(3, 6, 3)}), like=FLAT)
 
 
+def test_what_the_last_call_was_given_is_refused() -> None:
+    def rule(m, t, y):
+        dy = m.n(y)
+        last, m.last = getattr(m, "last", None), dy.detach()
+        return dy if last is None or last.shape != dy.shape else 0.9 * dy + 0.1 * last
+
+    with pytest.raises(sfk.UnsupportedFieldError, match="keep state between calls"):
+        sfk.compile(made(rule, {"n": net(3, 6, 3)}).float(), like=FLAT.float())
+
+
 # ----------------------------------------------------------------------------------------------------- masks of attention
 
 
@@ -348,6 +358,36 @@ def test_a_state_that_is_only_kept_stays_a_chain() -> None:
 
     field = sfk.compile(made(rule, {"n": net(3, 6, 3), "seen": []}))
     assert not isinstance(field.vector_field, GraphField) and not field.is_detached
+
+
+LENGTHS = {
+    "norm": lambda d: d.norm(dim=-1, keepdim=True), "vector norm": lambda d: torch.linalg.vector_norm(d, dim=-1, keepdim=True),
+    "p-norm": lambda d: d.norm(p=3, dim=-1, keepdim=True), "std": lambda d: d.std(-1, keepdim=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_the_gradient_of_a_length_of_nothing_is_zero(name: str) -> None:
+    """As between a point and itself."""
+
+    def rule(m, t, x):
+        d = x[:, None] - x[:, :, None]
+        return (m.n(LENGTHS[name](d)) * d).sum(2)
+
+    check(made(rule, {"n": net(1, 4, 1)}), TOKENS, True)
+    field, x = sfk.compile(made(rule, {"n": net(1, 4, 1)}), like=TOKENS), state(TOKENS, 3).requires_grad_(True)
+    (slope,) = torch.autograd.grad(field(T, x).square().sum(), x)
+    y = x.detach().requires_grad_(True)
+    (want,) = torch.autograd.grad(made(rule, {"n": net(1, 4, 1)})(T, y).square().sum(), y)
+    torch.testing.assert_close(slope, want, rtol=1e-9, atol=1e-9)
+
+
+def test_distances_between_the_same_points() -> None:
+    rule = lambda m, t, x: (m.n(torch.cdist(x, x)[..., None]) * (x[:, None] - x[:, :, None])).sum(2)
+    field, module, x = None, made(rule, {"n": net(1, 4, 1)}), state(TOKENS, 3)
+    field = sfk.compile(module, like=TOKENS)
+    slopes = [torch.autograd.grad(f(T, y).square().sum(), y)[0] for f in (field, module) for y in (x.clone().requires_grad_(True),)]
+    torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-9)
 
 
 # --------------------------------------------------------------------------------------------------- lookups, and casts

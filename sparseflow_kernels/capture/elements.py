@@ -48,6 +48,10 @@ def same_for_all(rows: Tensor) -> Tensor:
     return rows + ANY * STRIDE
 
 
+def broadcast(*shapes: torch.Size) -> torch.Size:
+    return torch.broadcast_shapes(*shapes) if any(shape != shapes[0] for shape in shapes) else torch.Size(shapes[0])
+
+
 def merged(samples: Tensor, axis: int = 0) -> Tensor:
     """The one sample of elements along an axis."""
     one = samples.amin(axis)
@@ -175,7 +179,7 @@ class Elements:
 
     def pointwise(self, make: Make, *values: Any, shape: torch.Size | None = None) -> StateValue:
         """make(graph, *nodes) of every element."""
-        shape = torch.broadcast_shapes(*(v.shape for v in values if hasattr(v, "shape")), *((shape,) if shape else ()))
+        shape = broadcast(*(v.shape for v in values if hasattr(v, "shape")), *((shape,) if shape else ()))
         states = [v.ids.expand(shape) for v in values if isinstance(v, StateValue)]
         timed = [self.time_ids(v).expand(shape) for v in values if isinstance(v, TimeValue)]
         samples = self._samples(states + timed, shape)
@@ -315,7 +319,7 @@ class Elements:
 
     def products(self, a: Tensor, b: Tensor) -> Tensor:
         """The sums over the last axis of a * b, elements that broadcast."""
-        shape = torch.broadcast_shapes(a.shape, b.shape)
+        shape = broadcast(a.shape, b.shape)
         if math.prod(shape) > LARGEST:
             refuse(f"a sum over so many products of states ({math.prod(shape)})")
         terms = self.pointwise(product, StateValue(a), StateValue(b)).ids

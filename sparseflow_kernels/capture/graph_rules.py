@@ -10,7 +10,6 @@ from typing import Any, Callable
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..field import Graph, UnsupportedFieldError
 from .algebra import apply
@@ -18,6 +17,7 @@ from .elements import Elements, rows_of, samples_of
 from .functions import choose, complement, maximum, minimum, product
 from .operations import STRUCTURAL, aten, base_name
 from .refusal import REMEDY, NotFinite, refuse
+from .trees import tree_leaves, tree_map
 from .values import Constant, Opaque, StateValue, TimeValue
 
 Rule = Callable[[Elements, Any, tuple, dict, Any], Any]

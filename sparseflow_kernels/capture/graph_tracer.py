@@ -9,7 +9,6 @@ from typing import Any, Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..field import Graph, GraphField, Node
 from ..trained import Held
@@ -26,6 +25,7 @@ from .reads import Reads, checks
 from .refusal import REMEDY, refuse
 from .samples import STRIDE
 from .tracer import Following, _memory
+from .trees import tree_leaves, tree_map
 from .values import NOT_PLAIN, Constant, Opaque, StateValue
 
 MOST_CONTEXT = 1 << 16  # rows of context, while it is not known how many there are

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..origin import Origin
 from .operations import STRUCTURAL, aten, base_name
 from .refusal import refuse
 from .replay import Computed, Leaf, Node
+from .trees import tree_leaves, tree_map
 from .values import NOT_A_PARAMETER, NOT_PLAIN, Constant
 
 LARGEST = 1 << 27  # entries of a sparse tensor as capture reads it

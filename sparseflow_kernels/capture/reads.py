@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves as every_leaf
 
 from ..field import UnsupportedFieldError
 from .operations import written
 from .probe import Probe
 from .refusal import refuse, refuse_python_value
+from .trees import tree_leaves
 from .values import Opaque, Overwritten, StateValue, TimeValue
 
 WHOLE = {"__int__", "__index__"}
@@ -50,7 +51,7 @@ class Reads(TorchFunctionMode):
         elif name in COPIES:
             data = args[1] if name == "new_tensor" else args[0] if args else kwargs.get("data")
             if isinstance(data, (list, tuple)):
-                for leaf in tree_leaves(data):
+                for leaf in every_leaf(data):
                     if isinstance(leaf, Tensor):
                         self._copied(leaf)
         elif name == "one_hot" and isinstance(self._value(args[0]), TimeValue):
@@ -167,6 +168,10 @@ def checks(base: str, args: Any) -> bool:
 
 class _Run(TorchDispatchMode):
     """What reaches the operations of one run besides tensors of the run itself: numbers, and tensors from elsewhere."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in `Following`
 
     def __init__(self, t: Tensor, y: Tensor) -> None:
         super().__init__()

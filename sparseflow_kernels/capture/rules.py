@@ -12,7 +12,6 @@ from typing import Any, Callable
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..field import Activation, UnsupportedFieldError
 from .algebra import apply, mul
@@ -20,6 +19,7 @@ from .operations import STRUCTURAL, aten, base_name
 from .refusal import REMEDY, refuse
 from .rows import RowTable
 from .samples import Samples
+from .trees import tree_leaves, tree_map
 from .values import Constant, StateValue, TimeValue
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..field import UnsupportedFieldError
 from .algebra import apply, evaluate
@@ -23,6 +22,7 @@ from .rows import Affine, Hidden, RowTable
 from .rules import Reading, apply_to_state, sparse_linear
 from .samples import Samples
 from .replay import Node
+from .trees import tree_leaves, tree_map
 from .values import Constant, Overwritten, StateValue, TimeValue
 
 
@@ -80,6 +80,11 @@ class Following(TorchDispatchMode):
     """Sees every operation of one run of a module, and what its tensors depend on."""
 
     attends = False  # attention is followed, not refused where it is called
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch would load its compiler, which takes seconds, only to keep it from compiling this class."""
+        return False
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()

@@ -424,14 +424,14 @@ def _on_numbers(name: str, values: Sequence[float]) -> float:
 def evaluate(
     outputs: Sequence[Node], inputs: dict[str, Tensor], part: Callable[[int], Tensor],
     known: dict[Node, Tensor] | None = None, functions: dict[int, Callable[[Tensor], Tensor]] | None = None,
-    like: Tensor | None = None, weights: dict[int, Tensor] | None = None,
+    like: Tensor | None = None, weights: dict[int, Tensor] | None = None, nodes: Sequence[Node] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """The nodes' values [batch or 1, rows] in torch, dense, differentiable in everything: this is what they mean.
 
     inputs: by name, [batch or 1, rows] each ("time" too: [1, 1], or [batch, 1] for a time per sample).  part: values of a
     part of the field.  known: values that are given.  functions: what stands for a function of time, by its id.
     like: of the dtype and device of the numbers; None: as the first input.  weights: keeps the dense matrices for the
-    next call with the same parts, by their id.
+    next call with the same parts, by their id.  nodes: `order(outputs)`, where it is known.
     """
     values: dict[Node, Tensor] = dict(known or {})
     like = next(iter(inputs.values())) if like is None else like
@@ -445,7 +445,7 @@ def evaluate(
     def wide(x: Tensor, rows: int) -> Tensor:
         return x if x.shape[1] == rows else x.expand(x.shape[0], rows)
 
-    for node in order(outputs, stop=lambda node: node in values):
+    for node in order(outputs, stop=lambda node: node in values) if nodes is None else nodes:
         if node in values:
             continue
         operands = [values[operand] for operand in node.operands]
