@@ -272,7 +272,7 @@ def net(**parts):
     (["samples of the batch"], lambda m, t, y: m.b(torch.tanh(m.a(y - y.mean(0)))), net()),
     (["samples of the batch", "like=y0"], lambda m, t, y: m.b(m.a(torch.softmax(y @ y.T, -1) @ y).tanh()), net()),
     (["number out of the state"], lambda m, t, y: m.b(m.a(y).tanh()) * y[0, 0].item(), net()),
-    (["truth value", "torch.where"], lambda m, t, y: m.b(m.a(y).tanh()) * (1.0 if t > 0.5 else 2.0), net()),
+    (["whole number", "torch.where"], lambda m, t, y: m.b(m.a(y).tanh()) * int(t), net()),
     (["state outside torch", "numpy"], lambda m, t, y: m.b(m.a(y).tanh()) * float(y.detach().numpy().max()), net()),
     (["computed from t in Python", "mul"], lambda m, t, y: m.b(m.a(y).tanh()) * (2 * t.item()), net()),
     (["value in an order"], lambda m, t, y: m.b(m.a(y).argsort(-1).to(y)), net()),

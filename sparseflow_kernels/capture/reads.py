@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves as every_leaf
 
 from ..field import UnsupportedFieldError
+from .branches import QUESTION
 from .operations import written
 from .probe import Probe
 from .refusal import refuse, refuse_python_value
@@ -44,6 +45,9 @@ class Reads(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name in TRUTH and self._is_branch(args[0]):
+            with self.tracer.stack.naming():
+                return self.tracer.branches.answer(self._value(args[0]))
         if name in WHOLE or name in TRUTH or name in ARRAYS:
             self._read(name, args[0])
         elif name in ATTENTION and not self.tracer.attends:
@@ -72,6 +76,10 @@ class Reads(TorchFunctionMode):
     def _value(self, tensor: Any) -> Any:
         return self.tracer.values.get(id(tensor))
 
+    def _is_branch(self, tensor: Tensor) -> bool:
+        value = self._value(tensor)
+        return self.tracer.branches is not None and isinstance(value, TimeValue) and not is_finiteness(value.node)
+
     def _read(self, name: str, tensor: Tensor) -> None:
         value = self._value(tensor)
         with self.tracer.stack.naming():
@@ -88,7 +96,7 @@ class Reads(TorchFunctionMode):
             elif name in WHOLE:
                 refuse_python_value("a whole number is made of t (int(t), or an index of a list)")
             elif not is_finiteness(value.node):
-                refuse_python_value("a truth value is made of t (an if, a comparison in Python, min or max)")
+                refuse_python_value(QUESTION)
 
     def _attention(self, args: Any) -> None:
         if any(isinstance(self._value(a), StateValue) for a in tree_leaves(args)):

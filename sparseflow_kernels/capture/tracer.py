@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..field import UnsupportedFieldError
 from .algebra import apply, evaluate
+from .branches import Branches
 from .operations import ADDITIVE, BILINEAR, FACTORIES, FULL, aten, base_name, written
 from .probe import Probe
 from .provenance import ParameterNumbers
@@ -80,6 +81,7 @@ class Following(TorchDispatchMode):
     """Sees every operation of one run of a module, and what its tensors depend on."""
 
     attends = False  # attention is followed, not refused where it is called
+    branches: Branches | None = None  # on t, that are followed
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
