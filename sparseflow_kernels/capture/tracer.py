@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..field import UnsupportedFieldError
+from ..warn import line_of_forward
 from .algebra import apply, evaluate
 from .branches import Branches
 from .operations import ADDITIVE, BILINEAR, FACTORIES, FULL, aten, base_name, written
@@ -73,7 +74,9 @@ class ModuleStack:
         try:
             yield
         except UnsupportedFieldError as error:
-            self.refusal = UnsupportedFieldError(f"{self}: {error}")
+            line = line_of_forward()
+            at = f" ({line})" if line is not None and line not in str(error) else ""
+            self.refusal = UnsupportedFieldError(f"{self}: {error}{at}")
             raise self.refusal from error.__cause__
 
 
