@@ -161,7 +161,8 @@ class CompiledField(nn.Module):
         super().__init__()
         if source is not None:
             self.module = source
-            self._watch = Watch(source)
+            read = getattr(field, "read_context", None)
+            self._watch = Watch(source, frozenset() if read is None else read.tensors)
         choose(field, engine)  # says now what would go wrong later
         self.requested = engine
         self._simplification = simplification

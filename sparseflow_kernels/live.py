@@ -6,15 +6,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .live_attributes import Attributes
 from .packing import Snapshot, strided
+from .trained import is_fresh
 
 
 class Watch:
     """A module as it was compiled. `changed` tells of everything that its program, and not only its numbers, may follow
-    from: parameters, buffers and submodules that came or went, buffers and masks with other numbers, a switch between
-    training and evaluation, pruned entries (exact zeros) that are no longer zero."""
+    from: parameters, buffers and submodules that came or went, buffers, masks and attributes with other numbers, a switch
+    between training and evaluation, pruned entries (exact zeros) that are no longer zero."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, context: frozenset[str] = frozenset()) -> None:
+        """context: names of the tensors that are the field's context."""
         self._module = module
         parts = list(module.modules())
         self._structure = [
@@ -27,7 +30,9 @@ class Watch:
             (part._parameters, name, (parameter.detach() == 0).reshape(-1).nonzero()[:, 0])
             for part in parts for name, parameter in part._parameters.items()
             if parameter is not None and parameter.layout == torch.strided and not bool(parameter.detach().all())
+            and not (parameter.requires_grad and is_fresh(parameter.detach()))
         ]  # fmt: skip
+        self._attributes = Attributes(module, context)
         self._seen: Snapshot | None = None
 
     def _present_buffers(self) -> list[Tensor]:
@@ -44,6 +49,8 @@ class Watch:
         if any(part.training != mode for part, mode in self._modes):
             return True
         if self._buffers is not None and not self._buffers.same(self._present_buffers()):
+            return True
+        if not self._attributes.same():
             return True
         if not self._zeros:
             return False
