@@ -12,10 +12,14 @@ import time
 from pathlib import Path
 from typing import Annotated, Optional
 
+import gpu_device
+import gpu_measure
+import gpu_report
+import gpu_suite
 import typer
+from gpu_setting import Setting
+from gpu_suite import Budget, Results
 
-from sparseflow_kernels.analysis import gpu_measure, gpu_report, gpu_suite
-from sparseflow_kernels.analysis.gpu_suite import Budget, Results
 from sparseflow_kernels.cli.console import console, progress, say
 
 HERE = Path(__file__).resolve().parent
@@ -33,17 +37,17 @@ def main(
     until: Annotated[Optional[float], typer.Option(hidden=True, help="for the measuring process: when to end")] = None,
 ) -> None:
     """Measure the GPU engines. --only and --resume add to the result file that is there; without them it is a new one."""
-    if not dry_run and (reason := gpu_measure.no_gpu()) is not None:
+    if not dry_run and (reason := gpu_device.no_gpu()) is not None:
         raise _fail(reason, 2)
     if dry_run:
         out = Path(tempfile.mkdtemp(prefix="sparseflow-gpu-dry-run-")) if out is None else out
         if out.resolve() == RESULTS:
             raise _fail("--out: a dry run does not write into bench/results; name another folder, or none", 1)
-        setting = gpu_measure.Setting.of_dry_run(HERE.parent)
+        setting = Setting.of_dry_run(HERE.parent)
     else:
         out = RESULTS if out is None else out
-        setting = gpu_measure.Setting.of_gpu(quick, sanitize, HERE.parent)
-    name = gpu_measure.device_name(setting.device)
+        setting = Setting.of_gpu(quick, sanitize, HERE.parent)
+    name = gpu_device.device_name(setting.device)
     path = out / f"{gpu_suite.slug(name)}{'-quick' if quick and not dry_run else ''}.json"
     about = {"name": name, "dry_run": dry_run, "quick": quick}
     try:
@@ -57,7 +61,7 @@ def main(
         budget = Budget(until - time.time())
         setting.know(results.document.get("rates", {}))
         with _telling(len(items)) as tell:
-            obstacle = gpu_suite.run_items(items, results, budget, tell, lambda: gpu_measure.lost(setting.device))
+            obstacle = gpu_suite.run_items(items, results, budget, tell, lambda: gpu_device.lost(setting.device))
         if obstacle is not None:
             say(f"this process has lost the device: {obstacle}")
             raise typer.Exit(gpu_suite.LOST)
@@ -65,7 +69,7 @@ def main(
 
     def command(until: float) -> list[str]:
         flags = [flag for flag, on in (("--quick", quick), ("--sanitize", sanitize), ("--dry-run", dry_run)) if on]
-        return [sys.executable, "-P", __file__, "--until", str(until), "--out", str(out), "--only", only, *flags]
+        return [sys.executable, __file__, "--until", str(until), "--out", str(out), "--only", only, *flags]
 
     budget = Budget(60 * minutes - min(8.0, 6 * minutes))  # the rest is for tables and the plot
     left = [item for item in items if not results.settled(item.name)]

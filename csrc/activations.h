@@ -14,8 +14,9 @@ enum class Activation : int {
   kSin = 7,
   kSquare = 8,
   kCube = 9,
+  kGelu = 10,  // by the error function
 };
-inline constexpr int kActivations = 10;
+inline constexpr int kActivations = 11;
 
 struct ActivationParams {
   double a = 1.0;  // softplus beta, elu alpha

@@ -114,6 +114,13 @@ struct Op {
   std::vector<Input> inputs;
   std::vector<Numbers> vectors;
   std::vector<Operand> outputs;  // buffer -1: added to the trace, summed over rows
+  // A place of the expression (an input, or one that was written), summed over rows into one row.
+  struct Total {
+    int place = 0;
+    Operand target;
+    bool same(const Total& o) const { return place == o.place && target.same(o.target); }
+  };
+  std::vector<Total> totals;
   bool tangent() const { return (kind == OpKind::kAffine && store >= 4) || carries; }
   // Word for word the same: over the same buffers, with the same numbers. A list may say an operation again, which engines
   // then hold once; a gradient said again adds to the same sum.
@@ -129,7 +136,7 @@ struct Op {
            curvature == o.curvature && raw == o.raw && slope_from == o.slope_from && same(kept, o.kept) &&
            same(slope_cotangent, o.slope_cotangent) && same(value, o.value) && sum == o.sum && factor_row == o.factor_row &&
            factor2_row == o.factor2_row && expression == o.expression && rows == o.rows && all_same(inputs, o.inputs) &&
-           all_same(vectors, o.vectors) && all_same(outputs, o.outputs);
+           all_same(vectors, o.vectors) && all_same(outputs, o.outputs) && all_same(totals, o.totals);
   }
   bool reduces() const {
     if (kind == OpKind::kPointwise) return std::any_of(outputs.begin(), outputs.end(), [](const Operand& o) { return o.buffer < 0; });

@@ -12,7 +12,8 @@ namespace sparseflow {
 // pull       the adjoint of a keep: from the cotangents W source (+ addend) of its value h (and its tangent), the cotangent
 //            u = d hbar + c dbar of r (with a tangent: u = d hbar + e pbar and d pbar); then, with r, the term of gate_sum
 // gradient   sums[sum] += over samples of factor[row] * source[column], at the entries of W
-// pointwise  outputs = an expression of inputs and row vectors, row by row; an output without a buffer is added to the trace
+// pointwise  outputs = an expression of inputs and row vectors, row by row; an output without a buffer is added to the trace;
+//            totals = places of the expression, summed over rows
 enum class OpKind : int { kAffine = 0, kProduct = 1, kReduction = 2, kKeep = 3, kPull = 4, kGradient = 5, kPointwise = 6 };
 
 enum class Store : int {
@@ -27,5 +28,7 @@ enum class Store : int {
 // Where a pull takes a layer's slope and curvature from: what was kept, or the value h itself, by the layer's activation.
 enum class SlopeFrom : int { kKept = 0, kIdentity = 1, kTanh = 2, kSigmoid = 3 };
 inline constexpr int kSlopesFrom = 4;
+
+inline constexpr int kMostTotals = 15;  // of a pointwise operation
 
 }  // namespace sparseflow

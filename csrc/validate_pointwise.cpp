@@ -7,7 +7,8 @@ namespace {
 std::string text(int64_t n) { return std::to_string(n); }
 
 // A place is read after it was written, and every output is written once. `written_by` [outputs]: the instruction that does.
-void check_code(const Expression& e, const std::string& name, std::vector<int>& written_by) {
+// Returns which places are written in the end, the inputs among them.
+std::vector<char> check_code(const Expression& e, const std::string& name, std::vector<int>& written_by) {
   std::vector<char> written(e.places(), 0);
   std::fill_n(written.begin(), e.inputs, 1);
   written_by.assign(e.outputs, -1);
@@ -29,6 +30,7 @@ void check_code(const Expression& e, const std::string& name, std::vector<int>& 
   }
   for (int by : written_by)
     if (by < 0) fail(name + ": an output is not written");
+  return written;
 }
 
 bool overlap(const Operand& a, int a_rows, const Operand& b, int b_rows) {
@@ -43,7 +45,7 @@ void validate_expressions(const Program<T>& p) {
   for (size_t i = 0; i < p.expressions.size(); ++i) {
     const Expression& e = p.expressions[i];
     const std::string name = "expression " + text(i);
-    if (e.inputs < 0 || e.vectors < 0 || e.outputs < 1 || e.registers < 0) fail(name + ": it needs an output, and counts that are not negative");
+    if (e.inputs < 0 || e.vectors < 0 || e.outputs < 0 || e.registers < 0 || e.places() < 1) fail(name + ": it needs a place, and counts that are not negative");
     if (int64_t(e.inputs) + e.outputs + e.registers > kMostPlaces) fail(name + ": more than " + text(kMostPlaces) + " places");
     if (e.vectors > kMostRowVectors) fail(name + ": more than " + text(kMostRowVectors) + " row vectors");
     check_code(e, name, written_by);
@@ -73,7 +75,20 @@ void validate_pointwise(const Op& op, const Program<T>& p, const std::string& na
     else if (!p.divergence) fail(name + ": an output without a buffer needs a program with divergence");
 
   std::vector<int> written_by;
-  check_code(e, name, written_by);
+  const std::vector<char> written = check_code(e, name, written_by);
+  if (op.outputs.empty() && op.totals.empty()) fail(name + ": it has neither outputs nor totals");
+  if (op.totals.size() > size_t(kMostTotals)) fail(name + ": more than " + text(kMostTotals) + " totals");
+  for (size_t i = 0; i < op.totals.size(); ++i) {
+    const Op::Total& total = op.totals[i];
+    if (total.place < 0 || total.place >= e.places() || !written[total.place]) fail(name + ": the total of a place that nothing was written to");
+    check(total.target, 1, "total");
+    for (size_t j = 0; j < i; ++j)
+      if (overlap(total.target, 1, op.totals[j].target, 1)) fail(name + ": two totals overlap");
+    for (const Operand& o : op.outputs)
+      if (overlap(total.target, 1, o, op.rows)) fail(name + ": an output and a total overlap");
+    for (const Op::Input& in : op.inputs)
+      if (overlap(total.target, 1, in.rows, in.broadcast ? 1 : op.rows)) fail(name + ": an input and a total overlap");
+  }
   for (int i = 0; i < e.outputs; ++i) {
     const Operand& out = op.outputs[i];
     for (int j = 0; j < i; ++j)

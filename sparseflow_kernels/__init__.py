@@ -2,7 +2,7 @@
 
     import sparseflow_kernels as sfk
 
-    field = sfk.compile(odefunc)                      # the program of an nn.Module f(t, y), without its zeros
+    field = sfk.compile(odefunc)                      # an nn.Module f(t, y) as a field, without its zeros
     y = sfk.odeint(field, y0, t, rtol=1e-5, atol=1e-5)
     aug = sfk.with_divergence(field, "exact")         # (x, l) -> (dx/dt, -tr df/dx)
 """

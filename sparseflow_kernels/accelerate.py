@@ -1,8 +1,8 @@
 """`with accelerate():` around code that was written for torchdiffeq: what can be compiled runs here.
 
-torchdiffeq's `odeint` and `odeint_adjoint` are called by many names: `torchdiffeq.odeint`, whatever a script imported before,
-or a library that did. All of them are one function object each, so it is the code of that object that is exchanged as
-long as the context lasts, and put back after it.
+torchdiffeq's `odeint` and `odeint_adjoint` are called by many names: `torchdiffeq.odeint`, a name that a script imported
+earlier, one that a library did. All names of a function are one function object, so the code of that object is exchanged
+while the context lasts, and put back after it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .odeint import odeint, odeint_adjoint
 from .solving.arguments import CALLBACKS
 from .warn import warn
 
-MOST_FIELDS = 64  # compiled at the same time; the ones that were compiled first go
+MOST_FIELDS = 64  # kept at the same time; beyond, those that were compiled first are forgotten
 CALLS = {"odeint": odeint, "odeint_adjoint": odeint_adjoint}
 
 
@@ -51,7 +51,8 @@ _TRAMPOLINES = {"odeint": _trampoline_odeint, "odeint_adjoint": _trampoline_odei
 
 @dataclass
 class _Entry:
-    """What became of one module for states of one kind. reason: why it is handed on."""
+    """What became of one module for states of one kind. field: None where its solves are handed on to torchdiffeq, for this
+    `reason`.  solves: how many there were."""
 
     module: weakref.ref
     field: CompiledField | None
@@ -61,11 +62,11 @@ class _Entry:
 
 @dataclass(eq=False)
 class accelerate:  # noqa: N801 - it is called like a function, in a with statement
-    """Runs what torchdiffeq is asked to solve inside the `with` by compiled fields, where it can.
+    """Inside the `with`, what torchdiffeq is asked to solve is solved by compiled fields, where that is possible.
 
     A module is compiled when it is first met (`compile(module, like=y0, live=True)`: its parameters stay its own), and again
-    where its masks change. What cannot be compiled, callables that are no modules, events and callbacks are handed on to
-    torchdiffeq; for modules a warning says so once, with the reason. `odeint_adjoint` gives the exact gradient of the
+    where its masks change. Modules that cannot be compiled, callables that are no modules, events and callbacks are handed on
+    to torchdiffeq; of a module a warning says so once, with the reason. `odeint_adjoint` gives the exact gradient of the
     steps taken, unless it was given an adjoint_* argument (`sparseflow_kernels.odeint_adjoint`). Calls of
     `sparseflow_kernels.odeint` and `solve` with a module take part.
 
@@ -91,7 +92,7 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
                 _put_back()
 
     def report(self) -> str:
-        """For people: which modules ran natively, and why others did not."""
+        """For people: a line for every module, which says by which engine it ran, or why it did not."""
         lines = []
         for entry in list(self._entries.values()):
             module = entry.module()
@@ -103,7 +104,7 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
         return "\n".join(lines) or "no module was solved for"
 
     def field_for(self, module: nn.Module, y0: Any) -> CompiledField | None:
-        """The compiled field of a module for states like y0; None where there is none."""
+        """The compiled field of a module for states like y0, a tensor or a tuple of tensors; None where there is none."""
         parts = y0 if isinstance(y0, tuple) else (y0,)
         if not parts or not all(isinstance(part, Tensor) and part.dim() for part in parts):
             return None
@@ -152,7 +153,7 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
 def _fits(field: CompiledField, y0: Any) -> bool:
     if field.layout is not None:
         return field.layout.fits(y0) is None
-    return isinstance(y0, Tensor) and y0.shape[-1] == field.dim and field._program.refused(y0.dim()) is None
+    return isinstance(y0, Tensor) and y0.shape[-1] == field.dim and field.skeleton.refused(y0.dim()) is None
 
 
 # ------------------------------------------------------------------------------------------- torchdiffeq's functions

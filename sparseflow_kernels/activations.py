@@ -10,6 +10,7 @@ one torch's own backward uses.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Callable
 
@@ -70,6 +71,15 @@ def _silu_second(z: Tensor) -> Tensor:
     return s * complement * (2.0 + z * (complement - s))
 
 
+def _normal_density(z: Tensor) -> Tensor:
+    return torch.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi)
+
+
+def _gelu_first(z: Tensor) -> Tensor:
+    # torch.special.erfc, so that the left tail does not cancel
+    return 0.5 * torch.special.erfc(-math.sqrt(0.5) * z) + z * _normal_density(z)
+
+
 ACTIVATIONS: dict[str, ActivationRule] = {
     "identity": ActivationRule(0, lambda z: z, torch.ones_like, torch.zeros_like),
     "tanh": ActivationRule(1, torch.tanh, lambda z: 1.0 - torch.tanh(z).square(), _tanh_second),
@@ -83,6 +93,7 @@ ACTIVATIONS: dict[str, ActivationRule] = {
     "sin": ActivationRule(7, torch.sin, torch.cos, lambda z: -torch.sin(z)),
     "square": ActivationRule(8, lambda z: z * z, lambda z: 2.0 * z, lambda z: torch.full_like(z, 2.0)),
     "cube": ActivationRule(9, lambda z: z * z * z, lambda z: 3.0 * z * z, lambda z: 6.0 * z),
+    "gelu": ActivationRule(10, functional.gelu, _gelu_first, lambda z: _normal_density(z) * (2.0 - z * z)),
 }
 
 
@@ -110,9 +121,3 @@ def derivative(activation: Activation, z: Tensor) -> Tensor:
     """act'(z)."""
     rule, params = rule_and_params(activation)
     return rule.first(z, *params)
-
-
-def second_derivative(activation: Activation, z: Tensor) -> Tensor:
-    """act''(z)."""
-    rule, params = rule_and_params(activation)
-    return rule.second(z, *params)

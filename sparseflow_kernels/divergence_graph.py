@@ -1,5 +1,7 @@
-"""The divergence of a graph: Hutchinson's, or exactly term by term, by the identities of `divergence_paths` or by tangents
-of a few directions that stand for all columns of the Jacobian, whichever takes fewer multiply-adds.
+"""The divergence of a graph.
+
+Hutchinson's is one tangent. The exact one is planned term by term, by whichever takes fewer multiply-adds: the identities of
+`divergence_paths`, or tangents along a few directions that stand for all columns of the Jacobian.
 
 Two columns of the Jacobian share a tangent where neither reaches the other's row (Curtis, Powell, Reid 1974, for the
 diagonal alone): then the tangent along the sum of their unit vectors holds both diagonal entries undisturbed. How many
@@ -8,6 +10,7 @@ tangents that takes, the number of colours, follows from the structure of the gr
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,8 +25,12 @@ from .field.transforms import tangent
 
 @dataclass(eq=False)
 class GraphForm:
-    """trace: the node [1] of tr df/dx, or of e' (df/dx) e with e = `noise`, a further input of the graph (per sample,
-    constant during a solve).  colours: tangents it takes."""
+    """The divergence as nodes of the field's graph.
+
+    trace: the node [1] of tr df/dx, or of e' (df/dx) e.  noise: the node [dim] of e, a further input of the graph, which
+    differs from sample to sample and is constant during a solve; None for the exact divergence.  colours: how many tangents
+    it takes.
+    """
 
     trace: Node
     noise: Node | None
@@ -31,7 +38,7 @@ class GraphForm:
 
 
 def plan_graph(field: GraphField, kind: Literal["exact", "hutchinson"]) -> tuple[GraphForm, dict[str, int], str]:
-    """(form, multiply-adds per sample by name, reason)."""
+    """(form, multiply-adds per sample by name, reason, for people). Makes nodes in the field's graph."""
     g = field.graph
     before = _multiply_adds([field.output])
     if kind == "hutchinson":
@@ -57,7 +64,7 @@ def plan_graph(field: GraphField, kind: Literal["exact", "hutchinson"]) -> tuple
 
 
 def _terms(output: Node) -> list[tuple[float, Node]]:
-    """The output as a sum of terms of all its rows."""
+    """(sign, node) of the terms that the output is the sum of, without those that do not depend on the state."""
     found, waiting = [], [(1.0, output)]
     while waiting:
         sign, node = waiting.pop()
@@ -72,7 +79,7 @@ def _terms(output: Node) -> list[tuple[float, Node]]:
 
 
 def _trace_by_columns(field: GraphField, term: Node) -> tuple[Node, int, int]:
-    """(the trace, multiply-adds, colours)."""
+    """(the node of the term's trace, multiply-adds per sample, number of tangents)."""
     g, trace = field.graph, field.graph.number(0.0)
     groups = colour(structure(term, field.state))
     for columns in groups:
@@ -85,10 +92,16 @@ def _trace_by_columns(field: GraphField, term: Node) -> tuple[Node, int, int]:
 
 
 def inner_product(g: Graph, fixed: Node, dot: Node) -> Node:
-    """fixed . dot, [1], where `fixed` stays the same for a solve: what the last matrix makes of it does too."""
+    """The node [1] of fixed . dot. As `fixed` is constant during a solve, so is its product with a transposed matrix: a
+    matrix in front of `dot` is moved to it, and is not applied at every evaluation. What other nodes of dot read is computed
+    in any case, and is multiplied as it is."""
+    readers = Counter(operand for node in order([dot]) for operand in set(node.operands))
     total, waiting = None, [(fixed, dot, 1.0)]
     while waiting:
         left, right, sign = waiting.pop()
+        if readers[right] > 1:
+            total = g.add(total, g.scaled(g.total(g.mul(left, right)), sign))
+            continue
         if right.kind in ("add", "sub") and all(operand.rows == right.rows for operand in right.operands):
             a, b = right.operands
             waiting += [(left, a, sign), (left, b, -sign if right.kind == "sub" else sign)]
@@ -116,7 +129,7 @@ def _multiply_adds(outputs: list[Node]) -> int:
 
 @torch.no_grad()
 def structure(output: Node, state: Node) -> Tensor:
-    """bool [rows of output, rows of state]: which entries of the Jacobian can be other than zero."""
+    """bool [rows of output, rows of state]: where the Jacobian can be other than zero."""
     masks: dict[Node, Tensor | None] = {state: torch.eye(state.rows, dtype=torch.bool)}
     for node in order([output], stop=lambda node: node is state):
         if node is state:
@@ -143,7 +156,8 @@ def structure(output: Node, state: Node) -> Tensor:
 
 
 def colour(jacobian: Tensor) -> list[Tensor]:
-    """Groups of columns (int64, ascending) that share a tangent, greedily; columns without a diagonal entry are in none."""
+    """Groups of columns, int64 and ascending each, that can share a tangent, found greedily. Columns without a diagonal entry
+    are in no group. jacobian: bool [dim, dim], as `structure` gives it."""
     live = jacobian.diagonal().nonzero().flatten()
     conflict = jacobian[live][:, live]
     conflict = conflict | conflict.T

@@ -1,7 +1,8 @@
-"""The trace of a term of a graph by its paths: products of matrices and slopes, turned about.
+"""The trace of a term of a graph by its paths from the output to the state.
 
-A path from the output to the state is A_k D_k ... A_1 D_1 A_0, with matrices A and diagonal matrices D of slopes. A trace is
-cyclic, so A_0 A_k is one matrix of numbers that no sample changes, and only its entries that close a path count:
+A path is a product A_k D_k ... A_1 D_1 A_0 of matrices A, which are the same for all samples, and diagonal matrices D of
+slopes. The trace of a product stays the same when its last factor is moved to the front, so A_0 A_k is one matrix that can be
+computed when the field is packed, and only those of its entries count that close a path:
 
     one slope:   tr = sum_j (A_0 A_1)_jj d_j
     two slopes:  tr = sum_ij d2_i A1_ij (A_0 A_2)_ji d1_j
@@ -25,12 +26,13 @@ MOST_SLOPES = 2  # of one path
 
 @dataclass(frozen=True)
 class Fixed:
-    """A factor that no sample changes: a matrix, its transpose, or a diagonal of numbers computed from parts."""
+    """A factor that is the same for all samples: a matrix or its transpose, a diagonal of numbers that follow from the parts,
+    or the selection of a piece of the rows."""
 
     matrix: Matrix | None = None
     transposed: bool = False
     diagonal: Node | None = None
-    piece: tuple[int, int, int] | None = None  # (rows, first row, rows of what is read): a piece of it
+    piece: tuple[int, int, int] | None = None  # (rows, first row, rows of what it is a piece of)
 
     def times(self, x: Tensor, part: Callable[[int], Tensor], like: Tensor) -> Tensor:
         """This factor times x [columns, n]."""
@@ -51,7 +53,7 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Path:
-    """Factors from the left: Fixed, or the node of a slope. scale: a number that multiplies them."""
+    """A product of factors, from the left: Fixed, or the node of a slope. scale: a number that multiplies it."""
 
     factors: tuple[Fixed | Node, ...] = ()
     scale: float = 1.0
@@ -97,14 +99,14 @@ def _paths(g: Graph, output: Node, state: Node) -> list[Path] | None:
                     (slope,) = tangent(g, [node], {**dict.fromkeys(anchors), anchor: g.number(1.0)})
                     found += [] if slope is None else _sloped(g, node, anchor, slope, known[anchor])
         if len(found) > MOST_PATHS or any(path.slopes > MOST_SLOPES for path in found):
-            # A node that the output does not read through this way may do no harm, but that is not looked into.
+            # The output may not read this node through these paths, but that is not looked into.
             return None
         known[node] = found
     return known[output]
 
 
 def _anchors(node: Node, moving: dict[Node, bool], state: Node) -> list[Node]:
-    """The nodes below, not elementwise, that an elementwise node depends on."""
+    """The nodes that an elementwise node is a function of: the first below it that are not elementwise."""
     found: dict[Node, None] = {}
     for other in order(node.operands, stop=lambda other: not other.elementwise or not moving[other] or other is state):
         if moving[other] and (not other.elementwise or other is state):
@@ -132,7 +134,7 @@ def _of_rows(node: Node, known: dict[Node, list[Path]]) -> list[Path]:
     for operand, (first, count) in zip(node.operands, node.pieces):
         for path in known.get(operand, ()):
             piece = path if (first, count) == (0, operand.rows) else path.behind(Fixed(piece=(count, first, operand.rows)))
-            if count != node.rows:  # put at its place among zeros
+            if count != node.rows:  # a matrix puts the piece at its place among zeros
                 row_ptr = torch.arange(node.rows + 1).sub(start).clamp(0, count)
                 place = Pattern((node.rows, count), row_ptr, torch.arange(count))
                 piece = piece.behind(Fixed(Matrix(place)))
@@ -145,7 +147,7 @@ def _of_rows(node: Node, known: dict[Node, list[Path]]) -> list[Path]:
 
 
 def _trace(g: Graph, path: Path, dim: int) -> tuple[Node, int]:
-    """(the trace of one path, multiply-adds)."""
+    """(the node of the trace of one path, multiply-adds per sample)."""
     groups: list[list[Fixed]] = [[]]  # of fixed factors, between the slopes
     slopes: list[Node] = []
     for factor in path.factors:
@@ -156,7 +158,7 @@ def _trace(g: Graph, path: Path, dim: int) -> tuple[Node, int]:
             groups[-1].append(factor)
     if not slopes:
         return g.computed(lambda part, like: _product(groups[0], dim, part, like).trace()[None], 1), 0
-    # A_0 A_k: behind the last slope, and before the first one.
+    # The factors of A_0 A_k: those behind the last slope, then those before the first.
     outer = [*groups[-1], *groups[0]]
     if len(slopes) == 1:
         rows = slopes[0].rows
@@ -177,7 +179,7 @@ def _trace(g: Graph, path: Path, dim: int) -> tuple[Node, int]:
 
 
 def _product(factors: Sequence[Fixed], width: int, part: Callable[[int], Tensor], like: Tensor) -> Tensor:
-    """The product, dense; of none the identity of this width."""
+    """The product of the factors, dense; without factors the identity of this width."""
     x = torch.eye(factors[-1].inputs if factors else width, dtype=like.dtype, device=like.device)
     for factor in reversed(factors):
         x = factor.times(x, part, like)
@@ -186,7 +188,7 @@ def _product(factors: Sequence[Fixed], width: int, part: Callable[[int], Tensor]
 
 @torch.no_grad()
 def _structure(factors: Sequence[Fixed], width: int) -> Tensor:
-    """Where the product can be other than zero."""
+    """Where the product of the factors can be other than zero: a matrix of positive numbers there, and zeros elsewhere."""
     x = torch.eye(factors[-1].inputs if factors else width, dtype=torch.float32)
     for factor in reversed(factors):
         if factor.matrix is not None:

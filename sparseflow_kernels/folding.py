@@ -102,7 +102,7 @@ class Folding:
             weights = tensor(step.weights)
             neurons, source, target = (index.to(weights.device) for index in (step.neurons, step.source, step.target))
             parts = {
-                name: found[step.layer, name][neurons] if origin is None else tensor(origin)
+                name: found[step.layer, name].index_select(0, neurons) if origin is None else tensor(origin)
                 for name, origin in step.own.items()
             }
             if "shift.slope" not in step.to:
@@ -110,7 +110,7 @@ class Folding:
                 parts = {"bias": activations.apply(step.activation, z)}
             for name, value in parts.items():  # of affine neurons each part goes to its like
                 to = step.layer + 1, name
-                found[to] = found[to].index_add(0, target, weights * value[source])
+                found[to] = found[to].index_add(0, target, weights * value.index_select(0, source))
         return found
 
 

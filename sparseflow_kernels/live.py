@@ -1,5 +1,4 @@
-"""What a field with live parameters watches: whether its module is still the one that it was compiled from, but for the
-values of its parameters."""
+"""What a field with live parameters watches: whether anything of its module but the values of parameters has changed."""
 
 from __future__ import annotations
 
@@ -12,9 +11,12 @@ from .trained import is_fresh
 
 
 class Watch:
-    """A module as it was compiled. `changed` tells of everything that its program, and not only its numbers, may follow
-    from: parameters, buffers and submodules that came or went, buffers, masks and attributes with other numbers, a switch
-    between training and evaluation, pruned entries (exact zeros) that are no longer zero."""
+    """A module as it was compiled.
+
+    `changed` notices what makes another field of it than one with other numbers: parameters, buffers and submodules that
+    came or went, buffers, masks and attributes with other numbers, a switch between training and evaluation, and pruned
+    entries (exact zeros) that are no longer zero.
+    """
 
     def __init__(self, module: nn.Module, context: frozenset[str] = frozenset()) -> None:
         """context: names of the tensors that are the field's context."""
@@ -27,13 +29,12 @@ class Watch:
         self._modes = [(part, part.training) for part in parts]
         self._buffers = self._snapshot(self._present_buffers())
         self._zeros = [
-            (part._parameters, name, (parameter.detach() == 0).reshape(-1).nonzero()[:, 0])
+            (part._parameters, name, Zeros(parameter.detach()))
             for part in parts for name, parameter in part._parameters.items()
             if parameter is not None and parameter.layout == torch.strided and not bool(parameter.detach().all())
             and not (parameter.requires_grad and is_fresh(parameter.detach()))
         ]  # fmt: skip
         self._attributes = Attributes(module, context)
-        self._seen: Snapshot | None = None
 
     def _present_buffers(self) -> list[Tensor]:
         held = [buffer for part in self._module.modules() for _, buffer in part._buffers.items() if buffer is not None]
@@ -43,7 +44,13 @@ class Watch:
     def _snapshot(tensors: list[Tensor]) -> Snapshot | None:
         return Snapshot(tensors) if tensors else None
 
+    def __getstate__(self) -> dict:
+        return {"_module": self._module}
+
     def changed(self) -> bool:
+        """Whether the module has to be compiled anew. It has in a copy, which knows nothing of what was compiled."""
+        if "_structure" not in self.__dict__:
+            return True
         if any(tuple(names.keys()) != before for names, before in self._structure):
             return True
         if any(part.training != mode for part, mode in self._modes):
@@ -52,15 +59,38 @@ class Watch:
             return True
         if not self._attributes.same():
             return True
-        if not self._zeros:
-            return False
-        pruned = [parameters[name] for parameters, name, _ in self._zeros]
-        if self._seen is not None and self._seen.same(pruned):
-            return False
-        with torch.no_grad():
-            for parameter, (_, _, zeros) in zip(pruned, self._zeros):
-                if bool(parameter.reshape(-1)[zeros.to(parameter.device)].any()):
-                    return True
-        self._seen = Snapshot(pruned)
-        return False
+        return not all(zeros.still(parameters[name]) for parameters, name, zeros in self._zeros)
 
+
+class Zeros:
+    """Which entries of a tensor are exactly zero. `still` is asked at every call, and on the CPU is one pass over memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._native = self._where = None
+        if (kind := _native_kind(tensor)) is not None:
+            self._native = kind(tensor.data_ptr(), tensor.numel())
+        self._shape, self._dtype = tensor.shape, tensor.dtype
+        if self._native is None:
+            self._where = (tensor == 0).reshape(-1).nonzero()[:, 0]
+
+    @torch.no_grad()
+    def still(self, tensor: Tensor) -> bool:
+        """Whether those entries of a tensor are zero. False for one of another shape or dtype."""
+        if (tensor.shape, tensor.dtype) != (self._shape, self._dtype):
+            return False
+        if self._native is not None and _native_kind(tensor) is not None:
+            return self._native.still(tensor.data_ptr())
+        if self._where is None:  # it has moved to another device
+            return False
+        return not bool(tensor.reshape(-1)[self._where.to(tensor.device)].any())
+
+
+def _native_kind(tensor: Tensor) -> type | None:
+    """The native class for the zeros of a tensor; None where there is none."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return None
+    try:
+        from . import _cpu
+    except ImportError:  # a checkout without the extension
+        return None
+    return {torch.float32: _cpu.ZerosF32, torch.float64: _cpu.ZerosF64}.get(tensor.dtype)

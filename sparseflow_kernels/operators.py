@@ -2,10 +2,9 @@
 
     sparseflow::evaluate, sparseflow::solve, and their backwards
 
-An operator is given the program of its field as a string (shapes, activations, engine; a digest of the patterns), the
-patterns as constant tensors, and the numbers as tensors, so that a graph holds all it needs: an exported program can be
-saved, and runs in any process that has imported this package. Engines packed for a graph's tensors live as long as the
-tensors do. Eager calls do not come here: an operator costs more than a small evaluation.
+An operator is given its field as a string (shapes, activations, engine; a digest of the patterns), the patterns as constant
+tensors, and the numbers as tensors, so that a graph of torch.export holds all it needs: it can be saved, and runs in any
+process that has imported this package. Engines packed for a graph's tensors live as long as the tensors do. Eager calls do not come here: an operator costs more than a small evaluation.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -27,16 +26,13 @@ from .packing import Packing
 from .solution import SolverError
 from .solving.arguments import request_of, upward
 
-if TYPE_CHECKING:
-    from .compiled_field import CompiledField
-
-# ------------------------------------------------------------------------------------------------ programs as constants
+# ------------------------------------------------------------------------------------------------- fields as constants
 
 
 class Described(NamedTuple):
-    """A field without its numbers: the program as text, and (row_ptr, col) of every layer's pattern, flat."""
+    """A field without its numbers: its layers as text, and (row_ptr, col) of every layer's pattern, flat."""
 
-    program: str
+    text: str
     patterns: list[Tensor]
 
 
@@ -60,7 +56,7 @@ def describe(field: VectorField | GraphField, engine: str) -> Described | None:
 
 
 @dataclass
-class _Program:
+class _ReadBack:
     """A description read back: the field's skeleton, and its engines for the numbers it was last given."""
 
     text: str
@@ -68,7 +64,7 @@ class _Program:
     packing: Packing
 
     @staticmethod
-    def read(text: str, patterns: Sequence[Tensor]) -> "_Program":
+    def read(text: str, patterns: Sequence[Tensor]) -> "_ReadBack":
         described, nothing = json.loads(text), torch.empty(0, device="meta")
         layers = []
         for entry, row_ptr, col in zip(described["layers"], patterns[::2], patterns[1::2]):
@@ -80,10 +76,10 @@ class _Program:
                 LinearShift(nothing, nothing) if entry["shift"] else None,
                 Activation(name, tuple(params)), entry["name"],
             ))  # fmt: skip
-        return _Program(text, VectorField(layers), Packing(described["engine"]))
+        return _ReadBack(text, VectorField(layers), Packing(described["engine"]))
 
     def over(self, tensors: Sequence[Tensor]) -> VectorField:
-        given = iter([tensor.detach() for tensor in tensors])  # aliases: what is packed must not keep `_programs`' key
+        given = iter([tensor.detach() for tensor in tensors])  # aliases: what is packed must not keep `_read_back`' key
         return self.field.map_tensors(lambda _: next(given))
 
     def engine(self, kind: str | None, tensors: Sequence[Tensor]) -> Engine:
@@ -94,13 +90,13 @@ class _Program:
         return ReferenceEngine(field, self.packing.plan(kind, lambda: field))
 
 
-_programs = WeakTensorKeyDictionary()  # the first tensor of a field -> its program
+_read_back = WeakTensorKeyDictionary()  # the first tensor of a field -> what its description gave
 
 
-def _program(text: str, patterns: Sequence[Tensor], tensors: Sequence[Tensor]) -> _Program:
-    known = _programs.get(tensors[0])
+def _field_of(text: str, patterns: Sequence[Tensor], tensors: Sequence[Tensor]) -> _ReadBack:
+    known = _read_back.get(tensors[0])
     if known is None or known.text != text:
-        known = _programs[tensors[0]] = _Program.read(text, patterns)
+        known = _read_back[tensors[0]] = _ReadBack.read(text, patterns)
     return known
 
 
@@ -135,18 +131,17 @@ def _nothing(constant: Any) -> Any:
     return [None] * len(constant) if tensors else None
 
 
-_FIELD = "Tensor[] tensors, Tensor[] patterns, str program, str kind"
+_FIELD = "Tensor[] tensors, Tensor[] patterns, str program, str kind"  # program: the text; exported programs name it so
 
 
 # --------------------------------------------------------------------------------------------------------- evaluations
 
 
 def evaluate(
-    field: "CompiledField", kind: str | None, t: Tensor, x: Tensor, noise: Tensor | None
+    field: Described, tensors: list[Tensor], kind: str | None, t: Tensor, x: Tensor, noise: Tensor | None
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """gradients.evaluate, as an operator."""
-    program, patterns = field.described
-    f, trace = torch.ops.sparseflow.evaluate(t, x, noise, field.ordered(), patterns, program, kind or "")
+    """gradients.evaluate, as an operator. tensors: the field's, in the order of VectorField.tensors()."""
+    f, trace = torch.ops.sparseflow.evaluate(t, x, noise, tensors, field.patterns, field.text, kind or "")
     return (f,) if kind is None else (f, trace)
 
 
@@ -154,7 +149,7 @@ def evaluate(
     "sparseflow::evaluate", mutates_args=(), schema=f"(Tensor t, Tensor x, Tensor? noise, {_FIELD}) -> (Tensor, Tensor)"
 )
 def _evaluate(t, x, noise, tensors, patterns, program, kind):
-    engine = _program(program, patterns, tensors).engine(kind or None, tensors)
+    engine = _field_of(program, patterns, tensors).engine(kind or None, tensors)
     with torch.no_grad():
         found = gradients.call(engine, t, x.contiguous(), None if noise is None else noise.contiguous())
     return (*found, x.new_empty(0))[:2]
@@ -171,7 +166,7 @@ def _(t, x, noise, tensors, patterns, program, kind):
     " -> Tensor[]",
 )  # fmt: skip
 def _evaluate_backward(t, x, noise, tensors, patterns, program, kind, grad_f, grad_trace, needs):
-    kind, read = kind or None, _program(program, patterns, tensors)
+    kind, read = kind or None, _field_of(program, patterns, tensors)
     with _with_autograd(), torch.no_grad():
         gradient = gradients.evaluate_backward(
             read.engine(kind, tensors), read.reference(kind, tensors), t, x.contiguous(),
@@ -218,9 +213,9 @@ _LISTS = frozenset(("step_t", "jump_t"))
 _IGNORED = frozenset(("dtype", "interp", "norm"))  # float64, "linear" and, on a fixed grid, any norm
 
 
-def no_solve(field: "CompiledField", t: Any, options: dict, step_control: str) -> str | None:
+def no_solve(field: Described | None, t: Any, options: dict, step_control: str) -> str | None:
     """Why a solve cannot be an operator, or None. Reads no data."""
-    if field.described is None:
+    if field is None:
         return "the field has functions of time in Python"
     if step_control != "shared" or not isinstance(t, Tensor):
         return "only shared steps, at times in a tensor, can be traced"
@@ -250,17 +245,16 @@ class Solved(NamedTuple):
 
 
 def solve(
-    field: "CompiledField", kind: str | None, x: Tensor, l: Tensor | None,  # noqa: E741
+    field: Described, tensors: list[Tensor], kind: str | None, x: Tensor, l: Tensor | None,  # noqa: E741
     noise: Tensor | None, t: Tensor, rtol: Sequence[float], atol: Sequence[float], method: str, options: dict,
 ) -> Solved:  # fmt: skip
-    """A solve, as an operator; x [batch, dim], l [batch], noise [batch, dim], t as the caller has it."""
-    program, patterns = field.described
-    tensors = field.ordered()
+    """A solve, as an operator; tensors as in `evaluate`, x [batch, dim], l [batch], noise [batch, dim], t as the caller has
+    it."""
     names = [name for name, value in options.items() if name in _NUMBERS and value is not None]
     wants = [value for value in (x, l, t, noise, *tensors) if value is not None and value.requires_grad]
     record = torch.is_grad_enabled() and len(wants) > 0
     return Solved(*torch.ops.sparseflow.solve(
-        x, l, t, noise, tensors, patterns, program, kind or "", method,
+        x, l, t, noise, tensors, field.patterns, field.text, kind or "", method,
         [float(value) for value in rtol], [float(value) for value in atol],
         names, [float(options[name]) for name in names],
         *([float(point) for point in options.get(name) or ()] for name in ("step_t", "jump_t")), record,
@@ -288,7 +282,7 @@ def _solve(
         if len(x) == 0:
             result = SolveResult(x.new_empty(len(t), *x.shape), None, 0, 0, 0, torch.empty(0, 2, dtype=torch.float64))
         else:
-            result = _program(program, patterns, tensors).engine(kind or None, tensors).solve(request)
+            result = _field_of(program, patterns, tensors).engine(kind or None, tensors).solve(request)
     if result.status != "ok":
         raise SolverError.of(result, request, (result.xs,) if l is None else (result.xs, result.ls), l is not None)
 
@@ -328,7 +322,7 @@ def _solve_backward(
 ):  # fmt: skip
     if len(x) == 0:
         return _needed([None] * len(needs), (x, l, t, noise, *tensors), needs)
-    kind, read = kind or None, _program(program, patterns, tensors)
+    kind, read = kind or None, _field_of(program, patterns, tensors)
     (need_x, need_l, need_t, need_noise), of_tensors = needs[:4], needs[4:]
     with _with_autograd():
         time = t.detach().requires_grad_(need_t)

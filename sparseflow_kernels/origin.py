@@ -167,7 +167,7 @@ class Derivation:
                 made = scale
                 continue
             piece = self._values[source].reshape(-1) if isinstance(source, str) else self.result(source)
-            piece = piece if index is None else piece[index]
+            piece = piece if index is None else piece.index_select(0, index)
             piece = piece if scale is None else piece * scale
             made = piece if where is None else made.index_put((where,), piece)
         return made

@@ -1,4 +1,4 @@
-"""A field's program, packed for its engine once and used until a number in it changes."""
+"""A field, packed for its engine once and used until a number in it changes."""
 
 from __future__ import annotations
 
@@ -100,15 +100,15 @@ class Packing:
         return None if kind is None else self._plans[kind]
 
     def engine(self, kind: str | None, tensors: Sequence[Tensor], field: Callable[[], VectorField]) -> Engine:
-        """An engine that holds the present values; `field` gives the program over `tensors`, or made from them."""
+        """An engine that holds the present values; `field` gives the field over `tensors`, or made from them."""
         known = self._engines.get(kind)
         if known is None or not known[0].same(tensors):
             # Copied before it is packed: a change in between (of another thread) is seen at the next call.
             with torch.no_grad():  # an engine outlives the graph of what is made from parameters
-                program, snapshot = field(), Snapshot(tensors)
+                present, snapshot = field(), Snapshot(tensors)
             engine = None if known is None else known[1]
-            if engine is None or not engine.update(program):
-                engine_class, _ = choose(program, self.requested)
-                engine = engine_class(program, self.plan(kind, field))
+            if engine is None or not engine.update(present):
+                engine_class, _ = choose(present, self.requested)
+                engine = engine_class(present, self.plan(kind, field))
             known = self._engines[kind] = (snapshot, engine)
         return known[1]

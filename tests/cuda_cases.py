@@ -17,9 +17,10 @@ from test_cpu_engine import any_field
 from torch import Tensor
 
 from sparseflow_kernels.divergence import DivergencePlan
-from sparseflow_kernels.engines import cuda as cuda_engine
+from sparseflow_kernels.engines import cuda_shapes
 from sparseflow_kernels.engines.base import Engine, SolveRequest
 from sparseflow_kernels.engines.cuda import CudaEngine
+from sparseflow_kernels.engines.cuda_solve import CudaSolver
 from sparseflow_kernels.field import LinearShift, SigmoidGate, TimeFunction, VectorField
 from sparseflow_kernels.numerics.step_control import StepOptions
 from sparseflow_kernels.numerics.tableaus import FIXED, METHODS
@@ -70,11 +71,11 @@ class _Limited:
         return found | {"devices": [one | self._limits for one in found["devices"]]}
 
 
-def engine_on(**limits: int) -> type[CudaEngine]:
+def engine_on(engine: type[CudaSolver] = CudaEngine, **limits: int) -> type[CudaSolver]:
     """The engine on a device with other limits: shared_per_block (bytes), multiprocessors, ..."""
     module = _Limited(**limits)
 
-    class Limited(CudaEngine):
+    class Limited(engine):
         device_type = DEVICE.type
 
         @staticmethod
@@ -98,7 +99,7 @@ def poison():
 @pytest.fixture
 def dense_above(monkeypatch):
     """Sets from which density on a matrix is stored whole."""
-    return lambda density: monkeypatch.setattr(cuda_engine, "DENSE_ABOVE", density)
+    return lambda density: monkeypatch.setattr(cuda_shapes, "DENSE_ABOVE", density)
 
 
 def on_device(field: VectorField) -> VectorField:

@@ -96,6 +96,7 @@ class Swish(nn.Module):
 ACTS: dict[str, Callable[[], nn.Module]] = {
     "identity": nn.Identity, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "softplus": nn.Softplus, "relu": nn.ReLU,
     "elu": nn.ELU, "silu": nn.SiLU, "swish": Swish, "sin": Sine, "square": Square, "cube": Cube,
+    "gelu": nn.GELU,
 }
 
 

@@ -66,8 +66,8 @@ class Builder:
         assert self.vectors[vector]["sum"] == -1
         self.vectors[vector]["sum"] = number
 
-    def pointwise(self, expression, rows, inputs, vectors, outputs, list="body"):
-        self.lists[list].append(("pointwise", expression, rows, inputs, vectors, outputs))
+    def pointwise(self, expression, rows, inputs, vectors, outputs, list="body", totals=()):
+        self.lists[list].append(("pointwise", expression, rows, inputs, vectors, outputs, totals))
 
     def product(self, matrix, source, target, factor=ABSENT, transposed=False, addend=ABSENT, list="body"):
         self.lists[list].append(("product", matrix, source, target, factor, transposed, addend))
@@ -167,7 +167,7 @@ class Program:
             buffer, slot, row = target
             self.rows((buffer, slot + 1, row), dense.shape[0])[:] = activations.derivative(Activation(name, params), z)
 
-    def _pointwise(self, expression, rows, inputs, vectors, outputs):
+    def _pointwise(self, expression, rows, inputs, vectors, outputs, totals):
         n_in, n_vec, n_out, _, code = self.b.expressions[expression]
         assert (n_in, n_vec, n_out) == (len(inputs), len(vectors), len(outputs))
         places = {i: self.rows(p[:3], 1 if p[3] else rows).expand(rows, -1).clone() for i, p in enumerate(inputs)}
@@ -196,6 +196,8 @@ class Program:
                 self.reduce += value.sum(0)
             else:
                 self.rows(place, rows)[:] = value
+        for place, row in totals:
+            self.rows(row, 1)[:] = places[place].sum(0)
 
     def _gradient(self, matrix, left, right, sum):
         m = self.b.matrices[matrix]

@@ -41,7 +41,7 @@ def plain_forward(field: VectorField, t: Tensor, y: Tensor) -> tuple[Tensor, lis
     """(f(t, y), pre-activations) written out with torch's own activations, apart from the package's table."""
     functions = {
         "identity": lambda z: z, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": torch.relu, "sin": torch.sin,
-        "softplus": torch.nn.functional.softplus, "elu": torch.nn.functional.elu, "silu": torch.nn.functional.silu,
+        "softplus": torch.nn.functional.softplus, "elu": torch.nn.functional.elu, "silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu,
         "square": lambda z: z**2, "cube": lambda z: z**3,
     }
     if isinstance(field, GraphField):

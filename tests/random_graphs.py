@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from sparseflow_kernels.field import Activation, Graph, GraphField, Matrix, Part, Pattern
 
-UNARY = ("tanh", "sigmoid", "sin", "softplus", "abs", "square", "erf", "neg", "relu", "silu", "elu", "cube")
+UNARY = ("tanh", "sigmoid", "sin", "softplus", "abs", "square", "erf", "neg", "relu", "silu", "elu", "cube", "gelu")
 
 
 def random_graph(seed: int, dtype: torch.dtype = torch.float64, nodes: int = 14) -> GraphField:
@@ -41,7 +41,7 @@ def random_graph(seed: int, dtype: torch.dtype = torch.float64, nodes: int = 14)
                 new = g.add(new, vector(rows)) if pick(2) else new
             case 2 | 3:
                 name = UNARY[pick(len(UNARY))]
-                fused = name in ("tanh", "sigmoid", "sin", "relu", "silu", "elu", "cube", "square")
+                fused = name in ("tanh", "sigmoid", "sin", "relu", "silu", "elu", "cube", "square", "gelu")
                 new = g.activation(Activation(name), a) if fused else g.apply(name, a)
             case 4:
                 same = [b for b in known if b.rows in (1, a.rows)]

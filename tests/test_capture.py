@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fields import ACTS, FIELDS, KINDS, TimeFullLike, make_ffjord
 from random_fields import plain_forward
 from sparseflow_kernels.capture import capture, capture_with_origins
-from sparseflow_kernels.field import GraphField, LinearShift, SigmoidGate, TimeFunction, UnsupportedFieldError, VectorField
+from sparseflow_kernels.field import GraphField, LinearShift, SigmoidGate, UnsupportedFieldError, VectorField
 from sparseflow_kernels.field.graph import TIME, order
 
 TIMES = (-1.0, 0.0, 0.3, 1.9)

@@ -108,7 +108,7 @@ two = lambda act: (lambda m, t, y: m.b(act(m.a(y))), H)
 
 ELEMENTWISE = {
     name: two(act) for name, act in {
-        "leaky_relu": F.leaky_relu, "gelu": F.gelu, "gelu tanh": lambda x: F.gelu(x, approximate="tanh"), "mish": F.mish,
+        "leaky_relu": F.leaky_relu, "gelu": lambda x: F.gelu(x) + x, "gelu tanh": lambda x: F.gelu(x, approximate="tanh"), "mish": F.mish,
         "relu6": lambda x: F.relu6(3 * x), "hardswish": lambda x: F.hardswish(3 * x), "hardsigmoid": F.hardsigmoid,
         "hardtanh": F.hardtanh, "softsign": F.softsign, "logsigmoid": F.logsigmoid, "tanhshrink": F.tanhshrink,
         "softshrink": F.softshrink, "hardshrink": F.hardshrink, "threshold": lambda x: F.threshold(x, 0.1, -0.3),
@@ -603,7 +603,7 @@ def test_parts_are_shared_between_points_and_uses() -> None:
 
 
 @pytest.mark.parametrize("name, act", [
-    ("silu", F.silu), ("silu", lambda x: x * torch.sigmoid(x)), ("softplus", F.softplus), ("elu", F.elu),
+    ("silu", F.silu), ("silu", lambda x: x * torch.sigmoid(x)), ("softplus", F.softplus), ("elu", F.elu), ("gelu", F.gelu),
     ("tanh", torch.tanh), ("relu", torch.relu), ("sin", torch.sin), ("cube", lambda x: x**3), ("cube", lambda x: x * x * x),
 ])
 def test_activations_are_known_to_engines(name: str, act) -> None:

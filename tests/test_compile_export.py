@@ -105,8 +105,8 @@ def test_training_in_a_graph_packs_once():
     eager = Density(other, "exact")
     optimizers = [torch.optim.SGD(f.parameters(), 0.05) for f in (field, other)]
     read, y = [], torch.randn(5, 3, dtype=F64)
-    original = operators._Program.read
-    operators._Program.read = staticmethod(lambda *arguments: (read.append(1), original(*arguments))[1])
+    original = operators._ReadBack.read
+    operators._ReadBack.read = staticmethod(lambda *arguments: (read.append(1), original(*arguments))[1])
     try:
         for _ in range(3):
             for function, optimizer in zip((graph, eager), optimizers):
@@ -114,12 +114,12 @@ def test_training_in_a_graph_packs_once():
                 function(y, UP).backward()
                 optimizer.step()
     finally:
-        operators._Program.read = original
+        operators._ReadBack.read = original
     for one, two in zip(field.parameters(), other.parameters()):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
     assert len(read) == 1
     parameter = weakref.ref(field.layers[0].values)
-    assert parameter() in operators._programs
+    assert parameter() in operators._read_back
     del field, module, graph, other, eager, optimizers, function, optimizer, one, two
     torch._dynamo.reset()
     gc.collect()

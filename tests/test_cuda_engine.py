@@ -234,13 +234,13 @@ def test_new_values_are_taken_over(sizes, kind, dense_above):  # noqa: F811
         engine = TestedEngine(field, kind and divergence.plan(field, kind))
         x, noise = states(9, field.dim)
         evaluate(engine, x, noise)
-        memory = engine._program("forward")[0].memory.data_ptr()
+        memory = engine._image("forward").memory.data_ptr()
         generator = torch.Generator().manual_seed(3)
         for stamp in (1, 2):
             field = field.map_tensors(lambda tensor: tensor + torch.randn(tensor.shape, generator=generator, dtype=F64).to(DEVICE))
             assert engine.update(field) and engine.stamp == stamp
             compare(engine, field, x, noise)
-        assert engine._program("forward")[0].memory.data_ptr() == memory
+        assert engine._image("forward").memory.data_ptr() == memory
 
 
 def test_another_pattern_or_dtype_needs_a_new_engine():

@@ -16,7 +16,7 @@ from test_cpu_engine import forms
 from sparseflow_kernels import divergence
 from sparseflow_kernels.activations import ACTIVATIONS
 from sparseflow_kernels.divergence_field import with_divergence
-from sparseflow_kernels.engines import cuda as cuda_engine
+from sparseflow_kernels.engines import cuda_solve
 from sparseflow_kernels.engines.reference import ReferenceEngine
 from sparseflow_kernels.field import Activation
 from sparseflow_kernels.numerics.step_control import StepOptions
@@ -197,7 +197,7 @@ def test_solves_of_many_tiles(place, kind, dense_above):  # noqa: F811
 
 
 def test_a_solve_longer_than_expected(monkeypatch):
-    monkeypatch.setattr(cuda_engine, "FIRST_CAPACITY", 2)
+    monkeypatch.setattr(cuda_solve, "FIRST_CAPACITY", 2)
     for capacity in (1, 2, 1000):
         def use(engine, capacity=capacity):
             engine._capacity = capacity

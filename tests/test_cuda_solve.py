@@ -15,7 +15,7 @@ from cuda_cases import (  # noqa: F401
 from test_cpu_solve import square_field
 
 from sparseflow_kernels import divergence
-from sparseflow_kernels.engines import cuda as cuda_engine
+from sparseflow_kernels.engines import cuda_solve
 from sparseflow_kernels.engines.reference import ReferenceEngine
 from sparseflow_kernels.numerics.step_control import StepOptions
 from sparseflow_kernels.numerics.tableaus import ADAPTIVE, FIXED
@@ -282,7 +282,7 @@ def test_steps_are_told(method, record):
 @pytest.mark.parametrize("capacity", [1, 2, 1000])
 def test_a_solve_longer_than_expected_is_recorded_whole(capacity, monkeypatch):
     """However little memory is set aside for it at first, and whatever earlier solves took."""
-    monkeypatch.setattr(cuda_engine, "FIRST_CAPACITY", 2)
+    monkeypatch.setattr(cuda_solve, "FIRST_CAPACITY", 2)
     ours, _ = engines(field_of(), "exact")
     x, _ = states(9, 3)
     request = request_of(ours, x, times=(0.0, 1.0, 3.0), tolerance=1e-6, record=True)

@@ -9,14 +9,21 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import gpu_clock
+import gpu_device
+import gpu_diffrax
+import gpu_measure
+import gpu_report
+import gpu_sanitize
+import gpu_sanitized_case
+import gpu_setting
+import gpu_suite
 import pytest
 import torch
 import typer
 from cpu_cases import isolated_environment
+from gpu_suite import Budget, Item, Results
 from typer.testing import CliRunner
-
-from sparseflow_kernels.analysis import gpu_diffrax, gpu_measure, gpu_report, gpu_sanitize, gpu_suite
-from sparseflow_kernels.analysis.gpu_suite import Budget, Item, Results
 
 SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.py"
 
@@ -208,7 +215,7 @@ def test_the_supervisor_passes_on_the_exit_code(tmp_path, code):
 
 def test_rounds_are_in_turn_and_ratios_are_of_rounds():
     order, now = [], Watch()
-    durations = {"ours": 0.1, gpu_measure.BASELINE: 0.45}
+    durations = {"ours": 0.1, gpu_clock.BASELINE: 0.45}
 
     def clock(run):
         name = run()
@@ -217,20 +224,20 @@ def test_rounds_are_in_turn_and_ratios_are_of_rounds():
         return durations[name] * (1 + 0.5 * (now.now > 10))  # the machine slows down
 
     runs = {name: (lambda name=name: name) for name in durations}
-    rounds = gpu_measure.in_turn(runs, durations, clock, seconds=0.0, least=3)
-    assert order == (["ours"] * 4 + [gpu_measure.BASELINE]) * 3
-    found = gpu_measure.figures(rounds, "ours", 10)
+    rounds = gpu_clock.in_turn(runs, durations, clock, seconds=0.0, least=3)
+    assert order == (["ours"] * 4 + [gpu_clock.BASELINE]) * 3
+    found = gpu_clock.figures(rounds, "ours", 10)
     assert found["ratio"] == pytest.approx(4.5) and found["samples"] == 12 and found["best"] == 0.1
     assert found["per_evaluation"] == pytest.approx(found["median"] / 10)
-    assert gpu_measure.figures(rounds, gpu_measure.BASELINE, 10)["ratio"] == 1.0
-    assert gpu_measure.figures({"ours": rounds["ours"]}, "ours", 10)["ratio"] is None
-    assert len(gpu_measure.in_turn(runs, durations, clock, seconds=1e9, most=5)["ours"]) == 5
+    assert gpu_clock.figures(rounds, gpu_clock.BASELINE, 10)["ratio"] == 1.0
+    assert gpu_clock.figures({"ours": rounds["ours"]}, "ours", 10)["ratio"] is None
+    assert len(gpu_clock.in_turn(runs, durations, clock, seconds=1e9, most=5)["ours"]) == 5
 
 
 def test_warming_up_runs_thrice_or_twice_where_it_takes_long():
     for one, runs in ((0.1, 3), (9.0, 2)):
         seen = []
-        first, last = gpu_measure.warm(lambda: seen.append(1) or len(seen), lambda run: (run(), one)[1], seconds=1.0)
+        first, last = gpu_clock.warm(lambda: seen.append(1) or len(seen), lambda run: (run(), one)[1], seconds=1.0)
         assert (first, last, len(seen)) == (1, one, runs)
 
 
@@ -267,11 +274,11 @@ class FakeEngine:
     (0.001, 1.0, 3, ""), (0.05, 1.0, 1, ""), (0.1, 0.5, 1, "of the first 50% of the solve"), (2.0, None, None, "too long to try 3 shapes"),
 ])
 def test_tuning_fits_into_its_time(seconds, end, repeats, remark):
-    setting = gpu_measure.Setting.of_dry_run(Path("."))
-    shop, spec = gpu_measure.Workshop(setting), setting.fields[1]
+    setting = gpu_setting.Setting.of_dry_run(Path("."))
+    shop, spec = gpu_setting.Workshop(setting), setting.fields[1]
     problem = shop.problem(spec, 0.5, 16)
     x, l = problem.state()  # noqa: E741
-    request = gpu_measure._request(shop.compiled(spec, 0.5, "reference"), x, l, problem.noise, {}, 1.0)
+    request = gpu_setting.request_to(shop.compiled(spec, 0.5, "reference"), x, l, problem.noise, {}, 1.0)
     engine = FakeEngine(seconds)
     table, said = gpu_measure.tune(engine, request, lambda run: (run(), seconds)[1], seconds=0.9)
     assert remark in said and (not remark) == (not said)
@@ -283,16 +290,16 @@ def test_tuning_fits_into_its_time(seconds, end, repeats, remark):
 
 
 def test_a_smaller_batch_is_the_beginning_of_a_larger_one():
-    setting = gpu_measure.Setting.of_dry_run(Path("."))
-    shop, spec = gpu_measure.Workshop(setting), setting.fields[1]
+    setting = gpu_setting.Setting.of_dry_run(Path("."))
+    shop, spec = gpu_setting.Workshop(setting), setting.fields[1]
     small, large = (shop.problem(spec, 0.5, batch) for batch in setting.batches)
     assert torch.equal(small.x, large.x[:16]) and torch.equal(small.noise, large.noise[:16]) and len(large.x) == 33
     assert shop.compiled(spec, 0.5, "cpu" if "cpu" in setting.engines else "reference").nnz == shop.field(spec, 0.5).nnz
 
 
 def test_the_floor_counts_a_quarter_of_the_rate_for_sparse_rows():
-    setting = gpu_measure.Setting.of_dry_run(Path("."))
-    shop, spec = gpu_measure.Workshop(setting), setting.fields[1]
+    setting = gpu_setting.Setting.of_dry_run(Path("."))
+    shop, spec = gpu_setting.Workshop(setting), setting.fields[1]
     compiled, problem = shop.compiled(spec, 0.5, "reference"), shop.problem(spec, 0.5, 16)
     assert gpu_measure.floor_of(setting, compiled, problem, 10) is None
     setting.rates.update(fma_per_s=1e6, launch_s=0.25)
@@ -405,7 +412,7 @@ def invoke(*arguments):
 
 def test_every_measuring_function_runs_on_the_cpu(tmp_path):
     pytest.importorskip("sparseflow_kernels._cpu", reason="the CPU extension is not built")
-    setting = gpu_measure.Setting.of_dry_run(SCRIPT.parents[1])
+    setting = gpu_setting.Setting.of_dry_run(SCRIPT.parents[1])
     only = ["device", "rates", "barrier", "solve/power/k1/b16", "solve/toy/k0.5/b33/cpu", "launches/power"]
     items = gpu_suite.chosen(gpu_measure.items(setting), only)
     results = results_at(tmp_path / "x.json")
@@ -432,7 +439,7 @@ def test_every_measuring_function_runs_on_the_cpu(tmp_path):
 
 
 def test_every_item_has_its_place():
-    names = [item.name for item in gpu_measure.items(gpu_measure.Setting(torch.device("cpu"), None, gpu_measure.specs(gpu_measure.FIELD_NAMES)))]
+    names = [item.name for item in gpu_measure.items(gpu_setting.Setting(torch.device("cpu"), None, gpu_setting.specs(gpu_setting.FIELD_NAMES)))]
     assert len(names) == len(set(names)) == 3 + 5 * 5 * 2 * 2 + 5 + 5 * 2 + 5 + 4
     solves = [name.split("/")[2] for name in names if name.startswith("solve/")]
     assert list(dict.fromkeys(solves)) == ["k0.1", "k1", "k0.02", "k0.5", "k0.2"]
@@ -441,7 +448,7 @@ def test_every_item_has_its_place():
 
 
 def test_the_case_for_the_sanitizer_runs(capsys):
-    gpu_sanitize.main("reference")
+    gpu_sanitized_case.main("reference")
     assert "reference: finite" in capsys.readouterr().out
 
 
@@ -481,7 +488,7 @@ def test_the_command_refuses(tmp_path):
 
 def test_without_a_gpu_the_message_names_what_was_found(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(gpu_measure, "build_info", lambda: {"cuda": {"reason": "the driver is on holiday"}})
+    monkeypatch.setattr(gpu_device, "build_info", lambda: {"cuda": {"reason": "the driver is on holiday"}})
     ran = invoke("--out", str(tmp_path))
     assert ran.exit_code == 2 and not list(tmp_path.iterdir())
     for part in ("torch.cuda.is_available() is False", "the driver is on holiday", "--dry-run"):
@@ -492,7 +499,7 @@ def test_the_rate_kernel_is_multiply_adds_and_nothing_else():
     pytest.importorskip("triton")
     code = (
         "from triton.compiler import ASTSource\nfrom triton.backends.compiler import GPUTarget\nimport triton\n"
-        "from sparseflow_kernels.analysis import gpu_fma as g\n"
+        "import gpu_fma as g\n"
         "types = {'out': '*fp32', 'factor': 'fp32', 'term': 'fp32', 'loops': 'i32', 'BLOCK': 'constexpr', 'UNROLL': 'constexpr'}\n"
         "source = ASTSource(fn=g.multiply_adds, signature=types, constexprs={'BLOCK': g.BLOCK, 'UNROLL': g.UNROLL})\n"
         "ptx = triton.compile(source, target=GPUTarget('cuda', 90, 32), options={'num_warps': g.WARPS}).asm['ptx']\n"

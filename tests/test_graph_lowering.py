@@ -8,7 +8,7 @@ import torch
 from random_graphs import random_graph
 from sparseflow_kernels import divergence
 from sparseflow_kernels.engines import graph_cpu, reference_engine
-from sparseflow_kernels.engines.graph_cpu import GraphCpuEngine
+from sparseflow_kernels.engines.graph_cpu import GraphCpuEngine, sums_of
 from sparseflow_kernels.field import Activation, Graph, GraphField, Matrix, Part, Pattern
 from sparseflow_kernels.field.graph import CONTEXT
 
@@ -61,7 +61,7 @@ def test_programs_of_random_graphs(seed, kind):
             adjoint = engine._program(True, tuple(more))
             rows = engine._context(adjoint, context, noise, n)
             pulled, of_rows, raw = adjoint.native.back(t, point, grad_f, grad_trace, rows)
-            found, of_time = engine._gradient(adjoint, raw, context, noise, of_rows, WANTED)
+            found, of_time = engine._gradient(adjoint, sums_of(adjoint.writer, raw), context, noise, of_rows, WANTED)
             wanted = reference.evaluate_backward(times, x, noise, grad_f, grad_trace, WANTED, context=context)
             of_x, *others = pulled.split([field.dim, *(node.rows for node in more)], 1)
             others = dict(zip((node.name for node in more), others))
@@ -141,3 +141,27 @@ def test_slices_and_concatenations_move_nothing():
     field = GraphField(g, state, time, None, out, parts, torch.device("cpu"), torch.float64)
     body, _ = lists(field)
     assert [op[0] for op in body] == ["affine", "affine", "pointwise"]  # the last one copies v into its place
+
+
+def norm(g, parts, x):
+    """LayerNorm with its two vectors."""
+    centred = g.sub(x, g.scaled(g.total(x), 1.0 / x.rows))
+    variance = g.scaled(g.total(g.square(centred)), 1.0 / x.rows)
+    parts += [Part(torch.randn(x.rows).double()), Part(torch.randn(x.rows).double())]
+    scaled = g.mul(g.mul(centred, g.apply("rsqrt", g.add(variance, g.number(1e-5)))), g.vector(len(parts) - 2, x.rows))
+    return g.add(scaled, g.vector(len(parts) - 1, x.rows))
+
+
+@pytest.mark.parametrize("kind", [None, "hutchinson"])
+def test_sums_of_rows_are_taken_along_by_pointwise_operations(kind):
+    g, parts = Graph(), []
+    state, time, _ = GraphField.inputs(g, 6)
+    out = layer(g, parts, layer(g, parts, norm(g, parts, state), 8, "tanh"), 6)
+    field = GraphField(g, state, time, None, out, parts, torch.device("cpu"), torch.float64)
+    body, engine = lists(field, kind)
+    for program, name in ((engine._program(False), "body"), (engine._program(True), "reverse")):
+        b = program.native.b
+        totals = [total for op in b.lists[name] if op[0] == "pointwise" for total in op[6]]
+        assert len(totals) >= (4 if kind and name == "body" else 2)  # the mean, the variance, and their tangents
+        sizes = [b.matrices[op[1]]["shape"] for op in b.lists[name] if op[0] in ("affine", "product")]
+        assert (1, 6) not in sizes

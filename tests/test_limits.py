@@ -117,8 +117,8 @@ def _refusal(engine, field) -> str:
         if engine is CudaEngine:
             patch.setattr(engine, "native", staticmethod(lambda: None))
             patch.setattr(engine, "device_type", "cpu")
-            patch.setattr("sparseflow_kernels.engines.cuda.cuda_obstacle", lambda *_: None)
-            patch.setattr("sparseflow_kernels.engines.cuda._probe", lambda *_: None)
+            patch.setattr("sparseflow_kernels.engines.cuda_device.cuda_obstacle", lambda *_: None)
+            patch.setattr("sparseflow_kernels.engines.cuda_device.probe", lambda *_: None)
         else:
             patch.setenv("TRITON_INTERPRET", "1")
         return engine.unsupported(field) or ""

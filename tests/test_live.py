@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import sparseflow_kernels as sfk
 import torch
 import torchdiffeq
+from sparseflow_kernels.live import Watch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -177,3 +179,38 @@ def test_counters_and_the_context_compile_nothing_anew(monkeypatch):
     other.given = torch.randn(6, 16)
     assert field.has_context and not field._watch.changed()
     torch.testing.assert_close(field(T[0], y), other(T[0], y))
+def zeroed(dtype=torch.float32):
+    """A chain with exact zeros in two weights."""
+    torch.manual_seed(0)
+    module = Chain().to(dtype)
+    for layer in (module.a, module.b):
+        layer.weight.data[torch.rand(layer.weight.shape) < 0.5] = 0.0
+    return module
+
+
+def test_a_live_field_is_copied_and_pickled_with_its_module():
+    field = sfk.compile(zeroed(), live=True)
+    y = torch.randn(4, 3)
+    wanted = field(0.0, y)
+    for twin in (copy.deepcopy(field), pickle.loads(pickle.dumps(field))):
+        assert torch.equal(twin(0.0, y), wanted)
+        twin(0.0, y).sum().backward()
+        assert all(p.grad is not None for p in twin.module.parameters())
+        assert all(p.grad is None for p in field.module.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_entries_that_come_back_are_seen(dtype):
+    module = zeroed(dtype)
+    watch = Watch(module)
+    assert not watch.changed()
+    with torch.no_grad():
+        module.b.weight.mul_(1.5)
+        module.c.weight.zero_()  # nothing there was zero
+        assert not watch.changed()
+        place = int((module.b.weight.reshape(-1) == 0).nonzero()[-1])
+        for number, changed in ((-0.0, False), (2.0**-20, True), (float("nan"), True), (float("inf"), True), (0.0, False)):
+            module.b.weight.view(-1)[place] = number
+            assert watch.changed() == changed, number
+        module.b.weight.data = module.b.weight.t()  # its zeros lie elsewhere
+        assert watch.changed()

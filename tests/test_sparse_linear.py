@@ -16,7 +16,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.utils import parametrize, prune
 
 import sparseflow_kernels as sfk
-from sparseflow_kernels import SparseLinear, _cpu, sparse_linear, threads
+from sparseflow_kernels import SparseLinear, _cpu, threads
+from sparseflow_kernels.products import packed
 from sparseflow_kernels.field import Pattern
 
 F32, F64 = torch.float32, torch.float64
@@ -460,7 +461,7 @@ def test_compiled_whole():
     linear = pruned(7, 7)
     model = nn.Sequential(SparseLinear.from_linear(linear), nn.Tanh(), SparseLinear.from_linear(pruned(4, 7)))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    packed = len(sparse_linear._packed)
+    before = len(packed._packed)
     for batch in (3, 5, 6):
         x = torch.randn(batch, 7, dtype=F64, requires_grad=True)
         assert torch.equal(compiled(x), model(x))
@@ -470,7 +471,7 @@ def test_compiled_whole():
     with torch.no_grad():
         model[0].values.mul_(2)
         assert torch.equal(compiled(x), model(x))
-    assert len(sparse_linear._packed) <= packed + 2  # a graph finds what eager calls have packed
+    assert len(packed._packed) <= before + 2  # a graph finds what eager calls have packed
 
 
 def test_exported():
@@ -634,12 +635,12 @@ def test_a_backend_that_cannot_run_here():
     if not triton.knobs.runtime.interpret:
         with pytest.raises(RuntimeError, match='backend="triton" needs tensors on a CUDA device, not on cpu'):
             layer(torch.randn(2, 7))
-    where = sparse_linear._Where(layer.row_ptr, layer.col, 7, "auto")
-    packed = sparse_linear._packed_of(where)
+    where = packed.Where(layer.row_ptr, layer.col, 7, "auto")
+    matrices = packed.packed_of(where)
     with pytest.raises(RuntimeError, match='kernels for the CPU and for CUDA, the tensors are on mps.*backend="torch"'):
-        packed.matrix("auto", torch.device("mps"))
+        matrices.matrix("auto", torch.device("mps"))
     with pytest.raises(RuntimeError, match='backend="cpu" needs tensors on the CPU, the tensors are on cuda:0'):
-        packed.matrix("cpu", torch.device("cuda:0"))
+        matrices.matrix("cpu", torch.device("cuda:0"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

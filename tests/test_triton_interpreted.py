@@ -14,7 +14,7 @@ from cpu_cases import isolated_environment
 
 pytest.importorskip("triton")
 
-FILES = ("elementwise", "matrix", "engine", "solve", "gradients")
+FILES = ("elementwise", "matrix", "engine", "solve", "gradients", "graph")
 
 
 @pytest.mark.parametrize("name", FILES)

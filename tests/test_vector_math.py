@@ -65,6 +65,8 @@ def _exact(name: str, z: np.ndarray, *params: float) -> tuple[np.ndarray, np.nda
         return value.numpy(), rule.first(x, beta, threshold).numpy()
     if name == "tanh":
         return torch.tanh(x).numpy(), (1.0 / torch.cosh(x.clamp(-300, 300)).square()).numpy()
+    if name == "gelu":
+        return (0.5 * x * torch.special.erfc(-(0.5**0.5) * x)).numpy(), rule.first(x).numpy()
     return rule.value(x, *(params or rule.defaults)).numpy(), rule.first(x, *(params or rule.defaults)).numpy()
 
 
@@ -89,6 +91,7 @@ VALUE_ULPS = {
     "tanh": (5, None), "sigmoid": (5, None), "softplus": (5, None), "elu": (8, None),
     "silu": (8, lambda x: x > -87.0),  # below, sigmoid is denormal, and its rounding error is multiplied by x
     "sin": (4, lambda x: np.abs(x) <= 8192.0),
+    "gelu": (12, lambda x: x > -5.0),  # below, the rounding of x^2 is an error of so many ULP behind an exponential
 }  # fmt: skip
 
 
@@ -157,6 +160,7 @@ LIMITS = {  # value and slope at +inf, value and slope at -inf; None: not asked 
     "softplus": (np.inf, 1.0, 0.0, 0.0), "relu": (np.inf, 1.0, 0.0, 0.0), "elu": (np.inf, 1.0, -1.0, 0.0),
     "silu": (np.inf, None, None, None), "sin": (np.nan, np.nan, np.nan, np.nan),
     "square": (np.inf, np.inf, np.inf, -np.inf), "cube": (np.inf, np.inf, -np.inf, np.inf),
+    "gelu": (np.inf, 1.0, None, 0.0),
 }  # fmt: skip
 
 
@@ -220,7 +224,7 @@ def test_float64(name, isa):
     scale, slope_scale = np.abs(wanted) + 1e-300, np.abs(wanted_slope) + 1e-300
     if name == "sin":
         scale = slope_scale = 1.0
-    if name in ("tanh", "elu", "silu"):  # slopes are differences there
+    if name in ("tanh", "elu", "silu", "gelu"):  # slopes are differences there
         slope_scale = np.maximum(slope_scale, 1.0)
     assert worst(f"{name} {isa}", np.abs(value - wanted) / scale, z) <= 1e-14
     assert worst(f"{name}' {isa}", np.abs(slope - wanted_slope) / slope_scale, z) <= 1e-14

@@ -138,8 +138,9 @@ class Builder {
   }
   using Input = std::tuple<int, int, int, bool>;   // (buffer, slot, row, broadcast)
   using Numbers = std::tuple<int, int, bool>;      // (vector, first, broadcast)
+  using Total = std::pair<int, Ref>;               // (place, row)
   void pointwise(int expression, int rows, const std::vector<Input>& inputs, const std::vector<Numbers>& vectors, const std::vector<Ref>& outputs,
-                 const std::string& list) {
+                 const std::string& list, const std::vector<Total>& totals) {
     Op op;
     op.kind = OpKind::kPointwise;
     op.expression = expression;
@@ -147,6 +148,7 @@ class Builder {
     for (const auto& [buffer, slot, row, broadcast] : inputs) op.inputs.push_back({{buffer, slot, row}, broadcast});
     for (const auto& [vector, first, broadcast] : vectors) op.vectors.push_back({vector, first, broadcast});
     for (const Ref& out : outputs) op.outputs.push_back(operand(out));
+    for (const auto& [place, row] : totals) op.totals.push_back({place, operand(row)});
     ops(list).push_back(op);
   }
   int sum(int size, bool each_stage) {
@@ -312,7 +314,7 @@ py::class_<Builder<T>> bind_builder(py::module_& m, const char* name) {
       .def("expression", &Builder<T>::expression, py::arg("inputs"), py::arg("vectors"), py::arg("outputs"), py::arg("registers"), py::arg("op"),
            py::arg("to"), py::arg("a"), py::arg("b"), py::arg("c"), py::arg("number"), "an elementwise function, instruction by instruction (csrc/expression.h)")
       .def("pointwise", &Builder<T>::pointwise, py::arg("expression"), py::arg("rows"), py::arg("inputs"), py::arg("vectors"), py::arg("outputs"),
-           py::arg("list") = "body")
+           py::arg("list") = "body", py::arg("totals") = std::vector<typename Builder<T>::Total>{})
       .def("sum", &Builder<T>::sum, py::arg("size"), py::arg("each_stage"))
       .def("sum_of_matrix", &Builder<T>::sum_of_matrix, py::arg("matrix"), py::arg("sum"))
       .def("sums_of_modulation", &Builder<T>::sums_of_modulation, py::arg("modulation"), py::arg("shift"), py::arg("gate"))

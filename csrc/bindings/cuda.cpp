@@ -58,6 +58,11 @@ DeviceProgram program_at(const Image<T>& image, uintptr_t at) {
   return program;
 }
 
+void check_graph(const DeviceProgram& program, uintptr_t context, bool own_times, const char* what) {
+  if (program.context.row >= 0 && context == 0) throw std::invalid_argument(std::string(what) + ": this program needs a context");
+  if (own_times && !program.time_in_input) throw std::invalid_argument(std::string(what) + ": this program has one time for all samples");
+}
+
 // Blocks that a multiprocessor takes at once, by the driver.
 template <class T>
 int occupancy(const Image<T>& image, const Plan& plan, const py::object& device) {
@@ -69,7 +74,7 @@ int occupancy(const Image<T>& image, const Plan& plan, const py::object& device)
 
 template <class T>
 void evaluate(const Image<T>& self, const Plan& plan, uintptr_t image, const py::object& device, const py::object& blocks, uintptr_t stream, uintptr_t global,
-              const py::object& batch, uintptr_t x, uintptr_t noise, double time_value, uintptr_t time, uintptr_t f, uintptr_t trace) {
+              const py::object& batch, uintptr_t x, uintptr_t noise, double time_value, uintptr_t time, uintptr_t f, uintptr_t trace, uintptr_t context, bool own_times) {
   SolveParams<T> p;
   p.program = program_at(self, image);
   p.plan = plan.block;
@@ -82,6 +87,8 @@ void evaluate(const Image<T>& self, const Plan& plan, uintptr_t image, const py:
   p.f = address<T>(f), p.f_trace = address<T>(trace);
   p.time = address<T>(time);
   p.time_value = T(time_value);
+  p.context = address<T>(context), p.own_times = own_times;
+  check_graph(p.program, context, own_times, "evaluate");
   if (trace != 0 && p.program.noise.row >= 0 && noise == 0) throw std::invalid_argument("evaluate: this program needs noise");
   py::gil_scoped_release release;
   check(launch_solve<T>(p, instance_of(plan), launch), "the evaluation's launch");
@@ -101,10 +108,21 @@ void solve(const Image<T>& self, const Plan& plan, const py::dict& a) {
   const bool shared = a["shared"].cast<bool>();
   p.control = shared ? Control::kShared : Control::kPerTile;
   p.tableau = a["tableau"].cast<const DeviceTableau&>();
-  const auto rtol = a["rtol"].cast<std::pair<py::object, py::object>>(), atol = a["atol"].cast<std::pair<py::object, py::object>>();
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  p.rtol[0] = real(rtol.first, "rtol", 0.0, kInfinity), p.rtol[1] = real(rtol.second, "rtol", 0.0, kInfinity);
-  p.atol[0] = real(atol.first, "atol", 0.0, kInfinity), p.atol[1] = real(atol.second, "atol", 0.0, kInfinity);
+  const auto parts = a["parts"].cast<std::vector<int>>();  // rows of the tensors of the state; the log-density comes behind them
+  const auto rtol = a["rtol"].cast<std::vector<py::object>>(), atol = a["atol"].cast<std::vector<py::object>>();
+  const size_t components = parts.size() + p.program.divergence;
+  if (parts.empty() || components > size_t(kMaxComponents)) throw std::invalid_argument("solve: from 1 to " + std::to_string(kMaxComponents) + " components, not " + std::to_string(components));
+  if (rtol.size() != components || atol.size() != components) throw std::invalid_argument("solve: a tolerance for every component is needed");
+  int64_t rows = 0;
+  for (size_t i = 0; i < components; ++i) {
+    const int own = i < parts.size() ? parts[i] : 1;
+    if (own < 1) throw std::invalid_argument("solve: a component has no rows");
+    rows += own;
+    if (rows > p.program.dim + p.program.divergence) throw std::invalid_argument("solve: the components have more rows than the state");
+    p.add_component(own, real(rtol[i], "rtol", 0.0, kInfinity), real(atol[i], "atol", 0.0, kInfinity));
+  }
+  if (rows != p.program.dim + p.program.divergence) throw std::invalid_argument("solve: the components have fewer rows than the state");
   const StepOptions options = options_of(a["options"]);
   p.rule = options;
   p.first_step = options.first_step;
@@ -126,6 +144,8 @@ void solve(const Image<T>& self, const Plan& plan, const py::dict& a) {
   if (p.record && !shared) throw std::invalid_argument("solve: tiles that step on their own record no common steps");
   p.states = address<T>(at("states")), p.derivatives = address<T>(at("derivatives"));
   p.x_slopes = address<T>(at("x_slopes")), p.l_slopes = address<T>(at("l_slopes"));
+  p.context = address<T>(at("context"));
+  check_graph(p.program, at("context"), false, "solve");
   if (p.program.noise.row >= 0 && p.noise == nullptr) throw std::invalid_argument("solve: this program needs noise");
   if (p.program.divergence && (p.l == nullptr || p.ls == nullptr)) throw std::invalid_argument("solve: a divergence needs l");
   if (p.n_times < 1) throw std::invalid_argument("solve: no output times");
@@ -150,6 +170,10 @@ void backward(const Image<T>& self, const Plan& plan, const py::dict& a) {
   p.sums = address<T>(at("sums")), p.stage_sums = address<T>(at("stage_sums"));
   p.grad_x = address<T>(at("grad_x")), p.grad_l = address<T>(at("grad_l"));
   p.evaluate = a["evaluate"].cast<bool>();
+  p.context = address<T>(at("context")), p.grad_context = address<T>(at("grad_context"));
+  p.own_times = a["own_times"].cast<bool>(), p.grad_times = address<T>(at("grad_times"));
+  check_graph(p.program, at("context"), p.own_times, "backward");
+  if (p.own_times && (!p.evaluate || p.grad_times == nullptr)) throw std::invalid_argument("backward: times of the samples' own need a place for their gradient");
   if (p.evaluate) {
     p.tableau = {};
     p.tableau.stages = 1;
@@ -202,6 +226,8 @@ void bind(py::module_& m, const char* builder, const char* name) {
              out["gate_slope"] = p.gate_slope, out["gate_offset"] = p.gate_offset, out["shift_slope"] = p.shift_slope, out["shift_offset"] = p.shift_offset;
              return out;
            }, py::arg("modulation"), "where its arrays begin in the image, as numbers; -1: it has none")
+      .def("vector_place", [](const I& i, int n) { return i.vectors.at(n); }, py::arg("vector"), "where its numbers begin in the image, as numbers")
+      .def("vector_gradient", [](const I& i, int n) { return range_of<T>(i.vector_gradients.at(n)); }, py::arg("vector"))
       .def("matrix_gradient", [](const I& i, int n) { return range_of<T>(i.matrix_gradients.at(n)); }, py::arg("matrix"))
       .def("modulation_gradients", [](const I& i, int n) {
              const auto& t = i.time_gradients.at(n);
@@ -218,7 +244,7 @@ void bind(py::module_& m, const char* builder, const char* name) {
            "the launch shapes that fit, the one expected to be the quickest first")
       .def("occupancy", &occupancy<T>, py::arg("plan"), py::arg("device"), "blocks a multiprocessor takes at once")
       .def("evaluate", &evaluate<T>, py::arg("plan"), py::arg("image"), py::arg("device"), py::arg("blocks"), py::arg("stream"), py::arg("global_memory"), py::arg("batch"),
-           py::arg("x"), py::arg("noise"), py::arg("time_value"), py::arg("time"), py::arg("f"), py::arg("trace"))
+           py::arg("x"), py::arg("noise"), py::arg("time_value"), py::arg("time"), py::arg("f"), py::arg("trace"), py::arg("context") = 0, py::arg("own_times") = false)
       .def("solve", &solve<T>, py::arg("plan"), py::arg("arguments"))
       .def("backward", &backward<T>, py::arg("plan"), py::arg("arguments"));
 }
@@ -230,6 +256,8 @@ void bind(py::module_& m, const char* builder, const char* name) {
 SF_MODULE(SPARSEFLOW_MODULE_NAME, m) {
   m.doc() = "The CUDA engine: whole solves of sparse vector fields in one launch.";
   m.attr("SUMS") = kSums;
+  m.attr("REGISTERS") = kRegisters;
+  m.attr("COMPONENTS") = kMaxComponents;
   py::class_<DeviceTableau>(m, "Tableau", py::module_local(), "A Runge-Kutta method, checked, as kernels take it.")
       .def(py::init([](const py::dict& tableau) { return device_tableau(tableau_of(tableau)); }), py::arg("tableau"));
   py::class_<Plan>(m, "Plan", py::module_local(), "How a kernel would be launched (csrc/cuda/plan.h).")

@@ -1,7 +1,10 @@
-// A copy of the numbers that an engine was packed with, to tell whether they are still the same.
+// What a field's numbers were when it was packed: a copy of them, to tell whether they are still the same, and which of
+// them were zero.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <vector>
 
@@ -37,10 +40,44 @@ class Snapshot {
   std::vector<char> kept_;
 };
 
+// Floating point numbers, as their bits: which of them are zero, of either sign.
+template <class Bits>
+class Zeros {
+ public:
+  Zeros(uintptr_t address, size_t count) : mask_(count) {
+    const Bits* const x = reinterpret_cast<const Bits*>(address);
+    for (size_t i = 0; i < count; ++i) mask_[i] = (x[i] & kButSign) == 0 ? kButSign : 0;
+  }
+  bool still(uintptr_t address) const {
+    constexpr size_t kBlock = 4096;
+    const Bits* const x = reinterpret_cast<const Bits*>(address);
+    for (size_t first = 0; first < mask_.size(); first += kBlock) {
+      const size_t last = std::min(mask_.size(), first + kBlock);
+      Bits found = 0;
+      for (size_t i = first; i < last; ++i) found |= x[i] & mask_[i];
+      if (found) return false;
+    }
+    return true;
+  }
+
+ private:
+  static constexpr Bits kButSign = static_cast<Bits>(~Bits(0)) >> 1;
+  std::vector<Bits> mask_;
+};
+
+template <class Bits>
+void bind_zeros(py::module_& m, const char* name) {
+  py::class_<Zeros<Bits>>(m, name, "Which of some numbers, contiguous in memory that the caller has checked, are zero.")
+      .def(py::init<uintptr_t, size_t>(), py::arg("address"), py::arg("count"))
+      .def("still", &Zeros<Bits>::still, py::arg("address"), "whether those are zero in as many numbers here");
+}
+
 }  // namespace
 
 void bind_snapshot(py::module_& m) {
   py::class_<Snapshot>(m, "Snapshot", "A copy of pieces of memory that the caller has checked.")
       .def(py::init<const std::vector<uintptr_t>&, const std::vector<size_t>&>(), py::arg("addresses"), py::arg("bytes"))
       .def("same", &Snapshot::same, py::arg("addresses"), "whether these pieces, as large as then, hold what was copied");
+  bind_zeros<uint32_t>(m, "ZerosF32");
+  bind_zeros<uint64_t>(m, "ZerosF64");
 }

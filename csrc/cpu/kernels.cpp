@@ -92,7 +92,7 @@ void activation_of(T a, T b, const T* z, int n, T* h, T* slope, T* curvature) {
 }
 
 #define SF_FOR_EACH_ACTIVATION(X) \
-  X(kIdentity) X(kTanh) X(kSigmoid) X(kSoftplus) X(kRelu) X(kElu) X(kSilu) X(kSin) X(kSquare) X(kCube)
+  X(kIdentity) X(kTanh) X(kSigmoid) X(kSoftplus) X(kRelu) X(kElu) X(kSilu) X(kSin) X(kSquare) X(kCube) X(kGelu)
 
 template <class T>
 void activation(int which, T a, T b, const T* z, int n, T* h, T* slope, T* curvature) {

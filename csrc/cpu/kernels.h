@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../activations.h"
 #include "../expression.h"
 #include "../operations.h"
 
@@ -127,6 +128,10 @@ struct PointwisePlace {
   ptrdiff_t stride;   // bytes from row to row of a strip; 0: one row serves all
   ptrdiff_t advance;  // the same from strip to strip; 0: registers, whose rows the strips share
 };
+struct PointwiseTotal {
+  ptrdiff_t target;  // bytes in the workspace, of the row that a place's rows are summed up to
+  uint16_t place;
+};
 template <class T>
 struct RowNumbers {
   const T* values;
@@ -139,7 +144,8 @@ struct PointwiseArgs {
   const PointwisePlace* places;
   const RowNumbers<T>* numbers;
   const uint16_t* traces;  // places whose rows are added to `reduce`
-  int32_t n_steps, n_traces;
+  const PointwiseTotal* totals;
+  int32_t n_steps, n_traces, n_totals;
   int32_t rows, strip;     // all rows, and those of a strip
   int32_t row_vectors;     // machine vectors to a row of the tile
   T* reduce;
@@ -161,12 +167,12 @@ struct Kernels {
   int dense_rows[kWidths];              // 0: no dense groups at this width
   int dense_rows_tangent[kWidths];
 
-  RowKernel<T> affine[10][kWidths];          // by activation; primal only
-  RowKernel<T> affine_tangent[10][kWidths];  // the source rows carry a tangent in slot 1
+  RowKernel<T> affine[kActivations][kWidths];          // by activation; primal only
+  RowKernel<T> affine_tangent[kActivations][kWidths];  // the source rows carry a tangent in slot 1
   RowKernel<T> product[kWidths];
   RowKernel<T> reduction[kWidths];
   // the adjoint's; index [1] carries a tangent. Null for the widths they are not offered for.
-  RowKernel<T> keep[2][10][kWidths];
+  RowKernel<T> keep[2][kActivations][kWidths];
   RowKernel<T> pull[kSlopesFrom][2][kWidths];
   void (*gradient[2][kWidths])(const GradientArgs<T>&);
   void (*pointwise)(const PointwiseArgs<T>&);

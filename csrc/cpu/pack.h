@@ -46,6 +46,7 @@ struct PackedPointwise {
   std::vector<PointwiseStep<T>> steps;
   std::vector<PointwisePlace> places;
   std::vector<uint16_t> traces;
+  std::vector<PointwiseTotal> totals;
   int strip = 1;
 };
 

@@ -40,6 +40,10 @@ PackedOp<T> pack_pointwise(const Op& op, const Program<T>& program, Packed<T>& p
     }
   }
   for (int i = 0; i < e.registers; ++i) in_scratch();
+  for (const Op::Total& t : op.totals) {
+    const ptrdiff_t stride = packed.row_bytes(program.buffers[t.target.buffer]);
+    to.totals.push_back({packed.buffer_offset[t.target.buffer] + t.target.row * stride + t.target.slot * slot_bytes, static_cast<uint16_t>(t.place)});
+  }
   packed.scratch_bytes = std::max(packed.scratch_bytes, scratch);
   for (const Instruction& one : e.code) {
     const InstructKind& kind = kInstructKinds[static_cast<int>(one.op)];
@@ -63,6 +67,7 @@ void run_pointwise(const PackedOp<T>& op, const Packed<T>& packed, const Kernels
   args.places = p.places.data();
   args.numbers = numbers;
   args.traces = p.traces.data(), args.n_traces = static_cast<int32_t>(p.traces.size());
+  args.totals = p.totals.data(), args.n_totals = static_cast<int32_t>(p.totals.size());
   args.rows = op.op->rows, args.strip = p.strip;
   args.row_vectors = packed.width / kernels.lanes;
   args.reduce = reinterpret_cast<T*>(workspace + packed.reduce_offset);

@@ -137,15 +137,15 @@ void run_instruction(Instruct op, const Strip<T>& s, T number) {
 #undef SF_LIBRARY
 #undef SF_LIBRARY2
 
-// Adds the rows of traces to the sums over rows, in two levels as all reductions do.
+// Adds a strip's rows of some places to a sum over rows, in two levels as all reductions do: `part` is added to `total` after
+// every kRowsPerSum rows, and at the end.
 template <class T>
-SF_INLINE void add_rows(const PointwiseArgs<T>& args, int first, int rows, Vec<T>* part) {
+SF_INLINE void add_rows(const PointwiseArgs<T>& args, int first, int rows, const uint16_t* places, int n_places, Vec<T>* part, Vec<T>* total) {
   const int length = args.row_vectors;
-  Vec<T>* const total = reinterpret_cast<Vec<T>*>(args.reduce);
   for (int row = first; row < first + rows; ++row) {
-    for (int i = 0; i < args.n_traces; ++i) {
-      const PointwisePlace& place = args.places[args.traces[i]];
-      const Vec<T>* const x = reinterpret_cast<const Vec<T>*>(args.workspace + place.offset + (row - first) * place.stride);
+    for (int i = 0; i < n_places; ++i) {
+      const PointwisePlace& place = args.places[places[i]];
+      const Vec<T>* const x = reinterpret_cast<const Vec<T>*>(args.workspace + place.offset + first * place.advance + (row - first) * place.stride);
       for (int v = 0; v < length; ++v) part[v] += x[v];
     }
     if ((row + 1) % kRowsPerSum != 0 && row + 1 != args.rows) continue;
@@ -158,7 +158,12 @@ inline constexpr int kMostRowVectorsOfTile = 6;  // the widest tile's (kernels.c
 template <class T>
 void pointwise(const PointwiseArgs<T>& args) {
   const ptrdiff_t bytes = sizeof(Vec<T>);
-  Vec<T> part[kMostRowVectorsOfTile] = {};
+  Vec<T> part[1 + kMostTotals][kMostRowVectorsOfTile];  // of the traces, and of every total
+  for (int i = 0; i <= args.n_totals; ++i)
+    for (Vec<T>& v : part[i]) v = Vec<T>{};
+  auto total = [&](int i) { return reinterpret_cast<Vec<T>*>(args.workspace + args.totals[i].target); };
+  for (int i = 0; i < args.n_totals; ++i)
+    for (int v = 0; v < args.row_vectors; ++v) total(i)[v] = Vec<T>{};
   for (int first = 0; first < args.rows; first += args.strip) {
     const int rows = args.rows - first < args.strip ? args.rows - first : args.strip;
     for (int i = 0; i < args.n_steps; ++i) {
@@ -189,7 +194,8 @@ void pointwise(const PointwiseArgs<T>& args) {
       if (whole) s.length *= s.rows, s.rows = 1;
       run_instruction<T>(step.op, s, step.number);
     }
-    if (args.n_traces > 0) add_rows<T>(args, first, rows, part);
+    if (args.n_traces > 0) add_rows<T>(args, first, rows, args.traces, args.n_traces, part[0], reinterpret_cast<Vec<T>*>(args.reduce));
+    for (int i = 0; i < args.n_totals; ++i) add_rows<T>(args, first, rows, &args.totals[i].place, 1, part[1 + i], total(i));
   }
 }
 

@@ -66,6 +66,10 @@ SF_DEVICE Activated<T> activate_one(T z, T a, T b) {
     return {z * z, z + z, T(2)};
   } else if constexpr (Which == Activation::kCube) {
     return {z * z * z, T(3) * z * z, T(6) * z};
+  } else if constexpr (Which == Activation::kGelu) {
+    const T bounded = z > T(40) ? T(40) : z < T(-40) ? T(-40) : z;  // beyond, the density is zero
+    const T below = T(0.5) * erfc(T(-0.70710678118654752440) * z), density = T(0.39894228040143267794) * exp(T(-0.5) * bounded * bounded);
+    return {z * below, below + bounded * density, density * (T(2) - bounded * bounded)};
   } else {
     return {z, T(1), T(0)};
   }
@@ -86,6 +90,7 @@ SF_DEVICE Activated<T> activate(Activation which, T z, T a, T b) {
     SF_CASE(kSin)
     SF_CASE(kSquare)
     SF_CASE(kCube)
+    SF_CASE(kGelu)
 #undef SF_CASE
     default:
       return activate_one<Activation::kIdentity>(z, a, b);

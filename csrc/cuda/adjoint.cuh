@@ -8,6 +8,25 @@
 
 namespace sparseflow::cuda {
 
+// [samples][columns] -> rows of a tile. Beyond the batch there is the last sample again, whose slopes are what they are: those
+// of zeros might be infinite, and its cotangents of zero would become NaN. By itself, like the next one: it leaves its
+// callers their registers.
+template <class T>
+SF_CALLED void load_samples(const T* from, int columns, T* to, int first_sample, int count, int tile_log) {
+  for (int i = threadIdx.x; i < columns << tile_log; i += blockDim.x) {
+    const int s = i / columns, c = i - s * columns;
+    to[(c << tile_log) + s] = from[size_t(first_sample + (s < count ? s : count - 1)) * columns + c];
+  }
+}
+// rows of a tile are added to [samples][columns]
+template <class T>
+SF_CALLED void add_samples(const T* from, int columns, T* to, int first_sample, int count, int tile_log) {
+  for (int i = threadIdx.x; i < count * columns; i += blockDim.x) {
+    const int s = i / columns, c = i - s * columns;
+    to[size_t(first_sample) * columns + i] += from[(c << tile_log) + s];
+  }
+}
+
 template <class T, int V, bool Shared>
 struct Reversal {
   const AdjointParams<T>& in;
@@ -47,7 +66,8 @@ struct Reversal {
     tile = which;
     first_sample = tile * S;
     count = in.batch - first_sample < S ? in.batch - first_sample : S;
-    if (program.noise.row < 0) return;
+    if (program.context.row >= 0) load_columns(in.context, program.context_rows, block.rows_of(program.context));
+    if (program.noise.row < 0) return sync();
     T* const noise = block.rows_of(program.noise) + block.slot_of(program.noise);  // slot 1 of the input
     for (int i = threadIdx.x; i < S * dim; i += blockDim.x) {
       const int s = i / dim, c = i - s * dim;
@@ -55,13 +75,8 @@ struct Reversal {
     }
     sync();
   }
-  // [samples][dim] -> rows; zero beyond the batch, so that no sum notices
-  SF_DEVICE void load_rows(const T* from, T* to) {
-    for (int i = threadIdx.x; i < S * dim; i += blockDim.x) {
-      const int s = i / dim, c = i - s * dim;
-      to[c * S + s] = s < count ? from[size_t(first_sample) * dim + i] : T(0);
-    }
-  }
+  SF_DEVICE void load_columns(const T* from, int columns, T* to) { load_samples(from, columns, to, first_sample, count, block.tile_log); }
+  SF_DEVICE void load_rows(const T* from, T* to) { load_columns(from, dim, to); }
   SF_DEVICE T output_cotangent(int index, int i) const {
     const int c = i / S, s = i - c * S;
     if (s >= count) return T(0);
@@ -78,6 +93,8 @@ struct Reversal {
   }
   SF_DEVICE void prepare(T t) {
     if (program.dynamic_modulations) block.modulate(t, true);
+    if (program.time_in_input && !in.own_times)
+      for (int s = threadIdx.x; s < S; s += blockDim.x) block.row_of(program.input, dim)[s] = t;
     for (int s = threadIdx.x; s < S; s += blockDim.x) block.trace()[s] = T(0);
     sync();
     if (program.n_gated) {
@@ -100,11 +117,20 @@ struct Reversal {
   SF_DEVICE void pull(T t, const T* y, const T* of_k) {
     put(program.input, y, T(1), dim);
     put(program.cotangent, of_k, T(in.sign), dim);
-    if (program.divergence) put(program.trace_cotangent, of_k + size_t(dim) * S, T(-in.sign), 1);
+    if (program.divergence && program.trace_cotangent.row >= 0) put(program.trace_cotangent, of_k + size_t(dim) * S, T(-in.sign), 1);
     prepare(t);
     block.run(kKeep);
     block.run(kReverse, lasting, stage_sums);
     take_away(t);
+    give_away();
+  }
+
+  // What a graph's evaluation owes to the context and to the time, of the samples there are.
+  SF_DEVICE void give_away() {
+    if (program.context_cotangent.row >= 0 && in.grad_context != nullptr)
+      add_samples(block.rows_of(program.context_cotangent), program.context_rows, in.grad_context, first_sample, count, block.tile_log);
+    if (program.time_in_input && !in.own_times)
+      for (int s = threadIdx.x; s < count; s += blockDim.x) of_time += double(block.row_of(program.state_cotangent, dim)[s]);
   }
 
   // Sums whose meaning depends on time, into totals that do not.
@@ -304,8 +330,17 @@ struct Reversal {
     const T t = in.time != nullptr ? *in.time : in.time_value;
     for (int which = blockIdx.x; which < in.tiles; which += gridDim.x) {
       select(which);
-      load_rows(in.x, input(0));
-      load_rows(in.grad_f, k_cotangent(0));
+      if (in.own_times) {  // a column of x more than there are rows of the state
+        load_columns(in.x, dim + 1, block.rows_of(program.input));
+        sync();
+        for (int i = threadIdx.x; i < dim * S; i += blockDim.x) input(0)[i] = block.rows_of(program.input)[i];
+      } else {
+        load_rows(in.x, input(0));
+      }
+      for (int i = threadIdx.x; i < S * dim; i += blockDim.x) {
+        const int s = i / dim, c = i - s * dim;
+        k_cotangent(0)[c * S + s] = s < count ? in.grad_f[size_t(first_sample) * dim + i] : T(0);
+      }
       if (program.divergence)  // what the solver sees is the opposite of the trace
         for (int s = threadIdx.x; s < S; s += blockDim.x)
           k_cotangent(0)[dim * S + s] = in.grad_trace != nullptr && s < count ? -in.grad_trace[first_sample + s] : T(0);
@@ -314,6 +349,10 @@ struct Reversal {
       pull(t, input(0), k_cotangent(0));
       add_pulled(cotangent);
       store_gradient();
+      if (in.own_times) {
+        for (int s = threadIdx.x; s < count; s += blockDim.x) in.grad_times[first_sample + s] = block.row_of(program.state_cotangent, dim)[s];
+        sync();
+      }
     }
   }
 

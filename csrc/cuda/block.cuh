@@ -10,6 +10,7 @@
 
 #include "activation.cuh"
 #include "device_program.h"
+#include "pointwise.cuh"
 
 namespace sparseflow::cuda {
 
@@ -93,7 +94,10 @@ struct Block {
     for (int i = threadIdx.x; i < n; i += blockDim.x) copy_async(shared_memory() + plan.ops + 16 * i, program.image + program.ops + 16 * i);
     for (int m = 0; m < program.n_modulations; ++m) {
       const DeviceModulation mod = in_image<DeviceModulation>(program.modulations)[m];
-      for (int j = threadIdx.x; j < mod.n; j += blockDim.x) scale()[mod.first + j] = T(1), shift()[mod.first + j] = in_image<T>(mod.bias)[j];
+      for (int j = threadIdx.x; j < mod.n; j += blockDim.x) {
+        scale()[mod.first + j] = mod.scale < 0 ? T(1) : in_image<T>(mod.scale)[j];
+        shift()[mod.first + j] = mod.bias < 0 ? T(0) : in_image<T>(mod.bias)[j];
+      }
     }
     const size_t size = size_t(program.workspace_rows) << tile_log;
     for (size_t i = threadIdx.x; i < size; i += blockDim.x) work()[i] = T(0);
@@ -320,17 +324,29 @@ struct Block {
 
   // trace += the threads' parts, in a fixed order
   SF_DEVICE void add_to_trace(T mine) {
-    T* const to = red() + (size_t(red_turn) * (blockDim.x / 32) << tile_log);
-    red_turn ^= 1;
     for (int bit = lanes_log + split; bit < 5; ++bit) mine += __shfl_xor_sync(kWarp, mine, 1 << bit);
     const bool first_group = (threadIdx.x & 31) >> (lanes_log + split) == 0;
-    if (first_group && !stands_by()) to[(threadIdx.x / 32 << tile_log) + sample_of_part()] = mine;
+    sum_into_trace(first_group && !stands_by(), sample_of_part(), mine);
+  }
+  // mine: of a thread that speaks for its warp's part of a sample
+  SF_DEVICE void sum_into_trace(bool speaks, int sample, T mine) {
+    T* const to = red() + (size_t(red_turn) * (blockDim.x / 32) << tile_log);
+    red_turn ^= 1;
+    if (speaks) to[(threadIdx.x / 32 << tile_log) + sample] = mine;
     sync();
     for (int s = threadIdx.x; s < samples(); s += blockDim.x) {
       T sum = T(0);
       for (int w = 0; w < int(blockDim.x) / 32; ++w) sum += to[(w << tile_log) + s];
       trace()[s] += sum;  // always by the same thread; who else reads it waits at a barrier of its own
     }
+  }
+
+  SF_DEVICE void run_pointwise(const DeviceOp& op) {
+    T trace_part = pointwise_rows<T, Shared>(op, program.image, Shared ? plan.work : 0, Shared ? nullptr : global + plan.work_global, tile_log);
+    if (!(op.flags & kReduces)) return sync();
+    for (int bit = samples(); bit < 32; bit <<= 1) trace_part += __shfl_xor_sync(kWarp, trace_part, bit);
+    const int in_warp = threadIdx.x & 31;
+    sum_into_trace(in_warp < samples(), in_warp, trace_part);
   }
 
   // sums[e] += the inner product over samples of two rows, for every entry e, always by the same thread
@@ -373,6 +389,10 @@ struct Block {
       const DeviceOp& op = ops()[i];
       if (op.kind == int(OpKind::kGradient)) {
         run_gradient(op, op.flags & kEachStage ? each_stage : lasting);
+        continue;
+      }
+      if (op.kind == int(OpKind::kPointwise)) {
+        run_pointwise(op);
         continue;
       }
       const bool layer = op.kind == int(OpKind::kAffine) || op.kind == int(OpKind::kKeep) || op.kind == int(OpKind::kPull);

@@ -44,8 +44,25 @@ struct DeviceOp {
   int32_t factor_row, factor2_row;  // byte offsets; -1: the row itself
   int32_t pairs;              // gradient: byte offset of (row << 16 | column), one per entry
   int32_t sums;               // gradient: its first sum among those of a stage or of all time
+  // pointwise: byte offsets of its instructions, operands and row vectors; how many instructions and traces. The traces'
+  // registers lie behind the row vectors.
+  int32_t code, operands, vectors, instructions, n_vectors, traces;
   Place source, target, seed, weight, factor, factor2, addend, kept, slope_cotangent, value;
   double a, b;                // activation parameters
+};
+
+// An instruction of a pointwise operation (csrc/expression.h). A place is an operand of the operation, by its number, or a
+// register of the thread: kRegister and its number. A row vector is one of the operation's.
+struct DeviceInstruct {
+  uint16_t op, reads, to, a, b, c, row_vector, reserved;
+  double number;
+};
+inline constexpr int kRegister = 0x8000;
+inline constexpr int kRegisters = 24;  // of a thread, at most
+
+// Rows of the workspace, or numbers of the image, that a pointwise operation works on. step: 0 where one serves all rows.
+struct DeviceRows {
+  int32_t at, step;
 };
 
 // Some rows of a matrix as one piece of memory: [rows] of {row | quads << 16, first quad}, then the weights (or
@@ -68,6 +85,7 @@ inline constexpr int kSlabGroups = 64;  // fours of rows in a slab: a block has 
 struct DeviceModulation {
   int32_t first, n;                                                   // rows
   int32_t bias, gate_slope, gate_offset, shift_slope, shift_offset;  // byte offsets; -1: absent
+  int32_t scale;                                                      // byte offset of a scale that is constant; -1: one
   int32_t shift_sum, gate_sum;                                        // among the sums of a stage; -1: none
   int32_t totals;  // its first number among the totals: bias, then what it has of gate and shift; -1: none
 };
@@ -94,7 +112,11 @@ struct DeviceProgram {
   int32_t lasting_sums = 0, stage_sums = 0, totals = 0;  // of a block; totals follow the lasting sums, the last one is of t
   int32_t streams = 0, stream_bytes = 0, largest_chunk = 0, slabs = 0;  // the chunks lie together; dense ones are slabs
   Place input, output, noise, ones, cotangent, trace_cotangent, state_cotangent;
+  // Of graphs: numbers given per sample, and whether a last row of the input, behind those of the state, is the time.
+  Place context, context_cotangent;
+  int32_t context_rows = 0, time_in_input = 0;
 };
+static_assert(sizeof(DeviceOp) % 16 == 0 && sizeof(DeviceInstruct) == 24, "operations are copied by 16 bytes");
 
 // How a kernel is launched, and where a block keeps what. Byte offsets in shared memory; -1: in global memory, where every
 // block has `global_bytes`, with the offsets named below.

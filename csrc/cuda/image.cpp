@@ -1,6 +1,5 @@
 #include "image.h"
 
-#include <algorithm>
 #include <cstring>
 #include <map>
 #include <numeric>
@@ -8,77 +7,18 @@
 #include <utility>
 
 #include "../calls.h"
+#include "buffers.h"
+#include "streams.h"
 
 namespace sparseflow::cuda {
 namespace {
 
 constexpr size_t kAlign = 16;
-size_t aligned(size_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
-
-// Rows of S numbers for every buffer. Buffers that are never needed at the same time share rows: a tile's activations must
-// fit into shared memory.
-template <class T>
-std::vector<int32_t> place_buffers(const Program<T>& p, int32_t& rows) {
-  const int n = static_cast<int>(p.buffers.size());
-  // when a buffer is in use: in the body, and in keep followed by reverse; the others' numbers outlive a list
-  std::vector<char> always(n, 0);
-  struct Span {
-    int first = -1, last = -1;
-    bool meets(const Span& other) const { return first >= 0 && other.first >= 0 && first <= other.last && other.first <= last; }
-  };
-  std::vector<Span> span[2] = {std::vector<Span>(n), std::vector<Span>(n)};
-  auto touch = [&](int which, int at, const Operand& o) {
-    if (o.buffer < 0) return;
-    Span& s = span[which][o.buffer];
-    if (s.first < 0) s.first = at;
-    s.last = at;
-  };
-  auto visit = [&](const Op& op, int which, int at) {
-    for (const Operand* o : {&op.source, &op.target, &op.seed, &op.weight, &op.factor, &op.factor2, &op.addend, &op.kept, &op.slope_cotangent, &op.value})
-      touch(which, at, *o);
-  };
-  int at = 0;
-  for (const Op& op : p.body) visit(op, 0, at++);
-  at = 0;
-  for (const Op& op : p.keep) visit(op, 1, at++);
-  for (const Op& op : p.reverse) visit(op, 1, at++);
-  for (const Op& op : p.prologue)
-    for (const Operand* o : {&op.source, &op.target})
-      if (o->buffer >= 0) always[o->buffer] = 1;
-  for (int id : {p.input, p.output, p.noise, p.ones, p.cotangent, p.trace_cotangent, p.state_cotangent})
-    if (id >= 0) always[id] = 1;
-
-  auto size = [&](int id) { return int64_t(p.buffers[id].rows) * p.buffers[id].slots; };
-  std::vector<int> order(n);
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return size(a) > size(b); });
-  std::vector<int32_t> place(n, 0);
-  std::vector<int> placed;
-  int64_t end = 0;
-  for (int id : order) {
-    std::vector<std::pair<int64_t, int64_t>> taken;
-    for (int other : placed)
-      if (always[id] || always[other] || span[0][id].meets(span[0][other]) || span[1][id].meets(span[1][other]))
-        taken.emplace_back(place[other], place[other] + size(other));
-    std::sort(taken.begin(), taken.end());
-    int64_t first = 0;
-    for (const auto& [from, to] : taken) {
-      if (first + size(id) <= from) break;
-      first = std::max(first, to);
-    }
-    place[id] = static_cast<int32_t>(first);
-    end = std::max(end, first + size(id));
-    placed.push_back(id);
-  }
-  if (end > (int64_t(1) << 31) / (kMaxTile * 8)) fail("the layers are too wide for a GPU's offsets");
-  rows = static_cast<int32_t>(end);
-  return place;
-}
 
 template <class T>
 class Writer {
  public:
-  Writer(const Program<T>& program, size_t chunk_bytes, double dense_above) : p_(program), chunk_bytes_(chunk_bytes), dense_above_(dense_above) {}
+  Writer(const Program<T>& program, size_t chunk_bytes, double dense_above) : p_(program), dense_above_(dense_above), streams_(chunk_bytes) {}
 
   Image<T> write() {
     validate(p_);
@@ -87,13 +27,15 @@ class Writer {
     for (const Matrix<T>& m : p_.matrices)
       if (m.rows > 0xffff || m.cols > 0xffff) fail("a layer is wider than 65535, and a GPU's stream has 16 bits for a column");
     DeviceProgram& d = out_.program;
-    d.dim = p_.dim;
+    d.dim = p_.out_rows();
+    d.time_in_input = p_.dim - d.dim;
     d.divergence = p_.divergence;
     buffers_ = place_buffers(p_, d.workspace_rows);
     out_.matrices.resize(p_.matrices.size());
     for (size_t i = 0; i < p_.matrices.size(); ++i) out_.dense.push_back(dense(static_cast<int>(i)));
     out_.matrix_gradients.resize(p_.matrices.size());
     place_sums();
+    write_vectors();
     write_modulations();
     write_gated();
     const std::vector<Op>* lists[] = {&p_.prologue, &p_.body, &p_.keep, &p_.reverse};
@@ -105,29 +47,30 @@ class Writer {
     d.list[kLists] = d.n_ops = static_cast<int32_t>(ops_.size());
     for (const auto* list : p_.adjoint() ? std::vector<const std::vector<Op>*>{&p_.keep, &p_.reverse} : std::vector<const std::vector<Op>*>{&p_.body})
       for (const Op& op : *list) {
+        if (op.kind == OpKind::kPointwise) {
+          out_.work.push_back({double(op.rows), 0, 1, false, false, double(p_.expressions[op.expression].code.size())});
+          continue;
+        }
         const Matrix<T>& m = p_.matrices[op.matrix];
         const bool whole = dense(op.matrix) && op.kind != OpKind::kGradient, gradient = op.kind == OpKind::kGradient;
         out_.work.push_back({double(op.transposed ? m.cols : m.rows), (whole ? double(m.rows) * m.cols : double(m.nnz())) / kQuad, op.tangent() ? 2.0 : 1.0, whole, gradient});
       }
     place_streams();
-    d.n_chunks = static_cast<int32_t>(chunks_.size());
+    d.n_chunks = static_cast<int32_t>(streams_.chunks.size());
     d.ops = append(ops_.data(), ops_.size() * sizeof(DeviceOp));
-    d.chunks = append(chunks_.data(), chunks_.size() * sizeof(Chunk));
+    d.chunks = append(streams_.chunks.data(), streams_.chunks.size() * sizeof(Chunk));
     auto whole = [&](int id) { return id < 0 ? Place{} : place({id, 0}); };
     d.input = whole(p_.input), d.output = whole(p_.output), d.noise = whole(p_.noise), d.ones = whole(p_.ones);
     d.cotangent = whole(p_.cotangent), d.trace_cotangent = whole(p_.trace_cotangent), d.state_cotangent = whole(p_.state_cotangent);
+    d.context = whole(p_.context), d.context_cotangent = whole(p_.context_cotangent), d.context_rows = p_.context_rows();
     return std::move(out_);
   }
 
  private:
   // What only the CPU's engine runs.
   void refuse_graphs() const {
-    if (!p_.expressions.empty() || !p_.vectors.empty() || p_.context >= 0 || p_.time_rows > 0 || p_.out_rows() != p_.dim)
-      fail("expressions, row vectors, a context, a time answer and an output of another size than the input run on the CPU only");
-    for (const std::vector<Op>* list : {&p_.prologue, &p_.body, &p_.keep, &p_.reverse})
-      for (const Op& op : *list)
-        for (const Operand* o : {&op.source, &op.target, &op.seed, &op.weight, &op.factor, &op.factor2, &op.addend, &op.kept, &op.slope_cotangent, &op.value})
-          if (o->buffer >= 0 && o->row != 0) fail("an operand that begins inside its buffer runs on the CPU only");
+    if (p_.time_rows > 0) fail("a time answer runs on the CPU only: a GPU's program has the time as a last row of its input");
+    if (p_.dim != p_.out_rows() && p_.dim != p_.out_rows() + 1) fail("an output of another size than the input, but for the time, runs on the CPU only");
     if (p_.adjoint() && !p_.prologue.empty()) fail("an adjoint with a prologue runs on the CPU only");
   }
   int32_t append(const void* data, size_t bytes) {
@@ -149,7 +92,7 @@ class Writer {
 
   Place place(const Operand& o) const {
     if (o.buffer < 0) return {};
-    return {buffers_[o.buffer] + o.slot * p_.buffers[o.buffer].rows, p_.buffers[o.buffer].rows};
+    return {buffers_[o.buffer] + o.slot * p_.buffers[o.buffer].rows + o.row, p_.buffers[o.buffer].rows};
   }
 
   // ---- gradients' places
@@ -186,10 +129,18 @@ class Writer {
         if (!m.gate_slope.empty()) ranges.gate_slope = next(m.n), ranges.gate_offset = next(m.n);
         if (!m.shift_slope.empty()) ranges.shift_slope = next(m.n), ranges.shift_offset = next(m.n);
       }
+      for (const RowVector<T>& v : p_.vectors) out_.vector_gradients.push_back(v.sum < 0 ? typename Image<T>::Range{} : typename Image<T>::Range{sums_[v.sum], v.n});
       next(1);
     }
     d.totals = counted(total, "gradients");
     counted(int64_t(d.lasting_sums) + total, "gradients");
+  }
+
+  void write_vectors() {
+    for (const RowVector<T>& v : p_.vectors) {
+      vectors_.push_back(append(v.values));
+      out_.vectors.push_back(index(vectors_.back()));
+    }
   }
 
   // ---- what time changes
@@ -205,7 +156,8 @@ class Writer {
       d.modulation_rows = counted(int64_t(d.modulation_rows) + m.n, "rows of modulations");
       first_row_.push_back(to.first);
       auto put = [&](const std::vector<T>& values) { return values.empty() ? -1 : append(values); };
-      to.bias = append(m.bias);
+      to.bias = m.of_vectors() ? m.shift_vector < 0 ? -1 : vectors_[m.shift_vector] : append(m.bias);
+      to.scale = m.scale_vector < 0 ? -1 : vectors_[m.scale_vector];
       to.gate_slope = put(m.gate_slope), to.gate_offset = put(m.gate_offset);
       to.shift_slope = put(m.shift_slope), to.shift_offset = put(m.shift_offset);
       auto at = [&](int32_t offset) { return offset < 0 ? -1 : index(offset); };
@@ -271,7 +223,60 @@ class Writer {
 
   // ---- operations
 
+  DeviceOp describe_pointwise(const Op& op) {
+    if (!op.totals.empty()) fail("pointwise operations of CUDA have no totals");
+    const Expression& e = p_.expressions[op.expression];
+    DeviceOp to{};
+    to.kind = int(op.kind);
+    to.flags = op.reduces() ? kReduces : 0;
+    to.rows = op.rows;
+    to.next_chunk = -1;
+    to.first_chunk = static_cast<int32_t>(streams_.chunks.size());
+    std::vector<DeviceRows> operands, vectors;
+    std::vector<uint16_t> traces;
+    int registers = e.registers;
+    std::vector<int> where(e.places());  // of a place of the expression: operand or register
+    auto operand = [&](const Operand& o, int step) {
+      operands.push_back({place(o).row, step});
+      return static_cast<int>(operands.size()) - 1;
+    };
+    for (int i = 0; i < e.inputs; ++i) where[i] = operand(op.inputs[i].rows, op.inputs[i].broadcast ? 0 : 1);
+    for (int i = 0; i < e.outputs; ++i) {
+      const Operand& o = op.outputs[i];
+      where[e.inputs + i] = o.buffer < 0 ? kRegister | registers : operand(o, 1);
+      if (o.buffer < 0) traces.push_back(static_cast<uint16_t>(registers++));
+    }
+    for (int i = 0; i < e.registers; ++i) where[e.inputs + e.outputs + i] = kRegister | i;
+    if (registers > kRegisters) fail("a pointwise operation needs " + std::to_string(registers) + " registers, and a thread has " + std::to_string(kRegisters));
+    for (const auto& v : op.vectors) vectors.push_back({static_cast<int32_t>(vectors_[v.vector] + v.first * int64_t(sizeof(T))), v.broadcast ? 0 : 1});
+    std::vector<DeviceInstruct> code;
+    for (const Instruction& one : e.code) {
+      const InstructKind& kind = kInstructKinds[static_cast<int>(one.op)];
+      DeviceInstruct in{};
+      in.op = static_cast<uint16_t>(one.op), in.reads = static_cast<uint16_t>(kind.reads), in.row_vector = kind.row_vector;
+      in.to = static_cast<uint16_t>(where[one.to]);
+      if (kind.reads > 0) in.a = static_cast<uint16_t>(where[one.a]);
+      if (kind.row_vector) in.b = one.b;
+      else if (kind.reads > 1) in.b = static_cast<uint16_t>(where[one.b]);
+      if (kind.reads > 2) in.c = static_cast<uint16_t>(where[one.c]);
+      in.number = one.number;
+      code.push_back(in);
+    }
+    to.instructions = static_cast<int32_t>(code.size());
+    to.n_vectors = static_cast<int32_t>(vectors.size());
+    to.traces = static_cast<int32_t>(traces.size());
+    to.code = append(code);
+    to.operands = append(operands);
+    // the registers of the traces lie behind the row vectors
+    std::vector<char> both(vectors.size() * sizeof(DeviceRows) + traces.size() * sizeof(uint16_t));
+    if (!vectors.empty()) std::memcpy(both.data(), vectors.data(), vectors.size() * sizeof(DeviceRows));
+    if (!traces.empty()) std::memcpy(both.data() + vectors.size() * sizeof(DeviceRows), traces.data(), traces.size() * sizeof(uint16_t));
+    to.vectors = append(both);
+    return to;
+  }
+
   DeviceOp describe(const Op& op) {
+    if (op.kind == OpKind::kPointwise) return describe_pointwise(op);
     const Matrix<T>& m = p_.matrices[op.matrix];
     DeviceOp to{};
     to.kind = int(op.kind);
@@ -282,7 +287,7 @@ class Writer {
     const bool layer = op.kind == OpKind::kAffine || op.kind == OpKind::kKeep || op.kind == OpKind::kPull;
     if (layer && m.dynamic()) fail("a layer's own weights do not depend on time");
     to.flags = (op.tangent() ? kCarries : 0) | (op.curvature ? kCurvature : 0) | (op.raw ? kRaw : 0) | (op.second ? kSecond : 0) | (op.reduces() ? kReduces : 0);
-    to.first_chunk = static_cast<int32_t>(chunks_.size());
+    to.first_chunk = static_cast<int32_t>(streams_.chunks.size());
     to.next_chunk = to.pairs = to.coefficient = to.factor_row = to.factor2_row = to.modulation = to.values = -1;
     to.rows = op.transposed ? m.cols : m.rows;
     to.cols = op.transposed ? m.rows : m.cols;
@@ -320,11 +325,11 @@ class Writer {
     if (dense(op.matrix)) to.flags |= kDense;
     if (m.gated) to.flags |= kIndirect, to.values = dynamic_values_[op.matrix];
     // operations that read a matrix the same way share its stream
-    auto [known, is_new] = streams_.try_emplace({op.matrix, op.transposed}, to.first_chunk, 0);
+    auto [known, is_new] = known_streams_.try_emplace({op.matrix, op.transposed}, to.first_chunk, 0);
     if (is_new) {
-      if (dense(op.matrix)) add_dense_chunks(op.matrix, entries_of(m, op.transposed));
-      else add_chunks(op.matrix, entries_of(m, op.transposed), m.gated);
-      known->second.second = static_cast<int32_t>(chunks_.size()) - to.first_chunk;
+      if (dense(op.matrix)) streams_.add_dense(op.matrix, m.values, entries_of(m, op.transposed));
+      else streams_.add(op.matrix, m.values, entries_of(m, op.transposed), m.gated ? dynamic_values_[op.matrix] : -1);
+      known->second.second = static_cast<int32_t>(streams_.chunks.size()) - to.first_chunk;
     }
     std::tie(to.first_chunk, to.chunks) = known->second;
     return to;
@@ -345,166 +350,27 @@ class Writer {
     return !m.dynamic() && m.rows > 1 && m.cols > 1 && m.nnz() > dense_above_ * m.rows * m.cols;
   }
 
-  // All columns of some rows where they fit into a chunk; else slabs, few columns of as many rows as a block has threads for.
-  void add_dense_chunks(int matrix, const Entries& m) {
-    const int groups = (m.rows + kQuad - 1) / kQuad;
-    auto bytes = [](int n, int columns) { return aligned(n * sizeof(RowHead)) + size_t(n) * columns * kQuad * sizeof(T); };
-    const bool slabs = bytes(groups, m.cols) > chunk_bytes_;
-    const int at_once = slabs ? std::min(groups, kSlabGroups) : groups;
-    const int columns = slabs ? std::max<int>(1, static_cast<int>((chunk_bytes_ - aligned(at_once * sizeof(RowHead))) / (at_once * kQuad * sizeof(T)))) : m.cols;
-    if (slabs) out_.program.slabs = 1;
-    for (int begin = 0; begin < groups; begin += at_once) {
-      const int n = std::min(at_once, groups - begin);
-      const size_t heads = aligned(n * sizeof(RowHead));
-      for (int first = 0; first < m.cols; first += columns) {
-        const int width = std::min(columns, m.cols - first);
-        std::vector<char> blob(bytes(n, width), 0);
-        for (int g = 0; g < n; ++g) {
-          uint16_t rows[kQuad];
-          for (int r = 0; r < kQuad; ++r) {
-            const int row = (begin + g) * kQuad + r;
-            rows[r] = static_cast<uint16_t>(row < m.rows ? row : kNoRow);
-            if (row >= m.rows) continue;
-            const auto column = m.col.begin();
-            const int from = static_cast<int>(std::lower_bound(column + m.row_ptr[row], column + m.row_ptr[row + 1], first) - column);
-            for (int k = from; k < m.row_ptr[row + 1] && m.col[k] < first + width; ++k) {
-              const int64_t place = (int64_t(g) * width + m.col[k] - first) * kQuad + r;
-              std::memcpy(blob.data() + heads + place * sizeof(T), &p_.matrices[matrix].values[m.entry[k]], sizeof(T));
-              pending_.push_back({matrix, static_cast<int>(chunks_.size()), int64_t(heads / sizeof(T)) + place, m.entry[k]});
-            }
-          }
-          std::memcpy(blob.data() + g * sizeof(RowHead), rows, sizeof(RowHead));
-        }
-        add_chunk(std::move(blob), n, n * width, -1);
-        chunks_.back().first_column = first;
-        chunks_.back().columns = width;
-        chunks_.back().last = first + width == m.cols;
-      }
-    }
-  }
-
-  void add_chunk(std::vector<char> blob, int rows, int quads, int32_t values) {
-    Chunk chunk{};
-    chunk.bytes = static_cast<int32_t>(blob.size());
-    chunk.rows = rows, chunk.quads = quads, chunk.last = 1;
-    chunks_.push_back(chunk);
-    indirect_.push_back(values);
-    out_.program.largest_chunk = std::max(out_.program.largest_chunk, static_cast<int32_t>(blob.size()));
-    blobs_.push_back(std::move(blob));
-  }
-
-  // The entries of a row in the order they are stored. Neighbouring quads are read by neighbouring parts of a row at once,
-  // their k-th entries together: eight rows of four samples, four of eight or two of sixteen are 128 bytes, one cycle's
-  // worth, if they begin in different banks. So the k-th entries of eight quads come from columns that differ modulo eight,
-  // or at least modulo four, as far as the row has them.
-  static std::vector<int> spread_over_banks(const Entries& m, int row) {
-    constexpr int kBanks = 8;
-    std::vector<int> waiting[kBanks];
-    for (int e = m.row_ptr[row + 1] - 1; e >= m.row_ptr[row]; --e) waiting[m.col[e] % kBanks].push_back(e);
-    const int n = m.row_ptr[row + 1] - m.row_ptr[row], quads = (n + kQuad - 1) / kQuad;
-    std::vector<int> order(size_t(quads) * kQuad, -1);
-    auto fullest = [&](int first, int step) {
-      int best = -1;
-      for (int b = first; b < kBanks; b += step)
-        if (!waiting[b].empty() && (best < 0 || waiting[b].size() > waiting[best].size())) best = b;
-      return best;
-    };
-    int left = n;
-    for (int block = 0; block < quads; block += kBanks) {
-      const int here = std::min(kBanks, quads - block);
-      for (int k = 0; k < kQuad; ++k)
-        for (int q = 0; q < here && left > 0; ++q, --left) {
-          int bank = waiting[q].empty() ? -1 : q;
-          if (bank < 0) bank = fullest(q % 4, 4);
-          if (bank < 0) bank = fullest(0, 1);
-          order[size_t(block + q) * kQuad + k] = waiting[bank].back();
-          waiting[bank].pop_back();
-        }
-    }
-    return order;  // -1: nothing, in the last block
-  }
-
-  void add_chunks(int matrix, const Entries& m, bool indirect) {
-    const size_t weight = indirect ? sizeof(uint32_t) : sizeof(T);
-    auto quads = [&](int row) { return (m.row_ptr[row + 1] - m.row_ptr[row] + kQuad - 1) / kQuad; };
-    std::vector<int> order(m.rows);
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return quads(a) > quads(b); });
-    for (size_t begin = 0; begin < order.size();) {
-      size_t end = begin, total = 0;
-      auto bytes = [&](size_t rows, size_t n) { return aligned(rows * sizeof(RowHead)) + n * kQuad * weight + aligned(n * kQuad * sizeof(uint16_t)); };
-      while (end < order.size() && (end == begin || bytes(end + 1 - begin, total + quads(order[end])) <= chunk_bytes_)) total += quads(order[end++]);
-      std::vector<char> blob(bytes(end - begin, total), 0);
-      RowHead* const heads = reinterpret_cast<RowHead*>(blob.data());
-      char* const weights = blob.data() + aligned((end - begin) * sizeof(RowHead));
-      uint16_t* const cols = reinterpret_cast<uint16_t*>(weights + total * kQuad * weight);
-      uint32_t at = 0;
-      for (size_t r = begin; r < end; ++r) {
-        const int row = order[r];
-        heads[r - begin] = {uint32_t(row) | uint32_t(quads(row)) << 16, at};
-        const std::vector<int> order_in_row = spread_over_banks(m, row);
-        worked(64 * int64_t(order_in_row.size() + 1));
-        for (int k = 0; k < quads(row) * kQuad; ++k) {
-          // filled up with columns of the row's own: their activations are what the sum depends on anyway
-          const bool real = order_in_row[k] >= 0;
-          const int first_of_quad = order_in_row[k / kQuad * kQuad], e = real ? order_in_row[k] : first_of_quad >= 0 ? first_of_quad : order_in_row[0];
-          cols[size_t(at) * kQuad + k] = static_cast<uint16_t>(m.col[e]);
-          if (indirect) {
-            // the last dynamic value is zero, for those that fill up
-            const uint32_t number = real ? uint32_t(m.entry[e]) : kFillUp;
-            std::memcpy(weights + (size_t(at) * kQuad + k) * weight, &number, weight);
-          } else if (real) {
-            const T value = p_.matrices[matrix].values[m.entry[e]];
-            std::memcpy(weights + (size_t(at) * kQuad + k) * weight, &value, weight);
-            pending_.push_back({matrix, static_cast<int>(chunks_.size()), int64_t(weights - blob.data()) / int64_t(weight) + int64_t(at) * kQuad + k, m.entry[e]});
-          }
-        }
-        at += quads(row);
-      }
-      if (quads(order[begin]) > 0xffff) fail("a row of a layer has more than 262140 weights");
-      add_chunk(std::move(blob), static_cast<int>(end - begin), static_cast<int>(total), indirect ? dynamic_values_[matrix] : -1);
-      begin = end;
-    }
-  }
-
   // The streams one after another; and now it is known where their numbers lie.
   void place_streams() {
     DeviceProgram& d = out_.program;
     const int32_t zero = d.dynamic_values++;  // one more dynamic value, which stays zero
     d.streams = static_cast<int32_t>(out_.bytes.size());
-    for (size_t c = 0; c < blobs_.size(); ++c) {
-      if (indirect_[c] >= 0) {
-        const Chunk& chunk = chunks_[c];
-        char* const at = blobs_[c].data() + aligned(chunk.rows * sizeof(RowHead));
-        for (int k = 0; k < chunk.quads * kQuad; ++k) {
-          uint32_t number;
-          std::memcpy(&number, at + k * sizeof number, sizeof number);
-          if (number == kFillUp) number = uint32_t(zero - indirect_[c]);
-          std::memcpy(at + k * sizeof number, &number, sizeof number);
-        }
-      }
-      chunks_[c].offset = append(blobs_[c]);
-    }
+    streams_.fill_up_with(zero);
+    for (size_t c = 0; c < streams_.chunks.size(); ++c) streams_.chunks[c].offset = append(streams_.blobs[c]);
     d.stream_bytes = static_cast<int32_t>(out_.bytes.size()) - d.streams;
-    for (const Pending& one : pending_) note(one.matrix, index(chunks_[one.chunk].offset) + one.place, one.entry);
+    d.largest_chunk = streams_.largest, d.slabs = streams_.slabs;
+    for (const auto& one : streams_.pending) note(one.matrix, index(streams_.chunks[one.chunk].offset) + one.place, one.entry);
   }
 
-  static constexpr uint32_t kFillUp = 0xffffffffu;
-  struct Pending {
-    int matrix, chunk;
-    int64_t place, entry;
-  };
   const Program<T>& p_;
-  const size_t chunk_bytes_;
   const double dense_above_;
   Image<T> out_;
-  std::vector<int32_t> buffers_, sums_, first_row_, dynamic_values_, indirect_;
-  std::map<std::pair<int, bool>, std::pair<int32_t, int32_t>> streams_;  // (matrix, transposed) -> first chunk, how many
+  std::vector<int32_t> buffers_, sums_, first_row_, dynamic_values_;
+  std::vector<int32_t> vectors_;  // byte offsets of row vectors
+  std::map<std::pair<int, bool>, std::pair<int32_t, int32_t>> known_streams_;  // (matrix, transposed) -> first chunk, how many
   std::map<int, int32_t> pairs_;                                         // by matrix, of its gradients
   std::vector<DeviceOp> ops_;
-  std::vector<Chunk> chunks_;
-  std::vector<std::vector<char>> blobs_;
-  std::vector<Pending> pending_;
+  Streams<T> streams_;
 };
 
 }  // namespace

@@ -23,12 +23,13 @@ struct Image {
     int64_t n = 0, bias = -1, gate_slope = -1, gate_offset = -1, shift_slope = -1, shift_offset = -1;
   };
   std::vector<ModulationPlaces> modulations;
+  std::vector<int64_t> vectors;  // where the numbers of a row vector begin
 
   // Where a block leaves gradients, among its sums: first number and how many; -1: none. The last sum is that of t.
   struct Range {
     int64_t first = -1, size = 0;
   };
-  std::vector<Range> matrix_gradients, bias_gradients;
+  std::vector<Range> matrix_gradients, bias_gradients, vector_gradients;
   struct GateRanges {
     Range gate_slope, gate_offset, shift_slope, shift_offset;
   };
@@ -38,6 +39,7 @@ struct Image {
   struct Work {
     double rows = 0, quads = 0, lanes = 1;  // lanes: 2 with a tangent
     bool dense = false, gradient = false;
+    double instructions = 0;  // of a pointwise operation
   };
   std::vector<Work> work;
   std::vector<char> dense;  // by matrix: whether its rows go by fours
@@ -45,7 +47,7 @@ struct Image {
 
 // chunk_bytes: the most one chunk of a stream may take (a single row may take more). dense_above: the density from which
 // all columns of a matrix are stored, four rows at a time. Throws std::invalid_argument for what
-// `validate` refuses, for functions of time that live outside, and for layers wider than 65535.
+// `validate` refuses, for functions of time that live outside or in another program, and for layers wider than 65535.
 template <class T>
 Image<T> make_image(const Program<T>& program, size_t chunk_bytes, double dense_above);
 

@@ -36,7 +36,7 @@ struct Cost {
 };
 template <class T>
 Cost cost_of_tile(const Image<T>& image, const Shape& s, bool work_in_shared, bool resident, int blocks) {
-  constexpr double kBarrier = 60, kRowLatency = 250, kQuadLatency = 60, kRowInstructions = 90, kQuadInstructions = 39, kTangentInstructions = 24,
+  constexpr double kBarrier = 60, kRowLatency = 250, kQuadLatency = 60, kRowInstructions = 90, kQuadInstructions = 39, kTangentInstructions = 24, kPerInstruction = 30,
                    kSharedRate = 128, kMemoryRate = 24, kSlowMemoryRate = 12, kCache = 40e6;
   // the parts of a warp read different rows at once, from different banks where the row has a choice (csrc/cuda/image.cpp)
   const double lanes = double(s.tile) / s.per_thread, conflicts = s.per_thread == 1 || lanes >= 8 ? 1.0 : lanes == 4 ? 1.1 : lanes == 2 ? 1.2 : 1.45;
@@ -44,6 +44,13 @@ Cost cost_of_tile(const Image<T>& image, const Shape& s, bool work_in_shared, bo
   const double sums = double(image.program.lasting_sums + image.program.totals) * sizeof(T) * blocks;
   double instructions = 0, shared = 0, memory = 0, latency = 2 * kBarrier;
   for (const auto& w : image.work) {
+    if (w.instructions > 0) {  // every thread reads its operands and is told what to do, number by number
+      const double passes = std::ceil(w.rows * s.tile / s.threads);
+      instructions += passes * warps * w.instructions * kPerInstruction;
+      shared += w.rows * s.tile * w.instructions * sizeof(T);
+      latency += kBarrier + passes * w.instructions * kPerInstruction * 4;
+      continue;
+    }
     if (w.gradient) {  // an inner product for every entry, and its sum read and written
       const double entries = w.quads * kQuad;
       shared += 2 * entries * s.tile * sizeof(T) * w.lanes * 1.5;

@@ -31,7 +31,7 @@ struct Integration {
   int turn = 0;  // which of y0, y1 (f0, f1) is the old one
   unsigned long long barriers = 0;
   const bool several;  // tiles of this block, in one solve
-  int loaded = -1;     // the tile whose noise is in the workspace
+  int loaded = -1;     // the tile whose noise and context are in the workspace
 
   SF_DEVICE Integration(const SolveParams<T>& params, bool has_several)
       : in(params), block(params.program, params.plan, params.global + size_t(blockIdx.x) * params.plan.global_bytes), program(params.program),
@@ -110,9 +110,11 @@ struct Integration {
   }
 
   SF_CALLED void begin_tile() {
-    if (program.noise.row < 0 || loaded == tile || in.noise == nullptr) return;
+    const bool noise = program.noise.row >= 0 && in.noise != nullptr, context = program.context.row >= 0;
+    if ((!noise && !context) || loaded == tile) return;
     loaded = tile;
-    load_rows(in.noise, dim, block.rows_of(program.noise));
+    if (noise) load_rows(in.noise, dim, block.rows_of(program.noise));
+    if (context) load_rows(in.context, program.context_rows, block.rows_of(program.context));
     sync();
     block.run(kPrologue);
   }
@@ -121,7 +123,10 @@ struct Integration {
 
   // Everything that depends on time, and a trace of zero; the state is in place. Behind it the operations may run.
   SF_CALLED void prepare(T t) {
-    if (program.dynamic_modulations) block.modulate(in.evaluate ? t : T(in.sign) * t, false);
+    const T own = in.evaluate ? t : T(in.sign) * t;  // the field's
+    if (program.dynamic_modulations) block.modulate(own, false);
+    if (program.time_in_input && !in.own_times)
+      for (int s = threadIdx.x; s < S; s += blockDim.x) block.row_of(program.input, dim)[s] = own;
     for (int s = threadIdx.x; s < S; s += blockDim.x) block.trace()[s] = T(0);
     sync();
     if (program.n_gated) {
@@ -156,35 +161,42 @@ struct Integration {
 
   // ---- sums over the batch
 
-  // Sums of squares of value(i) / (atol + rtol max(|y0|, |y1|)) of the tile, into totals[slot] (x) and totals[slot + 1] (l).
+  // Where a component's sums of the error, or of two things at once, are; then how many samples are bad.
+  SF_DEVICE int second() const { return in.components; }
+  SF_DEVICE int bad() const { return 2 * in.components; }
+
+  // Sums of squares of value(i) / (atol + rtol max(|y0|, |y1|)) of the tile, component by component, into totals[slot ...].
   template <class Value>
   SF_DEVICE void measure(const T* old, const T* young, int slot, bool blames, Value value) {
-    double mine[2] = {0, 0};
-    const T rtol[2] = {T(in.rtol[0]), T(in.rtol[1])}, atol[2] = {T(in.atol[0]), T(in.atol[1])};
-    for (int i = threadIdx.x; i < size; i += blockDim.x) {  // always the same sample: a block has a multiple of S threads
-      const int c = i < dim * S ? 0 : 1;
-      const T a = fabs(old[i]), b = fabs(young[i]);
-      const T tolerance = atol[c] + rtol[c] * (a > b || a != a ? a : b);
-      const double q = double(T(value(i)) / tolerance);
-      mine[c] += q * q;
-    }
-    for (int c = 0; c < 2; ++c) errors[c * blockDim.x + threadIdx.x] = mine[c];
-    sync();
-    // the samples of a tile fill at most one warp
-    if (threadIdx.x < 32) {
-      for (int c = 0; c <= program.divergence; ++c) {
+    for (int c = 0; c < in.components; ++c) {
+      const int begin = in.bounds[c] * S, end = in.bounds[c + 1] * S;
+      const T rtol = T(in.rtol[c]), atol = T(in.atol[c]);
+      double mine = 0;
+      for (int i = begin + threadIdx.x; i < end; i += blockDim.x) {  // always the same sample: a block has a multiple of S threads
+        const T a = fabs(old[i]), b = fabs(young[i]);
+        const T tolerance = atol + rtol * (a > b || a != a ? a : b);
+        const double q = double(T(value(i)) / tolerance);
+        mine += q * q;
+      }
+      errors[threadIdx.x] = mine;
+      sync();
+      // the samples of a tile fill at most one warp
+      if (threadIdx.x < 32) {
         double sum = 0;
         const int s = threadIdx.x;
         if (s < count) {
-          const int steps = blockDim.x < unsigned(size) ? blockDim.x : (size + S - 1) / S * S;  // threads beyond had nothing
-          for (int j = s; j < steps; j += S) sum += errors[c * blockDim.x + j];
-          if (blames) in.blame[size_t(c) * in.batch + first_sample + s] = sum;
+          const int steps = blockDim.x < unsigned(end - begin) ? blockDim.x : end - begin;  // threads beyond had nothing
+          for (int j = s; j < steps; j += S) sum += errors[j];
+          if (blames) {  // of the state together, and of the log-density
+            double& to = in.blame[(program.divergence && c + 1 == in.components ? size_t(in.batch) : 0) + first_sample + s];
+            to = c == 0 || (program.divergence && c + 1 == in.components) ? sum : to + sum;
+          }
         }
         for (int bit = 1; bit < 32; bit <<= 1) sum += __shfl_xor_sync(kWarp, sum, bit);
         if (threadIdx.x == 0) totals[slot + c] += sum;
       }
+      sync();
     }
-    sync();
   }
   SF_DEVICE void clear_totals() {
     sync();
@@ -206,17 +218,18 @@ struct Integration {
       acquire();
     }
     sync();
-    if (threadIdx.x < 32) {
-      double sum[kSums] = {};
+    constexpr int kAtOnce = 5;  // as many as a state of two components ever has
+    for (int first = 0; threadIdx.x < 32 && first < n; first += kAtOnce) {
+      double sum[kAtOnce] = {};
       for (unsigned b = threadIdx.x; b < blocks; b += 32)
 #pragma unroll
-        for (int i = 0; i < kSums; ++i)
-          if (i < n) sum[i] += __ldcg(slots + size_t(i) * blocks + b);
+        for (int i = 0; i < kAtOnce; ++i)
+          if (first + i < n) sum[i] += __ldcg(slots + size_t(first + i) * blocks + b);
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) {
-        if (i >= n) break;
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i >= n) break;
         for (int bit = 1; bit < 32; bit <<= 1) sum[i] += __shfl_xor_sync(kWarp, sum[i], bit);
-        if (threadIdx.x == 0) totals[i] = sum[i];
+        if (threadIdx.x == 0) totals[first + i] = sum[i];
       }
     }
     sync();
@@ -224,13 +237,15 @@ struct Integration {
 
   SF_CALLED double mixed_norm(int slot) const {
     const double n = in.control == Control::kShared ? in.batch : count;
-    const double x = sqrt(totals[slot] / (n * dim));
-    if (!program.divergence) return x;
-    const double l = sqrt(totals[slot + 1] / n);
-    return l > x || l != l ? l : x;
+    double norm = 0;
+    for (int c = 0; c < in.components; ++c) {
+      const double own = sqrt(totals[slot + c] / (n * (in.bounds[c + 1] - in.bounds[c])));
+      norm = own > norm || own != own ? own : norm;
+    }
+    return norm;
   }
 
-  // totals[4]: samples whose state is not finite. Blames those, and those whose derivative is not.
+  // totals[bad()]: samples whose state is not finite. Blames those, and those whose derivative is not.
   SF_CALLED void count_bad() {
     for (int s = threadIdx.x; s < count; s += blockDim.x) {
       T y = T(0), f = T(0);
@@ -241,7 +256,7 @@ struct Integration {
     }
     sync();
     if (threadIdx.x == 0)
-      for (int s = 0; s < count; ++s) totals[4] += errors[s];
+      for (int s = 0; s < count; ++s) totals[bad()] += errors[s];
     sync();
   }
 
@@ -301,18 +316,18 @@ struct Integration {
     });
   }
 
-  // Leaves in totals[4] how many samples are not finite; NaN for a search that found nothing.
+  // Leaves in totals[bad()] how many samples are not finite; NaN for a search that found nothing.
   SF_CALLED double choose_first_step(double t0) {
     clear_totals();
     for_each_tile([&] {
       const T *const y = y0(), *const f = f0();
       measure(y, y, 0, false, [&](int i) { return y[i]; });
-      measure(y, y, 2, false, [&](int i) { return f[i]; });
+      measure(y, y, second(), false, [&](int i) { return f[i]; });
       count_bad();
     });
-    meet(5);
+    meet(bad() + 1);
     if (!(in.first_step != in.first_step)) return in.first_step;
-    const double d0 = mixed_norm(0), d1 = mixed_norm(2), bad = totals[4];
+    const double d0 = mixed_norm(0), d1 = mixed_norm(second()), not_finite = totals[bad()];
     const double h0 = first_trial_step(d0, d1);
     if (threadIdx.x == 0) weights[0] = T(h0);
     sync();
@@ -326,10 +341,10 @@ struct Integration {
       const T *const y = y0(), *const f = f0(), *const g = f1();
       measure(y, y, 0, false, [&](int i) { return g[i] - f[i]; });
     });
-    meet(2);
+    meet(in.components);
     const double d2 = fabs(mixed_norm(0) / h0);
     sync();
-    if (threadIdx.x == 0) totals[4] = bad;
+    if (threadIdx.x == 0) totals[bad()] = not_finite;
     sync();
     return first_step(h0, d1, d2, tableau.order);
   }
@@ -361,9 +376,9 @@ struct Integration {
       measure(y, end, 0, true, [&](int i) { return combine(weights + kWeightsError, stages - 1, i) + weights[kWeightsError + stages - 1] * f[i]; });
     });
     // with one step size for all, the first block's word counts
-    if (threadIdx.x == 0 && stop != 0 && (blockIdx.x == 0 || in.control != Control::kShared)) totals[2] = 1;
+    if (threadIdx.x == 0 && stop != 0 && (blockIdx.x == 0 || in.control != Control::kShared)) totals[second()] = 1;
     sync();
-    meet(3);
+    meet(second() + 1);
     return mixed_norm(0);
   }
 
@@ -374,7 +389,7 @@ struct Integration {
     first_derivative(T(start));
     const double first = choose_first_step(start);
     double nfe = in.first_step != in.first_step ? 2 : 1, accepted = 0, rejected = 0;
-    bool all_finite = totals[4] == 0, checked = false;
+    bool all_finite = totals[bad()] == 0, checked = false;
     if (threadIdx.x == 0) {
       control->rule = in.rule;
       control->order = tableau.order;
@@ -402,7 +417,7 @@ struct Integration {
 
         const double ratio = try_step(control->end >= time(index));
         nfe += stages - 1;
-        if (totals[2] != 0) {
+        if (totals[second()] != 0) {
           status = Status::kInterrupted;
           break;
         }
@@ -424,8 +439,8 @@ struct Integration {
         if (!(ratio - ratio == 0)) {  // a step that was forced
           clear_totals();
           for_each_tile([&] { count_bad(); });
-          meet(5);
-          all_finite = totals[4] == 0;
+          meet(bad() + 1);
+          all_finite = totals[bad()] == 0;
           checked = false;
         }
         if (control->at_jump) {
@@ -554,7 +569,7 @@ struct Integration {
       select(which);
       begin_tile();
       T* const y = block.rows_of(program.input);
-      load_rows(in.x, dim, y);
+      load_rows(in.x, dim + in.own_times, y);
       prepare(t);
       block.run(kBody);
       sync();

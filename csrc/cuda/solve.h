@@ -6,6 +6,9 @@
 
 namespace sparseflow::cuda {
 
+inline constexpr int kMaxComponents = 8;         // of a state, the log-density among them
+inline constexpr int kSums = 2 * kMaxComponents + 1;  // numbers that blocks add up together
+
 enum class Control : int { kShared = 0, kPerTile = 1 };
 enum class Status : int { kOk = 0, kUnderflow = 1, kNonFinite = 2, kMaxNumSteps = 3, kInterrupted = 4 };
 
@@ -20,6 +23,7 @@ struct SolveParams {
   BlockPlan plan;
   int32_t batch = 0, tiles = 0;
   const T *x = nullptr, *l = nullptr, *noise = nullptr;  // [batch][dim], [batch], [batch][dim]
+  const T* context = nullptr;                            // [batch][program.context_rows]
   char* global = nullptr;                                // [blocks][plan.global_bytes]
 
   // one evaluation: f [batch][dim], trace [batch] or null, at *time or, without one, at time_value
@@ -27,11 +31,14 @@ struct SolveParams {
   T *f = nullptr, *f_trace = nullptr;
   const T* time = nullptr;
   T time_value = 0;
+  bool own_times = false;  // the time of every sample is a last column of x
 
   // a solve
   Control control = Control::kShared;
   DeviceTableau tableau;
-  double rtol[2] = {0, 0}, atol[2] = {0, 0};
+  // Components of the state, rows [bound, next bound), each with tolerances and a norm of its own; the log-density is one.
+  int32_t components = 0, bounds[kMaxComponents + 1] = {};
+  double rtol[kMaxComponents] = {}, atol[kMaxComponents] = {};
   StepRule rule;
   double first_step = 0;  // NaN: choose
   int32_t sign = 1, perturb = 0;
@@ -53,9 +60,13 @@ struct SolveParams {
   int32_t capacity = 0;
   T *states = nullptr, *derivatives = nullptr;  // [capacity + 1][batch][dim]; of the first stage of every step
   T *x_slopes = nullptr, *l_slopes = nullptr;   // [times][batch][dim], [times][batch]
-};
 
-inline constexpr int kSums = 5;  // numbers that blocks add up together
+  void add_component(int rows, double relative, double absolute) {
+    rtol[components] = relative, atol[components] = absolute;
+    bounds[components + 1] = bounds[components] + rows;
+    ++components;
+  }
+};
 
 // Where a step's weights begin: a, then b, b_mid, b_error.
 inline constexpr int kWeightsB = kMaxStages * (kMaxStages - 1) / 2, kWeightsMid = kWeightsB + kMaxStages, kWeightsError = kWeightsMid + kMaxStages,

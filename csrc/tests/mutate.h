@@ -33,6 +33,7 @@ Program<T> spoiled(Random& random, const Program<double>& good) {
       for (auto& in : op.inputs) operand(in.rows);
       for (auto& v : op.vectors) fields.insert(fields.end(), {&v.vector, &v.first});
       for (auto& o : op.outputs) operand(o);
+      for (auto& total : op.totals) fields.push_back(&total.place), operand(total.target);
       for (Operand* o : {&op.source, &op.target, &op.seed, &op.weight, &op.factor, &op.factor2, &op.addend, &op.kept, &op.slope_cotangent, &op.value})
         operand(*o);
       list(op.factor_row), list(op.factor2_row);
@@ -61,6 +62,7 @@ void mutate(Random& random, Program<T>& p) {
     std::vector<Operand*> out = operands(op);
     for (auto& in : op.inputs) out.push_back(&in.rows);
     for (auto& o : op.outputs) out.push_back(&o);
+    for (auto& total : op.totals) out.push_back(&total.target);
     return out;
   };
   if (ops.empty()) return;

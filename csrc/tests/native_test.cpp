@@ -36,6 +36,11 @@ void activation(Activation kind, ActivationParams params, double z, double& h, d
     case Activation::kSin: h = std::sin(z), slope = std::cos(z); break;
     case Activation::kSquare: h = z * z, slope = 2 * z; break;
     case Activation::kCube: h = z * z * z, slope = 3 * z * z; break;
+    case Activation::kGelu: {
+      const double below = 0.5 * std::erfc(-std::sqrt(0.5) * z);
+      h = z * below, slope = below + z * std::exp(-0.5 * z * z) / std::sqrt(2 * std::acos(-1.0));
+      break;
+    }
   }
 }
 

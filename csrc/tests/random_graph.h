@@ -214,7 +214,12 @@ struct GraphMaker {
       for (int i = pick(random, 1, 2); i > 0; --i) to.push_back(target(rows));
       if (p.divergence && !prologue && !backwards && chance(random, 0.5)) to.push_back({});
       const Region begin = first ? *first : Region{};
-      list.push_back(pointwise(to, rows, !prologue, first ? &begin : nullptr));
+      Op op = pointwise(to, rows, !prologue, first ? &begin : nullptr);
+      const int inputs = int(op.inputs.size());
+      for (int i = chance(random, 0.4) ? pick(random, 1, 2) : 0; i > 0; --i)  // a gradient's are of what is linear
+        op.totals.push_back({first ? inputs + pick(random, 0, int(to.size()) - 1) : pick(random, 0, inputs + int(to.size()) - 1), target(1)});
+      for (const Op::Total& total : op.totals) (backwards ? linear : from).push_back({total.target, 1});
+      list.push_back(op);
       for (const Operand& o : to)
         if (o.buffer >= 0) (backwards ? linear : from).push_back({o, rows});
       if (!backwards && to[0].buffer >= 0 && chance(random, 0.3)) accumulate(list, {to[0], rows});
@@ -375,6 +380,7 @@ struct GraphInterpreter {
         if (op.outputs[i].buffer < 0) trace += place[e.inputs + i];
         else at(op.outputs[i], row) = place[e.inputs + i];
       }
+      for (const Op::Total& total : op.totals) at(total.target, 0) = (row == 0 ? 0.0 : at(total.target, 0)) + place[total.place];
     }
   }
   void product(const Op& op) {

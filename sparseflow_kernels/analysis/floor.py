@@ -46,7 +46,7 @@ KERNEL_WIDTHS = (64, 128, 256, 860, 1260)
 KERNEL_DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
-def kernel_share(kernel: str, width: int, density: float, repeats: int = 5) -> float | None:
+def kernel_share(kernel: str, width: int, density: float) -> float | None:
     """Multiply-adds per second of one of `KERNELS` on a random mask [width, width], float32, at the best tile width,
     over `fma_rate`; None without the CPU extension."""
     peak = fma_rate()
@@ -55,9 +55,9 @@ def kernel_share(kernel: str, width: int, density: float, repeats: int = 5) -> f
     from .. import _cpu
 
     if kernel == "spmm":
-        seconds, multiply_adds = _cpu.bench_spmm(width, width, density, seed=0, repeats=repeats)
+        seconds, multiply_adds = _cpu.bench_spmm(width, width, density, seed=0, repeats=5)
     else:
-        seconds, multiply_adds = _cpu.bench_sddmm(width, width, density, carries=True, seed=0, repeats=repeats)
+        seconds, multiply_adds = _cpu.bench_sddmm(width, width, density, carries=True, seed=0, repeats=5)
     return multiply_adds / seconds / peak
 
 

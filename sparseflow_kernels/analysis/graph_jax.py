@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .graph_problems import GraphProblem
-from .peers import JaxField
+from .jax_field import JaxField
 
 Weights = dict[str, Any]  # a module's parameters and buffers by name, and its context
 

@@ -21,6 +21,7 @@ from ..field import GraphField
 from ..odeint import solve
 from .floor import Work
 from .graph_floor import GraphWork
+from .graph_jax import JaxGraph
 from .graph_problems import GraphProblem
 from .peers import Contender, compiled, right_hand_side
 from .training_peers import StepOutcome, StepRun, negative_log_likelihood, small_steps, trainable
@@ -202,8 +203,6 @@ def _jax_step(problem: GraphProblem) -> StepRun:
     """jit(value_and_grad), through a solve with diffrax's own choice of adjoint. Compiled ahead of the timing."""
     import jax
     import numpy
-
-    from .graph_jax import JaxGraph
 
     own, trained, spec = JaxGraph(problem), _Trained(problem), problem.spec
     weights, noise, start = JaxGraph.arguments(problem)

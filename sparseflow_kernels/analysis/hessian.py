@@ -35,12 +35,10 @@ class LossHessian:
     size: number of live parameters.  Raises ValueError for no rows, or a flow without live parameters.
     """
 
-    def __init__(
-        self, flow: ContinuousFlow, x: Tensor, *, batch: int = 512, dtype: torch.dtype = torch.float64
-    ) -> None:
+    def __init__(self, flow: ContinuousFlow, x: Tensor, *, batch: int = 512) -> None:
         if len(x) == 0:
             raise ValueError("x has no rows to take the loss of")
-        self._flow = flow.compile(engine="reference").to(dtype).eval()
+        self._flow = flow.compile(engine="reference").to(torch.float64).eval()
         self._flow.eval_divergence = "exact"
         self._parameters = [p for p in self._flow.parameters() if p.requires_grad]
         self._live = [p.detach() != 0 for p in self._parameters]

@@ -59,12 +59,12 @@ def _series(documents: Documents, get: Get) -> list[tuple[float, float, float, f
     return [(ratio, statistics.mean(v), min(v), max(v)) for ratio, v in sorted(by_ratio.items())]
 
 
-def _line(axis, documents: Documents, get: Get, label: str, color: str, style: str = "-") -> dict:
+def _line(axis, documents: Documents, get: Get, label: str, color: str) -> dict:
     series = _series(documents, get)
     if not series:
         return {}
     ratios, means, least, most = zip(*series)
-    (line,) = axis.plot(ratios, means, style, color=color, marker="o", markersize=3, linewidth=1.4)
+    (line,) = axis.plot(ratios, means, color=color, marker="o", markersize=3, linewidth=1.4)
     axis.fill_between(ratios, least, most, color=color, alpha=0.2, linewidth=0)
     return {label: line}
 

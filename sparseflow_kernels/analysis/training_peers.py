@@ -25,7 +25,8 @@ from ..capture import capture_with_origins
 from ..compiled_field import CompiledField
 from ..flows import ContinuousFlow
 from ..simplify import simplify
-from .peers import AutogradDivergence, Contender, JaxField
+from .jax_field import JaxField
+from .peers import AutogradDivergence, Contender
 from .problems import Problem
 
 
@@ -198,15 +199,21 @@ def sparseflow_step(problem: Problem, engine: str = "auto") -> StepRun:
         flow.noise = problem.noise  # the same probe for everybody
     entries = TrainedEntries(module, problem.spec.dim)
     (field,) = flow.vector_fields
-    step = small_steps(field.parameters())
+    return step_of(flow, problem, small_steps(field.parameters()), lambda: entries.of_field(field))
+
+
+def step_of(
+    flow: ContinuousFlow, problem: Problem, move: Callable[[], None], gradient: Callable[[], Tensor]
+) -> StepRun:  # fmt: skip
+    """A step of a compiled flow: its parameters have moved, then the loss and its gradient."""
 
     def run() -> StepOutcome:
-        step()
+        move()
         flow.zero_grad(set_to_none=True)
         loss = -flow.log_prob(problem.x).mean()
         loss.backward()
         (stats,) = flow.stats.solves
-        return StepOutcome(float(loss.detach()), lambda: entries.of_field(field), stats.nfe, steps=stats.accepted)
+        return StepOutcome(float(loss.detach()), gradient, stats.nfe, steps=stats.accepted)
 
     return run
 

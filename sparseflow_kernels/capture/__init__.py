@@ -1,4 +1,4 @@
-"""Reading the program out of a user's `nn.Module`: `forward(t, y)` -> VectorField, by meaning, not by class names.
+"""Reading the field out of a user's `nn.Module`: `forward(t, y)` -> VectorField or GraphField, by meaning, not by class names.
 
 The module runs once, on a small random batch, under a dispatch mode that sees every aten operation (tracer). Beside
 each tensor stands an abstract value (values):
@@ -6,10 +6,10 @@ each tensor stands an abstract value (values):
 - a constant, independent of t and y: parameters, and whatever is computed from them (prune masks, parametrizations);
 - a function of t alone; affine functions and sigmoids of them are kept as such, others as a replayable graph
   (algebra, replay);
-- a state, which depends on y: every element carries the number of a row of the program. Views, slices, joins and
+- a state, which depends on y: every element carries the number of a row of the field. Views, slices, joins and
   permutations are done by applying the very same operation to the numbers (rules); arithmetic makes new rows (rows).
 
-The rows of the result, followed back to y, are the layers of the field (program): a chain. Where the module is none, it
+The rows of the result, followed back to y, are the layers of the field (assemble): a chain. Where the module is none, it
 runs once more and is read as a graph. Rows are rows of nodes then (graph_table), and an element has a sample and a row
 wherever it lies (elements); an operation is a few lines of the tables of rules (graph_rules and those it names; functions
 holds what works element by element). Functions of t are nodes once they meet the state (graph_time), tensors that share
@@ -30,10 +30,10 @@ from ..field import GraphField, TimeFunction, UnsupportedFieldError, VectorField
 from ..field.graph import order
 from ..field.layout import State
 from ..origin import Key, Origin
+from .assemble import assemble
 from .attempts import find_probe
-from .graph_program import read_graph, unforeseen
+from .graph_reading import read_graph, unforeseen
 from .probe import Probe, check_arguments, check_like, untouched, unwrapped
-from .program import assemble
 from .reads import compare_runs
 from .refusal import REMEDY, NotFinite, with_sparsify
 from .tracer import Tracer
@@ -45,7 +45,7 @@ Field = VectorField | GraphField
 
 
 def capture(module: nn.Module, dim: int | None = None, like: State | None = None) -> Field:
-    """The program of `module.forward(t, y)`, y [batch, dim] (or [dim], row by row, if only that works), t 0-d (or
+    """The field of `module.forward(t, y)`, y [batch, dim] (or [dim], row by row, if only that works), t 0-d (or
     [1], [1, 1] if only those work).
 
     dim: size of the state; inferred from the module's weights if None.  like: an example of the state, a tensor of any

@@ -21,8 +21,36 @@ def apply(func, *args, **kwargs) -> Any:
     return evaluate(func, args, kwargs)
 
 
+def typed(value: Any, dtype: torch.dtype, device: torch.device) -> Constant | TimeValue:
+    """A number, constant or function of t in this dtype, on this device."""
+    if not isinstance(value, (Constant, TimeValue)):
+        return Constant(torch.tensor(value, dtype=dtype, device=device))
+    if value.value.dtype == dtype and value.value.device == device:
+        return value
+    return apply(aten._to_copy.default, value, dtype=dtype, device=device)
+
+
+def sparse_weight(values: Constant, row_ptr: Constant, col: Constant, inputs: int) -> Constant:
+    """The dense [out, in] weight of sparseflow::linear, which has values at the entries of a pattern only."""
+    row_ptr, col, device = row_ptr.value.cpu(), col.value.cpu(), values.value.device
+    outputs = row_ptr.numel() - 1
+    where = torch.repeat_interleave(torch.arange(outputs), row_ptr.diff()) * inputs + col
+    zeros = Constant(torch.zeros(outputs * inputs, dtype=values.value.dtype, device=device))
+    flat = apply(aten.index_put.default, zeros, [Constant(where.to(device))], values)
+    return apply(aten.view.default, flat, [outputs, inputs])
+
+
+def sparse_linear(args: tuple, out: Tensor) -> Any:
+    """sparseflow::linear of an x [..., in] that does not depend on the state."""
+    x, values, bias, row_ptr, col, inputs, _ = args
+    weight = apply(aten.t.default, sparse_weight(values, row_ptr, col, inputs))
+    product = apply(aten.mm.default, apply(aten.reshape.default, x, [-1, inputs]), weight)
+    product = product if bias is None else apply(aten.add.Tensor, product, bias)
+    return apply(aten.reshape.default, product, list(out.shape))
+
+
 def evaluate(func, args, kwargs, value=None) -> Any:
-    """The same; value: the operation's result on the tensors, if it was computed already."""
+    """`apply`, for arguments in a tuple and a dict; value: the result on the tensors, if it was computed already."""
     if value is None:
         bare = lambda a: a.value if isinstance(a, (TimeValue, Constant)) else a
         value = call(func, tree_map(bare, args), tree_map(bare, kwargs))
@@ -130,7 +158,7 @@ def _sigmoid(func, args, kwargs) -> tuple | None:
     return _with(func, args, kwargs, "sigmoid", 0), _with(func, args, kwargs, "sigmoid", 1)
 
 
-# ------------------------------------------------------------------------- what the rows of a program are computed with
+# ------------------------------------------------------------------------- what the rows of a field are computed with
 
 
 def add(a, b):

@@ -1,5 +1,8 @@
-"""Per-sample numbers that a module holds: attributes, buffers, what its functions close over. They become the context
-of a field, and are read from the module at every call, so that it may be given others between two solves."""
+"""Numbers per sample that a module holds: in attributes, in buffers, in what its functions close over.
+
+They become the context of a field. The field reads them from the module at every call, so that the module may be given
+others between two solves.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,11 @@ REGISTERED = ("_parameters", "_modules")
 
 
 def attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that a module holds beside its parameters, by a name that `attribute` finds again. Masks of pruning, and
-    the products that torch keeps of them, are a part of the parameters, though their first axis may be as long as a
-    batch."""
+    """(name, tensor) of every tensor that a module holds beside its parameters; `attribute` finds it again by the name.
+
+    Pruning masks, and the masked tensors that torch keeps beside them, are left out: they belong to the parameters, even
+    where their first axis is as long as a batch.
+    """
     for path, part in module.named_modules():
         masked = {key for key in part._buffers if key.endswith("_mask") and f"{key[:-5]}_orig" in part._parameters}
         masked |= {key[:-5] for key in masked}
@@ -61,7 +66,7 @@ def _inside(name: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def attribute(module: nn.Module, name: str) -> Tensor:
-    """The tensor of this name now."""
+    """The tensor that the module holds under this name now. Raises ValueError where it holds none any more."""
     path, key, *rest = name.removeprefix(PREFIX).split("/")
     value: Any = getattr(module.get_submodule(path), key)
     for step in rest:
@@ -72,18 +77,26 @@ def attribute(module: nn.Module, name: str) -> Tensor:
 
 
 class Context:
-    """The context of a field while it is read: columns of per-sample constants, one after the other."""
+    """The context of a field while the field is read: columns of constants that differ from sample to sample.
+
+    count: how many columns there are so far.
+    """
 
     def __init__(self, e: Elements, batch: int, rows: int) -> None:
-        """rows: how many there are, or more than there can be."""
+        """rows: how many columns there will be, or a number that is larger than that."""
         self._e, self._batch = e, batch
         self._input = e.table.add(e.graph.input("context", rows, CONTEXT))
         self._known: dict[tuple, Tensor] = {}
         self.count = 0
-        self.parts: list[tuple[Any, int, Tensor]] = []  # (how it is computed, its axis of samples, columns)
+        # (how the constant is computed, its axis of samples, the columns taken of it, the constant)
+        self.parts: list[tuple[Any, int, Tensor, Constant]] = []
 
     def ids(self, value: Constant, entries: Tensor, samples: Tensor) -> Tensor:
-        """Elements of a constant's entries, which meet elements of these samples."""
+        """Elements of entries of a constant, for the samples that they meet.
+
+        entries, samples: int64 of one shape, which the result has too. Raises UnsupportedFieldError where the constant
+        holds no attribute of the module, or where one sample reads the numbers of another.
+        """
         if not value.from_attributes:
             refuse(
                 "a constant that differs from sample to sample of the batch",
@@ -108,7 +121,7 @@ class Context:
 
     @property
     def names(self) -> set[str]:
-        """Of the module's tensors that it consists of."""
+        """The names of the module's tensors that the context consists of."""
         leaves = (leaf for node, *_ in self.parts for leaf in Replay(node, self._e.table.dtype).all_leaves())
         return {leaf.name for leaf in leaves if isinstance(leaf, Attribute)}
 
@@ -123,7 +136,7 @@ class Context:
 
 
 class ReadContext:
-    """The present context [samples, rows] of a module."""
+    """Calls give the present context [samples, columns] of a module, with a graph where the module's numbers have one."""
 
     def __init__(self, module: nn.Module, context: Context, dtype: torch.dtype) -> None:
         self._module = module
@@ -138,7 +151,7 @@ class ReadContext:
 
     @property
     def names(self) -> list[str]:
-        """Where in the module it comes from."""
+        """The module's tensors that it is read from, as dotted paths, in alphabetical order."""
         return sorted(name.removeprefix(PREFIX).replace("/", ".").strip(".") for name in self.tensors)
 
     def __call__(self) -> Tensor:
@@ -163,7 +176,7 @@ class ReadContext:
 
 
 def names_of(module: nn.Module, batch: int) -> dict[int, Attribute]:
-    """By id, the tensors that may be the context: those with a row for every sample."""
+    """id -> name of the module's tensors that may be its context: those whose first axis is as long as the batch."""
     found = ((name, x) for name, x in attributes(module) if x.layout == torch.strided and x.dim())
     return {id(x): Attribute(name) for name, x in found if x.shape[0] == batch}
 

@@ -1,9 +1,9 @@
-"""What the elements of states are, and the two things that are done with them: primitives, and products with matrices.
+"""Elements of states, and the two things that are done with them: primitives, and products with matrices.
 
-Every element of a state has an element number: its sample and its row of the graph. Elements that are the same for all
-samples (constants and functions of t that were joined to a state) have the sample ANY. A result's element is of the
-sample of its operands; operands of two samples are refused. As the row of a result depends on the operands' rows alone,
-samples get the same rows by themselves, wherever their axis lies.
+Every element of a state has a number, which says its sample and its row of the graph. Elements that are the same for all
+samples (constants and functions of t that were joined to a state) have the sample ANY. An element of a result has the
+sample of its operands; operands of two samples are refused. The row of a result depends on the rows of the operands
+alone, so that all samples get the same rows, wherever the axis of the samples lies.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..field import Node
-from .algebra import apply
+from .algebra import apply, typed
 from .functions import product
 from .graph_table import GraphTable, distinct, distinct_lines
 from .operations import aten
-from .refusal import REMEDY, refuse
+from .refusal import REMEDY, NeedsContext, refuse
 from .samples import ROUNDING, STRIDE
 from .values import NOT_PLAIN, Constant, StateValue, TimeValue
 
@@ -30,10 +30,6 @@ MOST_GROUPS = 64  # groups that one matrix of parameters is applied to, with a n
 LARGEST = 1 << 25  # entries of a product that is written out
 
 Make = Callable[..., Node]
-
-
-class NeedsContext(Exception):
-    """A constant that differs from sample to sample: read again, with the module's tensors as context."""
 
 
 def rows_of(ids: Tensor) -> Tensor:
@@ -53,7 +49,7 @@ def broadcast(*shapes: torch.Size) -> torch.Size:
 
 
 def merged(samples: Tensor, axis: int = 0) -> Tensor:
-    """The one sample of elements along an axis."""
+    """The one sample that the elements along an axis have. Raises UnsupportedFieldError where they have several."""
     one = samples.amin(axis)
     if not bool(((samples == one.unsqueeze(axis)) | (samples == ANY)).all()):
         refuse("a sum over the samples of the batch", WHOLE)
@@ -61,13 +57,16 @@ def merged(samples: Tensor, axis: int = 0) -> Tensor:
 
 
 class Elements:
-    """Makes elements. time_ids: a function of t as elements (graph_time).  context_ids: a constant that differs between
-    samples as elements (context), or None where that is refused."""
+    """Makes elements, int64 tensors of any shape.
+
+    time_ids: gives the elements of a function of t (graph_time).  context_ids: gives the elements of a constant that differs
+    from sample to sample (context); None: such a constant raises NeedsContext.
+    """
 
     def __init__(
         self, table: GraphTable, size: int, name: Callable[[], str], matrix_name: Callable[[Constant], str]
     ) -> None:
-        """name, matrix_name: of what is computed at this point of forward."""
+        """size: of the batch.  name: gives the name of the module that runs now.  matrix_name: gives that of a matrix."""
         self.table, self.graph, self.size, self.name, self.matrix_name = table, table.graph, size, name, matrix_name
         self.time_ids: Callable[[TimeValue], Tensor] | None = None
         self.context_ids: Callable[[Constant, Tensor], Tensor] | None = None
@@ -79,15 +78,11 @@ class Elements:
 
     def typed(self, value: Any) -> Constant | TimeValue:
         """A number, constant or function of t in the field's dtype and device."""
-        dtype, device = self.table.dtype, self.table.device
-        if not isinstance(value, (Constant, TimeValue)):
-            return Constant(torch.tensor(value, dtype=dtype, device=device))
-        if value.value.dtype == dtype and value.value.device == device:
-            return value
-        return apply(aten._to_copy.default, value, dtype=dtype, device=device)
+        return typed(value, self.table.dtype, self.table.device)
 
     def ids(self, value: Any, samples: Tensor | None = None) -> Tensor:
-        """Elements of any value. samples: those that it meets, of a shape that it can be expanded to."""
+        """The elements of any value, of its shape. samples: those of what it meets, of a shape that it can be expanded to;
+        the result has this shape where a constant differs from sample to sample."""
         if isinstance(value, StateValue):
             return value.ids
         if isinstance(value, TimeValue):
@@ -101,7 +96,8 @@ class Elements:
         return self.table.parameters.first_name(value) or self.name() or "a constant"
 
     def _beside(self, value: Constant, samples: Tensor) -> Tensor:
-        """A constant among elements of known samples: entries that are alike in all samples are one."""
+        """The elements of a constant that meets elements of known samples. Entries that are alike in all samples become
+        one row."""
         entries = torch.arange(value.value.numel()).view(value.shape).expand(samples.shape).reshape(-1)
         flat = samples.reshape(-1)
         if not bool((flat != ANY).any()):
@@ -159,7 +155,8 @@ class Elements:
         return not bool((source[entries] == NOT_PLAIN).any()) or not value.from_attributes
 
     def together(self, values: list[Any], axis: int) -> list[Tensor]:
-        """Elements of values that are joined along an axis; constants follow the samples of the states beside them."""
+        """The elements of values that are joined along an axis. Constants are taken for the samples of the states beside
+        them."""
         lines = None
         for value in values:
             if isinstance(value, StateValue) and value.ids.numel():
@@ -178,7 +175,8 @@ class Elements:
     # ------------------------------------------------------------------------------------------------------ primitives
 
     def pointwise(self, make: Make, *values: Any, shape: torch.Size | None = None) -> StateValue:
-        """make(graph, *nodes) of every element."""
+        """Applies make(graph, *nodes), a function of nodes, to the elements of values that broadcast. shape: one more
+        shape that takes part in that."""
         shape = broadcast(*(v.shape for v in values if hasattr(v, "shape")), *((shape,) if shape else ()))
         states = [v.ids.expand(shape) for v in values if isinstance(v, StateValue)]
         timed = [self.time_ids(v).expand(shape) for v in values if isinstance(v, TimeValue)]
@@ -208,7 +206,7 @@ class Elements:
         return one
 
     def _rows(self, make: Make, rows: list[Tensor]) -> Tensor:
-        """New rows, one for each tuple of rows; those that are computed at other times are other nodes."""
+        """New rows, one for each tuple of rows. Rows that are computed at different times become different nodes."""
         binding = self.table.bindings(rows[0])
         for other in rows[1:]:
             binding = binding | self.table.bindings(other)
@@ -220,14 +218,16 @@ class Elements:
 
     @staticmethod
     def _classes(binding: Tensor) -> list[Tensor]:
-        """Positions of what is computed at the same time: per sample; and each other binding."""
+        """Positions of the rows that are computed at the same time: all that is computed per sample and evaluation is one
+        class, and each other binding is one."""
         binding = torch.where((binding & 1).bool() | (binding == 6), 1, binding)
         return [(binding == kind).nonzero()[:, 0] for kind in binding.unique().tolist()]
 
     # ------------------------------------------------------------------------------------------------------- matrices
 
     def contract(self, lines: Tensor, matrix: Constant, name: str, which: Tensor | None = None) -> Tensor:
-        """matrix [q, k] (or [m, q, k], number which [n] of them) times lines of elements [n, k]: elements [n, q]."""
+        """A matrix [q, k] times lines of elements [n, k]: elements [n, q]. With `which`, int64 [n], the matrix is [m, q, k],
+        and line i is multiplied by number which[i] of it."""
         samples = merged(samples_of(lines), 1)
         rows = rows_of(lines)
         keyed = rows if which is None else torch.cat([rows, which[:, None]], 1)
@@ -248,11 +248,11 @@ class Elements:
 
     @staticmethod
     def _runs(rows: Tensor) -> bool:
-        """Every line is rows one after the other, but for few breaks."""
+        """Whether every line consists of consecutive rows, with at most three breaks."""
         return int((rows[:, 1:] - rows[:, :-1] != 1).sum(1).max() if rows.shape[1] > 1 else 0) <= 3
 
     def _product(self, matrix: Constant, line: Tensor, name: str) -> Tensor:
-        """matrix [q, k] times rows [k]: q new rows."""
+        """The q new rows of a matrix [q, k] times rows [k]."""
         total, width = None, matrix.shape[0]
         keep = (line != self.table.zero_row).nonzero()[:, 0]
         for part in self._classes(self.table.bindings(line[keep])):
@@ -268,7 +268,8 @@ class Elements:
         return self.table.add(self.graph.zeros(width) if total is None else total, width)
 
     def _unrolled(self, rows: Tensor, matrix: Constant, which: Tensor | None, name: str) -> Tensor:
-        """The same for many lines, as one matrix whose entries are those of the small one, again and again."""
+        """The rows [n, q] of a matrix times many lines of rows [n, k], by one large matrix in which the entries of the small
+        one are repeated."""
         count, inner = rows.shape
         width = matrix.shape[-2]
         flat = apply(aten.reshape.default, matrix, [-1])
@@ -304,7 +305,7 @@ class Elements:
         return self.table.add(total, count * width).view(count, width)
 
     def _kept_entries(self, flat: Constant) -> Tensor:
-        """Numbers of the entries that are not zero for good."""
+        """The numbers of the entries that are not zero, or are zero now and may be trained."""
         keep = (flat.value != 0).cpu()
         if flat.source is not None:
             keep |= flat.sources.reshape(-1) != -1
@@ -318,7 +319,7 @@ class Elements:
         return self.contract(groups, ones, name)[:, 0]
 
     def products(self, a: Tensor, b: Tensor) -> Tensor:
-        """The sums over the last axis of a * b, elements that broadcast."""
+        """The sums of a * b over the last axis. a, b: elements of shapes that broadcast."""
         shape = broadcast(a.shape, b.shape)
         if math.prod(shape) > LARGEST:
             refuse(f"a sum over so many products of states ({math.prod(shape)})")
@@ -326,7 +327,7 @@ class Elements:
         return self.sums(terms.reshape(-1, shape[-1])).view(shape[:-1])
 
     def tree(self, make: Make, groups: Tensor) -> Tensor:
-        """make of all elements of groups [n, terms], two by two: elements [n]."""
+        """Combines the elements of groups [n, terms] by `make`, two by two, into elements [n]."""
         while groups.shape[1] > 1:
             half = groups.shape[1] // 2
             pairs = self.pointwise(make, StateValue(groups[:, :half]), StateValue(groups[:, half: 2 * half])).ids

@@ -6,6 +6,7 @@ import math
 from typing import Callable
 
 from ..field import Activation, Graph, Node
+from ..field.transforms import slope
 
 
 def product(g: Graph, a: Node, b: Node) -> Node:
@@ -65,10 +66,6 @@ def between(g: Graph, a: Node, low: float, high: float) -> Node:
 
 def softplus(g: Graph, a: Node) -> Node:
     return g.apply("softplus", a)
-
-
-def gelu(g: Graph, a: Node) -> Node:
-    return g.mul(g.scaled(a, 0.5), g.add(g.apply("erf", g.scaled(a, math.sqrt(0.5))), g.number(1.0)))
 
 
 def gelu_tanh(g: Graph, a: Node) -> Node:
@@ -261,7 +258,7 @@ ELEMENTWISE: dict[str, Callable[..., Node]] = {
     "tanh_backward": lambda g, d, y: g.mul(d, complement(g, g.square(y))),
     "sigmoid_backward": lambda g, d, y: g.mul(d, g.mul(y, complement(g, y))),
     "threshold_backward": lambda g, d, a, bound: choose(g, g.apply("gt", a, bound), d, g.number(0.0)),
-    "silu_backward": lambda g, d, a: g.mul(d, _silu_slope(g, a)),
+    "silu_backward": lambda g, d, a: g.mul(d, slope(g, g.activation(Activation("silu"), a))),
     "hardtanh_backward": lambda g, d, a, low, high: choose(
         g, g.mul(g.apply("gt", a, low), g.apply("gt", high, a)), d, g.number(0.0)
     ),
@@ -271,11 +268,6 @@ ELEMENTWISE: dict[str, Callable[..., Node]] = {
         g, g.mul(above(g, a, -3.0), g.apply("gt", g.number(3.0), a)), g.scaled(d, 1.0 / 6.0), g.number(0.0)
     ),
 }  # fmt: skip
-
-
-def _silu_slope(g: Graph, a: Node) -> Node:
-    s = g.apply("sigmoid", a)
-    return g.mul(s, g.add(g.number(1.0), g.mul(a, complement(g, s))))
 
 
 def _mish_slope(g: Graph, a: Node) -> Node:

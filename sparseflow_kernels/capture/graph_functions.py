@@ -1,4 +1,4 @@
-"""Rules for elementwise functions."""
+"""Rules of graphs for elementwise functions. What a function is made of, in primitives, is written in functions.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..field import Activation, Graph, Node
+from ..field.transforms import slope
 from .elements import Elements
 from .functions import (
     ELEMENTWISE,
@@ -16,7 +17,6 @@ from .functions import (
     choose,
     clamped,
     complement,
-    gelu,
     gelu_tanh,
     log_sigmoid,
     not_a_number,
@@ -24,10 +24,12 @@ from .functions import (
     quotient,
     truncated,
 )
-from .graph_rules import argument, rule
 from .operations import base_name
 from .refusal import refuse
-from .values import Constant, Opaque, StateValue, TimeValue
+from .registry import GRAPH, argument, number
+from .values import Constant, Opaque, StateValue
+
+rule = GRAPH.rule
 
 
 @rule(*ELEMENTWISE)
@@ -94,13 +96,6 @@ def addcdiv(e: Elements, func, args, kwargs, out) -> Any:
     return e.pointwise(lambda g, a, b, c, v: g.add(a, g.mul(g.apply("div", b, c), v)), *args[:3], value)
 
 
-def number(args: tuple, kwargs: dict, position: int, name: str, default: float | None) -> float | None:
-    value = argument(args, kwargs, position, name, default)
-    if isinstance(value, (TimeValue, StateValue)):
-        refuse(f"an activation whose {name} depends on t")
-    return float(value) if isinstance(value, (int, float)) else value
-
-
 @rule("clamp", "clip")
 def clamp(e: Elements, func, args, kwargs, out) -> Any:
     low, high = argument(args, kwargs, 1, "min"), argument(args, kwargs, 2, "max")
@@ -124,15 +119,16 @@ def softplus_rule(e: Elements, func, args, kwargs, out) -> Any:
 def softplus_backward(e: Elements, func, args, kwargs, out) -> Any:
     beta, threshold = number(args, kwargs, 2, "beta", 1.0), number(args, kwargs, 3, "threshold", 20.0)
 
-    def make(g: Graph, d: Node, a: Node) -> Node:
-        x = g.scaled(a, beta)
-        return choose(g, above(g, x, threshold), d, g.mul(d, g.apply("sigmoid", x)))
+    return _pulled_back(e, Activation("softplus", (beta, threshold)), args)
 
-    return e.pointwise(make, args[0], args[1])
+
+def _pulled_back(e: Elements, of: Activation, args: tuple) -> Any:
+    """The cotangent args[0] of an activation of args[1], times its slope: the node that kernels make along with it."""
+    return e.pointwise(lambda g, d, a: g.mul(d, slope(g, g.activation(of, a))), args[0], args[1])
 
 
 def _below(g: Graph, a: Node) -> Node:
-    """min(a, 0), so that exp of it does not overflow where it is not wanted."""
+    """min(a, 0): exp of it does not overflow, not even where the result is thrown away."""
     return choose(g, above(g, a), g.number(0.0), a)
 
 
@@ -160,6 +156,8 @@ def elu(e: Elements, func, args, kwargs, out) -> Any:
 @rule("elu_backward")
 def elu_backward(e: Elements, func, args, kwargs, out) -> Any:
     alpha, scale, inner, is_result = (float(a) for a in args[1:5])
+    if (scale, inner, is_result) == (1.0, 1.0, 0.0):
+        return _pulled_back(e, Activation("elu", (alpha,)), (args[0], args[5]))
 
     def make(g: Graph, d: Node, a: Node) -> Node:
         if is_result:
@@ -185,21 +183,20 @@ def leaky_relu_backward(e: Elements, func, args, kwargs, out) -> Any:
 
 @rule("gelu")
 def gelu_rule(e: Elements, func, args, kwargs, out) -> Any:
-    return e.pointwise(gelu_tanh if kwargs.get("approximate", "none") == "tanh" else gelu, args[0])
+    return e.pointwise(gelu_tanh if kwargs.get("approximate", "none") == "tanh" else activation("gelu"), args[0])
 
 
 @rule("gelu_backward")
 def gelu_backward(e: Elements, func, args, kwargs, out) -> Any:
+    if kwargs.get("approximate", "none") == "none":
+        return _pulled_back(e, Activation("gelu"), args)
+
     def make(g: Graph, d: Node, a: Node) -> Node:
-        if kwargs.get("approximate", "none") == "tanh":
-            c = math.sqrt(2.0 / math.pi)
-            inner = g.apply("tanh", g.scaled(g.add(a, g.scaled(g.mul(a, g.square(a)), 0.044715)), c))
-            slope = g.scaled(g.add(g.scaled(g.square(a), 3 * 0.044715), g.number(1.0)), c)
-            bent = g.mul(g.mul(g.scaled(a, 0.5), complement(g, g.square(inner))), slope)
-            return g.mul(d, g.add(g.scaled(g.add(inner, g.number(1.0)), 0.5), bent))
-        density = g.scaled(g.apply("exp", g.scaled(g.square(a), -0.5)), 1.0 / math.sqrt(2.0 * math.pi))
-        half = g.scaled(g.add(g.apply("erf", g.scaled(a, math.sqrt(0.5))), g.number(1.0)), 0.5)
-        return g.mul(d, g.add(half, g.mul(a, density)))
+        c = math.sqrt(2.0 / math.pi)
+        inner = g.apply("tanh", g.scaled(g.add(a, g.scaled(g.mul(a, g.square(a)), 0.044715)), c))
+        inside = g.scaled(g.add(g.scaled(g.square(a), 3 * 0.044715), g.number(1.0)), c)
+        bent = g.mul(g.mul(g.scaled(a, 0.5), complement(g, g.square(inner))), inside)
+        return g.mul(d, g.add(g.scaled(g.add(inner, g.number(1.0)), 0.5), bent))
 
     return e.pointwise(make, args[0], args[1])
 

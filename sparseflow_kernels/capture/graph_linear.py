@@ -1,4 +1,5 @@
-"""Rules for products with matrices: of constants, of functions of t, of states; convolutions and other linear maps."""
+"""Rules of graphs for products with matrices (of constants, of functions of t, of states), convolutions and other linear
+maps."""
 
 from __future__ import annotations
 
@@ -8,17 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .algebra import apply
+from .algebra import apply, sparse_weight
 from .elements import LARGEST, Elements, same_for_all, samples_of
 from .functions import maximum, product, root
-from .graph_rules import argument, grouped, rule
+from .graph_rules import grouped
 from .operations import aten, base_name
 from .refusal import refuse
+from .registry import GRAPH, argument
 from .values import Constant, Opaque, StateValue
+
+rule = GRAPH.rule
 
 
 def matmul(e: Elements, left: Any, right: Any) -> StateValue:
-    """[..., p, k] @ [..., k, q], both with the same leading axes."""
+    """The elements of left [..., p, k] times right [..., k, q], which have the same leading axes."""
     if isinstance(left, Constant):
         result = matmul(e, _swapped(right), _swapped(left))
         return StateValue(result.ids.transpose(-1, -2))
@@ -48,8 +52,8 @@ def _swapped(value: Any) -> Any:
 
 
 def _matrices(e: Elements, ids: Tensor, matrices: Constant) -> tuple[Tensor, Constant] | None:
-    """Of matrices [b, k, q], the number of that for each b, and those that are not the same; None where they differ
-    from sample to sample."""
+    """The distinct ones among matrices [b, k, q]: (for each b the number of its matrix, the distinct matrices). None where
+    they differ from sample to sample."""
     count = matrices.shape[0]
     flat = apply(aten.reshape.default, matrices, [count, -1])
     content = flat.value.detach().cpu()
@@ -151,7 +155,7 @@ def distances(e: Elements, func, args, kwargs, out) -> Any:
 
 # --------------------------------------------------------------------- inverses of small matrices, by their cofactors
 
-MOST_COLUMNS = 3  # beyond, a formula without a choice of pivots would be inexact
+MOST_COLUMNS = 3  # of larger matrices the formula by cofactors, which chooses no pivots, is inexact
 
 
 def _minor(e: Elements, ids: Tensor, row: int, column: int) -> Tensor:
@@ -295,7 +299,7 @@ def _wide(values: Any, axes: int) -> list[int]:
 def _transposed(
     e: Elements, ids: Tensor, weight: Constant, stride, padding, dilation, extra, groups: int, name: str
 ) -> Tensor:  # fmt: skip
-    """As the convolution of the state with zeros between its elements by the turned kernel."""
+    """A transposed convolution: the convolution, by the turned kernel, of the state with zeros put between its elements."""
     for axis, s in enumerate(stride, 2):
         if s > 1:
             shape = list(ids.shape)
@@ -359,7 +363,7 @@ def max_pool(e: Elements, func, args, kwargs, out) -> Any:
     return [result, Opaque(out[1].shape, "the position of a maximum")] if isinstance(out, (tuple, list)) else result
 
 
-# ----------------------------------------------------------------------- any other linear map, by what it does to ones
+# ---------------------------------------------------------------- any other linear map, by what it does to unit vectors
 
 
 @rule(
@@ -407,7 +411,8 @@ def _of_one(a: Any, shape: torch.Size, lead: int) -> Any:
 
 
 def _by_rows(e: Elements, ids: Tensor, matrix: Tensor) -> Tensor:
-    """matrix [m, n] times elements [n], of any samples: each row's elements are multiplied and added by themselves."""
+    """A constant matrix [m, n] times elements [n] of any samples: elements [m]. Only elements that meet in a row of the
+    matrix have to be of one sample."""
     target, source = (matrix.cpu() != 0).nonzero().unbind(1)
     factors = matrix.cpu()[target, source]
     terms = ids[source]
@@ -421,13 +426,7 @@ def _by_rows(e: Elements, ids: Tensor, matrix: Tensor) -> Tensor:
 @rule("linear")  # sparseflow::linear, a matrix that has values at the entries of a pattern only
 def sparse_linear(e: Elements, func, args, kwargs, out) -> Any:
     x, values, bias, row_ptr, col, inputs, _ = args
-    row_ptr, col = (a.value.cpu() for a in (row_ptr, col))
-    outputs = row_ptr.numel() - 1
-    where = torch.repeat_interleave(torch.arange(outputs), row_ptr.diff()) * inputs + col
-    device = values.value.device
-    zeros = Constant(torch.zeros(outputs * inputs, dtype=values.value.dtype, device=device))
-    matrix = apply(aten.index_put.default, zeros, [Constant(where.to(device))], values)
-    matrix = apply(aten.view.default, matrix, [outputs, inputs])
+    matrix = sparse_weight(values, row_ptr, col, inputs)
     ids = e.ids(x)
     made = e.contract(ids.reshape(-1, inputs), matrix, e.matrix_name(values))
     result = StateValue(made.view(out.shape))

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..field import Layout
 from .attempts import TIME_SHAPES, held_tensors
-from .probe import TIME, Probe, differentiable
+from .probe import Points, Probe, differentiable
 
 
 @dataclass(frozen=True)
-class GraphProbe:
+class GraphProbe(Points):
     """layout: of the state.  plain: how states [batch, dim] are given to forward, where they are; else as they lie.
     only: why forward runs for this batch alone."""
 
@@ -73,16 +73,6 @@ class GraphProbe:
         """The derivative of rows [batch, dim], as rows."""
         out = self.call(module, t, self.state(rows))
         return out if self.plain is not None else self.layout.flatten(out)
-
-    def time(self, t: float) -> Tensor:
-        return torch.full(self.t_shape, t, dtype=self.dtype, device=self.device)
-
-    def point(
-        self, t: float = TIME, scale: float = 1.0, seed: int = 0, batch: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        y = scale * torch.randn(batch or self.batch, self.dim, generator=generator, dtype=torch.float64)
-        return self.time(t), y.to(self.device, self.dtype)
 
 
 def probes(

@@ -12,16 +12,18 @@ from ..field import Node
 from .algebra import apply
 from .elements import ANY, Elements, samples_of
 from .functions import ELEMENTWISE, complement, maximum, minimum, product, root
-from .graph_rules import argument, grouped, rule
+from .graph_rules import grouped
 from .operations import aten, base_name
 from .refusal import refuse
+from .registry import GRAPH, argument
 from .values import Opaque, StateValue
 
+rule = GRAPH.rule
 MOST_ORDERED = 64  # numbers that are put in order, which takes half as many exchanges as their square
 
 
 def groups_of(ids: Tensor, dims: set[int]) -> tuple[Tensor, list[int]]:
-    """Elements [groups, terms] of the axes that are reduced, and those that stay."""
+    """Elements as groups [groups, terms], the terms being those along the axes that are reduced, and the axes that stay."""
     keep = [d for d in range(ids.dim()) if d not in dims]
     terms = math.prod(ids.shape[d] for d in dims)
     return ids.permute(*keep, *sorted(dims)).reshape(-1, terms), keep
@@ -213,13 +215,13 @@ def norm(e: Elements, func, args, kwargs, out) -> Any:
 
 
 def _rows_along(ids: Tensor, axis: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Elements [lines, n] along an axis, and back."""
+    """(elements as lines [lines, n] along an axis, the function that gives lines their old shape again)."""
     moved = ids.movedim(axis, -1)
     return moved.reshape(-1, moved.shape[-1]), lambda rows: rows.view(moved.shape).movedim(-1, axis)
 
 
 def _shifted(e: Elements, lines: Tensor) -> tuple[Tensor, Tensor]:
-    """The lines minus their largest element, and that."""
+    """(lines minus the largest element of each, that element [lines])."""
     top = e.tree(maximum, lines)
     return mapped(e, lambda g, a, m: g.sub(a, m), lines, top[:, None]), top
 
@@ -300,7 +302,7 @@ def log_softmax_backward(e: Elements, func, args, kwargs, out) -> Any:
 
 
 def normalised(e: Elements, groups: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(x - mean) * rstd of groups of elements, mean and rstd."""
+    """Of groups of elements, ((x - mean) * rstd, mean, rstd)."""
     mean = mean_of(e, groups)
     centred = mapped(e, lambda g, a, m: g.sub(a, m), groups, mean[:, None])
     power = mean_of(e, mapped(e, lambda g, a: product(g, a, a), centred))

@@ -1,7 +1,4 @@
-"""What every aten operation makes of elements of a graph: the table operation -> rule, and rules that move elements.
-
-A rule takes (elements, func, args, kwargs, out) as those of a chain do (rules.py).
-"""
+"""Rules that move elements: views, joins, copies, padding, and writing at places."""
 
 from __future__ import annotations
 
@@ -11,75 +8,19 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
-from ..field import Graph, UnsupportedFieldError
+from ..field import Graph
 from .algebra import apply
 from .elements import Elements, rows_of, samples_of
 from .functions import choose, complement, maximum, minimum, product
 from .operations import STRUCTURAL, aten, base_name
-from .refusal import REMEDY, NotFinite, refuse
+from .refusal import REMEDY, refuse
+from .registry import GRAPH, argument
 from .trees import tree_leaves, tree_map
 from .values import Constant, Opaque, StateValue, TimeValue
 
-Rule = Callable[[Elements, Any, tuple, dict, Any], Any]
-RULES: dict[str, Rule] = {}
+rule = GRAPH.rule
 WHERE = "Choose with torch.where(condition, a, b), which computes both"
 COPIES = ("_to_copy", "to", "to_copy")  # that may change the dtype
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
-        return function
-
-    return register
-
-
-def apply_to_elements(e: Elements, func, args: tuple, kwargs: dict, out: Any) -> Any:
-    base = base_name(func)
-    if base not in RULES:
-        refuse(f"the operation {base} on the state")
-    _check_dtypes(e, base, args, out)
-    try:
-        return RULES[base](e, func, args, kwargs, out)
-    except (UnsupportedFieldError, NotFinite):
-        raise
-    except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        refuse(f"the operation {func} on the state ({type(error).__name__}: {error})", REMEDY, error)
-
-
-EXACT = {"add", "sub", "rsub", "mul", "neg", "sum", "minimum", "maximum", "where", "stack", "cat", *STRUCTURAL}
-
-
-def _check_dtypes(e: Elements, base: str, args: tuple, out: Any) -> None:
-    """Elements are numbers of the field's dtype; truth values are 0 and 1, and numbers of them whole numbers. Truth
-    values may be numbers of another dtype until they meet the state: whole numbers are exact in all of them."""
-    for tensor in tree_leaves(out):
-        if isinstance(tensor, Tensor):
-            dtype = tensor.dtype
-            if (dtype.is_floating_point or dtype.is_complex) and dtype != e.table.dtype and base not in COPIES:
-                if dtype.is_complex or base not in EXACT or not all(map(_whole, tree_leaves(args))):
-                    refuse(f"a change of the state's dtype to {dtype} (by the operation {base})")
-            if dtype != torch.bool and base.startswith(("bitwise_", "__and", "__or", "__xor")):
-                refuse(f"the operation {base} on whole numbers made of the state")
-            if dtype == torch.bool and base in ("add", "sub", "sum", "mean", "cumsum"):
-                what = f"the operation {base} on truth values made of the state"
-                refuse(what, "Use logical_or, or .to(y.dtype) first")
-    if base == "view" and len(args) > 1 and isinstance(args[1], torch.dtype):
-        refuse("the bits of the state viewed as another dtype")
-
-
-def _whole(value: Any) -> bool:
-    """It holds whole numbers: a state of another dtype than the field's does."""
-    if isinstance(value, Constant):
-        return value.source is None and bool((value.value == value.value.round()).all())
-    return not isinstance(value, TimeValue) and not (isinstance(value, float) and value != round(value))
-
-
-def argument(args: tuple, kwargs: dict, position: int, name: str, default: Any = None) -> Any:
-    return args[position] if len(args) > position else kwargs.get(name, default)
-
-
-# ------------------------------------------------------------------------------------------------- moving elements
 
 
 @rule(*STRUCTURAL)
@@ -282,6 +223,3 @@ def put(e: Elements, func, args, kwargs, out) -> Any:
 def fill(e: Elements, func, args, kwargs, out) -> Any:
     value = args[1] if len(args) > 1 else 0.0
     return StateValue(e.ids(value).expand(out.shape).clone())
-
-
-from . import graph_functions, graph_linear, graph_reductions  # noqa: E402, F401  they register their rules

@@ -1,4 +1,4 @@
-"""The rows of a graph while it is being read: every row is a row of a node, and has a number."""
+"""The rows of a graph while it is read. Every row belongs to a node, and has a number."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PER_SAMPLE = SAMPLES[0]
 
 
 class Numbers:
-    """int64 numbers that are appended to and read at once."""
+    """A growing list of int64 numbers that can be indexed by a tensor."""
 
     def __init__(self) -> None:
         self._all, self.count = torch.zeros(1024, dtype=torch.int64), 0
@@ -39,20 +39,23 @@ class Numbers:
 
 
 class GraphTable:
-    """Rows by number, each a row of a block, which is a node; and the parts that the nodes name."""
+    """Rows by number, the nodes that they belong to, and the parts that these nodes name.
+
+    parts: the tensors of the field.  origins: where their entries come from.
+    """
 
     def __init__(self, graph: Graph, parameters: ParameterNumbers, held: dict[str, Held], device: torch.device) -> None:
         self.graph, self.parameters, self.device = graph, parameters, device
         self.parts: list[Part] = []
         self.origins: dict[Key, Origin] = {}
         self._parameters_held = held
-        self.attribute: Callable[[Attribute], Constant] | None = None  # what the module holds by this name
+        self.attribute: Callable[[Attribute], Constant] | None = None  # gives what the module holds under a name
         self._nodes: list[Node] = []
         self._starts: list[int] = []
         self._block, self._binding = Numbers(), Numbers()
         self._first: dict[int, int] = {}  # id of a node -> its first row
         self._gathered: dict[bytes, Node] = {}
-        self._entry_rows: dict[int, tuple[Constant, Tensor]] = {}  # by id, which the constant kept here makes unique
+        self._entry_rows: dict[int, tuple[Constant, Tensor]] = {}  # by id, which the kept constant keeps
         self._known_parts: dict[tuple, int | Matrix] = {}
         self.zero_row = int(self.add(graph.number(0.0)))
 
@@ -67,12 +70,12 @@ class GraphTable:
     # ------------------------------------------------------------------------------------------------ rows and nodes
 
     def add(self, node: Node, count: int | None = None) -> Tensor:
-        """The numbers of the node's rows, int64; of `count` rows where its one row stands for so many."""
+        """The numbers of the node's rows, int64 [rows]; a node of one row gives its number `count` times."""
         rows = self._rows(node)
         return rows if count is None or node.rows == count else rows.expand(count)
 
     def _rows(self, node: Node) -> Tensor:
-        if node.kind == "rows":  # they are rows of others
+        if node.kind == "rows":  # its rows are rows of its operands
             parts = zip(node.operands, node.pieces)
             return torch.cat([self._rows(operand)[first: first + count] for operand, (first, count) in parts])
         first = self._first.get(id(node))
@@ -88,7 +91,7 @@ class GraphTable:
         return self._binding[rows]
 
     def node_of(self, rows: Tensor) -> Node:
-        """One node for rows [n]. Of one row where all are the same one."""
+        """A node whose rows are these, int64 [n]; a node of one row where they are all the same one."""
         if rows.numel() > 1 and bool((rows == rows[0]).all()):
             rows = rows[:1]
         key = rows.numpy().tobytes()
@@ -106,7 +109,7 @@ class GraphTable:
         if not ends.numel():
             return self._take(int(blocks[0]), rows)
         distinct = blocks.unique().numel()
-        if ends.numel() + 1 > 4 * distinct + 4:  # many short runs: the rows one after the other, then picked at once
+        if ends.numel() + 1 > 4 * distinct + 4:  # many short runs: gather every row once, then pick them all at once
             used, inverse = rows.unique(return_inverse=True)
             return self.graph.select(self._gather(used), inverse)
         bounds = [0, *ends.tolist(), rows.numel()]
@@ -124,7 +127,8 @@ class GraphTable:
     # ------------------------------------------------------------------------------------------- tensors of the field
 
     def rows_of_entries(self, value: Constant, name: str) -> Tensor:
-        """A row for every entry of a constant, int64 of its shape; entries that are the same parameter's share one."""
+        """The number of a row for every entry of a constant, int64 of its shape. Entries that come from the same element of a
+        parameter, times the same number, share a row."""
         if id(value) not in self._entry_rows:
             self._entry_rows[id(value)] = (value, self._rows_of_entries(value, name))
         return self._entry_rows[id(value)][1]
@@ -154,7 +158,10 @@ class GraphTable:
         return self.add(self.graph.constant(used), used.numel())[inverse]
 
     def matrix(self, entries: Constant, row: Tensor, col: Tensor, shape: tuple[int, int], name: str) -> Matrix | None:
-        """The sparse matrix with entries [n] at (row, col), each given once; None where nothing is left of it."""
+        """The sparse matrix with entries [n] at the places (row, col), int64 [n], which differ. None where no entry is left.
+
+        Raises NotFinite for NaN and infinite values.
+        """
         entries = self._held(entries)
         keep = (entries.value != 0).cpu()
         if not bool(keep.all()):
@@ -178,7 +185,7 @@ class GraphTable:
         return Constant(index.to(self.device))
 
     def _content(self, entries: Constant) -> tuple:
-        """Equal for constants that are the same whatever the parameters become."""
+        """A key that is equal for constants that stay equal whatever values the parameters take."""
         if entries.source is None:
             return ("numbers", entries.value.detach().cpu().to(torch.float64).numpy().tobytes())
         if bool((entries.sources == NOT_PLAIN).any()):
@@ -197,7 +204,8 @@ class GraphTable:
         return self._known_parts[key]
 
     def _held(self, entries: Constant) -> Constant:
-        """A constant as a tensor of the field, for which the module's attributes are numbers for good."""
+        """The constant as it becomes a tensor of the field: attributes of the module in it are fixed to their present
+        numbers."""
         if not entries.from_attributes:
             return entries
         node = with_tensors(entries.node, lambda leaf: self.attribute(leaf).value)
@@ -212,8 +220,8 @@ class GraphTable:
 
 
 def distinct(columns: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Of tuples, given as columns [n]: where each is met first, in the order of meeting, and its number for every
-    position."""
+    """The distinct tuples among n, which are given as columns [n]: (where each is met first, in that order; for every
+    position the number of its tuple)."""
     n = columns[0].numel()
     whole = torch.arange(n)
     for column in columns:
@@ -234,7 +242,7 @@ def distinct(columns: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def distinct_lines(lines: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for the rows of lines [n, k]."""
+    """`distinct` for the lines of [n, k]; by their hashes where no two lines have the same one."""
     generator = torch.Generator().manual_seed(0)
     hashed = torch.zeros(len(lines), dtype=torch.int64)
     factors = torch.randint(1 << 62, (lines.shape[1],), generator=generator) * 2 + 1

@@ -1,6 +1,9 @@
-"""Functions of t as nodes. What forward computes from t alone is kept as operations to be replayed (replay.py); where
-it meets the state it is read like everything else, with the same rules, so that the parameters in it are parts of the
-field. What no rule knows (a lookup, whole numbers) is one function of time that stays in Python."""
+"""Functions of t as nodes.
+
+What forward computes from t alone is kept as operations to be replayed (replay.py). Where it meets the state it is read by
+the same rules as everything else, so that the parameters in it are parts of the field. What no rule knows (a lookup, whole
+numbers) becomes a function of time that stays in Python.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..field import UnsupportedFieldError
 from . import algebra
 from .elements import Elements, same_for_all
-from .graph_rules import apply_to_elements
+from .graph_operations import apply_to_elements
 from .operations import aten, base_name, call
 from .provenance import ParameterNumbers
 from .refusal import REMEDY, refuse
-from .replay import Attribute, Leaf, Node, TimeProgram
+from .replay import Attribute, Leaf, Node, TimeFormula
 from .trees import tree_leaves, tree_map
 from .values import Constant, StateValue, TimeValue
 
@@ -29,31 +32,32 @@ ALIKE_AT = (0.618, 0.0, 0.31, 1.0, -0.7, 1.9, 7.3, 25.0)  # times at which copie
 
 @dataclass(eq=False)
 class Unread:
-    """A function of t that is not, or not yet, rows: whole numbers, truth values, other dtypes."""
+    """A function of t that is not made of rows: whole numbers, truth values, other dtypes."""
 
     node: Node
 
 
 @dataclass(eq=False)
 class Read:
-    """What a node of the replay is at the probe's time, and as elements. Lists of results are lists of these."""
+    """What is known of a node of the replay. value: the result at the time of the run.  abstract: its elements, a Constant
+    or Unread. For an operation with several results both are lists."""
 
     value: Any
     abstract: Any
 
 
 class TimeReader:
-    """Elements of functions of t."""
+    """Gives the elements of functions of t. functions: those of time that stay in Python."""
 
     def __init__(
         self, e: Elements, time: Node | Any, t: Tensor, parameters: ParameterNumbers,
         attribute: Callable[[Attribute], Constant],
     ) -> None:  # fmt: skip
-        """time: the graph's input.  t: 0-d, that of the run."""
+        """time: the node of the graph's input.  t: 0-d, the time of the run.  attribute: gives what the module holds."""
         self._e, self._t, self._parameters, self._attribute = e, t, parameters, attribute
         self._time = StateValue(same_for_all(e.table.add(time)).reshape(()))
         self._known: dict[int, tuple[Any, Read]] = {}
-        self.functions: list[TimeProgram] = []
+        self.functions: list[TimeFormula] = []
 
     def ids(self, value: TimeValue) -> Tensor:
         with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
@@ -71,30 +75,30 @@ class TimeReader:
 
     def _function(self, node: Node, value: Tensor) -> Tensor:
         flat = Node(aten.reshape.default, (Node(aten._to_copy.default, (node,), {"dtype": self._e.table.dtype}), [-1]))
-        program = self._program(flat)
-        first, inverse = self._alike(program, value)
+        formula = self._formula(flat)
+        first, inverse = self._alike(formula, value)
         if first.numel() < value.numel():
             flat = Node(aten.index_select.default, (flat, 0, first.to(self._e.table.device)))
-            program = self._program(flat)
-        if any(self._parameters.trained(name) for name in program.names):
+            formula = self._formula(flat)
+        if any(self._parameters.trained(name) for name in formula.names):
             refuse(
-                f"a function of t that reads the parameters {', '.join(map(repr, program.names))} in ways that are not "
+                f"a function of t that reads the parameters {', '.join(map(repr, formula.names))} in ways that are not "
                 "followed (in another dtype, as whole numbers)",
                 f"Compute it in the module's dtype with tensors. Otherwise u{REMEDY[1:]}",
             )
-        self.functions.append(program)
-        made = self._e.graph.time_function(program, first.numel())
+        self.functions.append(formula)
+        made = self._e.graph.time_function(formula, first.numel())
         return same_for_all(self._e.table.add(made, first.numel())[inverse]).view(value.shape)
 
-    def _program(self, node: Node) -> TimeProgram:
-        return TimeProgram(node, self._e.table.dtype, self._parameters.value)
+    def _formula(self, node: Node) -> TimeFormula:
+        return TimeFormula(node, self._e.table.dtype, self._parameters.value)
 
-    def _alike(self, program: TimeProgram, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _alike(self, formula: TimeFormula, value: Tensor) -> tuple[Tensor, Tensor]:
         """Elements that are one function for all samples: those of the first, and for every element its number among
         them. An axis as long as the batch is one of copies, where its numbers agree at all times."""
         places = torch.arange(value.numel()).view(value.shape)
         with contextlib.suppress(Exception):  # it is not defined at one of these times
-            at = torch.stack([program(self._t.new_tensor(t)).view(value.shape) for t in ALIKE_AT])
+            at = torch.stack([formula(self._t.new_tensor(t)).view(value.shape) for t in ALIKE_AT])
             for axis, size in enumerate(value.shape):
                 one = at.narrow(axis + 1, 0, 1)
                 if size == self._e.size and size > 1 and bool(((at == one) | (at.isnan() & one.isnan())).all()):
@@ -102,7 +106,7 @@ class TimeReader:
         return places.reshape(-1).unique(return_inverse=True)
 
     def _read(self, node: Node) -> Read:
-        """The node, and all before it that were not read yet, operands first."""
+        """Reads the node and, before it, those of its operands that were not read yet."""
         waiting = [node]
         while waiting:
             top = waiting[-1]
@@ -154,7 +158,7 @@ class TimeReader:
         return self._known[key][1]
 
     def _of_samples(self, constant: Constant) -> StateValue:
-        """A tensor of the module with a row for every sample, beside t: its samples lie along the first axis."""
+        """The elements of a tensor of the module that has a row for every sample, along its first axis."""
         entries = torch.arange(constant.value.numel()).view(constant.shape)
         lead = [len(entries)] + [1] * (entries.dim() - 1)
         samples = torch.arange(len(entries)).view(lead).expand(constant.shape)
@@ -183,8 +187,12 @@ class TimeReader:
         return Unread(node) if out.dtype == torch.bool else StateValue(self._function(node, out))
 
     def _picked(self, node: Node, args: tuple, out: Tensor) -> StateValue | None:
-        """table[:, index] of parameters, or of numbers given per sample, at an index that depends on t: the table's
-        entries times one for those that are picked and zero for the others, which are the function of t."""
+        """table[:, index] of parameters, or of numbers given per sample, at an index that depends on t; None for other
+        operations.
+
+        The sum of the table's entries, each times one where the index picks it and else times zero, is a product with a
+        function of t.
+        """
         base = getattr(node.operation, "_schema", None) and base_name(node.operation)
         own = isinstance(args[0], StateValue) or isinstance(args[0], Constant) and args[0].source is not None
         if base not in ("index", "index_select", "embedding") or not own:

@@ -16,8 +16,8 @@ from .branches import Branches
 from .context import Context, ReadContext, attribute, names_of
 from .elements import ANY, Elements, rows_of, samples_of
 from .functions import primitive
+from .graph_operations import apply_to_elements
 from .graph_probe import GraphProbe
-from .graph_rules import RULES, apply_to_elements
 from .graph_table import GraphTable
 from .graph_time import TimeReader
 from .memory import found_in, geometry, overlap, replaced, taken
@@ -34,8 +34,12 @@ MOST_CONTEXT = 1 << 16  # rows of context, while it is not known how many there 
 
 
 class GraphTracer(Following):
-    """Reads one run of module(t, state): `tracer.read()` gives the field. context: whether the tensors of the module
-    with a row for every sample may be its context, and how many rows there are.  names: of those that are."""
+    """Reads one run of module(t, state): `read` gives the node of the result, `field` the field.
+
+    context: None: constants that differ from sample to sample raise NeedsContext; else they become the context, and this
+    is its number of rows, or more than that.  names: of the module's tensors that may be the context; None: all of those
+    with a row for every sample.
+    """
 
     attends = True
 
@@ -57,8 +61,8 @@ class GraphTracer(Following):
             self.table.attribute = self._attribute
 
     def read(self, flagged: bool = True) -> tuple[Node, list[str]]:
-        """The node of the result, and notes. flagged: the state is one that requires a gradient, as it does in training,
-        for forwards that ask."""
+        """(the node of the result, notes for people). Raises UnsupportedFieldError for what no rule expresses. flagged: the
+        state is one that requires a gradient, as it does in training, for forwards that ask."""
         t, rows = self.probe.point()
         lines = torch.arange(self.probe.batch)[:, None] * STRIDE + self.table.add(self._input)
         self._keep = [t]
@@ -88,12 +92,12 @@ class GraphTracer(Following):
             raise error
         with self.stack.naming(), torch.no_grad():
             return self.table.node_of(self.branches.chosen(self.elements)), [
-                f"capture: {program.names or 'a function of t'} is kept as a general function of t"
-                for program in reader.functions
+                f"capture: {formula.names or 'a function of t'} is kept as a general function of t"
+                for formula in reader.functions
             ]
 
     def _result(self, out: Any, lines: Tensor) -> Tensor:
-        """The rows of the derivative of one sample."""
+        """The numbers of the rows of one sample's derivative, int64 [dim]."""
         outs = list(out) if isinstance(out, (tuple, list)) else [out]
         rows = []
         for part, ids in zip(outs, self.probe.parts_of(lines)):
@@ -130,7 +134,8 @@ class GraphTracer(Following):
         return self.value_of(attribute(self.module, leaf.name))
 
     def value_of(self, tensor: Tensor) -> Any:
-        """Also of a tensor that is new to Python and shows memory that is known: what autograd has kept, say."""
+        """The value of a tensor. A tensor that was not met before may show memory that was: what autograd has kept, for
+        example. Others are constants."""
         value = self.values.get(id(tensor))
         if value is not None:
             return value
@@ -168,7 +173,7 @@ class GraphTracer(Following):
         return None
 
     def rebind(self, tensor: Tensor, value: Any) -> None:
-        """After an in-place operation: what else shows the same memory follows."""
+        """The value of a tensor after an operation in place, which other tensors of the same memory follow."""
         self.bind(tensor, value)
         for other in self.aliases[_memory(tensor)]:
             if other is tensor or not overlap(other, tensor):
@@ -192,7 +197,7 @@ class GraphTracer(Following):
     def _abstract(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
         base = base_name(func)
         if base in ("is_same_size", "_has_same_storage_numel", "_linalg_check_errors"):
-            return out  # nothing of the values
+            return out  # it asks for shapes alone
         opaque = next((a for a in tree_leaves((args, kwargs)) if isinstance(a, Opaque)), None)
         if opaque is not None and base not in FACTORIES:
             if torch.Tag.data_dependent_output in func.tags:
@@ -219,18 +224,10 @@ class GraphTracer(Following):
             value = replace(value, checks=True)
         return value
 
-    def _sparse_linear(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
-        with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
-            if isinstance(args[0], StateValue):
-                return RULES["linear"](self.elements, func, args, kwargs, out)
-            from .rules import sparse_linear
-
-            return sparse_linear(None, args, out)
-
 
 @contextlib.contextmanager
 def _plain_operations() -> Iterator[None]:
-    """Attention and recurrent layers as the operations that they consist of."""
+    """While this lasts, torch runs attention and recurrent layers by the single operations that they consist of."""
     quick, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags warns about other settings that it touches

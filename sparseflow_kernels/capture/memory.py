@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .algebra import apply
+from .algebra import apply, as_time
 from .operations import aten
 from .values import Constant, StateValue, TimeValue
 
@@ -64,8 +64,6 @@ def replaced(old: Any, new: Any, number: Tensor, ids: Any) -> Any:
     if flat[0].value.dtype != flat[1].value.dtype:
         flat[0] = apply(aten._to_copy.default, flat[0], dtype=flat[1].value.dtype)
     if isinstance(flat[0], TimeValue) != isinstance(flat[1], TimeValue):
-        from .algebra import as_time
-
         flat = [v if isinstance(v, TimeValue) else as_time(v) for v in flat]
     both = apply(aten.cat.default, flat)
     index = torch.where(number >= 0, number, flat[0].value.numel() + torch.arange(number.numel()).view(number.shape))

@@ -21,8 +21,23 @@ from .refusal import NotFinite
 TIME = 0.6180339887498949  # one that no number in a user's code is likely to equal
 
 
+class Points:
+    """The points that a module is called at: of `batch` samples of `dim` numbers, t of the shape `t_shape`."""
+
+    def time(self, t: float) -> Tensor:
+        return torch.full(self.t_shape, t, dtype=self.dtype, device=self.device)
+
+    def point(
+        self, t: float = TIME, scale: float = 1.0, seed: int = 0, batch: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A t, and a random y [batch, dim]."""
+        generator = torch.Generator().manual_seed(seed)
+        y = scale * torch.randn(batch or self.batch, self.dim, generator=generator, dtype=torch.float64)
+        return self.time(t), y.to(self.device, self.dtype)
+
+
 @dataclass(frozen=True)
-class Probe:
+class Probe(Points):
     """How a module is called: forward(t, y) with y [batch, dim]."""
 
     dim: int
@@ -45,17 +60,6 @@ class Probe:
         y = y.view(y.shape[0], *self.between, self.dim)
         out = module(t, y)
         return out.reshape(y.shape[0], self.dim) if isinstance(out, Tensor) and out.shape == y.shape else out
-
-    def time(self, t: float) -> Tensor:
-        return torch.full(self.t_shape, t, dtype=self.dtype, device=self.device)
-
-    def point(
-        self, t: float = TIME, scale: float = 1.0, seed: int = 0, batch: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """A t, and a random y."""
-        generator = torch.Generator().manual_seed(seed)
-        y = scale * torch.randn(batch or self.batch, self.dim, generator=generator, dtype=torch.float64)
-        return self.time(t), y.to(self.device, self.dtype)
 
 
 def differentiable(run: Any, state: Any, grad: bool) -> Any:
@@ -186,7 +190,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices=list(gpus)))
         stack.enter_context(torch.inference_mode(False))
         for kind in filter(torch.amp.is_autocast_available, kinds):
-            stack.enter_context(torch.autocast(kind, enabled=False))  # the program is the module's in its own dtype
+            stack.enter_context(torch.autocast(kind, enabled=False))  # the field is the module in its own dtype
         if "torch._dynamo" in sys.modules:  # what is compiled inside (submodules, functions) runs as it was written
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:

@@ -26,6 +26,10 @@ class NotFinite(ValueError):
     """Weights that are NaN or infinite."""
 
 
+class NeedsContext(Exception):
+    """A constant that differs from sample to sample: read again, with the module's tensors as context."""
+
+
 def refuse(what: str, remedy: str = REMEDY, cause: Exception | None = None) -> NoReturn:
     """Raises UnsupportedFieldError; the tracer puts the module path in front of it."""
     raise UnsupportedFieldError(f"{what} cannot be expressed as a layer of a vector field. {remedy}.") from cause

@@ -133,8 +133,8 @@ class Computed:
         return self._names
 
 
-class TimeProgram(nn.Module):
-    """A function of t of any form: `program(t) -> [n]` for a 0-d t, in t's dtype and device.
+class TimeFormula(nn.Module):
+    """A function of t of any form: `formula(t) -> [n]` for a 0-d t, in t's dtype and device.
 
     The module's parameters that it reads are given by `over`, and are this module's parameters then.
     """
@@ -147,9 +147,9 @@ class TimeProgram(nn.Module):
         for number, name in enumerate(self.names):
             self.register_parameter(str(number), nn.Parameter(value(name).detach().clone()))
 
-    def over(self, parameters: Callable[[str], nn.Parameter]) -> "TimeProgram":
+    def over(self, parameters: Callable[[str], nn.Parameter]) -> "TimeFormula":
         """The same function of other parameters, by name."""
-        other = TimeProgram.__new__(TimeProgram)
+        other = TimeFormula.__new__(TimeFormula)
         nn.Module.__init__(other)
         other._replay, other.names = self._replay, self.names
         other.read(parameters)
@@ -169,3 +169,6 @@ class TimeProgram(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """See above."""
+
+
+TimeProgram = TimeFormula  # its name in pickles of version 0.1.0

@@ -1,4 +1,4 @@
-"""The rows of the program while it is being read: pending affine layers over closed ones, and how they combine.
+"""The rows of a chain while it is being read: pending affine layers over closed ones, and how they combine.
 
 Arithmetic makes new rows; each is one row of a pending layer gate(t) * (W h + bias) + shift(t) over the last closed
 layer h. An activation, or a second matrix, closes a layer.

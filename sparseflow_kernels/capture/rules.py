@@ -1,8 +1,4 @@
-"""What every aten operation does to a state: the table operation -> rule.
-
-A rule takes (reading, func, args, kwargs, out): the arguments as abstract values, the result `out` on the tensors, and
-returns the abstract result.
-"""
+"""What every aten operation does to a state of a chain."""
 
 from __future__ import annotations
 
@@ -13,10 +9,11 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
-from ..field import Activation, UnsupportedFieldError
-from .algebra import apply, mul
+from ..field import Activation
+from .algebra import apply, mul, sparse_weight, typed
 from .operations import STRUCTURAL, aten, base_name
-from .refusal import REMEDY, refuse
+from .refusal import refuse
+from .registry import CHAIN, argument, number
 from .rows import RowTable
 from .samples import Samples
 from .trees import tree_leaves, tree_map
@@ -33,12 +30,7 @@ class Reading:
 
     def typed(self, value: Any) -> Constant | TimeValue:
         """A number, constant or function of t in the field's dtype and device."""
-        dtype, device = self.table.dtype, self.table.device
-        if not isinstance(value, (Constant, TimeValue)):
-            return Constant(torch.tensor(value, dtype=dtype, device=device))
-        if value.value.dtype == dtype and value.value.device == device:
-            return value
-        return apply(aten._to_copy.default, value, dtype=dtype, device=device)
+        return typed(value, self.table.dtype, self.table.device)
 
     def as_state(self, value: Constant | TimeValue, axis: int) -> StateValue:
         """A constant or function of t with a sample axis."""
@@ -49,30 +41,14 @@ class Reading:
         return self.samples.spread(rows.view(one.shape), axis)
 
 
-Rule = Callable[[Reading, Any, tuple, dict, Any], Any]
-RULES: dict[str, Rule] = {}
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
-        return function
-
-    return register
+rule = CHAIN.rule
 
 
 def apply_to_state(reading: Reading, func, args: tuple, kwargs: dict, out: Any) -> Any:
-    base = base_name(func)
-    if base.startswith(("_scaled_dot_product", "_native_multi_head", "_transformer_encoder")):
+    """The result's rows. Raises UnsupportedFieldError for what no rule expresses."""
+    if base_name(func).startswith(("_scaled_dot_product", "_native_multi_head", "_transformer_encoder")):
         refuse("attention (a product of states, and a softmax)")
-    if base not in RULES:
-        refuse(f"the operation {base} on the state")
-    try:
-        return RULES[base](reading, func, args, kwargs, out)
-    except UnsupportedFieldError:
-        raise
-    except Exception as error:  # an overload or a shape that no rule here thought of
-        refuse(f"the operation {func} on the state ({type(error).__name__}: {error})", REMEDY, error)
+    return CHAIN.apply(reading, func, args, kwargs, out)
 
 
 # ------------------------------------------------------------------------------------------------- moving elements
@@ -154,7 +130,7 @@ def multiply(reading: Reading, left, right, out: Tensor) -> StateValue:
 @rule("add", "sub", "rsub")
 def sum_rule(reading: Reading, func, args, kwargs, out) -> Any:
     base = base_name(func)
-    alpha = args[2] if len(args) > 2 else kwargs.get("alpha", 1)
+    alpha = argument(args, kwargs, 2, "alpha", 1)
     if isinstance(alpha, TimeValue):
         refuse("a sum whose alpha depends on t", "Multiply by it and add the product instead")
     signs = {"add": (1, alpha), "sub": (1, -alpha), "rsub": (-alpha, 1)}[base]
@@ -246,23 +222,11 @@ def add_matrix_product(reading: Reading, func, args, kwargs, out) -> Any:
     return add(reading, args[0], product, out, (kwargs.get("beta", 1), kwargs.get("alpha", 1)))
 
 
-def sparse_linear(reading: Reading, args: tuple, out: Tensor) -> Any:
-    """sparseflow::linear: x [..., in] times a matrix that has values at the entries of a pattern only, plus a bias."""
+@rule("linear")  # sparseflow::linear, of a state
+def sparse_linear(reading: Reading, func, args, kwargs, out) -> Any:
     x, values, bias, row_ptr, col, inputs, _ = args
-    row_ptr, col = (a.value.cpu() for a in (row_ptr, col))
-    outputs = row_ptr.numel() - 1
-    where = torch.repeat_interleave(torch.arange(outputs), row_ptr.diff()) * inputs + col
-
-    device = values.value.device
-    zeros = Constant(torch.zeros(outputs * inputs, dtype=values.value.dtype, device=device))
-    matrix = apply(aten.index_put.default, zeros, [Constant(where.to(device))], values)
-    matrix = apply(aten.t.default, apply(aten.view.default, matrix, [outputs, inputs]))
-    if isinstance(x, StateValue):
-        product = _matrix_product(reading, x, matrix)
-        return product if bias is None else add(reading, product, bias, out)
-    product = apply(aten.mm.default, apply(aten.reshape.default, x, [-1, inputs]), matrix)
-    product = product if bias is None else apply(aten.add.Tensor, product, bias)
-    return apply(aten.reshape.default, product, list(out.shape))
+    product = _matrix_product(reading, x, apply(aten.t.default, sparse_weight(values, row_ptr, col, inputs)))
+    return product if bias is None else add(reading, product, bias, out)
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
@@ -289,21 +253,21 @@ def _activate(reading: Reading, state: StateValue, activation: Activation) -> St
     return reading.samples.spread(reading.table.activate(one.reshape(-1), activation).view(one.shape), axis)
 
 
-def _number(args, kwargs, position: int, name: str, default: float | None) -> float | None:
-    value = args[position] if len(args) > position else kwargs.get(name, default)
-    if isinstance(value, TimeValue):
-        refuse(f"an activation whose {name} depends on t")
-    return float(value) if isinstance(value, (int, float)) else value
-
-
 @rule("tanh", "sigmoid", "relu", "silu", "sin", "square")
 def activation(reading: Reading, func, args, kwargs, out) -> Any:
     return _activate(reading, args[0], Activation(base_name(func)))
 
 
+@rule("gelu")
+def gelu(reading: Reading, func, args, kwargs, out) -> Any:
+    if kwargs.get("approximate", "none") != "none":
+        refuse("gelu by its approximation")
+    return _activate(reading, args[0], Activation("gelu"))
+
+
 @rule("softplus")
 def softplus(reading: Reading, func, args, kwargs, out) -> Any:
-    params = (_number(args, kwargs, 1, "beta", 1.0), _number(args, kwargs, 2, "threshold", 20.0))
+    params = (number(args, kwargs, 1, "beta", 1.0), number(args, kwargs, 2, "threshold", 20.0))
     return _activate(reading, args[0], Activation("softplus", params))
 
 
@@ -317,13 +281,13 @@ def _elu(reading: Reading, x: StateValue, alpha: float, scale: float, input_scal
 
 @rule("elu")  # also selu
 def elu(reading: Reading, func, args, kwargs, out) -> Any:
-    numbers = (_number(args, kwargs, i, name, 1.0) for i, name in enumerate(("alpha", "scale", "input_scale"), 1))
+    numbers = (number(args, kwargs, i, name, 1.0) for i, name in enumerate(("alpha", "scale", "input_scale"), 1))
     return _elu(reading, args[0], *numbers, out)
 
 
 @rule("celu")
 def celu(reading: Reading, func, args, kwargs, out) -> Any:
-    alpha = _number(args, kwargs, 1, "alpha", 1.0)
+    alpha = number(args, kwargs, 1, "alpha", 1.0)
     return _elu(reading, args[0], alpha, 1.0, 1.0 / alpha, out)
 
 
@@ -342,6 +306,6 @@ def power(reading: Reading, func, args, kwargs, out) -> Any:
 
 @rule("clamp", "clamp_min")
 def clamp(reading: Reading, func, args, kwargs, out) -> Any:
-    if _number(args, kwargs, 1, "min", None) != 0 or _number(args, kwargs, 2, "max", None) is not None:
+    if number(args, kwargs, 1, "min", None) != 0 or number(args, kwargs, 2, "max", None) is not None:
         refuse("clamping the state other than at 0 from below")
     return _activate(reading, args[0], Activation("relu"))

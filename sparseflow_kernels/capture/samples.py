@@ -1,4 +1,4 @@
-"""Element numbers of states, sample * STRIDE + row: every element knows the row of the program that it holds (the same
+"""Element numbers of states, sample * STRIDE + row: every element knows the row of the field that it holds (the same
 for every sample) and its sample."""
 
 from __future__ import annotations

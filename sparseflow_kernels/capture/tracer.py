@@ -13,17 +13,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..field import UnsupportedFieldError
 from ..warn import line_of_forward
-from .algebra import apply, evaluate
+from .algebra import apply, evaluate, sparse_linear
 from .branches import Branches
 from .operations import ADDITIVE, BILINEAR, FACTORIES, FULL, aten, base_name, written
 from .probe import Probe
 from .provenance import ParameterNumbers
 from .reads import Reads, is_finiteness
 from .refusal import REMEDY, refuse, refuse_python_value
-from .rows import Affine, Hidden, RowTable
-from .rules import Reading, apply_to_state, sparse_linear
-from .samples import Samples
 from .replay import Node
+from .rows import Affine, Hidden, RowTable
+from .rules import Reading, apply_to_state
+from .samples import Samples
 from .trees import tree_leaves, tree_map
 from .values import Constant, Overwritten, StateValue, TimeValue
 
@@ -210,8 +210,8 @@ class Following(TorchDispatchMode):
             return tree_map(Constant, out)
         if func in DENSE:
             func = DENSE[func]
-        if func.namespace == "sparseflow" and base == "linear":
-            return self._sparse_linear(func, args, kwargs, out)
+        if func.namespace == "sparseflow" and base == "linear" and not isinstance(args[0], StateValue):
+            return sparse_linear(args, out)
         if has_state:
             return self._of_state(func, args, kwargs, out)
         if not has_time:  # the tensor may be written to later, through whatever shares its memory
@@ -222,10 +222,6 @@ class Following(TorchDispatchMode):
 
     def _of_state(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
         """The abstract value of an operation on states."""
-        raise NotImplementedError
-
-    def _sparse_linear(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
-        """That of sparseflow::linear."""
         raise NotImplementedError
 
     def _with_numbers(self, constant: Constant) -> Constant | TimeValue:
@@ -270,6 +266,3 @@ class Tracer(Following):
 
     def _of_state(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
         return apply_to_state(self.reading, func, args, kwargs, out)
-
-    def _sparse_linear(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
-        return sparse_linear(self.reading, args, out)

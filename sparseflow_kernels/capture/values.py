@@ -71,7 +71,7 @@ class TimeValue:
 
 @dataclass(eq=False)
 class StateValue:
-    """A tensor that depends on y. ids: int64 of its shape; each element's sample and its row of the program (samples.py
+    """A tensor that depends on y. ids: int64 of its shape; each element's sample and its row of the field (samples.py
     lays the two into one number).  checks: it only says which numbers are finite, which those of a solve are."""
 
     ids: Tensor

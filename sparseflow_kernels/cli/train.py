@@ -366,17 +366,16 @@ def _display(jobs: Sequence[Job]) -> Iterator[Any]:
 
 
 class _Lines:
-    """Plain log lines."""
+    """Plain log lines, at most one every ten seconds for each job, and one for every cycle that is done."""
 
-    def __init__(self, seconds: float = 10.0) -> None:
-        self.seconds = seconds
+    def __init__(self) -> None:
         self.last: dict[str, float] = {}
 
     def __call__(self, job: Job, facts: dict[str, Any]) -> None:
         now = time.monotonic()
         if "finished" in facts:
             print(f"{job.name}: {_finished_text(facts)}", flush=True)
-        elif now - self.last.setdefault(job.name, now) >= self.seconds:
+        elif now - self.last.setdefault(job.name, now) >= 10.0:
             print(f"{job.name}: {_step_text(job, facts)}", flush=True)
         else:
             return

@@ -20,10 +20,12 @@ ENGINES = {
     "triton": ("triton", "TritonEngine"),
 }
 
-# Of fields that are graphs. Those that are missing run chains only.
+# Of fields that are graphs.
 GRAPH_ENGINES = {
     "reference": ("graph_reference", "GraphReferenceEngine"),
     "cpu": ("graph_cpu", "GraphCpuEngine"),
+    "cuda": ("graph_cuda", "GraphCudaEngine"),
+    "triton": ("triton.graph_engine", "GraphTritonEngine"),
 }
 
 # By type of device, the one that is expected to be the quickest first.
@@ -35,8 +37,6 @@ def available(name: str, graph: bool = False) -> tuple[type[Engine] | None, str]
     names."""
     if name not in ENGINES:
         raise ValueError(f'engine: unknown name {name!r}; known are "auto", {", ".join(map(repr, ENGINES))}')
-    if graph and name not in GRAPH_ENGINES:
-        return None, "only for fields that are chains of layers, and this one is a graph; use engine='cpu' or 'reference'"
     module, class_name = (GRAPH_ENGINES if graph else ENGINES)[name]
     try:
         return getattr(import_module(f".{module}", __name__), class_name), ""

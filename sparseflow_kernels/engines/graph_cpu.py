@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Callable, Collection, Sequence
+from typing import Collection
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..divergence import DivergencePlan
-from ..field import GraphField, Matrix, Node
-from ..field.graph import CONTEXT, STATE, evaluate, order
+from ..field import GraphField, Node
+from ..field.graph import CONTEXT, STATE, order
 from ..threads import get_num_threads
 from .base import Gradient, SolveRequest, SolveResult
 from .cpu import _BUILDERS, STAGE_BYTES, _native, unready
+from .graph_native import GraphNativeEngine, GraphProgram, ProgramSums, summands
 from .lower import COTANGENT, TRACE_COTANGENT, GraphWriter, state_bindings, time_bindings
-from .native import NativeEngine, address, native_options, native_tableau, solve_result, times_gradient
+from .native import address, native_options, native_tableau, solve_result, times_gradient
 
 
-@dataclass(eq=False)
-class _Program:
-    """A compiled program, its writer, and the program that answers for what depends on time.
-
-    plain: (native number, part) of the row vectors that are a part of the field.  computed: (native number, node) of all
-    others."""
-
-    native: object
-    writer: GraphWriter
-    time: "_Program | None" = None
-    stamp: int = -1  # of the engine, when the numbers were those that the program holds
-
-    def __post_init__(self) -> None:
-        self.plain = [(number, node.part) for number, node in self.writer.vectors if node.kind == "vector"]
-        self.computed = [(number, node) for number, node in self.writer.vectors if node.kind != "vector"]
-
-
-class GraphCpuEngine(NativeEngine):
+class GraphCpuEngine(GraphNativeEngine):
     """Sparse products and pointwise expressions in C++ over batch-minor tiles; a whole solve is one call."""
 
     name = "cpu"
@@ -62,19 +45,12 @@ class GraphCpuEngine(NativeEngine):
 
     def __init__(self, field: GraphField, plan: DivergencePlan | None = None) -> None:
         super().__init__(field, plan)
-        self._take(field)
-        self._programs: dict[tuple[bool, tuple[Node, ...]], _Program] = {}  # by (adjoint, what is in the state besides)
+        self._programs: dict[tuple[bool, tuple[Node, ...]], GraphProgram] = {}  # by (adjoint, what is in the state besides)
         self._program(False)
-
-    def _take(self, field: GraphField) -> None:
-        """The field's numbers of now. A copy: the program of a gradient is packed when one is asked for, and the field's own
-        may have changed by then."""
-        self._field = field
-        self._values = [part.values.detach().clone() for part in field.parts]
 
     # ---- programs
 
-    def _program(self, adjoint: bool, more: tuple[Node, ...] = ()) -> _Program:
+    def _program(self, adjoint: bool, more: tuple[Node, ...] = ()) -> GraphProgram:
         """more: inputs that are rows of the state too (`state_bindings`)."""
         key = adjoint, more
         if key not in self._programs:
@@ -85,93 +61,48 @@ class GraphCpuEngine(NativeEngine):
             self._renew(program)
         return program
 
-    def _write(self, adjoint: bool, more: tuple[Node, ...]) -> _Program:
+    def _write(self, adjoint: bool, more: tuple[Node, ...]) -> GraphProgram:
         field, g = self._field, self._field.graph
         trace = None if self.plan is None else self.plan.form.trace
         builder = getattr(_native(), _BUILDERS[field.dtype])()
-        writer = GraphWriter(builder, field, state_bindings(field, *more))
+        writer = GraphWriter(builder, field, state_bindings(field, *more), totals=True)
         if adjoint:
             names = {COTANGENT: g.input(COTANGENT, field.dim, STATE), TRACE_COTANGENT: g.input(TRACE_COTANGENT, 1, STATE)}
             writer.write_adjoint(field.output, trace, names)
-            program = _Program(builder.compile_adjoint(), writer)
+            program = GraphProgram(builder.compile_adjoint(), writer)
         else:
-            writer.write(field.output, [] if trace is None else _summands(trace))
-            program = _Program(builder.compile(), writer)
+            writer.write(field.output, [] if trace is None else summands(trace))
+            program = GraphProgram(builder.compile(), writer)
         if writer.timed:
             self._answer_times(program)
         return program
 
-    def _answer_times(self, program: _Program) -> None:
+    def _answer_times(self, program: GraphProgram) -> None:
         timed = program.writer.timed
         if program.writer.time_in_python:
-            program.native.set_refresh(lambda times: self._answer_in_torch(timed, times))
+            program.native.set_refresh(
+                lambda times: [[self._array(row)] for row in self._answer_in_torch(timed, times)]
+            )
             return
         builder = getattr(_native(), _BUILDERS[self.dtype])()
-        writer = GraphWriter(builder, self._field, time_bindings(self._field))
+        writer = GraphWriter(builder, self._field, time_bindings(self._field), totals=True)
         writer.write(self._field.graph.concatenate(timed))
-        program.time = _Program(builder.compile(), writer)
+        program.time = GraphProgram(builder.compile(), writer)
         program.native.set_time(program.time.native)
 
     @torch.no_grad()
-    def _answer_in_torch(self, timed: Sequence[Node], times: list[float]) -> list[list]:
-        values = self._evaluate(timed, {"time": torch.tensor(times, dtype=self.dtype)[:, None]})
-        rows = torch.cat([value.expand(len(times), value.shape[1]) for value in values], 1)
-        return [[_array(row)] for row in rows]
-
-    @torch.no_grad()
-    def _renew(self, program: _Program) -> None:
-        """The present numbers of the field's parts."""
-        writer, like, of_part = program.writer, torch.empty(0, dtype=self.dtype), self._values.__getitem__
-        for number, matrix in writer.matrices:
-            if not matrix.constant:
-                program.native.set_values(number, _array(matrix.values(of_part, like)))
-        for number, part in program.plain:
-            program.native.set_vector(number, _array(of_part(part)))
-        values = evaluate([node for _, node in program.computed], {}, of_part, like=like) if program.computed else ()
-        for (number, _), value in zip(program.computed, values):
-            program.native.set_vector(number, _array(value[0]))
-        if program.time is not None:
-            self._renew(program.time)
-        program.stamp = self.stamp
-
-    @torch.no_grad()
     def update(self, field: GraphField) -> bool:
-        if field.graph is not self._field.graph or field.output is not self._field.output:
-            return False
-        if (field.dtype, field.device) != (self.dtype, self.device):
+        if not self._takes_over(field):
             return False
         self._take(field)
         self.stamp += 1
         return True
 
-    # ---- what comes with a call
+    @staticmethod
+    def _array(values: Tensor) -> np.ndarray:
+        return values.detach().contiguous().numpy()
 
-    def _context(self, program: _Program, context: Tensor | None, noise: Tensor | None, batch: int) -> Tensor | None:
-        """The rows [batch, rows] that follow from the context, for this call."""
-        nodes = program.writer.contexts
-        if not nodes:
-            return None
-        with torch.no_grad():
-            values = self._evaluate(nodes, {"context": context, "noise": noise})
-            return torch.cat([value.expand(batch, node.rows) for value, node in zip(values, nodes)], 1).contiguous()
-
-    def _evaluate(self, nodes: Sequence[Node], inputs: dict, parts: Sequence[Tensor] | None = None) -> list[Tensor]:
-        parts = self._values if parts is None else parts
-        inputs = {name: value for name, value in inputs.items() if value is not None}
-        return evaluate(nodes, inputs, lambda n: parts[n], like=torch.empty(0, dtype=self.dtype))
-
-    def _ready_context(self, context: Tensor | None, batch: int) -> Tensor | None:
-        node = self._field.context
-        if node is None:
-            return None
-        if context is None:
-            raise ValueError(f"this field has a context [batch, {node.rows}], and none was given")
-        if context.shape != (batch, node.rows) or context.dtype != self.dtype or context.device != self.device:
-            raise ValueError(
-                f"context must be [{batch}, {node.rows}], {self.dtype} on {self.device}, not {list(context.shape)}, "
-                f"{context.dtype} on {context.device}"
-            )
-        return context.detach()
+    # ---- evaluations and solves
 
     def evaluate(self, t: Tensor | float, y: Tensor, context: Tensor | None = None) -> Tensor:
         return self._run(t, y, None, context)[0]
@@ -236,14 +167,6 @@ class GraphCpuEngine(NativeEngine):
 
     # ---- gradients
 
-    def no_gradient(self, wanted: Collection[str], request: SolveRequest | None = None) -> str | None:
-        if request is not None:
-            return super().no_gradient([name for name in wanted if name != "noise"], request)
-        return None
-
-    def _no_adjoint(self) -> None:
-        return None
-
     def evaluate_backward(
         self, t: Tensor | float, x: Tensor, noise: Tensor | None, grad_f: Tensor, grad_trace: Tensor | None,
         wanted: Collection[str], context: Tensor | None = None,
@@ -257,7 +180,7 @@ class GraphCpuEngine(NativeEngine):
             t=time, x=point.data_ptr(), noise=0, batch=len(x), threads=get_num_threads(), grad_f=grad_f.data_ptr(),
             grad_trace=address(grad_trace), grad_x=grad.data_ptr(),
         )
-        found, of_time = self._gradient(program, raw, None, None, None, wanted)
+        found, of_time = self._gradient(program, sums_of(program.writer, raw), None, None, None, wanted)
         found.x, *others = grad.split([self.dim, *(node.rows for node in more)], 1)
         named = dict(zip((node.name for node in more), others))
         found.context, found.noise = named.get("context"), named.get("noise")
@@ -285,106 +208,17 @@ class GraphCpuEngine(NativeEngine):
             grad_xs=grad_xs.data_ptr(), grad_ls=address(grad_ls), grad_x=grad_x.data_ptr(), grad_l=address(grad_l),
             context=address(rows), grad_context=address(grad_rows),
         )
-        found, of_time = self._gradient(program, raw, context, noise, grad_rows, wanted)
+        found, of_time = self._gradient(program, sums_of(program.writer, raw), context, noise, grad_rows, wanted)
         found.x, found.l = grad_x, grad_l
         if "times" in wanted:
             found.times = times_gradient(request, result, grad_xs, grad_ls, of_time)
         return found
 
-    def _gradient(
-        self, program: _Program, raw: dict, context: Tensor | None, noise: Tensor | None, grad_rows: Tensor | None,
-        wanted: Collection[str],
-    ) -> tuple[Gradient, float]:
-        """What native sums are carried on to: the parts, the context and the noise; and the gradient of the time."""
-        writer, dtype = program.writer, self.dtype
-        parts = self._values
-        of_parts: list[Tensor | None] = [None] * len(parts)
 
-        def give(part: int, grad: Tensor, entries: Tensor | None = None) -> None:
-            if of_parts[part] is None:
-                if entries is None:
-                    of_parts[part] = grad
-                    return
-                of_parts[part] = torch.zeros(len(parts[part]), dtype=torch.float64)
-            if entries is None:
-                of_parts[part] = of_parts[part] + grad
-            else:
-                of_parts[part].index_add_(0, entries, grad)
-
-        made = []
-        for number, matrix in writer.gradients:
-            grad = torch.from_numpy(raw["matrices"][number])
-            if matrix.made is not None:
-                made.append((matrix, grad.to(dtype)))
-            else:
-                give(matrix.part, grad, matrix.entries)
-        for number, part in program.plain:
-            if len(grad := raw["vectors"][number]):
-                give(part, torch.from_numpy(grad))
-        of_vector = [(node, raw["vectors"][number]) for number, node in program.computed if len(raw["vectors"][number])]
-        named, of_time = {}, 0.0
-        if made or of_vector or writer.timed or grad_rows is not None:
-            named, of_time = self._carry_on(writer, raw, parts, give, made, of_vector, context, noise, grad_rows)
-        found = Gradient(tensors=())
-        if "tensors" in wanted:
-            found.tensors = tuple(
-                torch.zeros_like(part) if total is None else total.to(dtype) for part, total in zip(parts, of_parts)
-            )
-        for name, like in (("context", context), ("noise", noise)):
-            if name in wanted and like is not None:
-                setattr(found, name, torch.zeros_like(like) if named.get(name) is None else named[name])
-        return found, of_time
-
-    def _carry_on(
-        self, writer: GraphWriter, raw: dict, parts: Sequence[Tensor], give: Callable[[int, Tensor], None],
-        made: Sequence[tuple[Matrix, Tensor]], of_vector: Sequence[tuple[Node, np.ndarray]], context: Tensor | None,
-        noise: Tensor | None, grad_rows: Tensor | None,
-    ) -> tuple[dict[str, Tensor | None], float]:  # fmt: skip
-        """By autograd, through what was computed in torch: ({name of an input: its gradient}, the gradient of time)."""
-        dtype = self.dtype
-        times = torch.from_numpy(raw["time_points"]).to(dtype) if writer.timed else torch.empty(0, dtype=dtype)
-        with torch.enable_grad():
-            leaves = [part.clone().requires_grad_() for part in parts]
-            inputs = {"context": context, "noise": noise, "time": times[:, None] if len(times) else None}
-            inputs = {name: value.detach().requires_grad_() for name, value in inputs.items() if value is not None}
-            outputs = [matrix.values(leaves.__getitem__, times) for matrix, _ in made]
-            grads = [grad for _, grad in made]
-            for (_, grad), value in zip(of_vector, self._evaluate([node for node, _ in of_vector], {}, leaves)):
-                outputs.append(value[0])
-                grads.append(torch.from_numpy(grad).to(dtype))
-            if len(times):
-                cotangents = torch.from_numpy(raw["time_cotangents"]).to(dtype).reshape(len(times), -1)
-                outputs += self._evaluate(writer.timed, {"time": inputs["time"]}, leaves)
-                grads += cotangents.split([node.rows for node in writer.timed], 1)
-            if grad_rows is not None:
-                given = {name: inputs[name] for name in ("context", "noise") if name in inputs}
-                values = self._evaluate(writer.contexts, given, leaves)
-                outputs += [value.expand(len(grad_rows), value.shape[1]) for value in values]
-                grads += grad_rows.split([node.rows for node in writer.contexts], 1)
-            pairs = [(out, grad) for out, grad in zip(outputs, grads) if out.requires_grad]
-            targets = [*leaves, *inputs.values()]
-            carried: Sequence[Tensor | None] = [None] * len(targets)
-            if pairs:
-                carried = torch.autograd.grad([o for o, _ in pairs], targets, [g for _, g in pairs], allow_unused=True)
-        for number, grad in enumerate(carried[: len(parts)]):
-            if grad is not None:
-                give(number, grad)
-        named = dict(zip(inputs, carried[len(parts) :]))
-        of_time = named.pop("time", None)
-        return named, 0.0 if of_time is None else float(of_time.sum(dtype=torch.float64))
-
-
-def _summands(trace: Node) -> list[Node]:
-    """The terms of a sum."""
-    found, waiting = [], [trace]
-    while waiting:
-        node = waiting.pop()
-        if node.kind == "add":
-            waiting += node.operands
-        else:
-            found.append(node)
-    return found
-
-
-def _array(values: Tensor):
-    return values.detach().contiguous().numpy()
+def sums_of(writer: GraphWriter, raw: dict) -> ProgramSums:
+    """What the native program summed up."""
+    vectors = {n: torch.from_numpy(raw["vectors"][n]) for n, _ in writer.vectors if len(raw["vectors"][n])}
+    times = cotangents = torch.empty(0)
+    if writer.timed:
+        times, cotangents = (torch.from_numpy(raw[name]) for name in ("time_points", "time_cotangents"))
+    return ProgramSums(lambda number: torch.from_numpy(raw["matrices"][number]), vectors, times, cotangents)

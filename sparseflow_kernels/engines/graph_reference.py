@@ -21,8 +21,8 @@ SEED = "seed"  # a further input: the direction of a tangent
 
 
 class GraphReferenceEngine(ReferenceEngine):
-    """float32 and float64, CPU and GPU, any graph; differentiable in the state, the time, the noise, the context and
-    every part of the field."""
+    """Runs any graph, in float32 and float64, on the CPU and on GPUs. Results are differentiable in the state, the time, the
+    noise, the context and every part of the field."""
 
     @staticmethod
     def unsupported(field: GraphField) -> str | None:
@@ -35,7 +35,8 @@ class GraphReferenceEngine(ReferenceEngine):
         self.plan = plan
 
     def evaluate(self, t: Tensor | float, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """t: 0-d, or [batch], a time per sample."""
+        """dy/dt [batch, dim] of y [batch, dim]. t: 0-d, or [batch], a time per sample.  context: [batch, context]; a field
+        that has one raises ValueError without it."""
         with own_precision(y):
             return self._values([self.field.output], t, y, context)[0]
 

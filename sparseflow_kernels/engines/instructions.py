@@ -17,11 +17,13 @@ COPY, NUMBER, ROW, ADD_NUMBER, MULTIPLY_NUMBER, POWER_NUMBER, MULTIPLY_ADD, ROW_
 
 @dataclass
 class Code:
-    """Instructions over places: the inputs, then the outputs, then registers."""
+    """The code of one pointwise operation. An instruction is (operation, place of the result, places a, b and c of the
+    operands, number); places count the inputs, then the outputs, then the registers."""
 
     inputs: list[Node] = dataclass_field(default_factory=list)
     vectors: list[Node] = dataclass_field(default_factory=list)
-    outputs: list[Node] = dataclass_field(default_factory=list)  # a node twice: once kept, once added to the trace
+    outputs: list[Node] = dataclass_field(default_factory=list)  # a node twice, where it is kept and added to the trace
+    totals: list[int] = dataclass_field(default_factory=list)  # places whose rows are summed up
     registers: int = 0
     instructions: list[tuple[int, int, int, int, int, float]] = dataclass_field(default_factory=list)
 
@@ -33,12 +35,14 @@ class Code:
 
 
 def code_of(
-    nodes: Sequence[Node], outputs: Sequence[Node], traced: Sequence[Node], is_vector: Callable[[Node], bool]
+    nodes: Sequence[Node], outputs: Sequence[Node], traced: Sequence[Node], is_vector: Callable[[Node], bool],
+    totals: Sequence[Node] = (),
 ) -> Code:
-    """The code that computes `nodes` (elementwise, operands first), or copies what is not among them.
+    """The code that computes elementwise nodes, given with operands before what reads them.
 
-    outputs: nodes whose values are wanted, each in rows of its own.  traced: nodes whose rows are added to the trace.
-    is_vector: leaves that are one number per row, the same for all samples.
+    outputs: nodes whose values are wanted, each in rows of its own; one that is not among `nodes` is copied.  traced: nodes
+    whose rows are added to the trace.  is_vector: says of a leaf that it is one number per row, the same for all samples.
+    totals: nodes whose sums over rows are wanted.
     """
     code = Code(outputs=[*outputs, *traced])
     inside = set(nodes)
@@ -46,9 +50,9 @@ def code_of(
     for node in nodes:
         for operand in node.operands:
             reads[operand] = reads.get(operand, 0) + 1
-    for node in code.outputs:
+    for node in [*code.outputs, *totals]:
         reads[node] = reads.get(node, 0) + 1
-    fused = _products_of_sums(nodes, inside, reads, set(code.outputs), is_vector)
+    fused = _products_of_sums(nodes, inside, reads, {*code.outputs, *totals}, is_vector)
     absorbed = set(fused.values())
     work = [node for node in nodes if node not in absorbed]
 
@@ -58,7 +62,7 @@ def code_of(
             return [*product.operands, next(o for o in node.operands if o is not product)]
         return list(node.operands)
 
-    for node in [*(operand for node in work for operand in operands_of(node)), *code.outputs]:
+    for node in [*(operand for node in work for operand in operands_of(node)), *code.outputs, *totals]:
         if node in inside or node.kind == "number":
             continue
         kind = code.vectors if is_vector(node) else code.inputs
@@ -75,7 +79,7 @@ def code_of(
     for number, node in enumerate(work):
         for operand in operands_of(node):
             last[operand] = number
-    for node in code.outputs:
+    for node in [*code.outputs, *totals]:
         last[node] = len(work)
     free: list[int] = []
     emit = code.instructions.append
@@ -87,7 +91,7 @@ def code_of(
         return base + code.registers - 1
 
     def load(node: Node) -> int:
-        """The place of an operand; numbers and vectors are spread into a register."""
+        """The place of an operand. A number or a vector is loaded into a register first."""
         if node in place:
             return place[node]
         where = place[node] = register()
@@ -107,7 +111,7 @@ def code_of(
         done = [operand for operand in set(operands) if last.get(operand) == number and place.get(operand, -1) >= base]
         target = own.get(node)
         if target is None:
-            target = register()  # not one of the operands': an instruction reads them while it writes
+            target = register()  # no register of an operand, which the instruction reads while it writes
         place[node] = target
         op, a, b, c, value = instruction
         emit((op, target, a, b, c, value))
@@ -116,11 +120,13 @@ def code_of(
         where = first_output + number
         if place.get(node) != where:
             emit((COPY, where, load(node), 0, 0, 0.0))
+    code.totals = [load(node) for node in totals]
     return code
 
 
 def _short(node: Node, operands: list[Node], vectors: list[Node], place: dict[Node, int]) -> tuple | None:
-    """An instruction with a number or a vector in it; None where there is none, or it would read a vector alone."""
+    """The instruction of a node that takes a number or a vector as it is, (operation, a, b, c, number). None where there is no
+    such instruction, or where the other operand is in no place yet."""
     if node.kind not in ("add", "sub", "mul", "pow") or len(operands) != 2:
         return None
     a, b = operands
@@ -147,7 +153,7 @@ def _products_of_sums(
     nodes: Sequence[Node], inside: set[Node], reads: dict[Node, int], outputs: set[Node],
     is_vector: Callable[[Node], bool],
 ) -> dict[Node, Node]:  # fmt: skip
-    """Sums a * b + c whose product nobody else reads: node -> the product."""
+    """node -> its operand a * b, for every sum a * b + c whose product nothing else reads."""
     plain = lambda node: node.kind != "number" and not is_vector(node)
     found: dict[Node, Node] = {}
     for node in nodes:

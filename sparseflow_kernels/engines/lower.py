@@ -26,7 +26,7 @@ from .schedule import Affine, Product, Schedule, schedule
 
 Place = tuple[int, int, int]  # buffer, slot, first row
 
-MOST_VECTORS, MOST_PLACES = 64, 1024  # of a pointwise operation (csrc/validate.h)
+MOST_VECTORS, MOST_PLACES, MOST_TOTALS = 64, 1024, 15  # of a pointwise operation (csrc/validate.h, csrc/operations.h)
 COTANGENT, TRACE_COTANGENT = "cotangent", "trace cotangent"  # further inputs of an adjoint
 
 
@@ -56,7 +56,9 @@ class GraphWriter:
     gradients: of an adjoint: (native number of a matrix whose sums are a gradient, matrix).
     """
 
-    def __init__(self, builder, field: GraphField, bindings: Bindings) -> None:
+    def __init__(self, builder, field: GraphField, bindings: Bindings, totals: bool = False) -> None:
+        """totals: the engine's pointwise operations sum up rows."""
+        self._with_totals = totals
         self.builder, self.field, self.graph, self.bindings = builder, field, field.graph, bindings
         self.matrices: list[tuple[int, Matrix]] = []
         self.vectors: list[tuple[int, Node]] = []
@@ -79,7 +81,7 @@ class GraphWriter:
         f = self.builder.buffer(output.rows)
         summed = [self._summed(node) for node in trace]
         traced = [node for node in summed if node.kind != "number" or node.value != 0.0]
-        plan = schedule(self.graph, [output, *traced], self.bindings.per_sample, self.bindings.vector, apart=[output])
+        plan = schedule(self.graph, [output, *traced], self.bindings.per_sample, self.bindings.vector, [output], self._with_totals)
         self._leaves(plan.leaves)
         self._emit(plan, {output: (f, 0, 0)}, traced)
         self.builder.graph_roles(
@@ -93,7 +95,7 @@ class GraphWriter:
         g, builder, per_sample = self.graph, self.builder, self.bindings.per_sample
         state = self._inputs()
         f = builder.buffer(output.rows)
-        body = schedule(g, [output], per_sample, self.bindings.vector, apart=[output])
+        body = schedule(g, [output], per_sample, self.bindings.vector, [output], self._with_totals)
         given = {output: names[COTANGENT]}
         if trace is not None:
             given[trace] = names[TRACE_COTANGENT]
@@ -102,7 +104,7 @@ class GraphWriter:
         pairs = [(matrix, left, right) for matrix, both in found.matrices.items() for left, right in both]
         bars = dict(found.cotangents)
         read = [*bars.values(), *(side for _, *sides in pairs for side in sides)]
-        plan = schedule(g, read, per_sample, self.bindings.vector)
+        plan = schedule(g, read, per_sample, self.bindings.vector, (), self._with_totals)
         self._leaves([*body.leaves, *plan.leaves, *(node for node in bars if leaf(node) and _is_trained(node))])
         cotangent, lam = builder.buffer(output.rows), -1
         self._places[names[COTANGENT]] = (cotangent, 0, 0)
@@ -208,7 +210,7 @@ class GraphWriter:
     # ---- operations
 
     def _summed(self, node: Node) -> Node:
-        """The node whose rows add up to this one [1]: a sum of rows need not be made first."""
+        """The node whose rows add up to this one [1]. The trace adds rows up by itself, so their sum is not computed first."""
         ones = node.kind == "linear" and node.matrix.constant and not node.transposed
         if ones and node.matrix.pattern.nnz == node.operands[0].rows and node.rows == 1 and self.bindings.per_sample(node):
             return node.operands[0]
@@ -238,8 +240,13 @@ class GraphWriter:
         gone = self._last_reads(plan, end, placed, traced, targets, sums, due, joined)
         clusters: dict[int, dict[int, list[Node]]] = {}
         singles: dict[int, list[Node]] = {}
+        totals: dict[int, dict[int, list[Node]]] = {}
         for node in plan.nodes:
-            if plan.is_pointwise(node):
+            if node in plan.totals:
+                rows = plan.totals[node].rows
+                totals.setdefault(steps[node], {}).setdefault(rows, []).append(node)
+                clusters.setdefault(steps[node], {}).setdefault(rows, [])
+            elif plan.is_pointwise(node):
                 clusters.setdefault(steps[node], {}).setdefault(node.rows, []).append(node)
             else:
                 singles.setdefault(steps[node], []).append(node)
@@ -276,12 +283,20 @@ class GraphWriter:
                 else:
                     self._product(plan, node, place)
             for rows, together in clusters.get(step, {}).items():
-                for nodes in self._pieces(together):
+                waiting = list(totals.get(step, {}).get(rows, ()))
+                for nodes in self._pieces(together) if together else ():
                     inside = set(nodes)
+                    summed = [node for node in waiting if plan.totals[node] in inside][:MOST_TOTALS]
+                    waiting = [node for node in waiting if node not in summed]
+                    inside |= set(summed)
                     stored = [node for node in nodes if self._stored(node, inside, plan, outside, traced, placed)]
                     own = [node for node in traced if node in inside]
-                    if stored or own:  # else nobody reads them
-                        self._pointwise(rows, nodes, [(node, place(node)) for node in stored], own)
+                    if stored or own or summed:  # else nobody reads them
+                        of_rows = [(plan.totals[node], place(node)) for node in summed]
+                        self._pointwise(rows, nodes, [(node, place(node)) for node in stored], own, of_rows)
+                for first in range(0, len(waiting), MOST_TOTALS):
+                    of_rows = [(plan.totals[node], place(node)) for node in waiting[first : first + MOST_TOTALS]]
+                    self._pointwise(rows, [], [], [], of_rows)
             for matrix, left, right in due.get(step, ()):
                 self._gradient(matrix, left, right)
             self._free += owners.get(step, ())
@@ -299,7 +314,7 @@ class GraphWriter:
 
     @staticmethod
     def _stored(node: Node, inside: set[Node], plan: Schedule, outside, traced, placed) -> bool:
-        """Others than the operation that makes a node read it."""
+        """Whether a node is read by others than the operation that computes it."""
         if (node in outside and node not in traced) or node in placed:
             return True
         return any(reader not in inside for reader in plan.readers.get(node, ()))
@@ -315,7 +330,7 @@ class GraphWriter:
         return self._pieces(nodes[:half]) + self._pieces(nodes[half:])
 
     def _last_reads(self, plan, end, placed, traced, targets, sums, due, joined) -> dict[Node, int]:
-        """The step behind which nobody reads a node's rows, itself or through pieces of it."""
+        """node -> the last step that reads its rows, directly or through a piece of them."""
         gone: dict[Node, int] = {}
 
         def read(node: Node, step: int) -> None:
@@ -437,10 +452,12 @@ class GraphWriter:
         )  # fmt: skip
 
     def _pointwise(
-        self, rows: int, nodes: Sequence[Node], stored: Sequence[tuple[Node, Place]], traced: Sequence[Node]
+        self, rows: int, nodes: Sequence[Node], stored: Sequence[tuple[Node, Place]], traced: Sequence[Node],
+        totals: Sequence[tuple[Node, Place]] = (),
     ) -> None:  # fmt: skip
+        """stored: which of the nodes belong in which rows.  totals: nodes whose sums of rows belong in which row."""
         is_vector = lambda node: node in self._vector
-        code = code_of(nodes, [node for node, _ in stored], traced, is_vector)
+        code = code_of(nodes, [node for node, _ in stored], traced, is_vector, [node for node, _ in totals])
         inputs = [(*self._at(node), node.rows == 1 and rows > 1) for node in code.inputs]
         vectors = [(self._vector[node], 0, node.rows == 1 and rows > 1) for node in code.vectors]
         outputs = [*(where for _, where in stored), *((-1, 0, 0) for _ in traced)]
@@ -449,7 +466,8 @@ class GraphWriter:
             len(inputs), len(vectors), len(outputs), code.registers,
             *(arrays[name] for name in ("op", "to", "a", "b", "c", "number")),
         )  # fmt: skip
-        self.builder.pointwise(number, rows, inputs, vectors, outputs, self._list)
+        summed = {"totals": list(zip(code.totals, (where for _, where in totals)))} if totals else {}
+        self.builder.pointwise(number, rows, inputs, vectors, outputs, self._list, **summed)
 
     # ---- gradients
 
@@ -470,7 +488,7 @@ class GraphWriter:
 
 
 def _is_trained(node: Node) -> bool:
-    """Parts of the field, time or the context have a say in it."""
+    """Whether the node depends on parts of the field, on time or on the context."""
     return node.kind != "input" and bool(node.binding) or from_parts([node])
 
 

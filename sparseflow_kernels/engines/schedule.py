@@ -1,8 +1,8 @@
 """The order in which the nodes of a graph are computed, and which of them are one operation.
 
 Every node that differs from sample to sample gets a step. Elementwise nodes of the same step and number of rows are one
-pointwise operation, so they are put off to the step of their first reader: a slope that only the backward pass reads
-is made there, of what is kept anyway. Products are taken as soon as they can be.
+pointwise operation, so each is put off to the step of its first reader. A slope that only the backward pass reads is
+computed there, from values that are kept anyway. Products are computed as soon as their operands are there.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Product:
 class Schedule:
     """nodes: all that differ from sample to sample, operands first.  steps: their steps.  affine, products: node -> the
     fused operation that makes it (its inner nodes are in no list).  slopes: a slope -> the node of `affine` whose operation
-    makes it; it is in no list either, but has that one's step.  leaves: nodes that are given, and are read by these."""
+    makes it; it is in no list either, but has that one's step.  totals: a sum of rows -> the node whose rows they are,
+    which a pointwise operation takes along.  leaves: nodes that are given, and are read by these."""
 
     nodes: list[Node]
     steps: dict[Node, int]
@@ -59,6 +60,7 @@ class Schedule:
     products: dict[Node, Product]
     readers: dict[Node, list[Node]]
     leaves: list[Node] = dataclass_field(default_factory=list)
+    totals: dict[Node, Node] = dataclass_field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.slopes = {one.slope: node for node, one in self.affine.items() if one.slope is not None}
@@ -78,10 +80,11 @@ class Schedule:
 
 def schedule(
     g: Graph, outputs: Iterable[Node], per_sample: Callable[[Node], bool], uniform: Callable[[Node], bool],
-    apart: Collection[Node] = (),
+    apart: Collection[Node] = (), with_totals: bool = False,
 ) -> Schedule:  # fmt: skip
     """per_sample: which nodes are to be computed; all others are given.  uniform: which of these are the same for all
-    samples.  apart: outputs whose rows are given from outside, so that nothing can lie beside them."""
+    samples.  apart: outputs whose rows are given from outside, so that nothing can lie beside them.  with_totals: sums of
+    rows are made by pointwise operations, and not by products."""
     outputs = list(outputs)
     reached = order(outputs, stop=lambda node: not per_sample(node) or node.kind == "input")
     nodes = [node for node in reached if per_sample(node) and node.kind != "input"]
@@ -91,15 +94,16 @@ def schedule(
         for operand in node.operands:
             readers.setdefault(operand, []).append(node)
     fixed = set(outputs)
-    affine = _affine(g, nodes, readers, fixed, apart, per_sample, uniform)
+    totals = {node: node.operands[0] for node in nodes if with_totals and _is_total(node)}
+    affine = _affine(g, nodes, readers, fixed, apart, per_sample, uniform, totals)
     inner = set().union(*(_inside(node, one) for node, one in affine.items()))
     beside = {one.slope: node for node, one in affine.items() if one.slope is not None}
     # A node and its slope are made together, as soon as either was to be.
     nodes = list(dict.fromkeys(beside.get(node, node) for node in nodes if node not in inner or node in affine))
-    products = _products(nodes, fixed, affine, per_sample, uniform)
+    products = _products(nodes, fixed, affine, per_sample, uniform, totals)
     absorbed = set().union(*(_absorbed(node, one) for node, one in products.items()))
     nodes = [node for node in nodes if node not in absorbed]
-    found = Schedule(nodes, {}, affine, products, {}, leaves)
+    found = Schedule(nodes, {}, affine, products, {}, leaves, totals)
     for node in nodes:
         for operand in found.operands(node):
             found.readers.setdefault(operand, []).append(node)
@@ -112,8 +116,10 @@ def _assign(found: Schedule, fixed: set[Node], per_sample: Callable[[Node], bool
     steps = found.steps
 
     def beside(reader: Node, operand: Node) -> int:
-        """How many steps before its reader an operand has to be there."""
-        together = found.is_pointwise(reader) and found.is_pointwise(operand) and reader.rows == operand.rows
+        """The number of steps by which an operand must come before its reader."""
+        together = found.is_pointwise(operand) and (
+            reader in found.totals or (found.is_pointwise(reader) and reader.rows == operand.rows)
+        )
         return 0 if together else 1
 
     for node in found.nodes:
@@ -122,7 +128,7 @@ def _assign(found: Schedule, fixed: set[Node], per_sample: Callable[[Node], bool
         if node in found.affine and found.affine[node].slope is not None:
             steps[found.affine[node].slope] = steps[node]
     for node in reversed(found.nodes):
-        # Only what is not read from outside can be put off, and only where its operands need not be kept for it alone.
+        # A node is put off only if it is no output, and if no operand would have to be kept for it alone.
         readers = found.readers.get(node, ())
         if node in fixed or not found.is_pointwise(node) or not readers:
             continue
@@ -130,6 +136,13 @@ def _assign(found: Schedule, fixed: set[Node], per_sample: Callable[[Node], bool
         stays = [operand for operand in node.operands if operand in steps and not _outlives(found, operand, node, fixed)]
         if len(stays) <= 1:
             steps[node] = max(steps[node], latest)
+
+
+def _is_total(node: Node) -> bool:
+    """It is the sum of all rows of its operand, each once."""
+    if node.kind != "linear" or node.rows != 1 or not node.matrix.constant:
+        return False
+    return node.matrix.pattern.nnz == node.operands[0].rows > 1
 
 
 def _outlives(found: Schedule, operand: Node, node: Node, fixed: set[Node]) -> bool:
@@ -142,7 +155,7 @@ def _outlives(found: Schedule, operand: Node, node: Node, fixed: set[Node]) -> b
 
 def _affine(
     g: Graph, nodes: Sequence[Node], readers: dict[Node, list[Node]], fixed: set[Node], apart: Collection[Node],
-    per_sample: Callable[[Node], bool], uniform: Callable[[Node], bool],
+    per_sample: Callable[[Node], bool], uniform: Callable[[Node], bool], totals: Collection[Node],
 ) -> dict[Node, Affine]:  # fmt: skip
     computed = set(nodes)
     found: dict[Node, Affine] = {}
@@ -163,7 +176,7 @@ def _affine(
         if activation.name not in ACTIVATIONS:
             continue
         one = _linear_part(z, activation, per_sample, uniform)
-        if one is None or (one.product is node and activation == IDENTITY):
+        if one is None or one.product in totals or (one.product is node and activation == IDENTITY):
             continue
         derivative = None if activation == IDENTITY else slope(g, node)  # a module may have written it out itself
         if derivative in computed and derivative not in taken and one.scale is None and node not in apart:
@@ -221,7 +234,7 @@ def _inside(node: Node, one: Affine) -> set[Node]:
 
 def _products(
     nodes: Sequence[Node], fixed: set[Node], affine: dict[Node, Affine], per_sample: Callable[[Node], bool],
-    uniform: Callable[[Node], bool],
+    uniform: Callable[[Node], bool], totals: Collection[Node],
 ) -> dict[Node, Product]:  # fmt: skip
     """Factors and addends that a product takes along on its way."""
     made = Schedule([], {}, affine, {}, {})
@@ -232,7 +245,7 @@ def _products(
         if node.kind not in ("mul", "add") or node in affine:
             continue
         for inner, other in (node.operands, node.operands[::-1]):
-            if counts[inner] != 1 or inner in fixed or inner in taken or inner in affine or inner is other:
+            if counts[inner] != 1 or inner is other or any(inner in held for held in (fixed, taken, affine, totals)):
                 continue
             one = Product(inner) if inner.kind == "linear" and per_sample(inner) else found.get(inner)
             if one is None or one.addend is not None or uniform(other) or not inner.rows == other.rows == node.rows:

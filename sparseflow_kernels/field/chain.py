@@ -220,8 +220,11 @@ class Layer:
 
 @dataclass(eq=False)
 class VectorField:
-    """f(t, y) as a chain of layers; y is [..., dim]. `notes` collects what capture and simplify did, line by line;
-    `refused_axes` maps numbers of axes of y for which the module that was read does something else to the reason."""
+    """f(t, y) as a chain of layers; y is [..., dim].
+
+    notes: what capture and simplify did, line by line.  refused_axes: numbers of axes of y for which the module that was
+    read does something else than this field, with the reason.  Raises ValueError where the layers make no vector field.
+    """
 
     layers: list[Layer]
     notes: list[str] = dataclass_field(default_factory=list)

@@ -8,7 +8,7 @@ from .graph_field import GraphField, Part
 
 
 def graph_of_chain(field: VectorField) -> GraphField:
-    """The graph of f. Its parts are the field's tensors, as `VectorField.tensors` lists them."""
+    """The same f as a graph. Its parts are the chain's tensors, in the order of `VectorField.tensors`."""
     g, parts = Graph(), []
     state, time, _ = GraphField.inputs(g, field.dim)
 

@@ -1,124 +1,46 @@
-"""Nodes of a vector field as a graph, and the builder that makes them.
+"""The builder of a vector field's graph, and what its nodes mean.
 
-Values are rows: every node is [rows] numbers per sample. Two operations make new ones: `linear` mixes rows by a sparse
-matrix, the same for all samples; a primitive (`apply`) mixes nothing and works row by row, a node of one row serving all
-rows of the others. `rows` selects and concatenates. Nodes are interned: what is built twice is there once.
-
-When a node is computed follows from what it depends on (its binding): nothing but parameters: when the field is packed;
-the context (numbers given per sample): once a solve; time: once an evaluation, for all samples; the state: per sample
-and evaluation.
+Two operations make new rows: `linear` mixes rows by a sparse matrix, the same for all samples; a primitive (`apply`) mixes
+nothing and works row by row, and an operand of one row serves all rows of the others. `rows` selects and concatenates. A
+node that is built a second time is the one that was built first, so equal expressions are computed once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Callable, Iterable, Sequence
+import math
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .chain import Activation, Pattern
+from .nodes import CONTEXT, SAMPLES, STATE, TIME, Made, Matrix, Node, from_parts, order
 from .primitives import PRIMITIVES
 
-STATE, TIME, CONTEXT = 1, 2, 4  # bits of Node.binding
-SAMPLES = (STATE, STATE | TIME, STATE | CONTEXT, STATE | TIME | CONTEXT, TIME | CONTEXT)  # bindings that need them all
+__all__ = [
+    "CONTEXT", "SAMPLES", "STATE", "TIME", "Graph", "Matrix", "Node", "evaluate", "from_parts", "full_row", "order",
+]  # fmt: skip
 
 # The order of the terms of a sum: those that differ from sample to sample first.
 _RANK = {binding: rank for rank, binding in enumerate((7, 3, 5, 1, 6, CONTEXT, TIME, 0))}
 
 
-@dataclass(frozen=True, eq=False)
-class Matrix:
-    """A sparse matrix of the graph: a pattern with the values of part `part` of the field, with those that `made` computes
-    from parts, or with ones. entries: which of the part's values they are, int64 [nnz]; None: all of them in order."""
-
-    pattern: Pattern
-    part: int | None = None
-    entries: Tensor | None = None
-    made: "Made | None" = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.pattern.shape
-
-    @property
-    def constant(self) -> bool:
-        """Ones."""
-        return self.part is None and self.made is None
-
-    def values(self, part: Callable[[int], Tensor], like: Tensor) -> Tensor:
-        """[nnz]. part: gives the values of a part of the field."""
-        if self.made is not None:
-            return self.made(part, like)
-        if self.part is None:
-            return like.new_ones(self.pattern.nnz)
-        return part(self.part) if self.entries is None else part(self.part)[self.entries]
-
-
-Made = Callable[[Callable[[int], Tensor], Tensor], Tensor]  # (values of a part, like) -> numbers computed from parts
-
-
-@dataclass(frozen=True, eq=False)
-class Node:
-    """kind: "input" (name), "vector" (part: its values, one per row), "number" (value, one row), "constant" (a tensor
-    that is nobody's), "made" (computed from parts), "linear" (matrix, or its transpose, times the operand), "rows" (pieces of operands), "time" (a
-    function of time kept in Python), or the name of a primitive. origin: where the user's module computes it."""
-
-    kind: str
-    rows: int
-    operands: tuple["Node", ...] = ()
-    binding: int = 0
-    name: str = ""
-    part: int = -1
-    value: float = 0.0
-    tensor: Tensor | None = None
-    matrix: Matrix | None = None
-    transposed: bool = False
-    pieces: tuple[tuple[int, int], ...] = ()  # rows: first row and number of rows of each operand
-    function: Callable[[Tensor], Tensor] | None = None
-    made: Made | None = None
-    origin: str = ""
-
-    @property
-    def elementwise(self) -> bool:
-        return self.kind in PRIMITIVES
-
-    @property
-    def per_sample(self) -> bool:
-        """It differs from sample to sample and has to be computed at every evaluation."""
-        return self.binding in SAMPLES
-
-
-def order(outputs: Iterable[Node], stop: Callable[[Node], bool] = lambda node: False) -> list[Node]:
-    """The nodes that outputs depend on, operands first; behind a node where `stop` holds it is not looked further."""
-    seen: set[int] = set()
-    found: list[Node] = []
-    waiting: list[tuple[Node, bool]] = [(node, False) for node in reversed(list(outputs))]
-    while waiting:
-        node, done = waiting.pop()
-        if done:
-            found.append(node)
-        elif id(node) not in seen:
-            seen.add(id(node))
-            waiting.append((node, True))
-            if not stop(node):
-                waiting += [(operand, False) for operand in reversed(node.operands) if id(operand) not in seen]
-    return found
-
-
 class Graph:
-    """Makes nodes. What cannot change the result is simplified away while it is built."""
+    """Makes nodes, and simplifies what cannot change the result while it makes them."""
 
     def __init__(self) -> None:
         self._known: dict[tuple, Node] = {}
         self._matrices: dict[tuple, Matrix] = {}
         self.origin = ""  # given to the nodes that are made
-        self.activations: dict[Node, tuple[Activation, Node]] = {}  # node -> what of which it is, for fused kernels
-        self.slopes: dict[Node, Node] = {}  # an activation's node -> its derivative there (`transforms.slope`)
+        self.activations: dict[Node, tuple[Activation, Node]] = {}  # node -> (activation, operand): fused kernels run it
+        self.slopes: dict[Node, Node] = {}  # node of an activation -> its derivative there (`transforms.slope`)
 
     def __getstate__(self) -> dict:
-        """What is known is known by identity, which a copy does not keep."""
+        """Without the tables, which go by the identity of nodes and matrices: a copy has other ones."""
         return {**self.__dict__, "_known": {}, "_matrices": {}}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update({"slopes": {}, **state})  # version 0.1.0 kept no slopes
 
     def _intern(self, key: tuple, make: Callable[[], Node]) -> Node:
         node = self._known.get(key)
@@ -133,16 +55,17 @@ class Graph:
         return self._intern(("input", name, rows), lambda: Node("input", rows, binding=binding, name=name))
 
     def vector(self, part: int, rows: int) -> Node:
-        """The values of a part of the field, one per row."""
+        """The values of part `part` of the field, one per row."""
         return self._intern(("vector", part), lambda: Node("vector", rows, part=part, origin=self.origin))
 
     def number(self, value: float) -> Node:
+        """A number of the code, one row."""
         value = float(value)
         key = ("number", value if value != 0 and value == value else repr(value))
         return self._intern(key, lambda: Node("number", 1, value=value))
 
     def constant(self, tensor: Tensor) -> Node:
-        """Numbers [rows] that are nobody's: masks, unit vectors."""
+        """Numbers [rows] that belong to no part and are not trained: masks, unit vectors. float64, on the CPU."""
         if tensor.numel() and bool((tensor == tensor[0]).all()):
             return self.number(float(tensor[0]))
         numbers = tensor.detach().cpu().to(torch.float64)
@@ -150,11 +73,11 @@ class Graph:
         return self._intern(key, lambda: Node("constant", numbers.numel(), tensor=numbers))
 
     def computed(self, made: Made, rows: int) -> Node:
-        """Numbers [rows] that are computed from parts."""
+        """Numbers [rows] that `made` computes from the values of parts, when the field is packed."""
         return Node("made", rows, made=made)
 
     def time_function(self, function: Callable[[Tensor], Tensor], rows: int) -> Node:
-        """t 0-d -> [rows], in Python."""
+        """A function of time in Python, which takes a 0-d t and gives [rows]."""
         return self._intern(
             ("time", id(function)),
             lambda: Node("time", rows, binding=TIME, function=function, origin=self.origin),
@@ -170,7 +93,11 @@ class Graph:
         return self._matrices[key]
 
     def linear(self, matrix: Matrix, x: Node, transposed: bool = False) -> Node:
-        """matrix [out, in] times x [in], or its transpose times x [out]."""
+        """matrix [out, in] times x [in], or its transpose times x [out].
+
+        The product is split where x is a concatenation of values that are computed at different times, and a factor of one
+        row that varies more often than the rest is taken out of it: less is computed per sample then.
+        """
         out, width = matrix.shape[::-1] if transposed else matrix.shape
         if x.rows == 1 and width != 1:
             x = self.spread(x, width)
@@ -191,8 +118,8 @@ class Graph:
         )
 
     def _split(self, matrix: Matrix, x: Node) -> Node:
-        """matrix times a concatenation, by what its pieces depend on: what does not depend on the state is not computed
-        for every sample and evaluation."""
+        """matrix times a concatenation, as a sum over the bindings of its pieces, so that the terms that do not depend on
+        the state are not computed for every sample and evaluation."""
         groups: dict[int, tuple[list[Node], list[Tensor]]] = {}
         start = 0
         for operand, (first, count) in zip(x.operands, x.pieces):
@@ -208,7 +135,7 @@ class Graph:
         return self.zeros(matrix.shape[0]) if total is None else total
 
     def columns(self, matrix: Matrix, index: Tensor) -> Matrix:
-        """The matrix's columns of these numbers, int64, ascending."""
+        """The matrix of these columns alone. index: int64, ascending."""
         key = (id(matrix), index.numpy().tobytes())
         if key not in self._matrices:
             pattern = matrix.pattern
@@ -224,7 +151,7 @@ class Graph:
         return self._matrices[key]
 
     def select(self, x: Node, index: Tensor) -> Node:
-        """x[index], int64 [rows]."""
+        """x[index]. index: int64 [rows of the result]."""
         index = index.cpu()
         if x.rows == 1 and x.kind == "number":
             return self.spread(x, index.numel())
@@ -251,7 +178,7 @@ class Graph:
         )
 
     def concatenate(self, parts: Sequence[Node]) -> Node:
-        """[a, b, ...] one after the other."""
+        """The rows of all parts, one part after the other."""
         operands: list[Node] = []
         pieces: list[list[int]] = []
         for part in parts:
@@ -275,7 +202,7 @@ class Graph:
         )
 
     def spread(self, x: Node, rows: int) -> Node:
-        """One row as many alike."""
+        """A node of one row, repeated; a node of that many rows as it is."""
         if x.rows == rows:
             return x
         if x.kind == "number":
@@ -292,7 +219,7 @@ class Graph:
     # ---- row by row
 
     def apply(self, name: str, *operands: Node) -> Node:
-        """A primitive."""
+        """A primitive of `primitives.PRIMITIVES`, by name. The operands have one row, or as many as the others."""
         rows = max(operand.rows for operand in operands)
         assert all(operand.rows in (1, rows) for operand in operands), f"{name} of {[o.rows for o in operands]} rows"
         if all(operand.kind == "number" for operand in operands):
@@ -305,7 +232,7 @@ class Graph:
         )
 
     def add(self, a: Node | None, b: Node | None) -> Node:
-        """a + b; None is zero."""
+        """a + b; None is zero. What no sample changes is summed up by itself, and added last."""
         if a is None or b is None:
             return b if a is None else a
         if _is(a, 0.0) and a.rows <= b.rows:
@@ -315,7 +242,7 @@ class Graph:
         if b.kind == "neg":
             return self.sub(a, b.operands[0])
         if a.kind == "add" and a.binding & STATE and b.binding in (0, TIME):
-            rest, last = a.operands  # what no sample changes is summed up by itself
+            rest, last = a.operands
             if last.binding in (0, TIME) or (last.binding == CONTEXT and b.binding == 0):
                 return self.add(rest, self.add(last, b))
         return self.apply("add", a, b)
@@ -356,7 +283,8 @@ class Graph:
         return self.apply("square", a)
 
     def activation(self, activation: Activation, z: Node) -> Node:
-        """One of the activations that engines have fused kernels for, as primitives; remembered as such."""
+        """One of the activations that engines have fused kernels for, written with primitives; `activations` remembers
+        which nodes are one."""
         node = _ACTIVATIONS[activation.name](self, z, *activation.params)
         if node is not z and node.kind != "number":
             self.activations.setdefault(node, (activation, z))
@@ -384,15 +312,17 @@ _ACTIVATIONS: dict[str, Callable[..., Node]] = {
     "sin": lambda g, z: g.apply("sin", z),
     "square": lambda g, z: g.square(z),
     "cube": lambda g, z: g.mul(z, g.square(z)),
+    "gelu": lambda g, z: g.mul(g.scaled(z, 0.5), g.add(g.apply("erf", g.scaled(z, math.sqrt(0.5))), g.number(1.0))),
 }
 
 
 def full_row(count: int) -> Pattern:
+    """The pattern of a dense matrix [1, count]."""
     return Pattern((1, count), torch.tensor([0, count]), torch.arange(count))
 
 
 def _common_factor(x: Node) -> tuple[Node, Node] | None:
-    """(rows, the one row that multiplies them all), where the rows are the same for longer than the factor."""
+    """(rows, factor) of a product of rows with a factor of one row, where the rows change less often than the product."""
     if x.kind == "mul":
         for rows, factor in (x.operands, x.operands[::-1]):
             if factor.rows == 1 and rows.rows == x.rows and rows.binding != x.binding:
@@ -426,12 +356,13 @@ def evaluate(
     known: dict[Node, Tensor] | None = None, functions: dict[int, Callable[[Tensor], Tensor]] | None = None,
     like: Tensor | None = None, weights: dict[int, Tensor] | None = None, nodes: Sequence[Node] | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """The nodes' values [batch or 1, rows] in torch, dense, differentiable in everything: this is what they mean.
+    """The nodes' values in torch, [batch or 1, rows] each, differentiable in everything. This defines what nodes mean.
 
-    inputs: by name, [batch or 1, rows] each ("time" too: [1, 1], or [batch, 1] for a time per sample).  part: values of a
-    part of the field.  known: values that are given.  functions: what stands for a function of time, by its id.
-    like: of the dtype and device of the numbers; None: as the first input.  weights: keeps the dense matrices for the
-    next call with the same parts, by their id.  nodes: `order(outputs)`, where it is known.
+    inputs: values by name, [batch or 1, rows] each; "time" is [1, 1], or [batch, 1] for a time per sample.  part: gives the
+    values of a part of the field.  known: values of nodes that need not be computed.  functions: by the id of a function of
+    time, the function that is called in its place.  like: a tensor of the dtype and device of the numbers; None: the first
+    input.  weights: a dict that keeps the dense matrices, by their id, for the next call with the same parts.  nodes:
+    `order(outputs)`, where it is known.
     """
     values: dict[Node, Tensor] = dict(known or {})
     like = next(iter(inputs.values())) if like is None else like
@@ -483,7 +414,7 @@ def evaluate(
 
 
 def _is_large(pattern: Pattern) -> bool:
-    """Dense, it would take more memory and time than entry by entry."""
+    """Whether a product entry by entry takes less memory and time than one with the dense matrix."""
     return pattern.shape[0] * pattern.shape[1] > max(1 << 20, 64 * pattern.nnz)
 
 
@@ -492,8 +423,3 @@ def _sparse_product(matrix: Matrix, x: Tensor, transposed: bool, values: Tensor)
     row, col = (col, row) if transposed else (row, col)
     out = matrix.shape[1] if transposed else matrix.shape[0]
     return x.new_zeros(x.shape[0], out).index_add(1, row, x[:, col] * values)
-
-
-def from_parts(outputs: Sequence[Node]) -> bool:
-    """Do they depend on parts of the field?"""
-    return any(node.kind in ("vector", "made") or not (node.matrix is None or node.matrix.constant) for node in order(outputs))

@@ -29,10 +29,12 @@ class Part:
 class GraphField:
     """f(t, y) as a graph; y is [batch, dim], the context (numbers given per sample) [batch, context].
 
-    graph: the builder that made the nodes; new ones are made there.  output: the node of the derivative.  parts: the
-    tensors that nodes name by number.  `notes` and `refused_axes` as in VectorField.  layout: how the user's state lies
-    in y.  read_context: the present context [samples, context] of the module that was read, with a graph where it has
-    one; None where there is none, or where it is given with every call.
+    graph: the builder that made the nodes, and makes further ones.  state, time, context: the nodes of the inputs; context
+    is None for a field that reads none.  output: the node of the derivative [dim].  parts: the tensors that nodes name by
+    number.  device, dtype: of the parts, and of a field without parts too.  notes, refused_axes: as in VectorField.
+    layout: how the user's state lies in y; None: [batch, dim].  read_context: gives the present context [batch, context]
+    of the module that was read, differentiable where the module's numbers are; None where there is no context, or where it
+    comes with every call.
     """
 
     graph: Graph
@@ -54,7 +56,7 @@ class GraphField:
 
     @staticmethod
     def inputs(graph: Graph, dim: int, context: int = 0) -> tuple[Node, Node, Node | None]:
-        """(state, time, context)."""
+        """The nodes (state [dim], time [1], context [context], or None for a context of 0)."""
         return (
             graph.input("state", dim, STATE), graph.input("time", 1, TIME),
             graph.input("context", context, CONTEXT) if context else None,
@@ -62,7 +64,7 @@ class GraphField:
 
     @property
     def layers(self) -> list[Part]:
-        """Those whose tensors are the field's, as a chain has layers."""
+        """The parts, under the name that a chain has for what holds its tensors."""
         return self.parts
 
     @property
@@ -71,7 +73,7 @@ class GraphField:
 
     @property
     def nnz(self) -> int:
-        """Multiply-adds per sample and evaluation of the matrices."""
+        """Multiply-adds of the matrices, per sample and evaluation."""
         return sum(
             node.matrix.pattern.nnz for node in order([self.output])
             if node.kind == "linear" and node.per_sample and not node.matrix.constant

@@ -13,8 +13,11 @@ State = Tensor | tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """shapes: of one sample, a shape for every tensor of the state.  is_tuple: the state is a tuple of them.  batched:
-    every tensor has a first axis for the samples, all of one size; else the whole state is one sample."""
+    """How a state lies in rows [batch, dim]: its tensors, each flattened, one after the other.
+
+    shapes: for every tensor of the state, its shape in one sample.  is_tuple: the state is a tuple of tensors, else one
+    tensor.  batched: every tensor has a first axis for the samples, all of one size; else the whole state is one sample.
+    """
 
     shapes: tuple[tuple[int, ...], ...]
     is_tuple: bool = False
@@ -26,11 +29,11 @@ class Layout:
 
     @property
     def plain(self) -> bool:
-        """A state [batch, dim]."""
+        """The state is [batch, dim] itself."""
         return not self.is_tuple and self.batched and len(self.shapes[0]) == 1
 
     def fits(self, state: State) -> str | None:
-        """Why a state is not of this layout; None if it is."""
+        """Why a state is not of this layout, as the end of a sentence; None if it is."""
         parts = self._parts(state)
         if parts is None:
             kind = f"a tuple of {len(self.shapes)} tensors" if self.is_tuple else "one tensor"
@@ -51,14 +54,14 @@ class Layout:
         return (state,) if isinstance(state, Tensor) else None
 
     def flatten(self, state: State) -> Tensor:
-        """[batch, dim]."""
+        """The rows [batch, dim] of a state that fits."""
         parts = self._parts(state)
         batch = parts[0].shape[0] if self.batched else 1
         flat = [part.reshape(batch, math.prod(shape)) for part, shape in zip(parts, self.shapes)]
         return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
 
     def unflatten(self, rows: Tensor) -> State:
-        """rows [..., batch, dim] -> the state, with the axes before."""
+        """rows [..., batch, dim] as a state, whose tensors keep the axes before the batch."""
         lead = rows.shape[:-1] if self.batched else rows.shape[:-2]
         split = rows.split([math.prod(shape) for shape in self.shapes], -1)
         parts = tuple(part.reshape(*lead, *shape) for part, shape in zip(split, self.shapes))

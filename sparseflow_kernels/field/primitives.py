@@ -1,28 +1,48 @@
 """The elementwise primitives of a graph: the one table of names, native numbers, values and derivatives.
 
-`number` is the instruction of csrc/expression.h. `value` defines the meaning, on tensors that broadcast. `partials`
-builds the derivative by each operand as nodes: it is given the graph, the node itself (so that tanh' can be written by
-tanh) and its operands; None stands for zero. Where a derivative jumps it is the one torch's own backward uses.
+`number` is the instruction of csrc/expression.h. `value` defines the meaning, on tensors that broadcast. `partials` builds
+the derivative by each operand as nodes. It is given the graph, the node itself (tanh' is written with tanh) and the node's
+operands, and gives None for zero. Where a derivative jumps, it has the value that torch's own backward uses.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Callable, Sequence
+from typing import Callable, Protocol, Sequence
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .graph import Graph, Node
+from .nodes import Node
 
-Partials = Callable[["Graph", "Node", Sequence["Node"]], Sequence["Node | None"]]
+
+class Builder(Protocol):
+    """What derivatives are built with: of the graph (`graph.Graph`), the part that works row by row."""
+
+    def number(self, value: float) -> Node: ...
+
+    def apply(self, name: str, *operands: Node) -> Node: ...
+
+    def add(self, a: Node | None, b: Node | None) -> Node: ...
+
+    def sub(self, a: Node, b: Node) -> Node: ...
+
+    def mul(self, a: Node, b: Node) -> Node: ...
+
+    def scaled(self, a: Node, factor: float) -> Node: ...
+
+    def neg(self, a: Node) -> Node: ...
+
+    def square(self, a: Node) -> Node: ...
+
+
+Partials = Callable[[Builder, Node, Sequence[Node]], Sequence[Node | None]]
 
 
 @dataclass(frozen=True)
 class Primitive:
-    """cheap: takes no longer than a load, so that it is better computed again than kept."""
+    """One row of the table. cheap: it takes no longer than a load, so that computing it again beats keeping it."""
 
     number: int
     arity: int
@@ -31,27 +51,27 @@ class Primitive:
     cheap: bool = True
 
 
-def _one_minus(g: Graph, a: Node) -> Node:
+def _one_minus(g: Builder, a: Node) -> Node:
     return g.sub(g.number(1.0), a)
 
 
-def _flat(g: Graph, node: Node, operands: Sequence[Node]) -> list[None]:
+def _flat(g: Builder, node: Node, operands: Sequence[Node]) -> list[None]:
     return [None] * len(operands)
 
 
-def _reciprocal_root(g: Graph, node: Node, operands: Sequence[Node]) -> list[Node]:
+def _reciprocal_root(g: Builder, node: Node, operands: Sequence[Node]) -> list[Node]:
     return [g.scaled(g.mul(node, g.mul(node, node)), -0.5)]
 
 
-def _division(g: Graph, node: Node, operands: Sequence[Node]) -> list[Node]:
+def _division(g: Builder, node: Node, operands: Sequence[Node]) -> list[Node]:
     inverse = g.apply("reciprocal", operands[1])
     return [inverse, g.neg(g.mul(node, inverse))]
 
 
 def _larger(of_first: bool) -> Partials:
-    """torch halves the gradient between equal operands."""
+    """Of maximum or minimum. torch halves the gradient between equal operands, and so does this."""
 
-    def partials(g: Graph, node: Node, operands: Sequence[Node]) -> list[Node]:
+    def partials(g: Builder, node: Node, operands: Sequence[Node]) -> list[Node]:
         a, b = operands
         above = g.apply("gt", a, b) if of_first else g.apply("gt", b, a)
         first = g.add(above, g.scaled(g.apply("eq", a, b), 0.5))
@@ -60,14 +80,14 @@ def _larger(of_first: bool) -> Partials:
     return partials
 
 
-def _power(g: Graph, node: Node, operands: Sequence[Node]) -> list[Node]:
+def _power(g: Builder, node: Node, operands: Sequence[Node]) -> list[Node]:
     a, b = operands
     of_base = g.mul(b, g.apply("pow", a, g.sub(b, g.number(1.0))))
     positive = g.apply("where", g.apply("gt", a, g.number(0.0)), a, g.number(1.0))  # 0 ** b has a flat exponent
     return [of_base, g.mul(node, g.apply("log", positive))]
 
 
-def _angle(g: Graph, node: Node, operands: Sequence[Node]) -> list[Node]:
+def _angle(g: Builder, node: Node, operands: Sequence[Node]) -> list[Node]:
     y, x = operands
     inverse = g.apply("reciprocal", g.add(g.square(x), g.square(y)))
     return [g.mul(x, inverse), g.neg(g.mul(y, inverse))]
@@ -77,7 +97,7 @@ def _arc(sign: float) -> Partials:
     return lambda g, node, o: [g.scaled(g.apply("rsqrt", _one_minus(g, g.square(o[0]))), sign)]
 
 
-def _where(g: Graph, node: Node, operands: Sequence[Node]) -> list[Node | None]:
+def _where(g: Builder, node: Node, operands: Sequence[Node]) -> list[Node | None]:
     one, zero = g.number(1.0), g.number(0.0)
     return [None, g.apply("where", operands[0], one, zero), g.apply("where", operands[0], zero, one)]
 

@@ -13,7 +13,10 @@ from .primitives import PRIMITIVES
 
 
 def tangent(g: Graph, outputs: Sequence[Node], seeds: Mapping[Node, Node]) -> list[Node | None]:
-    """The directional derivatives of the outputs, the inputs moving along their seeds; None is zero."""
+    """The directional derivatives of the outputs, [rows] like each of them, or None for zero.
+
+    seeds: for every node that moves, the direction in which it does, [rows] like the node.
+    """
     dots: dict[Node, Node | None] = dict(seeds)
     for node in order(outputs, stop=lambda node: node in dots):
         if node in dots:
@@ -61,24 +64,28 @@ def _range(first: int, count: int) -> Tensor:
 
 @dataclass
 class Adjoint:
-    """cotangents: of the leaves that were asked for (absent: zero).  matrices: matrix -> pairs (left [rows], right
-    [columns]) whose inner products over the samples, at the entries of its pattern, add up to its gradient."""
+    """What `adjoint` finds.
+
+    cotangents: leaf -> cotangent, [rows] like the leaf; a leaf that is absent has the cotangent zero.
+    matrices: matrix -> pairs of nodes (left [out], right [in]). The gradient of entry (i, j) is the sum, over the pairs and
+        the samples, of left_i * right_j.
+    """
 
     cotangents: dict[Node, Node]
     matrices: dict[Matrix, list[tuple[Node, Node]]]
 
 
-def adjoint(
-    g: Graph, cotangents: Mapping[Node, Node], leaf: Callable[[Node], bool], needed: Callable[[Node], bool] | None = None
-) -> Adjoint:
-    """From cotangents of nodes, those of the leaves, and the gradients of matrices. leaf: nodes behind which nothing is
-    differentiated.  needed: whether a leaf's cotangent is wanted (None: all but numbers and constants)."""
+def adjoint(g: Graph, cotangents: Mapping[Node, Node], leaf: Callable[[Node], bool]) -> Adjoint:
+    """The chain rule backwards: from cotangents of nodes those of the leaves, and the gradients of the matrices.
+
+    cotangents: node -> cotangent, of the node's rows or of one row that stands for all.  leaf: says of a node that nothing
+    behind it is differentiated; nodes without operands are leaves too.
+    """
     nodes = order(cotangents, stop=leaf)
-    wanted = needed or (lambda node: node.kind not in ("number", "constant"))
     moves: dict[Node, bool] = {}
-    for node in nodes:  # whether a cotangent of it leads anywhere
+    for node in nodes:  # whether anybody wants a gradient of something behind it
         if leaf(node) or not node.operands:
-            moves[node] = wanted(node)
+            moves[node] = node.kind not in ("number", "constant")
         else:
             trained = node.matrix is not None and not node.matrix.constant
             moves[node] = trained or any(moves[operand] for operand in node.operands)
@@ -87,7 +94,7 @@ def adjoint(
     gathered: dict[Node, list[tuple[int, Node]]] = {}  # of nodes that are read in pieces: (first row, cotangent)
 
     def give(node: Node, bar: Node, rows: int) -> None:
-        """bar: of that many rows, or one that stands for them all."""
+        """Adds a cotangent to a node's. bar: of `rows` rows, or of one that stands for them all."""
         if moves[node]:
             if node.rows == 1 and rows > 1:
                 bar = g.total(g.spread(bar, rows))
@@ -130,7 +137,8 @@ def adjoint(
 
 
 def _together(g: Graph, rows: int, pieces: Iterable[tuple[int, Node]]) -> Node:
-    """The sum of pieces, each at its rows, zero elsewhere. Pieces that do not overlap are laid one after the other."""
+    """The sum of pieces [their rows], each placed at its first row among `rows` rows that are zero elsewhere. Pieces that
+    do not overlap are concatenated, which costs no addition."""
     pending = sorted(pieces, key=lambda piece: piece[0])
     total = None
     while pending:

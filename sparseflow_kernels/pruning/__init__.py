@@ -1,8 +1,8 @@
 """Pruning of vector fields and flows: WT (single weights), FT (whole neurons), and size as the paper counts it."""
 
+from ..masks import copy_module, remove_masks_
 from .chain import NotAChain
 from .graph_neurons import NeuronGroup
-from .masks import copy_module, remove_masks_
 from .matrices import check_can_be_pruned, prunable_layers, weight_matrices
 from .neurons import NoNeurons, neuron_report, prune_neurons_
 from .propagation import prune_with_propagation_

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..field import UnsupportedFieldError
-from .masks import check_maskable, effective, live_mask
+from ..masks import check_maskable, effective, live_mask
 
 _TIME = 0.3712953  # a time that no constant of a network is likely to equal
 _TIMES = (-0.7319, 0.0, _TIME, 1.0, 2.9173)

@@ -1,14 +1,14 @@
-"""Which neurons a vector field has whose graph is no chain: what FT may remove.
+"""The neurons of a vector field whose graph is no chain, and which of them FT (pruning by neurons) may remove.
 
-A *slice* is what one output of a weight matrix consists of: a row of a Linear's weight, a filter of a convolution, one
-of the rows of a gate. It writes rows of the graph. Rows that meet elementwise (the sum of a residual block, a gate times
-what it lets through, the parts of a concatenation) are coupled, and the slices that write coupled rows are one *neuron*:
-they are removed together. A slice that is used at several places (shared weights, a convolution) couples them all.
+A *slice* is the part of a weight matrix that computes one of its outputs: a row of a Linear's weight, a filter of a
+convolution, a row of a gate. It writes rows of the graph. Rows that meet elementwise (the sum of a residual block, a gate and
+what it lets through, the parts of a concatenation) are coupled. The slices that write coupled rows are one *neuron*, and are
+removed together. A slice that is used at several places (shared weights, a convolution) couples the rows of all of them.
 
-A neuron can be removed if nothing of the state is left, once its slices are zero, in any row through which others read
-it. That is not so for the derivative's own rows, for what is combined with the state's rows, and where rows meet numbers
-that depend on other neurons: behind a norm or a softmax over them, or a gate of one number for all. Such groups keep all
-their neurons, and say why. What is left of time and context alone is no obstacle: it is not the state's.
+A neuron can be removed if, once its slices are zero, no row through which others read it depends on the state any more.
+This does not hold for rows of the derivative, for rows that are combined with rows of the state, and where rows meet numbers
+that depend on other neurons: in a norm or a softmax over them, or in a gate of one number for all. Such groups keep all their
+neurons, and say why. A row that still depends on time or context is no obstacle.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ _REMEDY = "prune_weights_ prunes its weights one by one"
 
 @dataclass(frozen=True)
 class NeuronGroup:
-    """Neurons that are written by slices of the same matrices. neurons: how many there are; live: how many of them have
-    weights left.  reason: why they are not pruned; empty where they are."""
+    """Neurons that slices of the same matrices write.
+
+    weights: paths of the matrices.  neurons: how many there are.  live: how many of them have weights left.  reason: why
+    they are not pruned by neurons; empty where they are.
+    """
 
     weights: tuple[str, ...]
     neurons: int
@@ -39,7 +42,7 @@ class NeuronGroup:
 
     @property
     def coupled(self) -> bool:
-        """Not pruned, though they are none of the state's or the derivative's own rows."""
+        """Whether they are not pruned for another reason than that they are rows of the state or the derivative."""
         return self.reason.startswith("at ")
 
     def __str__(self) -> str:
@@ -49,10 +52,15 @@ class NeuronGroup:
 
 
 class Neurons:
-    """Neurons, by number. slice_of: int64 [elements + 2], the slice of an element, -1 for none.  neuron_of: int64
-    [slices + 1], the neuron of a slice.  row_neuron: int64 [rows], of a row, -1 where no neuron writes it.  label: int64
-    [rows], the neuron without which the row depends on nothing any more, or on time and context alone; NOTHING where no
-    single one is enough, or none is needed.  reasons: neuron -> why it cannot be removed; "" where it can."""
+    """The neurons of a module, by number.
+
+    slice_of: int64 [elements + 2], the slice that an element belongs to; -1: none.
+    neuron_of: int64 [slices + 1], the neuron that a slice belongs to; -1 behind the last.
+    row_neuron: int64 [rows], the neuron that writes a row; -1: none.
+    label: int64 [rows], the neuron without which a row is a constant, or depends on time and context alone; NOTHING where
+        no single neuron is enough for that, or none is needed.
+    reasons: for every neuron, why it cannot be removed; "" where it can.
+    """
 
     def __init__(self, wiring: Wiring, matrices: dict[str, WeightMatrix]) -> None:
         self.wiring, self.matrices = wiring, matrices
@@ -67,7 +75,7 @@ class Neurons:
         )
         self._writes = {node: self._is_written_by_slices(node) for node in wiring.products}
         self._carries: dict[Node, bool] = {}
-        for node in wiring.nodes:  # it depends on what is pruned, or on the state
+        for node in wiring.nodes:  # whether a node depends on the state, or on what is pruned
             source = node.kind == "input" and bool(node.binding & STATE)
             source |= node.kind == "linear" and bool((self.slice_of[wiring.products[node].element] >= 0).any())
             self._carries[node] = node.binding != 0 and (source or any(self._carries[o] for o in node.operands))
@@ -89,7 +97,8 @@ class Neurons:
         self.paths += [path] * shape[axis]
 
     def _axis(self, item: Item, matrix: WeightMatrix) -> int:
-        """Of a bare parameter, the axis whose slices write single rows where it is first used."""
+        """The axis of a matrix that counts slices. Of a bare parameter it is the one whose slices each write a single row
+        where the parameter is first used."""
         if matrix.axis is not None:
             return matrix.axis
         shape = item.parameter.shape
@@ -107,7 +116,7 @@ class Neurons:
         return 0
 
     def _is_written_by_slices(self, node: Node) -> Tensor:
-        """bool [entries]: entries of matrices each row of which is one slice, and not a part of many."""
+        """bool [entries of the product]: entries of matrices for which every row of the node is written by one slice."""
         product = self.wiring.products[node]
         number = self.slice_of[product.element]
         found = torch.zeros(number.numel(), dtype=torch.bool)
@@ -121,7 +130,7 @@ class Neurons:
         return found
 
     def _couple(self) -> None:
-        """Numbers the neurons: components of rows and slices."""
+        """Numbers the neurons, which are the connected components of rows and slices."""
         wiring, edges = self.wiring, []
         for node in wiring.nodes:
             if not self._carries[node]:
@@ -180,7 +189,7 @@ class Neurons:
         return torch.where(a == NOTHING, b, torch.where((b == NOTHING) | (a == b), a, self.count))
 
     def varies(self) -> Tensor:
-        """bool [neurons]: without its slices, what a neuron sends to others is a function of time or context."""
+        """bool [neurons]: whether, without its slices, what a neuron sends to others still depends on time or context."""
         found = torch.zeros(self.count, dtype=torch.bool)
         for rows, _ in self._exits():
             neuron = self.row_neuron[rows]
@@ -188,7 +197,7 @@ class Neurons:
         return found
 
     def _exits(self) -> list[tuple[Tensor, Node]]:
-        """Rows of neurons that are read by others than the neuron itself, and by which node."""
+        """(rows of neurons, int64, that others than the neuron itself read; the node that reads them)."""
         wiring, found = self.wiring, []
         for node in wiring.nodes:
             if node.kind == "linear":
@@ -228,7 +237,7 @@ class Neurons:
                 where = next((n.origin for n in self._upwards(reader) if self._meets_others(n)), reader.origin)
                 give(left, f"at {where or 'forward'!r} they meet numbers that depend on other rows (a norm, a softmax, one "
                            "gate for all)")  # fmt: skip
-        for node, written in self._writes.items():  # used in a way that is neither its own nor its transpose's
+        for node, written in self._writes.items():  # matrices that are used neither as they are nor transposed
             product = wiring.products[node]
             by = self.element_neuron(product.element)
             outside = (by >= 0) & ~written
@@ -238,7 +247,7 @@ class Neurons:
         return reasons
 
     def _is_transposed(self, node: Node, own: Tensor) -> Tensor:
-        """bool [entries]: whether all entries at a row of the operand belong to one slice."""
+        """bool [entries of the product]: whether the entries that read a row of the operand belong to one slice each."""
         product = self.wiring.products[node]
         of, slices = product.of[own], self.slice_of[product.element[own]]
         fits = bool(of.numel() == 0 or torch.stack([of, slices], 1).unique(dim=0).shape[0] == of.unique().numel())
@@ -248,7 +257,7 @@ class Neurons:
         return node.elementwise and any(o.rows != node.rows and self._carries[o] for o in node.operands)
 
     def _upwards(self, node: Node) -> list[Node]:
-        """Nodes before this one, nearest first, as far as the products that write neurons."""
+        """The nodes that this one depends on, nearest first, up to the products that write neurons."""
         waiting, found, seen = list(node.operands), [], set()
         while waiting:
             one = waiting.pop(0)
@@ -263,7 +272,7 @@ class Neurons:
     # ------------------------------------------------------------------------------------------------------- groups
 
     def by_group(self) -> dict[tuple[tuple[str, ...], str], Tensor]:
-        """(paths of the matrices that write it, reason) -> neurons, in the order of their first slices."""
+        """(paths of the matrices that write a neuron, reason) -> the neurons, int64, in the order of their first slices."""
         own: list[list[str]] = [[] for _ in range(self.count)]
         first = [len(self.paths)] * self.count
         seen = torch.zeros(len(self.paths) + 1, dtype=torch.bool)
@@ -279,10 +288,10 @@ class Neurons:
         return {key: torch.tensor(neurons) for key, neurons in found.items()}
 
     def strength(self, values: Tensor) -> Tensor:
-        """float64 [neurons]: the l1 norms of their slices, added up. values: of the elements."""
+        """float64 [neurons]: the sum of the absolute values in a neuron's slices. values: float64 [elements]."""
         total = torch.zeros(self.count + 1, dtype=torch.float64)
         by = self.element_neuron(torch.arange(values.numel()))
-        total.index_add_(0, by % (self.count + 1), values.abs())  # those of none last
+        total.index_add_(0, by % (self.count + 1), values.abs())  # elements of no neuron are counted last
         return total[:-1]
 
     def groups(self) -> list[NeuronGroup]:
@@ -294,15 +303,15 @@ class Neurons:
 
 
 def selects(node: Node) -> bool:
-    """It picks rows, one for each of its own."""
+    """Whether a product only picks rows of its operand, one for each of its own rows."""
     pattern = node.matrix.pattern
     picks = node.matrix.constant and not node.transposed and pattern.nnz == node.rows == pattern.row.unique().numel()
     return picks and (node.operands[0].rows > 1 or node.rows == 1)
 
 
 def _one_each(into: Tensor, slices: Tensor, rest: Tensor) -> bool:
-    """Whether every row is written by one slice. Where every row has a single entry, both axes of a matrix look like
-    slices: it is then the one that tells more rows apart."""
+    """Whether every row is written by one slice. Where every row has a single entry, that holds for both axes of a matrix:
+    then the axis with more distinct slices is taken. rest: the position of each entry along the other axis."""
     rows = into.unique().numel()
     if torch.stack([into, slices], 1).unique(dim=0).shape[0] != rows:
         return False
@@ -312,7 +321,7 @@ def _one_each(into: Tensor, slices: Tensor, rest: Tensor) -> bool:
 
 
 def components(count: int, a: Tensor, b: Tensor) -> Tensor:
-    """int64 [count]: the least number among those that edges (a, b) connect a number with."""
+    """int64 [count]: for every number the least one in its connected component. a, b: int64 [edges], the ends of the edges."""
     label = torch.arange(count)
     while a.numel():
         low = torch.minimum(label[a], label[b])

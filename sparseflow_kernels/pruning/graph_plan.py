@@ -1,9 +1,9 @@
-"""FT of graphs: what goes when neurons go, what is folded where, and what size is left.
+"""Pruning neurons of graphs (FT): what else is removed with a neuron, which biases take up its constant, what size is left.
 
-A pruned neuron's slices are masked; what it then still sends to others is constant, or a function of time and context.
-Where it is constant, and every product that reads it adds a bias of its own, the constant goes into that bias and the entries that
-read the neuron are masked; the function is then exactly that of the module with masked slices. What nobody reads any
-more (biases, gates, what only removed neurons read) is masked with it.
+The slices of a pruned neuron are masked. What it still sends to others is then a constant, or a function of time and context.
+If it is a constant, and every product that reads it adds a bias of its own, the constant is added to that bias, and the
+entries that read the neuron are masked. The function stays exactly that of the module with masked slices. What nothing reads
+any more (biases, gates, what only removed neurons read) is masked too.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from ..field.graph import Node
 from .graph_neurons import Neurons, selects
 from .wiring import Wiring
 
-_TIME = 0.3712953
+_TIME = 0.3712953  # the time at which constants are computed; neurons that depend on time are not folded
 _SAME = 1e-9  # relative: shifts of one bias at two places are the same number, up to rounding in float64
 
 
 class GraphPlan:
-    """The neurons of the fields that are graphs, ranked. As `neurons._Plan` is one of a chain."""
+    """The neurons of the fields that are graphs, in the order in which they are pruned; `neurons._Plan` is the same for a
+    chain. fold: "auto", "drop" or "none", as in `prune_neurons_`."""
 
     def __init__(self, neurons: Neurons, fold: str) -> None:
         self.neurons, self.wiring, self.fold = neurons, neurons.wiring, fold
@@ -45,11 +46,12 @@ class GraphPlan:
         self.folds = self._foldable()
 
     def counts_at(self, phi: float) -> tuple[int, ...]:
-        """Neurons kept per group, the same fraction of the live ones in each."""
+        """How many neurons each group keeps, if it keeps the fraction phi of its live ones, and one at least."""
         return tuple(max(1, int(phi * members.numel() + 0.5)) for members in self.ranked)
 
     def removed_at(self, counts: tuple[int, ...], of: str) -> int:
-        """Non-zero elements that pruning to these counts takes away (what folding adds to a zero bias is not foreseen)."""
+        """How many non-zero elements are removed when every group keeps so many neurons. Biases that are zero, and become
+        something else by folding, are not counted. of: "parameters", or "weights" for elements of pruned matrices alone."""
         removed = self.live & self._removed(counts)[0]
         if of == "weights":
             removed = removed & (self.of_element >= 0)
@@ -57,13 +59,14 @@ class GraphPlan:
 
     @torch.no_grad()
     def apply_(self, counts: tuple[int, ...]) -> None:
+        """Prunes the module in place: every group keeps so many neurons."""
         removed, rows_only = self._removed(counts)
         if self.fold == "auto":
             while True:
                 shifts, conflicts = self._shifts(removed, rows_only)
                 if not bool(conflicts.any()):
                     break
-                self.folds = self.folds & ~conflicts[:-1]  # they stay, with all that reads them
+                self.folds = self.folds & ~conflicts[:-1]  # not folded: what reads these neurons stays
                 removed, rows_only = self._removed(counts)
             for item in self.wiring.numbering.items:
                 shift = shifts[item.elements]
@@ -74,7 +77,7 @@ class GraphPlan:
     # ------------------------------------------------------------------------------------------------ what goes
 
     def _removed(self, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """(bool [elements] that go, those of them that are slices of the neurons that were chosen)."""
+        """(bool [elements], all that are removed; bool [elements], those of them in slices of the chosen neurons)."""
         chosen = torch.zeros(self.neurons.count + 1, dtype=torch.bool)
         for members, count in zip(self.ranked, counts):
             chosen[members[count:]] = True
@@ -102,7 +105,7 @@ class GraphPlan:
     # ------------------------------------------------------------------------------------------------- folding
 
     def _foldable(self) -> Tensor:
-        """bool [neurons]: once it has no inputs, it goes with all that reads it."""
+        """bool [neurons]: whether what reads a neuron can be removed with it, its constant being folded into biases."""
         everything = self.removable[:-1].clone()
         if self.fold == "none":
             return torch.zeros_like(everything)
@@ -121,8 +124,11 @@ class GraphPlan:
             self.folds = self.folds & ~conflicts
 
     def _shifts(self, removed: Tensor | None, rows_only: Tensor) -> tuple[Tensor, Tensor]:
-        """(float64 [elements], what is to be added to biases when `removed` goes, None: all that folds; bool
-        [neurons + 1], those that ask one bias to become two numbers)."""
+        """What folding adds to the biases when the elements `removed` are removed; None: all neurons that fold.
+
+        Returns (float64 [elements], what is added to each; bool [neurons + 1], the neurons for which one bias, used at
+        several places, would have to become two numbers).
+        """
         neurons, wiring, sites = self.neurons, self.wiring, self.biases
         values = torch.where(rows_only | ~self.unmasked, 0.0, self.values)
         emitted = wiring.emitted(values, _TIME)
@@ -170,8 +176,8 @@ class GraphPlan:
 
 
 def _uses(neurons: Neurons) -> tuple[Tensor, Tensor, Tensor]:
-    """(element, label of the row that it reads or -1, row that it adds to) of every entry of a matrix that is pruned, but
-    for those of a neuron's own slices that read itself."""
+    """For every entry of a pruned matrix: its element, the label of the row that it reads (-1: none), and the row that it adds
+    to, int64 [entries] each. Entries by which a neuron reads itself are left out."""
     wiring, found = neurons.wiring, []
     for node, product in wiring.products.items():
         own = neurons.slice_of[product.element] >= 0
@@ -184,10 +190,13 @@ def _uses(neurons: Neurons) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Biases:
-    """Where biases are added to products. A site is a row of a sum to which an element is added as it is.
+    """The places where biases are added to products. A *site* is a row of a sum to which an element of a parameter is added,
+    times one.
 
-    site_of: int64 [rows], of a product's row, -1 for none.  bias_of, row_of: int64 [sites], the element, and the row of
-    the sum.  complete: bool [elements], every use of the element is at such a site."""
+    site_of: int64 [rows], the site that a row of a product leads to; -1: none.
+    bias_of, row_of: int64 [sites], the element that is added, and the row of the sum.
+    complete: bool [elements], whether the element is used at sites alone.
+    """
 
     def __init__(self, wiring: Wiring) -> None:
         self.wiring = wiring
@@ -234,7 +243,7 @@ class _Biases:
         self.complete = (uses == at_sites)[:-2] & ~wiring.pinned
 
     def _elements(self, node: Node) -> Tensor | None:
-        """int64 [rows]: the element that a row is, -1 where it is none as it is; None for what is no choice of them."""
+        """int64 [rows]: the element that a row is equal to; -1: none. None for a node that is no selection of elements."""
         if node.kind == "vector":
             vector = self.wiring.vectors[node]
             return torch.where(vector.scale == 1, vector.element, -1)
@@ -248,8 +257,8 @@ class _Biases:
         return None
 
     def _sum_after(self, node: Node) -> tuple[Node, Node, Tensor] | None:
-        """(sum, vector, which of its rows): where the rows of a product meet a vector, with nothing but sums and changes of
-        their order before."""
+        """(sum, vector, int64 [rows of node], the row of the sum that each becomes): where a vector is added to the rows of a
+        product, if there are only sums and changes of order in between; else None."""
         place = torch.arange(node.rows)
         while True:
             readers = self._readers.get(node, [])
@@ -271,7 +280,7 @@ class _Biases:
             node = reader
 
     def _moved(self, reader: Node, node: Node) -> Tensor | None:
-        """int64 [rows of node]: the row of the reader that each becomes; None where one becomes none, or several."""
+        """int64 [rows of node]: the row of the reader that each becomes; None where a row becomes no row, or several."""
         if reader.kind == "rows":
             of = torch.cat([
                 torch.arange(first, first + count) if operand is node else torch.full((count,), -1)

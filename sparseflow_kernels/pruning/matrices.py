@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .masks import check_maskable, check_not_compiled, effective, set_mask_
+from ..masks import check_maskable, effective, set_mask_
+from .arguments import check_not_compiled
 from .wiring import FieldGraphs, Numbering
 
 _RECURRENT = (nn.RNNCellBase, nn.RNNBase)

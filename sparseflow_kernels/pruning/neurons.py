@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from ..devices import factories_on_cpu
 from ..field import UnsupportedFieldError
+from ..masks import effective, live_mask, set_mask_
 from ..warn import warn
+from .arguments import check_keep, check_not_compiled
 from .chain import Chain, NotAChain, broadcast_rows, check_row_parameters, row_parameters
 from .fields import Fields
 from .graph_neurons import NeuronGroup, Neurons
 from .graph_plan import GraphPlan
-from .masks import check_keep, check_not_compiled, effective, live_mask, set_mask_
 from .matrices import check_matrices
 from .size import dense_size, size
 from .wiring import Wiring

@@ -14,7 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .masks import check_keep, copy_module, effective, set_mask_
+from ..masks import copy_module, effective, set_mask_
+from .arguments import check_keep
 from .neurons import prune_neurons_
 from .size import dense_size, size
 from .weights import prune_weights_

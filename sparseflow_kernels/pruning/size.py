@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .masks import effective_parameters
+from ..masks import effective_parameters
 from .matrices import weight_matrices
 
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from ..devices import factories_on_cpu
 from ..field import UnsupportedFieldError
+from ..masks import count, effective, set_mask_
 from ..warn import warn
+from .arguments import check_keep, check_not_compiled
 from .chain import (
     Chain,
     NotAChain,
@@ -23,7 +25,6 @@ from .chain import (
     row_parameters,
 )
 from .fields import Fields
-from .masks import check_keep, check_not_compiled, count, effective, set_mask_
 from .matrices import WeightMatrix, check_matrices
 from .size import dense_size, size
 from .wiring import Wiring

@@ -1,8 +1,8 @@
 """How the graphs of a module's vector fields are wired to its parameters, row by row and entry by entry.
 
-The parameters of the module are laid end to end: an *element* is one entry of one of them. A row is a row of a node. A
-product reads, for each of its entries, an element and a row, and adds to a row. So what is read by nobody, what depends
-on what, and what a neuron without inputs emits are short walks over the nodes.
+The parameters of the module are numbered one after the other: an *element* is one entry of one of them. A *row* is a row of
+a node. For each of its entries a product reads an element and a row, and adds to a row. With these numbers, what nothing
+reads, what depends on what, and what a neuron without inputs emits are found by short walks over the nodes.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from ..capture import capture_graph
 from ..field import GraphField, UnsupportedFieldError
 from ..field.graph import Node, order
 from ..field.primitives import PRIMITIVES
+from ..masks import check_maskable, effective, refresh_, set_mask_
 from ..origin import COMPUTED, Key, Origin
 from .chain import vector_fields
-from .masks import check_maskable, effective, refresh_, set_mask_
 
-NOBODYS, OF_MANY = -1, -2  # elements: of an entry that is no parameter's, and of one computed from several
+NOBODYS, OF_MANY = -1, -2  # in place of an element: the entry belongs to no parameter, or is computed from several
 
 
 @dataclass(eq=False)
 class Item:
-    """One parameter. owners: every (module, name) that holds it.  start: its first element."""
+    """One parameter. owners: every (module, name) that holds it.  start: the number of its first element."""
 
     parameter: nn.Parameter
     start: int
@@ -39,7 +39,7 @@ class Item:
 
 
 class Numbering:
-    """The elements of a module's parameters."""
+    """The elements of a module's parameters, in the order of registration. count: how many there are."""
 
     def __init__(self, module: nn.Module) -> None:
         self.items: list[Item] = []
@@ -58,7 +58,7 @@ class Numbering:
                 item.owners.append((part, plain))
 
     def item_of(self, part: nn.Module, name: str) -> Item | None:
-        """None for what is computed."""
+        """The parameter that a module holds under this name; None where the name is something computed."""
         parameter = part._parameters.get(f"{name}_orig", part._parameters.get(name))
         return None if parameter is None else self._by_id.get(id(parameter))
 
@@ -66,7 +66,7 @@ class Numbering:
         return self._by_id[id(parameter)].start
 
     def values(self) -> Tensor:
-        """float64 [count], through masks."""
+        """float64 [count]: the values of the elements, masks applied."""
         parts = [effective(*item.owners[0]).reshape(-1).double().cpu() for item in self.items]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
@@ -80,16 +80,15 @@ class Numbering:
                     found[item.elements] &= (mask != 0).reshape(-1).cpu()
         return found
 
-
     def check_maskable(self, elements: Tensor) -> None:
-        """Raises ValueError (`masks.check_maskable`) where one of these, bool [count], cannot be masked."""
+        """Raises ValueError (`masks.check_maskable`) where one of these elements, bool [count], cannot be masked."""
         for item in self.items:
             if bool(elements[item.elements].any()):
                 for owner, name in item.owners:
                     check_maskable(owner, name)
 
     def mask_(self, removed: Tensor) -> None:
-        """Mask elements, bool [count], in every module that holds them."""
+        """Masks these elements, bool [count], in every module that holds them."""
         for item in self.items:
             gone = removed[item.elements]
             if bool(gone.any()):
@@ -98,7 +97,7 @@ class Numbering:
 
 
 class FieldGraphs:
-    """The graphs of the vector fields of a module, read when they are asked for."""
+    """The graphs of the vector fields of a module, each read when it is first asked for. like: an example of the state."""
 
     def __init__(self, module: nn.Module, like: Tensor | tuple[Tensor, ...] | None = None) -> None:
         self.module, self.like = module, like
@@ -109,7 +108,7 @@ class FieldGraphs:
         self.never_called: list[tuple[nn.Module, nn.Module]] = []  # (field, module that holds parameters)
 
     def read(self, field: nn.Module) -> tuple[GraphField, dict[Key, Origin]]:
-        """Raises UnsupportedFieldError."""
+        """The graph of a field, and the origins of its tensors. Raises UnsupportedFieldError where it cannot be read."""
         if id(field) not in self._read:
             try:
                 self._read[id(field)] = self._capture(field)
@@ -140,17 +139,17 @@ class FieldGraphs:
         return found
 
     def refusals(self) -> list[UnsupportedFieldError]:
-        """Why fields that were asked for could not be read."""
+        """The errors of the fields that were asked for and could not be read."""
         return [found for found in self._read.values() if isinstance(found, UnsupportedFieldError)]
 
     def refresh_masks_(self) -> None:
-        """Of modules that are never called themselves: their parameters are read by others, and no hook of their own
-        makes the masked product anew."""
+        """Lets calls of a field refresh the masked parameters of modules that are never called themselves: others read these
+        parameters, and no hook of the module's own would apply the mask again."""
         for field, part in self.never_called:
             refresh_(field, part)
 
     def wiring(self, fields: list[nn.Module] | None = None) -> "Wiring":
-        """Of these fields (None: all), those that can be read."""
+        """The wiring of those among these fields (None: all) that can be read. Parameters of the others are pinned."""
         wiring = Wiring(self.numbering)
         for field in self.fields if fields is None else fields:
             try:
@@ -159,12 +158,14 @@ class FieldGraphs:
                 continue
             wiring.include(field, graph, origins)
         others = [f for f in self.fields if isinstance(self._read.get(id(f)), UnsupportedFieldError)]
-        for field in others:  # what they do with their parameters is not known
+        for field in others:  # how they use their parameters is not known
             wiring.pin(field.parameters())
         return wiring
 
 
 class _WithoutTime(nn.Module):
+    """f(t, y) of a field that takes y alone."""
+
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
@@ -175,8 +176,11 @@ class _WithoutTime(nn.Module):
 
 @dataclass(eq=False)
 class Product:
-    """The entries of a linear node: row `into` of the node gains scale * element * row `of` of its operand. fixed: their
-    values where the element is nobody's."""
+    """The entries of a linear node: each adds scale * element * (row `of` of the operand) to row `into` of the node.
+
+    into, of, element: int64 [entries], rows counted from the node's first.  scale: float64 [entries].  fixed: float64
+    [entries], the values of entries that belong to no parameter.
+    """
 
     into: Tensor
     of: Tensor
@@ -186,7 +190,12 @@ class Product:
 
 
 class Wiring:
-    """Nodes of one or more graphs, operands first. start: the number of a node's first row."""
+    """The nodes of one or more graphs, operands before what reads them.
+
+    start: node -> the number of its first row.  rows: how many rows there are.  products, vectors: the entries of linear and
+    of vector nodes; of a vector `into` and `of` are its rows.  seen: bool [elements], those that the graphs read.
+    pinned: bool [elements], those that are used in ways that are not followed.
+    """
 
     def __init__(self, numbering: Numbering) -> None:
         self.numbering = numbering
@@ -195,8 +204,8 @@ class Wiring:
         self.rows = 0
         self.outputs: list[Node] = []
         self.products: dict[Node, Product] = {}
-        self.vectors: dict[Node, Product] = {}  # `into` and `of` are its rows
-        self.pinned = torch.zeros(numbering.count, dtype=torch.bool)  # used in ways that are not followed
+        self.vectors: dict[Node, Product] = {}
+        self.pinned = torch.zeros(numbering.count, dtype=torch.bool)
         self.seen = torch.zeros(numbering.count, dtype=torch.bool)
         self.fields: list[nn.Module] = []
 
@@ -256,8 +265,8 @@ class Wiring:
         return found
 
     def read(self, alive: Tensor) -> tuple[Tensor, Tensor]:
-        """(bool [rows], bool [elements]): rows that the derivatives depend on, and elements that do something. alive: bool
-        [elements], those that are not zero for good."""
+        """(bool [rows], the rows that the derivatives depend on; bool [elements], the elements that they depend on). alive: bool
+        [elements], those that are not held at zero."""
         alive, used = _padded(alive), torch.zeros(self.numbering.count + 2, dtype=torch.bool)
         read = torch.zeros(self.rows, dtype=torch.bool)
         for output in self.outputs:
@@ -284,13 +293,14 @@ class Wiring:
         return read, used[:-2]
 
     def dead(self, alive: Tensor) -> Tensor:
-        """bool [elements]: those that change nothing, because nobody reads what they are part of."""
+        """bool [elements]: those that change nothing, because the derivatives depend on nothing that they are part of."""
         return self.seen & ~self.pinned & ~self.read(alive)[1]
 
     def returns_alone(self, alive: Tensor) -> Tensor:
-        """bool [elements]: those of products whose return changes nothing, or brings other elements back with it."""
+        """bool [elements]: those that products read and whose return, were they pruned, would change nothing, or would bring
+        other elements back too."""
         read, _ = self.read(alive)
-        free = torch.zeros(self.rows, dtype=torch.bool)  # rows that no element has a part in
+        free = torch.zeros(self.rows, dtype=torch.bool)  # rows that depend on no element
         for node in self.nodes:
             own = self.of(free, node)
             if node.kind == "rows":
@@ -308,7 +318,7 @@ class Wiring:
         return (self.seen & ~useful[:-2]) | costly[:-2]
 
     def reached(self, alive: Tensor) -> list[bool]:
-        """Whether a path leads from the state to the derivative, field by field."""
+        """For every field, whether its derivative depends on its state."""
         alive, fed = _padded(alive), torch.zeros(self.rows, dtype=torch.bool)
         for node in self.nodes:
             own = self.of(fed, node)
@@ -322,7 +332,7 @@ class Wiring:
         return [bool(self.of(fed, output).any()) for output in self.outputs]
 
     def emitted(self, values: Tensor, t: float) -> Tensor:
-        """float64 [rows]: what the rows are for some state, at time t, with these values of the elements."""
+        """float64 [rows]: the values of the rows at time t and for some state. values: float64 [elements]."""
         values, found = torch.cat([values, values.new_zeros(2)]), torch.zeros(self.rows, dtype=torch.float64)
         for node in self.nodes:
             own = self.of(found, node)
@@ -350,17 +360,17 @@ class Wiring:
         return found
 
     def of(self, rows: Tensor, node: Node) -> Tensor:
-        """The part of [rows, ...] that is the node's."""
+        """The part of a tensor [rows, ...] that belongs to a node."""
         return rows[self.start[node] : self.start[node] + node.rows]
 
     def pieces(self, rows: Tensor, node: Node) -> Tensor:
-        """Of a concatenation, from its operands'."""
+        """What a tensor [rows, ...] should hold for a concatenation, from what it holds for the operands."""
         return torch.cat([
             self.of(rows, operand)[first : first + count] for operand, (first, count) in zip(node.operands, node.pieces)
         ])  # fmt: skip
 
     def joined(self, rows: Tensor, node: Node, join, start: int | bool) -> Tensor:
-        """Of an elementwise node, from its operands'."""
+        """What a tensor [rows] should hold for an elementwise node: `start`, joined with what it holds for each operand."""
         total = torch.full((node.rows,), start, dtype=rows.dtype)
         for operand in node.operands:
             total = join(total, self.of(rows, operand).expand(node.rows))
@@ -368,7 +378,7 @@ class Wiring:
 
 
 def _padded(alive: Tensor) -> Tensor:
-    """With the two numbers below zero, of entries that are no parameter's: they are there."""
+    """alive [elements] with two more entries that are true, which the numbers NOBODYS and OF_MANY find at the end."""
     return torch.cat([alive, torch.ones(2, dtype=torch.bool)])
 
 

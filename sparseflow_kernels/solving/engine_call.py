@@ -210,15 +210,16 @@ class EngineCall:
         self, field: CompiledField, kind: str | None, x0: Tensor, l0: Tensor | None = None
     ) -> Solution:  # fmt: skip
         """The solve as one operator in the graph; its statistics are tensors."""
-        obstacle = operators.no_solve(field, self.t, self.options, self.step_control)
+        obstacle = operators.no_solve(field.described, self.t, self.options, self.step_control)
         if obstacle is not None:
             if torch.compiler.is_exporting():
                 raise UnsupportedFieldError(f"torch.export of this solve: {obstacle}")
             return _run_eagerly(self)
         noise = None if kind is None else self.func.begin_solve(x0)
         solved = operators.solve(
-            field, kind, *_flat(field.dim, x0, l0, noise), self.t, self.rtol, self.atol, self.method, self.options
-        )
+            field.described, field.ordered(), kind, *_flat(field.dim, x0, l0, noise), self.t, self.rtol, self.atol,
+            self.method, self.options,
+        )  # fmt: skip
         ys = [solved.xs.reshape(self.t.shape[0], *x0.shape)]
         if l0 is not None:
             ys.append(solved.ls.reshape(self.t.shape[0], *l0.shape))

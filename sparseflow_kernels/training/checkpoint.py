@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import atomic_write
+from ..masks import refresh_, set_mask_
 from ..pruning.chain import vector_fields
-from ..pruning.masks import refresh_, set_mask_
 
 _FORMAT = "sparseflow-checkpoint-2"
 

@@ -209,6 +209,13 @@ def activate(z, ACTIVATION: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
         h = z * z * z
         slope = 3.0 * z * z
         curvature = 6.0 * z
+    elif ACTIVATION == 10:  # gelu, by the error function
+        bounded = tl.where(z > 40.0, 40.0, tl.where(z < -40.0, -40.0, z))  # beyond, the density is zero
+        density = 0.39894228040143267794 * tl.exp(-0.5 * bounded * bounded)
+        below = 0.5 + 0.5 * tl.erf(0.70710678118654752440 * z)
+        h = z * below
+        slope = below + bounded * density
+        curvature = density * (2.0 - bounded * bounded)
     else:
         h = z
         slope = tl.zeros_like(z) + 1.0

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import functools
 import os
-from collections import OrderedDict
 from dataclasses import replace
-from typing import Any, Callable, Collection, Sequence
+from typing import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from ...divergence import DivergencePlan
-from ...field import VectorField
+from ...field import GraphField, VectorField
 from ..adjoint import write_adjoint
 from ..base import Gradient, SolveRequest, SolveResult
-from ..native import NativeEngine, OneCaller, field_gradients, solve_of_nothing, times_gradient
+from ..native import NativeEngine, field_gradients, solve_of_nothing, times_gradient
 from ..program import Externals, write_program
+from .held import HeldMemory, check_request, tell
 
 OLDEST = (3, 6)
 DTYPES = (torch.float32, torch.float64)
 MOST_COUNTED = 2**31 - 2**16  # the last lanes of a tile may count beyond what there is
-HELD = 8  # batch sizes and methods whose memory and graphs are kept
 
 
 @functools.cache
@@ -36,7 +35,18 @@ def _no_triton() -> str | None:
     return None
 
 
-class TritonEngine(NativeEngine):
+def unready(field: VectorField | GraphField) -> str | None:
+    """Why no field of this device and dtype runs here; None if it may."""
+    if (reason := _no_triton()) is not None:
+        return reason
+    if field.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the field is on {field.device}, the triton engine needs it on a GPU: call .to('cuda')"
+    if field.dtype not in DTYPES:
+        return f"the triton engine computes in float32 and float64, not {field.dtype}: call .float() or .double()"
+    return None
+
+
+class TritonEngine(HeldMemory, NativeEngine):
     """Fused sparse kernels over batch-minor buffers in device memory, a step of a solve in one CUDA graph. float32 and
     float64, CUDA tensors; with TRITON_INTERPRET=1, for tests, CPU tensors.
 
@@ -48,12 +58,8 @@ class TritonEngine(NativeEngine):
 
     @staticmethod
     def unsupported(field: VectorField) -> str | None:
-        if (reason := _no_triton()) is not None:
+        if (reason := unready(field)) is not None:
             return reason
-        if field.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"the field is on {field.device}, the triton engine needs it on a GPU: call .to('cuda')"
-        if field.dtype not in DTYPES:
-            return f"the triton engine computes in float32 and float64, not {field.dtype}: call .float() or .double()"
         # kernels count entries, rows of modulations and a gradient's sums in 32 bits
         if (count := sum(layer.pattern.nnz + 2 * layer.out_features for layer in field.layers)) > MOST_COUNTED:
             return (
@@ -67,16 +73,16 @@ class TritonEngine(NativeEngine):
     def __init__(self, field: VectorField, plan: DivergencePlan | None = None, form: str | None = None) -> None:
         """form: "auto", "sparse" or "dense", how matrices are multiplied; None reads SPARSEFLOW_TRITON_FORM."""
         super().__init__(field, plan)
-        from .program import Builder  # late: without triton the class can still say why it cannot run
+        from .builder import Builder  # late: without triton the class can still say why it cannot run
+        from .program import TritonProgram
 
         self.form, self.notes = form, []
-        self._lock = OneCaller()  # one workspace is one caller's at a time
-        self._held: OrderedDict = OrderedDict()
+        self._hold_memory()
         self._adjoint: tuple | None = None  # made when a gradient is first asked for
         with self._guard():
             builder = Builder(field.dtype, field.device, form)
             self._writer = write_program(builder, field, plan)
-            self.program = builder.compile()
+            self.program = TritonProgram(builder)
 
     def describe(self) -> list[str]:
         """A line per layer: how its matrix is multiplied, its density, why; and the notes."""
@@ -106,14 +112,14 @@ class TritonEngine(NativeEngine):
         return self._evaluate(t, x, self._ready_noise(noise, x))
 
     def _evaluate(self, t: Tensor | float, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        from .program import Workspace
+        from .workspace import Workspace
 
         batch, program = len(x), self.program
         if batch == 0:
             return torch.empty_like(x), x.new_empty(0)
         with self._lock, self._guard():
             work = self._hold(("evaluate", batch), lambda: Workspace(program, batch, 1))
-            self._tell(work.times, t)
+            tell(work.times, t)
             answers = self._answers()
             work.modulate(None if answers is None else answers([float(t)]))
             work.state(program.input)[:, :batch] = x.T
@@ -129,28 +135,11 @@ class TritonEngine(NativeEngine):
         externals = self._writer.externals
         return functools.partial(_answers, externals, self.dtype, self.device) if externals.functions else None
 
-    def _tell(self, times: Tensor, t: Tensor | float) -> None:
-        """One time, without reading the device."""
-        if isinstance(t, Tensor) and t.device == times.device:
-            times.copy_(t.detach().reshape(-1)[:1])
-        else:
-            times.fill_(float(t))
-
     def solve(self, request: SolveRequest) -> SolveResult:
         from .solve import Solver
 
-        if request.step_control != "shared":
-            raise ValueError(
-                f"step_control={request.step_control!r}: the triton engine knows only 'shared'; engine='cuda' steps tiles "
-                "and samples on their own"
-            )
-        if request.replay is not None:
-            raise ValueError("the triton engine does not take recorded steps again: its gradients are solve_backward's")
-        if self._capturing():
-            raise RuntimeError(
-                "a solve cannot be captured in a CUDA graph: its host reads the error after every step. Capture "
-                "evaluations instead; the solve replays graphs of its own"
-            )
+        check_request(request)
+        self._refuse_captured_solves()
         x = self._ready(request.x, "y0")
         batch = len(x)
         l = self._ready_density(request)  # noqa: E741
@@ -168,11 +157,12 @@ class TritonEngine(NativeEngine):
 
     def _adjoint_program(self):
         if self._adjoint is None:
-            from .program import Builder
+            from .builder import Builder
+            from .program import TritonProgram
 
             builder = Builder(self.dtype, self.device, self.form)
             writer = write_adjoint(builder, self._field, self.plan)
-            self._adjoint = builder.compile(), writer
+            self._adjoint = TritonProgram(builder), writer
         return self._adjoint
 
     def _reversal(self, tableau, batch: int, sign: int):
@@ -193,7 +183,7 @@ class TritonEngine(NativeEngine):
             return self._of_no_rows(x, wanted)
         with self._lock, self._guard():
             raw, grad_x = self._reversal(None, len(x), 1).evaluate(
-                lambda times: self._tell(times, t), x, noise, grad_f, grad_trace
+                lambda times: tell(times, t), x, noise, grad_f, grad_trace
             )
             grad_t = raw.t.to(t.device if isinstance(t, Tensor) else "cpu", self.dtype) if "t" in wanted else None
             return Gradient(tensors=self._tensors(raw) if "tensors" in wanted else (), x=grad_x, t=grad_t)
@@ -228,28 +218,6 @@ class TritonEngine(NativeEngine):
         return field_gradients(
             self._field, writer, raw.matrices.__getitem__, lambda number, name: raw.modulations[number][name]
         )
-
-    # ---- memory
-
-    def _capturing(self) -> bool:
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-    def _hold(self, key: tuple, make: Callable[[], Any]) -> Any:
-        """Memory for a call, from the last ones with the same key on the same stream. A captured call gets its own."""
-        if self._capturing():
-            return make()
-        if self.device.type == "cuda":
-            key = (*key, torch.cuda.current_stream().cuda_stream)
-        if key not in self._held:
-            try:
-                self._held[key] = make()
-            except torch.OutOfMemoryError:  # what is kept of other batch sizes may make room
-                self._held.clear()
-                self._held[key] = make()
-            while len(self._held) > HELD:
-                self._held.popitem(last=False)
-        self._held.move_to_end(key)
-        return self._held[key]
 
 
 def _answers(

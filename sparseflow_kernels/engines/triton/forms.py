@@ -76,9 +76,11 @@ DOUBLE_DENSE_TILES = (Tile(32, 32, 32, 4), Tile(16, 64, 16, 4), Tile(16, 32, 32,
 GRADIENT_TILES = (Tile(8, 128, 1, 4),)
 GRADIENT_EDGE = 32  # rows, columns and samples of a tile of a dense gradient
 STEP_TILES = (Tile(2, 256, 1, 4),)
+POINTWISE_TILES = (Tile(2, 256, 1, 4),)
 INTERPRETED = {  # the interpreter's time goes by the program
     "sparse": Tile(16, 32, 1, 1), "dense": Tile(16, 32, 16, 1), "double dense": Tile(16, 32, 16, 1),
     "gradient": Tile(64, 32, 1, 1), "step": Tile(4, 32, 1, 1),
+    "pointwise": Tile(16, 32, 1, 1),
 }  # fmt: skip
 
 
@@ -89,13 +91,13 @@ def power_of_two(n: int) -> int:
 
 def tiles(form: str, rows: int, batch: int, interpreted: bool) -> tuple[Tile, ...]:
     """The tiles that fit `rows` rows over `batch` samples, best guess first. form: a matrix's ("double dense": of float64),
-    or "gradient" (rows are its entries), or "step" (rows are the state's)."""
+    or "gradient" (rows are its entries), or "step" (rows are the state's), or "pointwise"."""
     if interpreted:
         return (INTERPRETED[form],)
     least = 16 if form.endswith("dense") else 1
     table = {
         "sparse": SPARSE_TILES, "dense": DENSE_TILES, "double dense": DOUBLE_DENSE_TILES, "gradient": GRADIENT_TILES,
-        "step": STEP_TILES,
+        "step": STEP_TILES, "pointwise": POINTWISE_TILES,
     }[form]  # fmt: skip
     found = []
     for tile in table:

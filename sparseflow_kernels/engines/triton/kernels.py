@@ -184,8 +184,13 @@ def affine(
         position, row, live, samples, inside, row_ptr, col, values, count, depth, source, row_stride, sample_stride,
         tangent, TANGENT, DENSE, ROWS, BATCH, UNROLL, PRECISION,
     )  # fmt: skip
-    by_row = tl.load(scale + row, mask=live, other=0.0)[:, None]
-    z = acc * by_row + tl.load(shift + row, mask=live, other=0.0)[:, None]
+    # row vectors of a graph may be absent: one and zero
+    by_row = tl.zeros([ROWS, 1], dtype=values.dtype.element_ty) + 1.0
+    if scale is not None:
+        by_row = tl.load(scale + row, mask=live, other=0.0)[:, None]
+    z = acc * by_row
+    if shift is not None:
+        z += tl.load(shift + row, mask=live, other=0.0)[:, None]
     h, slope, _ = activate(z, ACTIVATION, A, B)
     out = places(target, row, target_stride, samples, 1)
     tl.store(out, h, mask=mask)

@@ -9,6 +9,9 @@ import triton
 
 Launch = Callable[[], None]  # a launch with all its arguments
 
+LANES = 16  # a batch is padded to a multiple, so that rows are aligned and loads are wide
+FLAT = 256  # elements of a program over flat arrays
+
 
 def interpreted() -> bool:
     """Do kernels run in Triton's interpreter (TRITON_INTERPRET=1, read when they are defined)?"""

@@ -5,7 +5,6 @@ all steps beforehand, so it reads nothing from the device on the way.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Callable, Sequence
 
@@ -16,22 +15,11 @@ from ...numerics.clock import Clock
 from ...numerics.tableaus import FixedTableau, Tableau
 from ..base import SolveRequest, SolveResult
 from . import forms, step_kernels
-from .launching import Launch, ceil_div, interpreted, launch
-from .program import LANES, TritonProgram, Workspace
-from .solve import Replayed, bits, graphs_wanted, rows_of_weights
-
-
-@dataclass
-class ProgramGradient:
-    """Of everything a program is made of, in double, on the device; over all samples, stages and steps.
-
-    matrices: by matrix, of its values, or where gated of its path constants; None without a sum.
-    modulations: by modulation, tensors by name.  t: 0-d, all evaluations moved together.
-    """
-
-    matrices: list[Tensor | None]
-    modulations: list[dict[str, Tensor]]
-    t: Tensor
+from .collected import GraphSums, ProgramGradient, program_gradient
+from .launching import LANES, Launch, ceil_div, interpreted, launch
+from .program import TritonProgram
+from .solve import Answers, Replayed, bits, graphs_wanted, rows_of_weights
+from .workspace import Workspace
 
 
 class Reversal:
@@ -39,8 +27,10 @@ class Reversal:
 
     def __init__(
         self, program: TritonProgram, tableau: Tableau | FixedTableau | None, batch: int, sign: int,
-        note: Callable[[str], None],
+        note: Callable[[str], None], answers: Answers | None = None, graph: bool = False,
     ) -> None:  # fmt: skip
+        """answers: say what functions of time in Python say.  graph: the program is a graph's."""
+        self.answers = answers
         self.program, self.tableau, self.batch, self.sign = program, tableau, batch, sign
         self.adaptive = isinstance(tableau, Tableau)
         self.stages = 1 if tableau is None else len(tableau.b)
@@ -52,6 +42,7 @@ class Reversal:
         # the field's times, weights times dt
         self.params = new(ceil_div(self.stages, LANES) * LANES + self.weights.size)
         self.work = Workspace(program, batch, self.stages, self.params[: self.stages])
+        self.graph_sums = GraphSums(self.work) if graph else None
         self.dim, self.rows, self.padded = program.dim, program.dim + program.divergence, self.work.padded
         self.k = new(self.stages, self.dim, self.padded)
         self.inputs = new(self.stages, self.dim, self.padded)  # the states the stages were evaluated at
@@ -85,7 +76,7 @@ class Reversal:
             ),
             partial(work.run, "keep", stage),
             partial(work.run, "reverse", stage),
-            *work.gradients[stage if work.timed > 1 else 0],
+            *work.gradient.of_stage[stage if work.timed > 1 else 0],
             partial(
                 launch, step_kernels.spread, self.programs, found[:, 0], found.stride(0), self.dim, self.row_tiles,
                 self.padded, weights, self.of_k, self.of_k.stride(0), self.start, WEIGHTS=mask, STAGES=self.stages,
@@ -94,29 +85,24 @@ class Reversal:
         ]  # fmt: skip
 
     def _begin(self, noise: Tensor | None) -> None:
-        self.work.forget_gradients()
+        self.work.gradient.forget()
+        if self.graph_sums is not None:
+            self.graph_sums.forget()
         for buffer in (self.end, self.start, self.carried, self.of_k):
             buffer.zero_()
         if noise is not None and self.program.noise >= 0:
             self.work.state(self.program.noise, 1)[:, : self.batch] = noise.T  # beside the state
 
     def _finish(self) -> ProgramGradient:
-        program, work = self.program, self.work
-        matrices: list[Tensor | None] = []
-        for number, part in enumerate(program.matrices):
-            if part.sum < 0:
-                matrices.append(None)
-            elif part.dynamic:
-                matrices.append(work.of_paths[number].clone())
-            else:
-                first = work.sum_first[part.sum]
-                matrices.append(work.sums[first : first + part.pattern.nnz].clone())
-        names = ("bias", "gate.slope", "gate.offset", "shift.slope", "shift.offset")
-        of = work.of_modulations.clone()
-        modulations = [
-            {name: of[n, part.first : part.first + part.n] for n, name in enumerate(names)} for part in program.modulations
-        ]
-        return ProgramGradient(matrices, modulations, of[5].sum())
+        found = program_gradient(self.work)
+        if self.graph_sums is not None:
+            self.graph_sums.fill(found)
+        return found
+
+    def _pull(self, stage: int) -> None:
+        self.pulls[stage].run()
+        if self.graph_sums is not None:
+            self.graph_sums.take(stage)
 
     def _x(self, y: Tensor) -> Tensor:
         return y[: self.dim, : self.batch].T.contiguous()
@@ -134,7 +120,7 @@ class Reversal:
         self.of_k[0, : self.dim, : self.batch] = grad_f.T
         if self.program.divergence and grad_trace is not None:
             self.of_k[0, self.dim, : self.batch] = -grad_trace  # a solver sees the opposite of the trace
-        self.pulls[0].run()
+        self._pull(0)
         return self._finish(), self._x(self.start)
 
     # ---- a solve
@@ -183,7 +169,12 @@ class Reversal:
             row[len(row) - self.weights.size :] = (self._size_of(n) * self.weights).ravel()
         if self.steps:
             staged[-1, : self.stages] = self.sign * clock.seen(self.steps[0][0])
+        self.all_times = staged[:, : self.stages].tolist() if self.answers is not None else None
         self.all_params = staged.to(self.params.device, non_blocking=True)
+
+    def _modulate(self, n: int) -> None:
+        """What depends on time alone, of all stages of step n."""
+        self.work.modulate(None if self.answers is None else self.answers(self.all_times[n]))
 
     def _times(self, clock: Clock, n: int, t0: float) -> list[float]:
         """As the solver took them (solve.py)."""
@@ -232,7 +223,7 @@ class Reversal:
         needed = max(i for i in range(stages) if active[i] or i == 0)
 
         self.params.copy_(self.all_params[n])
-        self.work.modulate()
+        self._modulate(n)
         self._remake(n, needed)
 
         self.of_k.zero_()
@@ -254,7 +245,7 @@ class Reversal:
         )  # fmt: skip
         for i in reversed(range(int(adaptive), stages)):
             if active[i]:
-                self.pulls[i].run()
+                self._pull(i)
         self.end.copy_(self.start)
         if adaptive:
             self.carried.copy_(self.of_k[0])
@@ -283,9 +274,9 @@ class Reversal:
 
     def _first_derivative(self) -> None:
         self.params.copy_(self.all_params[-1])
-        self.work.modulate()
+        self._modulate(-1)
         self.inputs[0, :, : self.batch] = self.result.states[0].T
         self.of_k[0] = self.carried
         self.start.copy_(self.end)
-        self.pulls[0].run()
+        self._pull(0)
         self.end.copy_(self.start)

@@ -5,6 +5,7 @@ reads three numbers back; what they mean is decided by numerics/step_control.py.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from functools import partial
@@ -22,8 +23,9 @@ from ...numerics.step_control import StopPoints, walk
 from ...numerics.tableaus import FixedTableau, Tableau
 from ..base import SolveRequest, SolveResult
 from . import forms, step_kernels
-from .launching import Launch, ceil_div, interpreted, launch
-from .program import LANES, TritonProgram, Workspace
+from .launching import LANES, Launch, ceil_div, interpreted, launch
+from .program import TritonProgram
+from .workspace import Workspace
 
 GRAPHS_VARIABLE = "SPARSEFLOW_TRITON_GRAPHS"
 STAGE_BYTES = 16 << 20  # the stages of a step are kept for its gradient if they take no more; larger ones are made again
@@ -88,8 +90,9 @@ class Solver:
 
     def __init__(
         self, program: TritonProgram, tableau: Tableau | FixedTableau, batch: int, sign: int, answers: Answers | None,
-        note: Callable[[str], None],
+        note: Callable[[str], None], parts: tuple[int, ...] | None = None,
     ) -> None:  # fmt: skip
+        """parts: rows of the components of the state, each with tolerances and a norm of its own; None: it is one."""
         self.program, self.tableau, self.batch, self.sign, self.answers = program, tableau, batch, sign, answers
         self.adaptive = isinstance(tableau, Tableau)
         self.stages = len(tableau.b)
@@ -106,12 +109,17 @@ class Solver:
         self.dim, self.rows, self.padded = program.dim, program.dim + program.divergence, self.work.padded
         self.y0, self.y1 = new(self.rows, self.padded), new(self.rows, self.padded)
         self.k = new(self.stages, self.rows, self.padded)
-        self.tolerance, self.result = new(4), torch.zeros(3, dtype=torch.float64, device=program.device)
+        # rows of the components; the log-density is the last one
+        self.components = (*(parts or (self.dim,)), *((1,) if program.divergence else ()))
+        bounds = torch.tensor([0, *itertools.accumulate(self.components)], dtype=torch.int32)
+        self.bounds, self.width = bounds.to(program.device), len(self.components) + 1
+        self.tolerance = new(2, self.rows)
+        self.result = torch.zeros(self.width, dtype=torch.float64, device=program.device)
         tile = forms.tiles("step", self.rows, self.padded, interpreted())[0]
         self.tile = dict(ROWS=tile.rows, BATCH=tile.batch, warps=tile.warps, STAGES=self.stages)
         self.row_tiles = ceil_div(self.rows, tile.rows)
         self.programs = self.row_tiles * ceil_div(self.padded, tile.batch)
-        self.measured = torch.zeros(self.programs, 3, dtype=torch.float64, device=program.device)
+        self.measured = torch.zeros(self.programs, self.width, dtype=torch.float64, device=program.device)
         self.times: list[float] = []  # the field's, of the evaluations of a step
         self.modulate = partial(_modulate, self.work, answers, self.times)
         may_capture = graphs_wanted(program) and answers is None
@@ -161,10 +169,12 @@ class Solver:
             sequence += [partial(
                 launch, step_kernels.finish, self.programs, *self._derivative(), self.y0, self.k, self.k.stride(0),
                 self.rows, self.row_tiles, self.dim, self.batch, self.padded, self._weights(end), self._weights(end + 1),
-                self.y1, self.tolerance, self.measured,
+                self.y1, self.tolerance, self.bounds, self.measured, COMPONENTS=self.width - 1,
                 STAGE=self.stages - 1, WEIGHTS=-1 if self.shortcut else bits(tableau.b),
                 ERROR_WEIGHTS=bits(tableau.b_error), SIGN=self.sign, DIVERGENCE=self.program.divergence, **self.tile,
-            ), partial(launch, step_kernels.total, 1, self.measured, self.programs, self.result, N=256)]  # fmt: skip
+            ), partial(
+                launch, step_kernels.total, 1, self.measured, self.programs, self.result, WIDTH=self.width, N=256,
+            )]  # fmt: skip
         return sequence
 
     def _evaluate(self, t: Tensor | float, y: Tensor) -> Tensor:
@@ -235,16 +245,14 @@ class Solver:
     def _adaptive(self) -> SolveResult:
         request, options, t0 = self.request, self.request.options, self.points[0]
         stops = StopPoints(t0, options)
-        rtol, atol = (*request.rtol, 0.0)[:2], (*request.atol, 0.0)[:2]
-        tolerance = [number for pair in zip(rtol, atol) for number in pair]
-        self.tolerance.copy_(torch.tensor(tolerance, dtype=torch.float64))
+        self.tolerance.copy_(torch.stack([self._by_row(request.rtol), self._by_row(request.atol)]))
         y = self.y0[:, : self.batch]
         f0 = self._evaluate(self.clock.seen(t0), y)
         self.nfe += 1
         if options.first_step is None:
             f0 = f0.clone()
-            of_rows = [column[:, None] for column in self._tolerances()]
-            norm = mixed_norm(self.dim) if self.program.divergence else rms_norm
+            of_rows = [column[:, None] for column in self.tolerance]
+            norm = rms_norm if len(self.components) == 1 else mixed_norm(*self.components)
             dt = choose_first_step(
                 self._evaluate, self.clock, t0, y, f0, self.tableau.order, *of_rows, lambda value: norm(value.T)
             )
@@ -267,10 +275,12 @@ class Solver:
             () if state.status == "ok" else self._suspects(), slopes=self.slopes,
         )  # fmt: skip
 
-    def _tolerances(self) -> tuple[Tensor, Tensor]:
-        """rtol and atol [rows]."""
-        which = torch.arange(self.rows, device=self.tolerance.device) >= self.dim
-        return tuple(torch.where(which, self.tolerance[2 + i], self.tolerance[i]) for i in range(2))
+    def _by_row(self, tolerances: Sequence[float]) -> Tensor:
+        """[rows], from one number for all components or one for each."""
+        if len(tolerances) == 1:
+            return torch.full((self.rows,), float(tolerances[0]), dtype=torch.float64)
+        numbers = torch.tensor(tolerances[: len(self.components)], dtype=torch.float64)
+        return numbers.repeat_interleave(torch.tensor(self.components))
 
     def attempt(self, t: float, dt: float, t1: float, kind: str) -> tuple[float, bool]:
         clock, tableau = self.clock, self.tableau
@@ -283,11 +293,11 @@ class Solver:
         self.pending, self.tried, self.dt = False, True, dt
         self.step.run()
         self.nfe += tableau.stages_per_step
-        of_x, of_l, bad = self.result.tolist()  # the one read of the step
-        ratio = math.sqrt(of_x / (self.dim * self.batch))
-        if self.program.divergence:
-            of_density = math.sqrt(of_l / self.batch)
-            ratio = of_density if of_density > ratio or math.isnan(of_density) else ratio
+        *squares, bad = self.result.tolist()  # the one read of the step
+        ratio = 0.0
+        for square, rows in zip(squares, self.components):
+            own = math.sqrt(square / (rows * self.batch))
+            ratio = own if own > ratio or math.isnan(own) else ratio
         return ratio, bad == 0.0
 
     def accept(self, t: float, dt: float, t1: float, kind: str) -> None:
@@ -317,7 +327,7 @@ class Solver:
         y, y1, k = (part[..., : self.batch].transpose(-1, -2) for part in (self.y0, self.y1, self.k))
         if not self.tried:
             return offending_rows([y, k[0]])
-        rtol, atol = self._tolerances()
+        rtol, atol = self.tolerance
         error = combine(list(k), self.tableau.b_error, self.dt) / (atol + rtol * torch.maximum(y.abs(), y1.abs()))
         return offending_rows([y, y1, error])
 

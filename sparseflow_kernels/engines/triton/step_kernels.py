@@ -104,13 +104,14 @@ def advance(
 @jit(_ANY)
 def finish(
     f, f_row, partials, n_partials, y0, k, k_stage, n_rows, row_tiles, dim, batch, padded, weights, error_weights, y1,
-    tolerance, measured,
-    STAGE: tl.constexpr, WEIGHTS: tl.constexpr, ERROR_WEIGHTS: tl.constexpr, STAGES: tl.constexpr, SIGN: tl.constexpr,
+    tolerance, bounds, measured,
+    COMPONENTS: tl.constexpr, STAGE: tl.constexpr, WEIGHTS: tl.constexpr, ERROR_WEIGHTS: tl.constexpr, STAGES: tl.constexpr, SIGN: tl.constexpr,
     DIVERGENCE: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
     """The end of an adaptive step: its last stage, y1 (where WEIGHTS is not -1: else it is there), and of every program
-    what the error's norm is made of, measured [programs, 3] in double: the sums of the squares of the scaled error over x
-    and over the log-density, and how many numbers of y1 are not finite. tolerance: rtol, atol of x, then of the other."""
+    what the error's norm is made of, measured [programs, COMPONENTS + 1] in double: the sums of the squares of the scaled
+    error over the rows of each component of the state, bounds [COMPONENTS + 1], and how many numbers of y1 are not finite.
+    tolerance [2, rows]: rtol and atol."""
     row, samples, mask = _tile(n_rows, row_tiles, padded, ROWS, BATCH)
     at = row.to(tl.int64)[:, None] * padded + samples[None, :]
     latest = _derivative(
@@ -124,29 +125,29 @@ def finish(
     else:
         end = tl.load(y1 + at, mask=mask, other=0.0)
     error = _combined(k, k_stage, at, mask, error_weights, latest, STAGE, ERROR_WEIGHTS, STAGES)
-    of_state = (row < dim)[:, None]
-    rtol = tl.where(of_state, tl.load(tolerance), tl.load(tolerance + 2))
-    atol = tl.where(of_state, tl.load(tolerance + 1), tl.load(tolerance + 3))
+    rtol = tl.load(tolerance + row, mask=row < n_rows, other=1.0)[:, None]
+    atol = tl.load(tolerance + n_rows + row, mask=row < n_rows, other=1.0)[:, None]
     size = tl.maximum(tl.abs(y), tl.abs(end), propagate_nan=tl.PropagateNan.ALL)
     scaled = (error / (atol + rtol * size)).to(tl.float64)
     counts = mask & (samples < batch)[None, :]
     square = tl.where(counts, scaled * scaled, 0.0)
     bad = tl.where(counts & ((end - end) != 0.0), 1.0, 0.0).to(tl.float64)
-    out = measured + tl.program_id(0).to(tl.int64) * 3
-    tl.store(out, tl.sum(tl.sum(tl.where(of_state, square, 0.0), axis=1), axis=0))
-    tl.store(out + 1, tl.sum(tl.sum(tl.where(of_state, 0.0, square), axis=1), axis=0))
-    tl.store(out + 2, tl.sum(tl.sum(bad, axis=1), axis=0))
+    out = measured + tl.program_id(0).to(tl.int64) * (COMPONENTS + 1)
+    for component in tl.static_range(COMPONENTS):
+        of_this = ((row >= tl.load(bounds + component)) & (row < tl.load(bounds + component + 1)))[:, None]
+        tl.store(out + component, tl.sum(tl.sum(tl.where(of_this, square, 0.0), axis=1), axis=0))
+    tl.store(out + COMPONENTS, tl.sum(tl.sum(bad, axis=1), axis=0))
 
 
 @jit(_ANY)
-def total(measured, n, result, N: tl.constexpr):
-    """result [3] = sums over the programs of `finish`, in a fixed order."""
+def total(measured, n, result, WIDTH: tl.constexpr, N: tl.constexpr):
+    """result [WIDTH] = sums over the programs of `finish`, in a fixed order."""
     lane = tl.arange(0, N)
-    for what in tl.static_range(3):
+    for what in tl.static_range(WIDTH):
         acc = tl.zeros([N], dtype=tl.float64)
         start = 0
         while start < n:
-            acc += tl.load(measured + (start + lane) * 3 + what, mask=start + lane < n, other=0.0)
+            acc += tl.load(measured + (start + lane) * WIDTH + what, mask=start + lane < n, other=0.0)
             start += N
         tl.store(result + what, tl.sum(acc, axis=0))
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from ..field import GraphField, UnsupportedFieldError
 from ..field.layout import State
 from ..origin import Key, Origin
-from .elements import WHOLE, NeedsContext
+from .elements import WHOLE
 from .graph_probe import GraphProbe, probes
 from .graph_tracer import MOST_CONTEXT, GraphTracer
 from .probe import Probe, check_settled, dtype_and_device, untouched
 from .reads import compare_runs
-from .refusal import REMEDY, NotFinite
+from .refusal import REMEDY, NeedsContext, NotFinite
 from .verify import verify_graph
 
 WRONG_WAY = (WHOLE, "one by one")  # in errors: samples meet each other, or rows do
@@ -26,7 +26,11 @@ Result = tuple[GraphField, dict[Key, Origin]]
 def read_graph(
     module: nn.Module, found: Probe | None, like: State | None, chain: UnsupportedFieldError | None
 ) -> Result:  # fmt: skip
-    """found: how a chain was read, if the module runs so.  chain: why it is none."""
+    """The field of a module as a graph, and the origins of its tensors.
+
+    found: the way to call the module that a chain would be read with, if there is one.  chain: why the module is no chain.
+    Raises UnsupportedFieldError, with the reason of the first way that the module can be called.
+    """
     check_settled(module)
     example = like if like is None or isinstance(like, Tensor) else like[0]
     like = tuple(like) if isinstance(like, list) else like
@@ -68,7 +72,8 @@ def _read(module: nn.Module, probe: GraphProbe, like: Tensor | None) -> Result:
 
 
 def _trace(module: nn.Module, probe: GraphProbe) -> tuple[GraphTracer, Any, list[str]]:
-    """Where tensors of the module turn out to be its context, twice: at first their number of rows is not known."""
+    """Runs the module and reads the run. Where tensors of the module turn out to be its context the module is read again,
+    until the number of the context's rows, which every reading needs to begin with, is that of the reading before."""
     rows, names = MOST_CONTEXT if probe.only else None, None
     flagged = True
     for _ in range(MOST_READINGS):
@@ -97,7 +102,7 @@ def _trace(module: nn.Module, probe: GraphProbe) -> tuple[GraphTracer, Any, list
 
 
 def unforeseen(module: nn.Module, tracer: Any, error: Exception) -> UnsupportedFieldError:
-    """What a module met that nobody here thought of."""
+    """The error for an exception that no rule foresaw."""
     if tracer is not None and tracer.stack.refusal is not None:
         return tracer.stack.refusal
     where = f"module {type(module).__name__}" if tracer is None else f"{tracer.stack}"

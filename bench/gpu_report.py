@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Sequence
 
-from .bench import Row
+from sparseflow_kernels.analysis.bench import Row
 
 OWN = ("cuda", "triton", "cpu", "reference")  # the last two in dry runs
 PEERS = ("torchdiffeq", "torch.compile", "diffrax")
@@ -89,8 +89,8 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
 
 
-def _number(value: float | None, form: str = ".3g") -> str:
-    return "-" if value is None else format(value, form)
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _times(value: float) -> str:
@@ -214,7 +214,7 @@ def _cell(row: dict | None) -> str:
 
 def plot(document: Document, path: Path) -> Path:
     """Time of a solve against the keep ratio, a panel for every field and batch. Raises ImportError without matplotlib."""
-    from .plots import plot_bench
+    from sparseflow_kernels.analysis.plots import plot_bench
 
     table, rows = Table(document), []
     for (field, keep, batch, engine, task), row in table.known.items():

@@ -11,7 +11,7 @@ from ..trained import Held, starts_at_zero
 from .algebra import apply
 from .operations import aten
 from .refusal import NotFinite
-from .replay import TimeProgram
+from .replay import TimeFormula
 from .rows import Affine, Hidden
 from .tracer import Tracer
 from .values import Constant
@@ -62,7 +62,7 @@ def _layer(tracer: Tracer, a: Affine, activation: Activation, name: str) -> tupl
             continue
         pair = getattr(part, form)
         if pair is None:
-            modulation[kind] = TimeFunction(TimeProgram(part.node, tracer.table.dtype, tracer.parameters.value))
+            modulation[kind] = TimeFunction(TimeFormula(part.node, tracer.table.dtype, tracer.parameters.value))
         else:
             constants[f"{kind}.slope"], constants[f"{kind}.offset"] = pair
             modulation[kind] = native(own(f"{kind}.slope"), own(f"{kind}.offset"))

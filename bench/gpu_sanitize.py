@@ -1,5 +1,5 @@
 """compute-sanitizer over a small case: the toy field at keep 0.1, a batch that is no multiple of a tile, a solve and its
-gradient. `python -m sparseflow_kernels.analysis.gpu_sanitize ENGINE` is the case."""
+gradient. `python bench/gpu_sanitized_case.py ENGINE` is the case."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 TOOLS = ("memcheck", "racecheck")
+CASE = Path(__file__).with_name("gpu_sanitized_case.py")
 FOUND = 77  # exit code for errors found
-BATCH = 33
 SUMMARY = re.compile(r"=+\s*((?:ERROR|RACECHECK) SUMMARY:.*)")
 
 
@@ -28,7 +28,7 @@ def check(tool: str, engine: str, dry: bool, seconds: float, program: str | None
     """{"sanitizer": [entry]}: tool, engine, summary (its own words), clean. dry: the case is run without the tool."""
     entry: dict[str, Any] = {"tool": tool, "engine": engine}
     program = program or find_tool()
-    case = [sys.executable, "-P", "-m", __name__, engine]
+    case = [sys.executable, str(CASE), engine]
     if not dry:
         if program is None:
             return {"sanitizer": [{**entry, "skipped": "compute-sanitizer was not found (it comes with the CUDA toolkit)"}]}
@@ -54,32 +54,3 @@ def read(code: int, text: str, dry: bool = False) -> dict[str, Any]:
         return {"clean": True, "summary": summary}
     failed = f"{summary if code == FOUND else last} (exit code {code})"
     return {"clean": False, "summary": summary, "failed": failed, "report": text[-4000:]}
-
-
-def main(engine: str) -> None:
-    import dataclasses
-
-    import torch
-
-    from ..compiled_field import compile as compile_field
-    from . import gpu_measure, peers
-    from .problems import FIELDS, make_problem
-
-    device = torch.device("cpu" if engine in ("cpu", "reference") else "cuda")
-    problem = make_problem(dataclasses.replace(FIELDS["toy"], batch=BATCH), 0.1)
-    field = compile_field(problem.module, "reference").vector_field
-    compiled = compile_field(field.map_tensors(lambda tensor: tensor.detach().to(device)), engine)
-    there = problem.on(device)
-    there = dataclasses.replace(there, rtol=1e-3, atol=1e-3)
-    peers.run_of(compiled, there)()
-    gpu_measure.training_run(compiled, there)()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    finite = all(bool(torch.isfinite(p.grad).all()) for p in compiled.parameters() if p.grad is not None)
-    print(f"{engine}: {'finite' if finite else 'NOT FINITE'}")
-    if not finite:
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

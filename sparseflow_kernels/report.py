@@ -1,16 +1,35 @@
-"""A graph as a table for people: its operations, one line each."""
+"""A field as a table for people: a chain by its layers, a graph by its operations, one line each."""
 
 from __future__ import annotations
 
-from .field import GraphField, Node
+from .field import GraphField, LinearShift, Node, SigmoidGate, TimeFunction, VectorField
 from .field.graph import CONTEXT, TIME, order
 
-WHEN = {0: "once", CONTEXT: "once a call", TIME: "once an evaluation"}
-MOST_LINES = 60
+MOST_LINES = 60  # of a graph
+_WHEN = {0: "once", CONTEXT: "once a call", TIME: "once an evaluation"}
+_PARTS = {SigmoidGate: "sigmoid", LinearShift: "linear", TimeFunction: "function of t"}
+
+
+def describe_chain(field: VectorField) -> list[str]:
+    """Its layers, from the state to the derivative."""
+    rows = [("layer", "from", "out x in", "weights", "density", "activation", "gate", "shift")]
+    for number, layer in enumerate(field.layers):
+        params = ", ".join(f"{value:g}" for value in layer.activation.params)
+        rows.append((
+            str(number), layer.name or "-", f"{layer.out_features} x {layer.in_features}", str(layer.pattern.nnz),
+            f"{layer.pattern.density:.1%}", layer.activation.name + (f"({params})" if params else ""),
+            part_name(layer.gate), part_name(layer.shift),
+        ))
+    return _aligned(rows)
+
+
+def part_name(part: SigmoidGate | LinearShift | TimeFunction | None) -> str:
+    """What a layer has for a gate or a shift."""
+    return "-" if part is None else _PARTS[type(part)]
 
 
 def describe_graph(field: GraphField) -> list[str]:
-    """Products one line each, the elementwise operations between them together."""
+    """Its operations: a line for every product, and one for the elementwise operations between two products."""
     nodes = [node for node in order([field.output]) if node.operands]
     rows = [("operation", "from", "rows", "weights", "density", "computed")]
     run: list[Node] = []
@@ -36,8 +55,7 @@ def describe_graph(field: GraphField) -> list[str]:
     left_out = len(rows) - 1 - MOST_LINES
     rows = rows[: MOST_LINES + 1]
     rows = [tuple(cell if len(cell) < 48 else cell[:45] + "..." for cell in row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    lines = _aligned(rows)
     if left_out > 0:
         lines.append(f"... and {left_out} operations more")
     inputs = f"state {field.layout}"
@@ -48,4 +66,9 @@ def describe_graph(field: GraphField) -> list[str]:
 
 
 def _when(node: Node) -> str:
-    return "per sample" if node.per_sample else WHEN[node.binding]
+    return "per sample" if node.per_sample else _WHEN[node.binding]
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

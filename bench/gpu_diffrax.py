@@ -1,6 +1,6 @@
 """diffrax on the GPU, timed in a process of its own: JAX takes its memory and its threads with it when it leaves.
 
-`python -m sparseflow_kernels.analysis.gpu_diffrax JSON` prints one line of JSON after the other, each a row.
+`python bench/gpu_diffrax.py JSON` prints one line of JSON after the other, each a row.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import sys
 import time
 from typing import Any, Callable, Sequence
 
-from .gpu_suite import first_line
-from .problems import FieldSpec, make_problem
+from gpu_suite import first_line
+
+from sparseflow_kernels.analysis.jax_field import JaxField
+from sparseflow_kernels.analysis.problems import FieldSpec, make_problem
+from sparseflow_kernels.analysis.training_peers import diffrax_step
 
 MARK = "ROW "
 ENGINE = "diffrax"
@@ -38,7 +41,7 @@ def in_a_process(spec: FieldSpec, batches: Sequence[int], platform: str, seconds
     if reason is not None:
         return [{**row, "skipped": reason} for row in wanted]
     task = {"spec": dataclasses.asdict(spec), "batches": list(batches), "platform": platform, "seconds": seconds}
-    command = [sys.executable, "-P", "-m", __name__, json.dumps(task)]
+    command = [sys.executable, __file__, json.dumps(task)]
     platforms = {"JAX_PLATFORMS": "cuda,cpu" if platform == "gpu" else "cpu"}
     try:
         ran = subprocess.run(command, env={**os.environ, **ENVIRONMENT, **platforms}, capture_output=True, timeout=seconds)
@@ -93,8 +96,6 @@ def main(argument: str) -> None:
 def _forward(problem, device) -> Callable[[], int]:
     import jax
 
-    from .peers import JaxField
-
     own, arguments = JaxField(problem), jax.device_put(JaxField.arguments(problem), device)
     run = jax.jit(own.solve)
     return lambda: own.evaluations(jax.block_until_ready(run(*arguments))[1])
@@ -103,23 +104,20 @@ def _forward(problem, device) -> Callable[[], int]:
 def _training(problem, device) -> Callable[[], int]:
     import jax
 
-    from .peers import JaxField
-    from .training_peers import diffrax_step
-
     weights, noise, start = jax.device_put(JaxField.arguments(problem), device)
     masks = [(w != 0).astype(w.dtype) for w, *_ in weights]
     step = diffrax_step(problem)
     return lambda: JaxField.evaluations(jax.block_until_ready(step(masks, weights, noise, start))[1])
 
 
-def _timed(run: Callable[[], int], seconds: float, most: int = 30) -> dict[str, Any]:
+def _timed(run: Callable[[], int], seconds: float) -> dict[str, Any]:
     """Wall time around a call that waits for its result; compiled and run once before."""
     import statistics
 
     run()
     nfe, times = run(), []
     begin = time.perf_counter()
-    while len(times) < 3 or (len(times) < most and time.perf_counter() - begin < seconds):
+    while len(times) < 3 or (len(times) < 30 and time.perf_counter() - begin < seconds):
         before = time.perf_counter()
         run()
         times.append(time.perf_counter() - before)

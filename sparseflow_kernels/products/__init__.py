@@ -1,0 +1,1 @@
+"""Products with the weights of one sparse layer, behind `SparseLinear`."""
