@@ -430,6 +430,18 @@ def test_parameters_in_a_function_of_t_that_is_not_followed_are_refused() -> Non
         sfk.compile(module, like=FLAT)
 
 
+@pytest.mark.parametrize("rule", [
+    lambda m, t, y: m.n(y) * m.k.item(), lambda m, t, y: m.n(y) + torch.full_like(y, m.k.exp()), lambda m, t, y: m.n(y) ** float(m.k),
+])  # fmt: skip
+def test_numbers_read_out_of_parameters_are_refused_unless_these_are_frozen(rule) -> None:
+    module = made(rule, {"n": net(3, 4, 3), "k": parameter(2.0)})
+    with pytest.raises(sfk.UnsupportedFieldError, match="read out of the parameter 'k'"):
+        sfk.compile(module, like=FLAT)
+    module.k.requires_grad_(False)
+    field, y = sfk.compile(module, like=FLAT), state(FLAT, 3)
+    torch.testing.assert_close(field(T, y), module(T, y))
+
+
 def test_time_in_another_dtype_is_rounded_as_forward_rounds_it() -> None:
     frequencies = torch.exp(torch.arange(3, dtype=torch.float32))
 

@@ -179,6 +179,10 @@ class ParameterNumbers:
     def value(self, name: str) -> Tensor:
         return self._parameters[self.names.index(name)].detach()
 
+    def knows(self, name: str) -> bool:
+        """Whether it is a parameter's name, and not an attribute's."""
+        return name in self.names
+
     def trained(self, name: str) -> bool:
         return self._parameters[self.names.index(name)].requires_grad
 

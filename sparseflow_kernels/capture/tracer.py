@@ -20,7 +20,7 @@ from .probe import Probe
 from .provenance import ParameterNumbers
 from .reads import Reads, is_finiteness
 from .refusal import REMEDY, refuse, refuse_python_value
-from .replay import Node
+from .replay import Node, Replay
 from .rows import Affine, Hidden, RowTable
 from .rules import Reading, apply_to_state
 from .samples import Samples
@@ -191,6 +191,8 @@ class Following(TorchDispatchMode):
         if torch.Tag.data_dependent_output in func.tags and not isinstance(out, Tensor):
             if has_state and not all(a.checks for a in leaves if isinstance(a, StateValue)):
                 refuse("reading a number out of the state (.item(), an if on its values)")
+            if isinstance(out, float) and isinstance(args[0], Constant):
+                self._refuse_number_of_parameter(args[0])
             if has_time and isinstance(out, float):
                 self.follow(out, args[0])
             elif has_time and not (base == "_local_scalar_dense" and is_finiteness(args[0].node)):
@@ -219,6 +221,17 @@ class Following(TorchDispatchMode):
         if base in ADDITIVE | BILINEAR and func._overloadname == "Scalar" and number is not None:
             func = getattr(aten, base).Tensor  # its number was read out of t
         return evaluate(func, args, kwargs, out)
+
+    def _refuse_number_of_parameter(self, value: Constant) -> None:
+        names = [] if value.node is None else Replay(value.node, self.parameters.dtype).leaves()
+        trained = sorted(name for name in names if self.parameters.knows(name) and self.parameters.trained(name))
+        if trained:
+            refuse(
+                f"a number read out of the parameter {trained[0]!r} (.item(), float(), torch.full), which would stay what it "
+                "is now",
+                "Use the tensor itself (.detach() where it is to have no gradient), or freeze the parameter "
+                f"(requires_grad_(False)). Otherwise u{REMEDY[1:]}",
+            )
 
     def _of_state(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
         """The abstract value of an operation on states."""
