@@ -340,6 +340,34 @@ def test_gradients_end_where_forward_detaches(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
 
 
+@torch.no_grad()
+def without_gradient(m, y):
+    return m.b(y) * F.softplus(m.k)
+
+
+def with_checkpoint(m, y):
+    from torch.utils.checkpoint import checkpoint
+
+    return checkpoint(lambda h: torch.tanh(m.b(h)), m.n(y), use_reentrant=True)
+
+
+def in_block(m, y):
+    with torch.no_grad():
+        h, k = m.b(y), m.k.exp()
+        with torch.enable_grad():
+            kept = m.n(y).sin()
+    return h + kept * k
+
+
+WITHOUT = {"a decorated function": without_gradient, "a block": in_block, "a checkpoint": with_checkpoint}
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_gradients_end_where_forward_allows_none(name: str) -> None:
+    rule = lambda m, t, y: m.n(y) + WITHOUT[name](m, y)
+    check(made(rule, {"n": net(3, 5, 3), "b": net(3, 4, 3), "k": parameter(0.3)}), FLAT, False)
+
+
 def test_the_divergence_of_what_is_detached_warns() -> None:
     detached, other = (made(energy_of(DETACHED[name]), {"n": net(3, 5, 1)}) for name in ("detached", "only unless it is differentiated"))
     with pytest.warns(UserWarning, match="detaches its state"):

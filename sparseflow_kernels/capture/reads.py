@@ -8,6 +8,8 @@ running the module at other times and comparing every number that reaches an ope
 from __future__ import annotations
 
 import math
+import os
+import sys
 import types
 from typing import Any, Iterator
 
@@ -29,6 +31,8 @@ WHOLE = {"__int__", "__index__"}
 TRUTH = {"__bool__", "is_nonzero"}
 ARRAYS = {"numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage", "__reduce_ex__"}
 ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward"}
+TORCH = os.path.dirname(torch.__file__) + os.sep
+GRAD_MODE, DECORATORS = (sys.modules[name].__file__ for name in ("torch.autograd.grad_mode", "torch.utils._contextlib"))
 DATA = Tensor.data.__get__
 COPIES = {"tensor", "as_tensor", "asarray", "new_tensor"}  # read the tensors inside lists that they are given
 
@@ -68,6 +72,8 @@ class Reads(TorchFunctionMode):
             parts = args[1] if isinstance(args[1], tuple) else (args[1],)
             if any(map(self._whole_number_of_time, parts)):
                 return _select(args[0], parts, self._whole_number_of_time)
+        if name == "_set_grad_enabled":
+            self._grad_mode(sys._getframe(1))
         out = func(*args, **kwargs)
         if name in ("detach", "detach_") or func == DATA:
             self.tracer.detached(out)
@@ -75,6 +81,19 @@ class Reads(TorchFunctionMode):
 
     def _value(self, tensor: Any) -> Any:
         return self.tracer.values.get(id(tensor))
+
+    def _grad_mode(self, frame: types.FrameType | None) -> None:
+        """Notices where forward itself enters and leaves torch.no_grad and torch.enable_grad: what torch's own functions do
+        inside (a checkpoint, say) they make good for."""
+        while frame is not None and frame.f_code.co_filename == GRAD_MODE:
+            manager, name = frame.f_locals.get("self"), frame.f_code.co_name
+            if isinstance(manager, (torch.no_grad, torch.enable_grad)) and name in ("__enter__", "__exit__"):
+                caller = frame.f_back.f_code.co_filename if frame.f_back is not None else ""
+                if not caller.startswith(TORCH) or caller == DECORATORS:
+                    cut = self.tracer.without_grad
+                    cut.append(isinstance(manager, torch.no_grad)) if name == "__enter__" else cut and cut.pop()
+                return
+            frame = frame.f_back
 
     def _is_branch(self, tensor: Tensor) -> bool:
         value = self._value(tensor)

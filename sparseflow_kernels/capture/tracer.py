@@ -98,6 +98,7 @@ class Following(TorchDispatchMode):
         self.aliases: dict[int, list[Tensor]] = {}  # by memory; also keeps ids unique, for these tensors stay alive
         self.numbers: dict[float, TimeValue] = {}  # t, and what is read out of functions of t by .item()
         self.read_by_python = False  # values that depend on t
+        self.without_grad: list[bool] = []  # whether forward is within torch.no_grad, for all that it has entered
         self.operation = ""  # the last one
         self.given: tuple = ()  # its arguments, as they are
 
@@ -146,6 +147,12 @@ class Following(TorchDispatchMode):
         if isinstance(self.values.get(id(tensor)), StateValue):
             self.values[id(tensor)] = self._detached(self.values[id(tensor)])
 
+    def _cut(self, value: Any) -> Any:
+        """A value that was made within torch.no_grad."""
+        if isinstance(value, StateValue):
+            return self._detached(value)
+        return apply(aten.detach.default, value) if isinstance(value, Constant) and value.source is not None else value
+
     def _detached(self, value: StateValue) -> Any:
         return Overwritten()  # no layer of a chain: unreadable, but it may be kept
 
@@ -175,6 +182,8 @@ class Following(TorchDispatchMode):
         if base.startswith(("empty", "new_empty")) and isinstance(out, Tensor):
             out.zero_()  # memory that nobody has written yet holds anything, NaN too
         result = self._abstract(func, abstract_args, abstract_kwargs, out)
+        if self.without_grad and self.without_grad[-1]:
+            result = tree_map(self._cut, result)
         changed = [args[i] for i in written(func) if i < len(args) and isinstance(args[i], Tensor)]
         if changed:
             self.rebind(changed[0], result)
