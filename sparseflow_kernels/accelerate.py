@@ -109,12 +109,13 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
         if not parts or not all(isinstance(part, Tensor) and part.dim() for part in parts):
             return None
         kinds = tuple((tuple(part.shape[1:]), part.dtype, part.device) for part in parts)
-        key = id(module), isinstance(y0, tuple), kinds
+        key = id(module), module.training, isinstance(y0, tuple), kinds
         exact = (*key, tuple(part.shape[0] for part in parts))
         with self._lock:
             for one in (key, exact):
                 entry = self._entries.get(one)
                 if entry is not None and entry.module() is module and (entry.field is None or _fits(entry.field, y0)):
+                    self._follow(entry)
                     entry.solves += 1
                     return entry.field
             entry = self._compiled(module, y0)
@@ -125,15 +126,28 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
             self._entries[key if batched and entry.field is not None and not entry.field.has_context else exact] = entry
             return entry.field
 
+    def _follow(self, entry: _Entry) -> None:
+        """What the module has become since may be something that cannot be compiled."""
+        try:
+            if entry.field is not None:
+                entry.field.follow()
+        except (UnsupportedFieldError, TypeError, ValueError) as error:
+            self._hand_on(entry, error)
+
+    @staticmethod
+    def _hand_on(entry: _Entry, error: Exception) -> None:
+        entry.field, entry.reason = None, str(error)
+        warn(f"accelerate: {type(entry.module()).__name__} is handed on to torchdiffeq: {entry.reason}")
+
     def _compiled(self, module: nn.Module, y0: Any) -> _Entry:
         like = tuple(part.detach() for part in y0) if isinstance(y0, tuple) else y0.detach()
+        entry = _Entry(weakref.ref(module), None, solves=1)
         try:
             with torch.no_grad():
-                return _Entry(weakref.ref(module), compile_field(module, self.engine, like=like, live=True), solves=1)
+                entry.field = compile_field(module, self.engine, like=like, live=True)
         except (UnsupportedFieldError, TypeError, ValueError) as error:
-            reason = str(error)
-        warn(f"accelerate: {type(module).__name__} is handed on to torchdiffeq: {reason}")
-        return _Entry(weakref.ref(module), None, reason)
+            self._hand_on(entry, error)
+        return entry
 
 
 def _fits(field: CompiledField, y0: Any) -> bool:

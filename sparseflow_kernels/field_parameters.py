@@ -35,7 +35,8 @@ class FieldParameters(nn.Module):
         super().__init__()
         if source is not None:
             self.module = source
-            self._watch = Watch(source)
+            read = getattr(field, "read_context", None)
+            self._watch = Watch(source, frozenset() if read is None else read.tensors)
         if origins is None:
             origins, held = Held.by_tensors(field)
         self.origins = origins

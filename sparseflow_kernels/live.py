@@ -5,18 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .live_attributes import Attributes
 from .packing import Snapshot, strided
+from .trained import is_fresh
 
 
 class Watch:
     """A module as it was compiled.
 
     `changed` notices what makes another field of it than one with other numbers: parameters, buffers and submodules that
-    came or went, buffers and masks with other numbers, a switch between training and evaluation, and pruned entries (exact
-    zeros) that are no longer zero.
+    came or went, buffers, masks and attributes with other numbers, a switch between training and evaluation, and pruned
+    entries (exact zeros) that are no longer zero.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, context: frozenset[str] = frozenset()) -> None:
+        """context: names of the tensors that are the field's context."""
         self._module = module
         parts = list(module.modules())
         self._structure = [
@@ -29,7 +32,9 @@ class Watch:
             (part._parameters, name, Zeros(parameter.detach()))
             for part in parts for name, parameter in part._parameters.items()
             if parameter is not None and parameter.layout == torch.strided and not bool(parameter.detach().all())
+            and not (parameter.requires_grad and is_fresh(parameter.detach()))
         ]  # fmt: skip
+        self._attributes = Attributes(module, context)
 
     def _present_buffers(self) -> list[Tensor]:
         held = [buffer for part in self._module.modules() for _, buffer in part._buffers.items() if buffer is not None]
@@ -51,6 +56,8 @@ class Watch:
         if any(part.training != mode for part, mode in self._modes):
             return True
         if self._buffers is not None and not self._buffers.same(self._present_buffers()):
+            return True
+        if not self._attributes.same():
             return True
         return not all(zeros.still(parameters[name]) for parameters, name, zeros in self._zeros)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchdiffeq
 from sparseflow_kernels import accelerate
+from sparseflow_kernels import compile as compile_field
 from sparseflow_kernels import odeint as own_odeint
 from torch import nn
 from torchdiffeq import odeint, odeint_adjoint  # imported before, as scripts do
@@ -187,3 +188,58 @@ def test_threads_share_the_context():
         for thread in threads:
             thread.join(60)
     assert not failed
+
+
+def test_attributes_set_between_solves_are_followed() -> None:
+    """As graph fields are given their initial features before every solve."""
+
+    class Source(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.x0 = nn.Linear(3, 3), torch.zeros(5, 3)
+            self.register_buffer("mixing", torch.rand(5, 5))
+
+        def forward(self, t, x):
+            return self.mixing @ self.a(x) - x + self.x0
+
+    torch.manual_seed(0)
+    module, t = Source(), torch.tensor([0.0, 1.0])
+    for _ in range(3):
+        module.x0 = torch.randn(5, 3)
+        with torch.no_grad():
+            want = odeint(module, module.x0, t)
+            with accelerate() as running:
+                torch.testing.assert_close(odeint(module, module.x0, t), want, rtol=1e-4, atol=1e-5)
+            assert "cpu engine" in running.report()
+    with accelerate(), torch.no_grad():
+        for _ in range(3):
+            module.x0 = torch.randn(5, 3)
+            found = odeint(module, torch.ones(5, 3), t)
+            fresh = compile_field(module, like=module.x0)
+            torch.testing.assert_close(own_odeint(fresh, torch.ones(5, 3), t), found, rtol=1e-4, atol=1e-5)
+
+
+def test_what_becomes_unreadable_between_solves_is_handed_on_and_comes_back() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.power = nn.Linear(3, 3), 1
+
+        def forward(self, t, x):
+            x = nn.functional.dropout(self.a(x), 0.5, self.training)
+            return x if self.power == 1 else torch.fft.ifft(torch.fft.fft(x)).real
+
+    module, y, t = Noisy(), torch.randn(4, 3), torch.tensor([0.0, 0.1])
+    with accelerate() as running, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        odeint(module, y, t, method="euler")  # with noise
+        module.eval()
+        found = odeint(module, y, t, method="euler")
+        assert "cpu engine, 1 solves" in running.report()
+        module.power = 2
+        torch.testing.assert_close(odeint(module, y, t, method="euler"), found)
+        module.power = 1
+        module.train()
+        odeint(module, y, t, method="euler")
+        report = running.report()
+    assert report.count("dropout is active") == 1 and "_fft" in report

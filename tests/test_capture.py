@@ -272,10 +272,10 @@ def net(**parts):
     (["samples of the batch"], lambda m, t, y: m.b(torch.tanh(m.a(y - y.mean(0)))), net()),
     (["samples of the batch", "like=y0"], lambda m, t, y: m.b(m.a(torch.softmax(y @ y.T, -1) @ y).tanh()), net()),
     (["number out of the state"], lambda m, t, y: m.b(m.a(y).tanh()) * y[0, 0].item(), net()),
-    (["truth value", "torch.where"], lambda m, t, y: m.b(m.a(y).tanh()) * (1.0 if t > 0.5 else 2.0), net()),
+    (["whole number", "torch.where"], lambda m, t, y: m.b(m.a(y).tanh()) * int(t), net()),
     (["state outside torch", "numpy"], lambda m, t, y: m.b(m.a(y).tanh()) * float(y.detach().numpy().max()), net()),
     (["computed from t in Python", "mul"], lambda m, t, y: m.b(m.a(y).tanh()) * (2 * t.item()), net()),
-    (["order of its values"], lambda m, t, y: m.b(torch.sort(m.a(y))[0]), net()),
+    (["value in an order"], lambda m, t, y: m.b(m.a(y).argsort(-1).to(y)), net()),
     (["depends on t or on the state"], lambda m, t, y: m.b(m.a(y)[:, (t > 0.0).long() + torch.arange(5)[:4]]), net(b=L(4, 2))),
 ])
 def test_refusals_name_place_and_remedy(words, function, parts) -> None:

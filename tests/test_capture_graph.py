@@ -567,7 +567,7 @@ REFUSED = {
     "another dtype": (lambda m, t, y: (m.n(y).float() * 2).double() + y, "dtype to torch.float32"),
     "bits": (lambda m, t, y: m.n(y) * y.view(torch.int64).view(torch.float64), "bits of the state"),
     "sums of truth values": (lambda m, t, y: m.n(y) * ((y > 0) + (y < 1)), "truth values"),
-    "an order of values": (lambda m, t, y: torch.sort(m.n(y), -1)[0], "order of its values"),
+    "an order of values": (lambda m, t, y: m.n(y).argsort(-1).to(y), "value in an order"),
     "an index made of the state": (lambda m, t, y: m.n(y)[:, y.argmax(-1)], "argmax|order of its values"),
     "a branch": (lambda m, t, y: m.n(y) if y.sum() > 0 else y, "number out of the state|over the samples"),
     "a branch on an energy": (lambda m, t, y: m.n(y) if bool(m.n(y).mean() > 0) else y, "number out of|over the samples"),

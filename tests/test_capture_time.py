@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchdiffeq
 from torch import Tensor, nn
 
 import sparseflow_kernels as sfk
@@ -46,7 +47,38 @@ def interpolated(t: Tensor) -> Tensor:
     return TABLE[i] + (t - KNOTS[i]) / (KNOTS[i + 1] - KNOTS[i]) * (TABLE[i + 1] - TABLE[i])
 
 
+def wrapped(t: Tensor) -> Tensor:
+    while t > 24:
+        t = t - 24
+    return t
+
+
+def in_its_domain(m: nn.Module, t: Tensor, v: Tensor) -> Tensor:
+    assert t >= -1e9, "too early"
+    if t > 1e9:
+        raise ValueError("too late")
+    return m.other(v) if t < 5.5 else v
+
+
+def dosed(m: nn.Module, t: Tensor, v: Tensor) -> Tensor:
+    for start, end, amount in m.doses:
+        if start <= t < end:
+            v = v + amount
+    return v
+
+
+def asked_twice(m: nn.Module, t: Tensor, v: Tensor) -> Tensor:
+    h = m.net(v) if t < 3 else m.other(v)
+    return h + (m.other(h) if t < 3 else t * v)
+
+
 RIGHT = {
+    "a window, by an if": lambda m, t, v: v + (1.0 if 5 < t < 8 else 0.0),
+    "min and max of tensors": lambda m, t, v: v * max(min(t, torch.tensor(3.0)), -2.0),
+    "is_nonzero": lambda m, t, v: v * (1.0 if t.is_nonzero() else 2.0),
+    "one layer or another": lambda m, t, v: (m.net if t % 2.0 < 0.5 else m.other)(v),
+    "one of many": lambda m, t, v: v * (2.0 if (KNOTS < t).any() and not t > 29 else 0.5),
+    "what holds in its domain": in_its_domain, "doses": dosed, "asked twice": asked_twice,
     "the number itself": lambda m, t, v: v * t.item(),
     "numbers of functions": lambda m, t, v: v * (t**2).item() + t.sin().item(),
     "torch.tensor of the number": lambda m, t, v: v * torch.tensor(t.item()),
@@ -93,13 +125,11 @@ def test_functions_of_time_that_are_kept(name: str) -> None:
 
 REFUSED = {
     "truth value": {
-        "a window": lambda m, t, v: v + (1.0 if 5 < t < 8 else 0.0),
-        "min of tensors": lambda m, t, v: v * min(t, torch.tensor(3.0)),
-        "an assertion": lambda m, t, v: v if t >= -1e9 else None,
+        "a loop": lambda m, t, v: v * wrapped(t),
+        "so many": lambda m, t, v: v * sum(1.0 if t > k else 0.5 for k in range(40)),
         "torch.equal": lambda m, t, v: v * (2.0 if torch.equal(t, torch.tensor(7.0)) else 1.0),
         "torch.allclose": lambda m, t, v: v * (2.0 if torch.allclose(t, torch.tensor(7.0), atol=0.5) else 1.0),
         "in a tensor": lambda m, t, v: v * (2.0 if t in KNOTS else 1.0),
-        "is_nonzero": lambda m, t, v: v * (1.0 if t.is_nonzero() else 2.0),
     },
     "whole number": {
         "int": lambda m, t, v: v + STEPS[min(max(int(t), 0), 29)],
@@ -180,6 +210,20 @@ def test_a_field_that_is_defined_for_some_times_only() -> None:
     field, y = sfk.compile(module), torch.randn(4, 3)
     for value in (0.0, 16.9, 17.1, 29.5):
         torch.testing.assert_close(field(torch.tensor(value), y), module(torch.tensor(value), y))
+
+
+def test_branches_are_differentiated_and_run_natively() -> None:
+    module = Timed(lambda m, t, v: v * torch.exp(-t) if t < 0.5 else m.other(v) - v).double()
+    field = sfk.compile(module, like=torch.randn(4, 3, dtype=torch.float64), live=True)
+    y, times = torch.randn(4, 3, dtype=torch.float64), torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    found, want = (
+        torch.autograd.grad(solve(f, y, times, method="rk4", options={"step_size": 0.25})[-1].square().sum(), list(module.parameters()), allow_unused=True)
+        for f, solve in ((field, sfk.odeint), (module, torchdiffeq.odeint)))
+    assert field.engine_name == "cpu" and sfk.solve(field, y, times).stats.engine == "cpu"
+    for a, b in zip(found, want):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_values_are_compared_far_out() -> None:

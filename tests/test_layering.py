@@ -17,8 +17,8 @@ FLOORS = [
     ["engines"],
     [
         "accelerate", "compiled_field", "divergence_field", "field_parameters", "gradients", "layer_parameters", "live",
-        "nonfinite", "odeint", "operators", "packing", "products", "reading", "report", "solution", "solving",
-        "sparse_linear", "write_back",
+        "live_attributes", "nonfinite", "odeint", "operators", "packing", "products", "reading", "report", "solution",
+        "solving", "sparse_linear", "write_back",
     ],
     ["pruning", "flows"],
     ["training"],

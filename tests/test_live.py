@@ -121,6 +121,64 @@ def test_what_becomes_unreadable_is_said():
         sfk.compile(field, live=True)
 
 
+class Diffusion(nn.Module):
+    """Nodes of a graph, with attributes of several kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+        self.x0, self.adjacency = torch.randn(5, 3), torch.rand(5, 5)
+        self.rate, self.settings, self.nfe, self.log = 0.5, {"damping": [0.1]}, 0, []
+        self.force = lambda t, bound=torch.ones(1): bound * torch.sin(t)
+
+    def forward(self, t, x):
+        self.nfe += 1
+        mixed = torch.tanh(self.a(self.adjacency.to(x) @ x)) * self.rate
+        return mixed - self.settings["damping"][0] * x + self.x0.to(x) * self.force(t)
+
+
+EDITS = {
+    "another tensor": lambda m: setattr(m, "x0", torch.randn(5, 3)),
+    "numbers in place": lambda m: m.x0.mul_(2.0),
+    "numbers past every counter": lambda m: m.x0.numpy().fill(0.3),
+    "a matrix": lambda m: setattr(m, "adjacency", torch.rand(5, 5)),
+    "a number": lambda m: setattr(m, "rate", 0.7),
+    "inside a dictionary": lambda m: m.settings["damping"].__setitem__(0, 0.4),
+    "another function": lambda m: setattr(m, "force", lambda t: 2 * torch.cos(t)),
+    "a function's default": lambda m: m.force.__defaults__[0].mul_(3.0),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_attributes_that_change_are_followed(name):
+    torch.manual_seed(0)
+    module, y, t = Diffusion().double(), torch.randn(5, 3, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)
+    field = sfk.compile(module, like=y, live=True)
+    before = field(t, y)
+    torch.testing.assert_close(before, module(t, y))
+    EDITS[name](module)
+    torch.testing.assert_close(field(t, y), module(t, y))
+    assert not torch.equal(before, field(t, y))
+
+
+def test_counters_and_the_context_compile_nothing_anew(monkeypatch):
+    torch.manual_seed(0)
+    module, y = Diffusion().double(), torch.randn(5, 3, dtype=torch.float64)
+    field = sfk.compile(module, like=y, live=True)
+    module(0.0 * T[0], y)
+    module.nfe = 0
+    assert module.nfe == 0 and not field._watch.changed()
+
+    class Conditional(Chain):
+        def forward(self, t, x):
+            return super().forward(t, x) + self.c(self.given.to(x).tanh())
+
+    other, y = Conditional().double(), torch.randn(6, 3, dtype=torch.float64)
+    other.given = torch.randn(6, 16)
+    field = sfk.compile(other, like=y, live=True)
+    other.given = torch.randn(6, 16)
+    assert field.has_context and not field._watch.changed()
+    torch.testing.assert_close(field(T[0], y), other(T[0], y))
 def zeroed(dtype=torch.float32):
     """A chain with exact zeros in two weights."""
     torch.manual_seed(0)

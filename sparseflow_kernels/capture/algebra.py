@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .operations import ADDITIVE, BILINEAR, JOINTLY_LINEAR, STRUCTURAL, SUMMAND_FIRST, aten, base_name, call
 from .provenance import trace
 from .replay import Node
+from .trees import tree_leaves, tree_map
 from .values import Constant, TimeValue
 
 
@@ -54,8 +55,11 @@ def evaluate(func, args, kwargs, value=None) -> Any:
         bare = lambda a: a.value if isinstance(a, (TimeValue, Constant)) else a
         value = call(func, tree_map(bare, args), tree_map(bare, kwargs))
     timed = any(isinstance(a, TimeValue) for a in tree_leaves((args, kwargs)))
+    make = _of_time if timed else _of_constants
+    if isinstance(value, Tensor):
+        return make(func, args, kwargs, [value])[0]
     leaves, spec = tree_flatten(value)
-    results = (_of_time if timed else _of_constants)(func, args, kwargs, leaves)
+    results = make(func, args, kwargs, leaves)
     return tree_unflatten([r if isinstance(v, Tensor) else v for v, r in zip(leaves, results)], spec)
 
 

@@ -39,13 +39,13 @@ def attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from _inside(f"{PREFIX}{path}/forward", part.forward, 2)
 
 
-def _items(value: Any) -> Iterator[tuple[str, Any]]:
+def items_of(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         yield from ((str(key), item) for key, item in value.items())
     elif isinstance(value, (list, tuple)):
         yield from ((str(number), item) for number, item in enumerate(value))
     elif isinstance(value, types.MethodType):
-        yield from _items(value.__func__)
+        yield from items_of(value.__func__)
     elif isinstance(value, types.FunctionType):
         cells = zip(value.__code__.co_freevars, value.__closure__ or ())
         yield from ((name, cell.cell_contents) for name, cell in cells if cell != types.CellType())
@@ -61,7 +61,7 @@ def _inside(name: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
         if not isinstance(value, nn.Parameter):
             yield name, value
     elif depth and not isinstance(value, nn.Module):
-        for key, item in _items(value):
+        for key, item in items_of(value):
             yield from _inside(f"{name}/{key}", item, depth - 1)
 
 
@@ -70,7 +70,7 @@ def attribute(module: nn.Module, name: str) -> Tensor:
     path, key, *rest = name.removeprefix(PREFIX).split("/")
     value: Any = getattr(module.get_submodule(path), key)
     for step in rest:
-        value = next((item for name, item in _items(value) if name == step), None)
+        value = next((item for name, item in items_of(value) if name == step), None)
     if not isinstance(value, Tensor):
         raise ValueError(f"the module no longer holds the tensor {name.removeprefix(PREFIX)!r}, its context")
     return value
@@ -144,10 +144,15 @@ class ReadContext:
         self._dtype = dtype
 
     @property
+    def tensors(self) -> frozenset[str]:
+        """Names of the module's tensors that it is made of, as `attributes` gives them."""
+        leaves = (leaf for replay, _, _ in self._parts for leaf in replay.all_leaves())
+        return frozenset(leaf.name for leaf in leaves if isinstance(leaf, Attribute))
+
+    @property
     def names(self) -> list[str]:
         """The module's tensors that it is read from, as dotted paths, in alphabetical order."""
-        leaves = {leaf for replay, _, _ in self._parts for leaf in replay.all_leaves() if isinstance(leaf, Attribute)}
-        return sorted(leaf.name.removeprefix(PREFIX).replace("/", ".").strip(".") for leaf in leaves)
+        return sorted(name.removeprefix(PREFIX).replace("/", ".").strip(".") for name in self.tensors)
 
     def __call__(self) -> Tensor:
         like = next(self._module.parameters(), None)

@@ -44,6 +44,10 @@ def same_for_all(rows: Tensor) -> Tensor:
     return rows + ANY * STRIDE
 
 
+def broadcast(*shapes: torch.Size) -> torch.Size:
+    return torch.broadcast_shapes(*shapes) if any(shape != shapes[0] for shape in shapes) else torch.Size(shapes[0])
+
+
 def merged(samples: Tensor, axis: int = 0) -> Tensor:
     """The one sample that the elements along an axis have. Raises UnsupportedFieldError where they have several."""
     one = samples.amin(axis)
@@ -173,7 +177,7 @@ class Elements:
     def pointwise(self, make: Make, *values: Any, shape: torch.Size | None = None) -> StateValue:
         """Applies make(graph, *nodes), a function of nodes, to the elements of values that broadcast. shape: one more
         shape that takes part in that."""
-        shape = torch.broadcast_shapes(*(v.shape for v in values if hasattr(v, "shape")), *((shape,) if shape else ()))
+        shape = broadcast(*(v.shape for v in values if hasattr(v, "shape")), *((shape,) if shape else ()))
         states = [v.ids.expand(shape) for v in values if isinstance(v, StateValue)]
         timed = [self.time_ids(v).expand(shape) for v in values if isinstance(v, TimeValue)]
         samples = self._samples(states + timed, shape)
@@ -316,7 +320,7 @@ class Elements:
 
     def products(self, a: Tensor, b: Tensor) -> Tensor:
         """The sums of a * b over the last axis. a, b: elements of shapes that broadcast."""
-        shape = torch.broadcast_shapes(a.shape, b.shape)
+        shape = broadcast(a.shape, b.shape)
         if math.prod(shape) > LARGEST:
             refuse(f"a sum over so many products of states ({math.prod(shape)})")
         terms = self.pointwise(product, StateValue(a), StateValue(b)).ids

@@ -73,6 +73,13 @@ def gelu_tanh(g: Graph, a: Node) -> Node:
     return g.mul(g.scaled(a, 0.5), g.add(g.apply("tanh", inner), g.number(1.0)))
 
 
+def root(g: Graph, a: Node, make: Callable[[Graph, Node], Node] = lambda g, a: g.apply("sqrt", a)) -> Node:
+    """The root of a sum of powers, whose gradient is zero where all of them are, as torch's norms have it. make: another
+    power, which is one at one."""
+    none = g.apply("eq", a, g.number(0.0))
+    return g.sub(make(g, g.add(a, none)), none)
+
+
 def rounded(g: Graph, a: Node) -> Node:
     """To the nearest whole number, and half way to the even one."""
     up = g.apply("floor", g.add(a, g.number(0.5)))

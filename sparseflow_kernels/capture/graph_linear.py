@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .algebra import apply, sparse_weight
 from .elements import LARGEST, Elements, same_for_all, samples_of
-from .functions import maximum, product
+from .functions import maximum, product, root
 from .graph_rules import grouped
 from .operations import aten, base_name
 from .refusal import refuse
@@ -150,7 +150,7 @@ def distances(e: Elements, func, args, kwargs, out) -> Any:
     a, b = _unsqueezed(e, args[0], -2), _unsqueezed(e, args[1], -3)
     squares = e.pointwise(lambda g, x, y: g.square(g.sub(x, y)), a, b).ids
     total = StateValue(e.sums(squares.reshape(-1, squares.shape[-1])).view(out.shape))
-    return e.pointwise(lambda g, x: g.apply("sqrt", x), total)
+    return e.pointwise(root, total)
 
 
 # --------------------------------------------------------------------- inverses of small matrices, by their cofactors

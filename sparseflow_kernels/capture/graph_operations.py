@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from . import graph_functions, graph_linear, graph_reductions, graph_rules  # noqa: F401  they register their rules
 from .elements import Elements
@@ -18,6 +17,7 @@ from .graph_rules import COPIES
 from .operations import STRUCTURAL, base_name
 from .refusal import refuse
 from .registry import GRAPH
+from .trees import tree_leaves
 from .values import Constant, TimeValue
 
 # Operations whose result is exact in any dtype where their arguments are whole numbers.

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..field import Node
 from .algebra import apply
 from .elements import ANY, Elements, samples_of
-from .functions import ELEMENTWISE, complement, maximum, minimum, product
+from .functions import ELEMENTWISE, complement, maximum, minimum, product, root
 from .graph_rules import grouped
 from .operations import aten, base_name
 from .refusal import refuse
@@ -94,7 +94,7 @@ def extreme(e: Elements, func, args, kwargs, out) -> Any:
     return [result, Opaque(out[1].shape, "the position of a maximum")]
 
 
-@rule("argmax", "argmin", "argsort", "nonzero", "unique_dim", "_unique2", "mode")
+@rule("argmax", "argmin", "nonzero", "unique_dim", "_unique2", "mode")
 def position(e: Elements, func, args, kwargs, out) -> Any:
     refuse(f"the operation {base_name(func)} on the state (an order of its values)")
 
@@ -168,22 +168,22 @@ def var_rule(e: Elements, func, args, kwargs, out) -> Any:
     dims = argument(args, kwargs, 1, "dim")
     if isinstance(dims, bool):
         dims, args = None, (args[0], None, dims)
-    root = base_name(func) == "std"
+    is_std = base_name(func) == "std"
 
     def reduce(groups: Tensor) -> Tensor:
         found = variance(e, groups, _correction(args, kwargs))
-        return mapped(e, lambda g, a: g.apply("sqrt", a), found) if root else found
+        return mapped(e, root, found) if is_std else found
 
     return reduced(e, func, args[0], dims, out, reduce)
 
 
 @rule("var_mean", "std_mean")
 def var_mean(e: Elements, func, args, kwargs, out) -> Any:
-    dims, root = argument(args, kwargs, 1, "dim"), base_name(func) == "std_mean"
+    dims, is_std = argument(args, kwargs, 1, "dim"), base_name(func) == "std_mean"
 
     def reduce(groups: Tensor) -> Tensor:
         found = variance(e, groups, _correction(args, kwargs))
-        return mapped(e, lambda g, a: g.apply("sqrt", a), found) if root else found
+        return mapped(e, root, found) if is_std else found
 
     return [
         reduced(e, func, args[0], dims, out[0], reduce),
@@ -199,14 +199,14 @@ def norm(e: Elements, func, args, kwargs, out) -> Any:
 
     def reduce(groups: Tensor) -> Tensor:
         if order == 2:
-            return mapped(e, lambda g, a: g.apply("sqrt", a), squares_of(e, groups))
+            return mapped(e, root, squares_of(e, groups))
         size = mapped(e, lambda g, a: g.apply("abs", a), groups)
         if order == 1:
             return e.sums(size)
         if math.isinf(order):
             return e.tree(maximum if order > 0 else minimum, size)
         powers = e.sums(mapped(e, lambda g, a: g.apply("pow", a, g.number(order)), size))
-        return mapped(e, lambda g, a: g.apply("pow", a, g.number(1.0 / order)), powers)
+        return mapped(e, lambda g, a: root(g, a, lambda g, a: g.apply("pow", a, g.number(1.0 / order))), powers)
 
     return reduced(e, func, args[0], dims, out, reduce)
 

@@ -7,7 +7,6 @@ from typing import Any, Callable
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..field import Graph
 from .algebra import apply
@@ -16,6 +15,7 @@ from .functions import choose, complement, maximum, minimum, product
 from .operations import STRUCTURAL, aten, base_name
 from .refusal import REMEDY, refuse
 from .registry import GRAPH, argument
+from .trees import tree_leaves, tree_map
 from .values import Constant, Opaque, StateValue, TimeValue
 
 rule = GRAPH.rule

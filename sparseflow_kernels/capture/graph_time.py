@@ -14,7 +14,7 @@ from typing import Any, Callable
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..field import UnsupportedFieldError
 from . import algebra
@@ -24,6 +24,7 @@ from .operations import aten, base_name, call
 from .provenance import ParameterNumbers
 from .refusal import REMEDY, refuse
 from .replay import Attribute, Leaf, Node, TimeFormula
+from .trees import tree_leaves, tree_map
 from .values import Constant, StateValue, TimeValue
 
 ALIKE_AT = (0.618, 0.0, 0.31, 1.0, -0.7, 1.9, 7.3, 25.0)  # times at which copies of a function are compared

@@ -9,10 +9,10 @@ from typing import Any, Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves, tree_map
 
-from ..field import Graph, GraphField, Node
+from ..field import Graph, GraphField, Node, UnsupportedFieldError
 from ..trained import Held
+from .branches import Branches
 from .context import Context, ReadContext, attribute, names_of
 from .elements import ANY, Elements, rows_of, samples_of
 from .functions import primitive
@@ -22,10 +22,12 @@ from .graph_table import GraphTable
 from .graph_time import TimeReader
 from .memory import found_in, geometry, overlap, replaced, taken
 from .operations import FACTORIES, base_name
+from .probe import untouched
 from .reads import Reads, checks
 from .refusal import REMEDY, refuse
 from .samples import STRIDE
 from .tracer import Following, _memory
+from .trees import tree_leaves, tree_map
 from .values import NOT_PLAIN, Constant, Opaque, StateValue
 
 MOST_CONTEXT = 1 << 16  # rows of context, while it is not known how many there are
@@ -62,21 +64,34 @@ class GraphTracer(Following):
         """(the node of the result, notes for people). Raises UnsupportedFieldError for what no rule expresses. flagged: the
         state is one that requires a gradient, as it does in training, for forwards that ask."""
         t, rows = self.probe.point()
-        state = self.probe.state(rows)
-        parts = list(state) if isinstance(state, tuple) else [state]
-        for part in parts:
-            part.requires_grad_(flagged)
         lines = torch.arange(self.probe.batch)[:, None] * STRIDE + self.table.add(self._input)
-        self._keep = [state, parts, t]
-        for part, ids in zip(parts, self.probe.parts_of(lines)):
-            self.bind(part, StateValue(ids))
+        self._keep = [t]
         self.bind_time(t)
         reader = TimeReader(self.elements, self._time, t.detach().reshape(()), self.parameters, self._attribute)
         self.elements.time_ids = reader.ids
-        with Reads(self), self, self.stack.following(), _plain_operations():
-            out = self.probe.call(self.module, t, state)
+        self.branches = Branches(reader.ids)
+        error = None
+        while self.branches.begin():
+            state = self.probe.state(rows)
+            parts = list(state) if isinstance(state, tuple) else [state]
+            self._keep += [state, parts]
+            for part, ids in zip(parts, self.probe.parts_of(lines)):
+                self.bind(part.requires_grad_(flagged), StateValue(ids))
+            again = untouched(self.module) if len(self.branches.ways) > 1 else contextlib.nullcontext()
+            try:
+                with again, Reads(self), self, self.stack.following(), _plain_operations():
+                    out = self.probe.call(self.module, t, state)
+            except (AssertionError, ValueError) as raised:  # on this way
+                if isinstance(raised, UnsupportedFieldError) or not self.branches.now.asked:
+                    raise
+                error = raised
+                continue
+            with self.stack.naming(), torch.no_grad():
+                self.branches.now.rows = self._result(out, lines)
+        if error is not None and all(way.rows is None for way in self.branches.ways):
+            raise error
         with self.stack.naming(), torch.no_grad():
-            return self.table.node_of(self._result(out, lines)), [
+            return self.table.node_of(self.branches.chosen(self.elements)), [
                 f"capture: {formula.names or 'a function of t'} is kept as a general function of t"
                 for formula in reader.functions
             ]

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..origin import Origin
 from .operations import STRUCTURAL, aten, base_name
 from .refusal import refuse
 from .replay import Computed, Leaf, Node
+from .trees import tree_leaves, tree_map
 from .values import NOT_A_PARAMETER, NOT_PLAIN, Constant
 
 LARGEST = 1 << 27  # entries of a sparse tensor as capture reads it
@@ -178,6 +178,10 @@ class ParameterNumbers:
 
     def value(self, name: str) -> Tensor:
         return self._parameters[self.names.index(name)].detach()
+
+    def knows(self, name: str) -> bool:
+        """Whether it is a parameter's name, and not an attribute's."""
+        return name in self.names
 
     def trained(self, name: str) -> bool:
         return self._parameters[self.names.index(name)].requires_grad

@@ -8,6 +8,8 @@ running the module at other times and comparing every number that reaches an ope
 from __future__ import annotations
 
 import math
+import os
+import sys
 import types
 from typing import Any, Iterator
 
@@ -15,18 +17,22 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves as every_leaf
 
 from ..field import UnsupportedFieldError
+from .branches import QUESTION
 from .operations import written
 from .probe import Probe
 from .refusal import refuse, refuse_python_value
+from .trees import tree_leaves
 from .values import Opaque, Overwritten, StateValue, TimeValue
 
 WHOLE = {"__int__", "__index__"}
 TRUTH = {"__bool__", "is_nonzero"}
 ARRAYS = {"numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage", "__reduce_ex__"}
 ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward"}
+TORCH = os.path.dirname(torch.__file__) + os.sep
+GRAD_MODE, DECORATORS = (sys.modules[name].__file__ for name in ("torch.autograd.grad_mode", "torch.utils._contextlib"))
 DATA = Tensor.data.__get__
 COPIES = {"tensor", "as_tensor", "asarray", "new_tensor"}  # read the tensors inside lists that they are given
 
@@ -43,6 +49,9 @@ class Reads(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name in TRUTH and self._is_branch(args[0]):
+            with self.tracer.stack.naming():
+                return self.tracer.branches.answer(self._value(args[0]))
         if name in WHOLE or name in TRUTH or name in ARRAYS:
             self._read(name, args[0])
         elif name in ATTENTION and not self.tracer.attends:
@@ -50,7 +59,7 @@ class Reads(TorchFunctionMode):
         elif name in COPIES:
             data = args[1] if name == "new_tensor" else args[0] if args else kwargs.get("data")
             if isinstance(data, (list, tuple)):
-                for leaf in tree_leaves(data):
+                for leaf in every_leaf(data):
                     if isinstance(leaf, Tensor):
                         self._copied(leaf)
         elif name == "one_hot" and isinstance(self._value(args[0]), TimeValue):
@@ -63,6 +72,8 @@ class Reads(TorchFunctionMode):
             parts = args[1] if isinstance(args[1], tuple) else (args[1],)
             if any(map(self._whole_number_of_time, parts)):
                 return _select(args[0], parts, self._whole_number_of_time)
+        if name == "_set_grad_enabled":
+            self._grad_mode(sys._getframe(1))
         out = func(*args, **kwargs)
         if name in ("detach", "detach_") or func == DATA:
             self.tracer.detached(out)
@@ -70,6 +81,23 @@ class Reads(TorchFunctionMode):
 
     def _value(self, tensor: Any) -> Any:
         return self.tracer.values.get(id(tensor))
+
+    def _grad_mode(self, frame: types.FrameType | None) -> None:
+        """Notices where forward itself enters and leaves torch.no_grad and torch.enable_grad: what torch's own functions do
+        inside (a checkpoint, say) they make good for."""
+        while frame is not None and frame.f_code.co_filename == GRAD_MODE:
+            manager, name = frame.f_locals.get("self"), frame.f_code.co_name
+            if isinstance(manager, (torch.no_grad, torch.enable_grad)) and name in ("__enter__", "__exit__"):
+                caller = frame.f_back.f_code.co_filename if frame.f_back is not None else ""
+                if not caller.startswith(TORCH) or caller == DECORATORS:
+                    cut = self.tracer.without_grad
+                    cut.append(isinstance(manager, torch.no_grad)) if name == "__enter__" else cut and cut.pop()
+                return
+            frame = frame.f_back
+
+    def _is_branch(self, tensor: Tensor) -> bool:
+        value = self._value(tensor)
+        return self.tracer.branches is not None and isinstance(value, TimeValue) and not is_finiteness(value.node)
 
     def _read(self, name: str, tensor: Tensor) -> None:
         value = self._value(tensor)
@@ -87,7 +115,7 @@ class Reads(TorchFunctionMode):
             elif name in WHOLE:
                 refuse_python_value("a whole number is made of t (int(t), or an index of a list)")
             elif not is_finiteness(value.node):
-                refuse_python_value("a truth value is made of t (an if, a comparison in Python, min or max)")
+                refuse_python_value(QUESTION)
 
     def _attention(self, args: Any) -> None:
         if any(isinstance(self._value(a), StateValue) for a in tree_leaves(args)):
@@ -167,6 +195,10 @@ def checks(base: str, args: Any) -> bool:
 
 class _Run(TorchDispatchMode):
     """What reaches the operations of one run besides tensors of the run itself: numbers, and tensors from elsewhere."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in `Following`
 
     def __init__(self, t: Tensor, y: Tensor) -> None:
         super().__init__()

@@ -7,10 +7,10 @@ from typing import Any, Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..origin import Derivation, Origin
 from .operations import call
+from .trees import tree_leaves, tree_map
 
 
 @dataclass(frozen=True)

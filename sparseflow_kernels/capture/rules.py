@@ -8,7 +8,6 @@ from typing import Any, Callable
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..field import Activation
 from .algebra import apply, mul, sparse_weight, typed
@@ -17,6 +16,7 @@ from .refusal import refuse
 from .registry import CHAIN, argument, number
 from .rows import RowTable
 from .samples import Samples
+from .trees import tree_leaves, tree_map
 from .values import Constant, StateValue, TimeValue
 
 

@@ -10,19 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..field import UnsupportedFieldError
+from ..warn import line_of_forward
 from .algebra import apply, evaluate, sparse_linear
+from .branches import Branches
 from .operations import ADDITIVE, BILINEAR, FACTORIES, FULL, aten, base_name, written
 from .probe import Probe
 from .provenance import ParameterNumbers
 from .reads import Reads, is_finiteness
 from .refusal import REMEDY, refuse, refuse_python_value
-from .replay import Node
+from .replay import Node, Replay
 from .rows import Affine, Hidden, RowTable
 from .rules import Reading, apply_to_state
 from .samples import Samples
+from .trees import tree_leaves, tree_map
 from .values import Constant, Overwritten, StateValue, TimeValue
 
 
@@ -72,7 +74,9 @@ class ModuleStack:
         try:
             yield
         except UnsupportedFieldError as error:
-            self.refusal = UnsupportedFieldError(f"{self}: {error}")
+            line = line_of_forward()
+            at = f" ({line})" if line is not None and line not in str(error) else ""
+            self.refusal = UnsupportedFieldError(f"{self}: {error}{at}")
             raise self.refusal from error.__cause__
 
 
@@ -80,6 +84,12 @@ class Following(TorchDispatchMode):
     """Sees every operation of one run of a module, and what its tensors depend on."""
 
     attends = False  # attention is followed, not refused where it is called
+    branches: Branches | None = None  # on t, that are followed
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch would load its compiler, which takes seconds, only to keep it from compiling this class."""
+        return False
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -88,6 +98,7 @@ class Following(TorchDispatchMode):
         self.aliases: dict[int, list[Tensor]] = {}  # by memory; also keeps ids unique, for these tensors stay alive
         self.numbers: dict[float, TimeValue] = {}  # t, and what is read out of functions of t by .item()
         self.read_by_python = False  # values that depend on t
+        self.without_grad: list[bool] = []  # whether forward is within torch.no_grad, for all that it has entered
         self.operation = ""  # the last one
         self.given: tuple = ()  # its arguments, as they are
 
@@ -136,6 +147,12 @@ class Following(TorchDispatchMode):
         if isinstance(self.values.get(id(tensor)), StateValue):
             self.values[id(tensor)] = self._detached(self.values[id(tensor)])
 
+    def _cut(self, value: Any) -> Any:
+        """A value that was made within torch.no_grad."""
+        if isinstance(value, StateValue):
+            return self._detached(value)
+        return apply(aten.detach.default, value) if isinstance(value, Constant) and value.source is not None else value
+
     def _detached(self, value: StateValue) -> Any:
         return Overwritten()  # no layer of a chain: unreadable, but it may be kept
 
@@ -165,6 +182,8 @@ class Following(TorchDispatchMode):
         if base.startswith(("empty", "new_empty")) and isinstance(out, Tensor):
             out.zero_()  # memory that nobody has written yet holds anything, NaN too
         result = self._abstract(func, abstract_args, abstract_kwargs, out)
+        if self.without_grad and self.without_grad[-1]:
+            result = tree_map(self._cut, result)
         changed = [args[i] for i in written(func) if i < len(args) and isinstance(args[i], Tensor)]
         if changed:
             self.rebind(changed[0], result)
@@ -181,6 +200,8 @@ class Following(TorchDispatchMode):
         if torch.Tag.data_dependent_output in func.tags and not isinstance(out, Tensor):
             if has_state and not all(a.checks for a in leaves if isinstance(a, StateValue)):
                 refuse("reading a number out of the state (.item(), an if on its values)")
+            if isinstance(out, float) and isinstance(args[0], Constant):
+                self._refuse_number_of_parameter(args[0])
             if has_time and isinstance(out, float):
                 self.follow(out, args[0])
             elif has_time and not (base == "_local_scalar_dense" and is_finiteness(args[0].node)):
@@ -209,6 +230,17 @@ class Following(TorchDispatchMode):
         if base in ADDITIVE | BILINEAR and func._overloadname == "Scalar" and number is not None:
             func = getattr(aten, base).Tensor  # its number was read out of t
         return evaluate(func, args, kwargs, out)
+
+    def _refuse_number_of_parameter(self, value: Constant) -> None:
+        names = [] if value.node is None else Replay(value.node, self.parameters.dtype).leaves()
+        trained = sorted(name for name in names if self.parameters.knows(name) and self.parameters.trained(name))
+        if trained:
+            refuse(
+                f"a number read out of the parameter {trained[0]!r} (.item(), float(), torch.full), which would stay what it "
+                "is now",
+                "Use the tensor itself (.detach() where it is to have no gradient), or freeze the parameter "
+                f"(requires_grad_(False)). Otherwise u{REMEDY[1:]}",
+            )
 
     def _of_state(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
         """The abstract value of an operation on states."""

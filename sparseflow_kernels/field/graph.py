@@ -354,14 +354,15 @@ def _on_numbers(name: str, values: Sequence[float]) -> float:
 def evaluate(
     outputs: Sequence[Node], inputs: dict[str, Tensor], part: Callable[[int], Tensor],
     known: dict[Node, Tensor] | None = None, functions: dict[int, Callable[[Tensor], Tensor]] | None = None,
-    like: Tensor | None = None, weights: dict[int, Tensor] | None = None,
+    like: Tensor | None = None, weights: dict[int, Tensor] | None = None, nodes: Sequence[Node] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """The nodes' values in torch, [batch or 1, rows] each, differentiable in everything. This defines what nodes mean.
 
     inputs: values by name, [batch or 1, rows] each; "time" is [1, 1], or [batch, 1] for a time per sample.  part: gives the
     values of a part of the field.  known: values of nodes that need not be computed.  functions: by the id of a function of
     time, the function that is called in its place.  like: a tensor of the dtype and device of the numbers; None: the first
-    input.  weights: a dict that keeps the dense matrices, by their id, for the next call with the same parts.
+    input.  weights: a dict that keeps the dense matrices, by their id, for the next call with the same parts.  nodes:
+    `order(outputs)`, where it is known.
     """
     values: dict[Node, Tensor] = dict(known or {})
     like = next(iter(inputs.values())) if like is None else like
@@ -375,7 +376,7 @@ def evaluate(
     def wide(x: Tensor, rows: int) -> Tensor:
         return x if x.shape[1] == rows else x.expand(x.shape[0], rows)
 
-    for node in order(outputs, stop=lambda node: node in values):
+    for node in order(outputs, stop=lambda node: node in values) if nodes is None else nodes:
         if node in values:
             continue
         operands = [values[operand] for operand in node.operands]

@@ -1,0 +1,69 @@
+"""What a module holds beside parameters and buffers, and forward may read: plain attributes, and what its functions close
+over."""
+
+from __future__ import annotations
+
+import dis
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture.context import PREFIX, items_of
+from .packing import Snapshot, strided
+
+TORCHS = frozenset(nn.Module().__dict__)  # attributes that every module has
+DEEPEST = 4  # containers in containers
+LONGEST = 64  # items of one: longer ones are records of what happened
+
+
+class Attributes:
+    """The attributes of a module's own parts as they were. What forward itself writes (it counts its calls, say) is left out,
+    and so is the field's context, which it reads at every call. context: names of its tensors."""
+
+    def __init__(self, module: nn.Module, context: frozenset[str]) -> None:
+        self._context = context
+        self._parts = [
+            (path, part, _written_by(type(part).forward))
+            for path, part in module.named_modules() if not type(part).__module__.startswith("torch.")
+        ]  # fmt: skip
+        self._stamps, tensors = self._present()
+        self._tensors = Snapshot(tensors) if tensors else None
+
+    def same(self) -> bool:
+        stamps, tensors = self._present()
+        return stamps == self._stamps and (self._tensors is None or self._tensors.same(tensors))
+
+    def _present(self) -> tuple[list, list[Tensor]]:
+        stamps: list[Any] = []
+        tensors: list[Tensor] = []
+        for path, part, written in self._parts:
+            for key, value in part.__dict__.items():
+                if key not in TORCHS and key not in written:
+                    self._stamp(f"{PREFIX}{path}/{key}", value, DEEPEST, stamps, tensors)
+            self._stamp(f"{PREFIX}{path}/forward", part.forward, 2, stamps, tensors)
+        return stamps, tensors
+
+    def _stamp(self, name: str, value: Any, depth: int, stamps: list, tensors: list[Tensor]) -> None:
+        if isinstance(value, Tensor):
+            if name not in self._context and not value.is_meta:
+                stamps.append(name)
+                tensors += strided(value.detach())
+        elif value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device)):
+            stamps += (name, type(value), value if value == value else None)
+        elif type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
+            stamps += (name, value.tobytes() if value.nbytes < 1 << 16 else value.shape)
+        elif depth and not isinstance(value, (nn.Module, type, types.ModuleType)):
+            items = list(items_of(value)) or list(getattr(value, "__dict__", {}).items())
+            stamps += (name, type(value), len(items))
+            for key, item in items if len(items) <= LONGEST else ():
+                self._stamp(f"{name}/{key}", item, depth - 1, stamps, tensors)
+
+
+def _written_by(function: Any) -> frozenset[str]:
+    """Names of attributes that a function assigns to."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return frozenset()
+    return frozenset(i.argval for i in dis.get_instructions(code) if i.opname == "STORE_ATTR")
