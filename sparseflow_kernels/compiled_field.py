@@ -116,7 +116,7 @@ class CompiledField(FieldParameters):
         self.described = operators.describe(field, engine)
         self._simplification = simplification
         self._packing = Packing(engine)
-        self._own_times: Packing | None = None  # of the graph that takes a time per sample
+        self._own_times: tuple[Packing, GraphField] | None = None  # a chain as the graph that takes a time per sample
         self._inner_hooks: list[dict] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -235,12 +235,16 @@ class CompiledField(FieldParameters):
         if isinstance(self.skeleton, GraphField):
             return gradients.evaluate(*self.ready(), t, y.contiguous(), None, self.context_of(len(y)))[0]
         if self._own_times is None:
-            self._own_times = Packing("auto" if self.requested not in ("reference", "cpu") else self.requested)
-        graph = lambda: graph_of_chain(self.vector_field)
+            packing = Packing("auto" if self.requested not in ("reference", "cpu") else self.requested)
+            graph = graph_of_chain(self.vector_field).map_tensors(lambda tensor: tensor.detach().to("meta"))
+            self._own_times = packing, graph
+        packing, graph = self._own_times
+        given = iter(self.ordered())
+        field = graph.map_tensors(lambda _: next(given))
         if gradients.only_torch():
-            return reference_engine(graph()).evaluate(t, y)
-        engine = self._own_times.engine(None, list(self._tensors()), graph)
-        return gradients.evaluate(engine, lambda: reference_engine(graph()), t, y.contiguous(), None)[0]
+            return reference_engine(field).evaluate(t, y)
+        engine = packing.engine(None, list(self._tensors()), lambda: field)
+        return gradients.evaluate(engine, lambda: reference_engine(field), t, y.contiguous(), None)[0]
 
     # ------------------------------------------------------------------------------------------------- its context
 
