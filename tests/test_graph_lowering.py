@@ -47,7 +47,7 @@ def test_programs_of_random_graphs(seed, kind):
         # What a solve runs, where the context is computed beforehand; and what an evaluation runs, where it is in the state.
         inputs = [field.time] if times.dim() else []
         joint = [*inputs, *([field.context] if context is not None else []), *([noise_node(field)] if noise is not None else [])]
-        for more in (inputs, joint):
+        for more in (inputs, joint) if joint != inputs else (inputs,):
             named = {"time": times[:, None] if times.dim() else None, "context": context, "noise": noise}
             point = torch.cat((x, *(named[node.name] for node in more)), 1)
             program = engine._program(False, tuple(more))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..divergence import DivergencePlan
 from ..field import GraphField, Matrix, Node
-from ..field.graph import evaluate
+from ..field.graph import evaluate, from_parts
 from .base import Gradient, SolveRequest
 from .lower import GraphWriter
 from .native import NativeEngine
@@ -21,8 +21,8 @@ from .native import NativeEngine
 class GraphProgram:
     """A compiled program, its writer, and the program that answers for what depends on time.
 
-    plain: (native number, part) of the row vectors that are a part of the field.  computed: (native number, node) of all
-    others."""
+    plain: (native number, part) of the row vectors that are a part of the field.  constant: (native number, node) of those
+    that no part has a say in.  computed: of all others."""
 
     native: Any
     writer: GraphWriter
@@ -31,7 +31,9 @@ class GraphProgram:
 
     def __post_init__(self) -> None:
         self.plain = [(number, node.part) for number, node in self.writer.vectors if node.kind == "vector"]
-        self.computed = [(number, node) for number, node in self.writer.vectors if node.kind != "vector"]
+        others = [(number, node) for number, node in self.writer.vectors if node.kind != "vector"]
+        self.computed = [(number, node) for number, node in others if from_parts([node])]
+        self.constant = [(number, node) for number, node in others if not from_parts([node])]
 
 
 @dataclass
@@ -77,8 +79,9 @@ class GraphNativeEngine(NativeEngine):
                 program.native.set_values(number, self._array(matrix.values(of_part, like)))
         for number, part in program.plain:
             program.native.set_vector(number, self._array(of_part(part)))
-        values = evaluate([node for _, node in program.computed], {}, of_part, like=like) if program.computed else ()
-        for (number, _), value in zip(program.computed, values):
+        changed = program.computed if program.stamp >= 0 else [*program.computed, *program.constant]
+        values = evaluate([node for _, node in changed], {}, of_part, like=like) if changed else ()
+        for (number, _), value in zip(changed, values):
             program.native.set_vector(number, self._array(value[0]))
         if program.time is not None:
             self._renew(program.time)
