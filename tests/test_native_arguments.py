@@ -53,7 +53,7 @@ class TestMeasurements:
 
     def test_rates(self):
         assert _cpu.activation_rate(1, 1) > 0
-        for wrong in (-1, 10, 99, HUGE, NAN, 1.0):
+        for wrong in (-1, 11, 99, HUGE, NAN, 1.0):
             refused("id", _cpu.activation_rate, wrong)
         for wrong in (-1, 0, HUGE, NAN):
             refused("repeats", _cpu.activation_rate, 1, wrong)

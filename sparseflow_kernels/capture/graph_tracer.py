@@ -61,8 +61,8 @@ class GraphTracer(Following):
             self.table.attribute = self._attribute
 
     def read(self, flagged: bool = True) -> tuple[Node, list[str]]:
-        """(the node of the result, notes for people). Raises UnsupportedFieldError for what no rule expresses. flagged: the
-        state is one that requires a gradient, as it does in training, for forwards that ask."""
+        """(the node of the result, notes for people). Raises UnsupportedFieldError for what no rule expresses. flagged: as in
+        training, gradients are on and the state requires one, for forwards that ask."""
         t, rows = self.probe.point()
         lines = torch.arange(self.probe.batch)[:, None] * STRIDE + self.table.add(self._input)
         self._keep = [t]
@@ -79,7 +79,7 @@ class GraphTracer(Following):
                 self.bind(part.requires_grad_(flagged), StateValue(ids))
             again = untouched(self.module) if len(self.branches.ways) > 1 else contextlib.nullcontext()
             try:
-                with again, Reads(self), self, self.stack.following(), _plain_operations():
+                with again, torch.set_grad_enabled(flagged), Reads(self), self, self.stack.following(), _plain_operations():
                     out = self.probe.call(self.module, t, state)
             except (AssertionError, ValueError) as raised:  # on this way
                 if isinstance(raised, UnsupportedFieldError) or not self.branches.now.asked:
