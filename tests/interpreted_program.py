@@ -72,8 +72,8 @@ class Builder:
     def product(self, matrix, source, target, factor=ABSENT, transposed=False, addend=ABSENT, list="body"):
         self.lists[list].append(("product", matrix, source, target, factor, transposed, addend))
 
-    def affine(self, matrix, source, target, modulation, activation, a, b, store, list="body"):
-        self.lists[list].append(("affine", matrix, source, target, modulation, activation, a, b, store))
+    def affine(self, matrix, source, target, modulation, activation, a, b, store, list="body", seed=ABSENT):
+        self.lists[list].append(("affine", matrix, source, target, modulation, activation, a, b, store, seed))
 
     def gradient(self, matrix, left, right, sum):
         self.lists["reverse"].append(("gradient", matrix, left, right, sum))
@@ -152,7 +152,7 @@ class Program:
             value = value + self.rows(addend, dense.shape[0])
         self.rows(target, dense.shape[0])[:] = value
 
-    def _affine(self, matrix, source, target, modulation, activation, a, b, store):
+    def _affine(self, matrix, source, target, modulation, activation, a, b, store, seed):
         dense = self.dense(matrix)
         n, scale, shift = self.b.modulations[modulation]
         assert n == dense.shape[0]
@@ -163,12 +163,14 @@ class Program:
         params = (a, b)[: len(activations.ACTIVATIONS[name].defaults)]
         self.rows(target, dense.shape[0])[:] = activations.apply(Activation(name, params), z)
         assert store == Store.VALUE or scale < 0, "a slope would be that of z by W h"
-        if store in (Store.VALUE_SLOPE, Store.TANGENT):
+        if store != Store.VALUE:
             buffer, slot, row = target
             slope = activations.derivative(Activation(name, params), z)
             if store == Store.TANGENT:
                 assert source[1] == slot == 0
                 slope = slope * (dense @ self.rows((source[0], 1, source[2]), dense.shape[1]))
+            if store == Store.SEED:
+                slope = slope * self.rows(seed, dense.shape[0])
             self.rows((buffer, slot + 1, row), dense.shape[0])[:] = slope
 
     def _pointwise(self, expression, rows, inputs, vectors, outputs, totals):

@@ -108,7 +108,7 @@ def test_a_chain_is_one_fused_operation_a_layer(activation):
     body, _ = lists(field)
     assert [op[0] for op in body] == ["affine"] * 3
     body, engine = lists(field, "hutchinson")
-    assert [op[8] for op in body if op[0] == "affine"] == [Store.VALUE_SLOPE, Store.TANGENT, Store.VALUE]
+    assert [op[8] for op in body if op[0] == "affine"] == [Store.SEED, Store.TANGENT, Store.VALUE]
     assert "product" not in [op[0] for op in body]
     streams = [op for op in engine._program(True).native.b.lists["reverse"] if op[0] in ("affine", "product")]
     # z_1; z_2 and its tangent, over one stream unless the slope lies beside the value already; the cotangents of the tangent,

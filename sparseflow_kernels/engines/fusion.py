@@ -16,9 +16,9 @@ from ..field.transforms import slope
 class Affine:
     """act(scale * (W source) + shift), one fused operation. scale, shift: nodes that are the same for all samples.
 
-    slope: the node of act' there, where the operation makes that too.  tangent: the node of act' * (W moved) (its slope is
-    made for it alone then), or of W moved itself, of which `second` is the product: value and tangent are made over one
-    stream of weights, where `moved` lies beside the source.
+    slope: the node of act' there, where the operation makes that too.  tangent: a node that is made in its place, and for
+    which alone the slope is: act' * seed; or act' * (W moved), or W moved itself, of which `second` is the product: value
+    and tangent are made over one stream of weights then, where `moved` lies beside the source.
     """
 
     product: Node
@@ -28,6 +28,7 @@ class Affine:
     slope: Node | None = None
     tangent: Node | None = None
     second: Node | None = None
+    seed: Node | None = None
 
     @property
     def source(self) -> Node:
@@ -35,7 +36,8 @@ class Affine:
 
     @property
     def operands(self) -> tuple[Node, ...]:
-        return self.product.operands if self.second is None else (*self.product.operands, *self.second.operands)
+        more = () if self.second is None else self.second.operands
+        return (*self.product.operands, *more, *(() if self.seed is None else (self.seed,)))
 
     @property
     def beside(self) -> Node | None:
@@ -221,7 +223,23 @@ class Fuser:
                     pairs[one.source] = second.operands[0]
                 by_matrix[one.product.matrix].remove(second)
                 break
+            else:
+                seeded = self._seeded(one)
+                free = seeded is not None and not any(seeded.tangent in held for held in (self.apart, beside, pairs, found))
+                if free and node not in pairs and self._alone(node, seeded, ()):
+                    found[node] = seeded
+                    beside.discard(one.slope)
+                    beside.add(seeded.tangent)
         return found, pairs
+
+    def _seeded(self, one: Affine) -> Affine | None:
+        """The layer with the node of act' * seed beside its value, if that alone reads the slope."""
+        readers = self.readers.get(one.slope, ())
+        if one.slope is None or len(readers) != 1 or readers[0].kind != "mul" or one.slope in self.fixed:
+            return None
+        (seed,) = (o for o in readers[0].operands if o is not one.slope)
+        whole = seed.rows == one.slope.rows and not self.uniform(seed)
+        return replace(one, tangent=readers[0], seed=seed) if whole else None
 
     def _tangent(self, one: Affine, second: Node) -> Node | None:
         """The node of act' * (W moved), of which W moved is `second`, if nobody else reads either factor."""

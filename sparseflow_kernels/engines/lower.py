@@ -441,12 +441,14 @@ class GraphWriter:
             target = place(node)
             store = Store.VALUE if one.slope is None else Store.VALUE_SLOPE
             if one.tangent is not None:
-                store = Store.TANGENT
+                store = Store.TANGENT if one.seed is None else Store.SEED
+            seed = {} if one.seed is None else {"seed": self._source(one.seed)}
             if one.beside is not None:
                 place(one.beside)
             self.builder.affine(
                 self._native(one.product.matrix), self._source(one.source), target,
                 self._modulation(node.rows, one), rule.number, float(a), float(b), store, list=self._list,
+                **seed,
             )  # fmt: skip
             return
         one = plan.products.get(node, Product(node))
