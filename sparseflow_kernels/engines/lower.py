@@ -18,11 +18,11 @@ import torch
 
 from ..activations import rule_and_params
 from ..field import GraphField, Matrix, Node, Pattern
-from ..field.graph import CONTEXT, STATE, TIME, from_parts, order
+from ..field.graph import CONTEXT, TIME, from_parts, order
 from ..field.transforms import adjoint
+from .fusion import Affine, Product
 from .instructions import code_of
 from .program import Store
-from .fusion import Affine, Product
 from .schedule import Schedule, schedule
 
 Place = tuple[int, int, int]  # buffer, slot, first row
