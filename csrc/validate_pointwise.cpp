@@ -45,8 +45,9 @@ void validate_expressions(const Program<T>& p) {
   for (size_t i = 0; i < p.expressions.size(); ++i) {
     const Expression& e = p.expressions[i];
     const std::string name = "expression " + text(i);
-    if (e.inputs < 0 || e.vectors < 0 || e.outputs < 0 || e.registers < 0 || e.places() < 1) fail(name + ": it needs a place, and counts that are not negative");
-    if (int64_t(e.inputs) + e.outputs + e.registers > kMostPlaces) fail(name + ": more than " + text(kMostPlaces) + " places");
+    const int64_t places = int64_t(e.inputs) + e.outputs + e.registers;
+    if (e.inputs < 0 || e.vectors < 0 || e.outputs < 0 || e.registers < 0 || places < 1) fail(name + ": it needs a place, and counts that are not negative");
+    if (places > kMostPlaces) fail(name + ": more than " + text(kMostPlaces) + " places");
     if (e.vectors > kMostRowVectors) fail(name + ": more than " + text(kMostRowVectors) + " row vectors");
     check_code(e, name, written_by);
   }
