@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib import import_module
-
 from typing import TYPE_CHECKING
 
 from ..field import GraphField, UnsupportedFieldError, VectorField
@@ -46,8 +46,14 @@ def available(name: str, graph: bool = False) -> tuple[type[Engine] | None, str]
 
 def reference_engine(field: VectorField | GraphField, plan: DivergencePlan | None = None) -> ReferenceEngine:
     """The reference engine over a field's own tensors."""
-    found, _ = available("reference", isinstance(field, GraphField))
-    return found(field, plan)
+    return _reference(isinstance(field, GraphField))(field, plan)
+
+
+@lru_cache(maxsize=None)
+def _reference(graph: bool) -> type[ReferenceEngine]:
+    """Looked up once: every call of a field asks."""
+    found, _ = available("reference", graph)
+    return found
 
 
 def choose(field: VectorField | GraphField, engine: str = "auto") -> tuple[type[Engine], str]:
