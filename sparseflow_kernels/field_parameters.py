@@ -49,7 +49,7 @@ class FieldParameters(nn.Module):
         if isinstance(field, GraphField) and not field.layout.plain:
             self.layout = field.layout
         self.register_load_state_dict_post_hook(follow_assigned)
-        self._slots: list[tuple[dict[str, Tensor | None], str]] | None = None
+        self._slots: list[tuple[nn.Module, str, str]] | None = None
         self._live: tuple[list[Tensor], VectorField] | None = None
 
     def _make_parameters(self, field: VectorField, held: dict[str, Held]) -> None:
@@ -205,11 +205,13 @@ class FieldParameters(nn.Module):
         """All parameters and buffers as they are now, without walking the module tree: that would cost as much as a
         small solve. Raises RuntimeError if one was taken out."""
         if self._slots is None:
-            named = (getattr(m, kind) for kind in ("_parameters", "_buffers") for m in self.modules())
-            self._slots = [(one, name) for one in named for name in one.keys()]  # TorchScript's dictionaries are no others
-        for named, name in self._slots:
+            self._slots = [
+                (m, kind, name) for kind in ("_parameters", "_buffers") for m in self.modules()
+                for name in getattr(m, kind).keys()  # TorchScript's dictionaries are no others
+            ]  # fmt: skip
+        for module, kind, name in self._slots:
             try:
-                tensor = named[name]
+                tensor = getattr(module, kind)[name]  # torch.export puts other dictionaries in their place for a while
             except KeyError:
                 raise lost(name) from None
             if tensor is None:
