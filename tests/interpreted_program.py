@@ -153,6 +153,7 @@ class Program:
         self.rows(target, dense.shape[0])[:] = value
 
     def _affine(self, matrix, source, target, modulation, activation, a, b, store, seed):
+        assert target[1] == 0, "a layer's value lies in a first slot"
         dense = self.dense(matrix)
         n, scale, shift = self.b.modulations[modulation]
         assert n == dense.shape[0]

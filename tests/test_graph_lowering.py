@@ -99,12 +99,17 @@ def layer(g, parts, x, rows, activation=None):
     return z if activation is None else g.activation(Activation(activation), z)
 
 
-@pytest.mark.parametrize("activation", ["tanh", "silu", "softplus", "elu", "relu", "sin", "cube"])
-def test_a_chain_is_one_fused_operation_a_layer(activation):
+def chain(activation):
+    """3-8-8-3 as a graph."""
     g, parts = Graph(), []
     state, time, _ = GraphField.inputs(g, 3)
     out = layer(g, parts, layer(g, parts, layer(g, parts, state, 8, activation), 8, activation), 3)
-    field = GraphField(g, state, time, None, out, parts, torch.device("cpu"), torch.float64)
+    return GraphField(g, state, time, None, out, parts, torch.device("cpu"), torch.float64)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "silu", "softplus", "elu", "relu", "sin", "cube"])
+def test_a_chain_is_one_fused_operation_a_layer(activation):
+    field = chain(activation)
     body, _ = lists(field)
     assert [op[0] for op in body] == ["affine"] * 3
     body, engine = lists(field, "hutchinson")
@@ -118,10 +123,7 @@ def test_a_chain_is_one_fused_operation_a_layer(activation):
 
 @pytest.mark.parametrize("activation", ["tanh", "silu", "softplus", "elu", "relu", "sin", "cube"])
 def test_the_backward_pass_of_a_chain_is_its_layers_and_what_they_pull(activation):
-    g, parts = Graph(), []
-    state, time, _ = GraphField.inputs(g, 3)
-    out = layer(g, parts, layer(g, parts, layer(g, parts, state, 8, activation), 8, activation), 3)
-    field = GraphField(g, state, time, None, out, parts, torch.device("cpu"), torch.float64)
+    field = chain(activation)
     _, engine = lists(field)
     ops = engine._program(True).native.b.lists["reverse"]
     assert [op[0] for op in ops if op[0] in ("affine", "product")] == ["affine"] * 2 + ["product"] * 3
@@ -176,3 +178,22 @@ def test_sums_of_rows_are_taken_along_by_pointwise_operations(kind):
         assert len(totals) >= (3 if kind and name == "body" else 2)  # mean, variance, and the tangent of this one
         sizes = [b.matrices[op[1]]["shape"] for op in b.lists[name] if op[0] in ("affine", "product")]
         assert (1, 6) not in sizes
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_layers_read_by_one_matrix_do_not_share_a_buffer(native, monkeypatch):
+    if native:
+        monkeypatch.setattr(graph_cpu, "_native", lambda: pytest.importorskip("sparseflow_kernels._cpu"))
+    g, parts = Graph(), []
+    state, time, _ = GraphField.inputs(g, 3)
+    left, right = (layer(g, parts, state, 8, "tanh") for _ in range(2))
+    pattern = Pattern.from_mask(torch.ones(8, 8, dtype=torch.bool))
+    parts += [Part(torch.randn(64).double(), pattern), Part(torch.randn(8).double())]
+    shared = Matrix(pattern, len(parts) - 2)
+    z = g.add(g.linear(shared, left), g.vector(len(parts) - 1, 8))
+    out = layer(g, parts, g.mul(g.apply("exp", g.neg(g.square(z))), g.apply("sin", g.linear(shared, right))), 3)
+    field = GraphField(g, state, time, None, out, parts, torch.device("cpu"), torch.float64)
+    x = torch.randn(4, 3).double()
+    program = GraphCpuEngine(field)._program(False)
+    found = GraphCpuEngine(field).evaluate(0.0, x) if native else program.native.call(0.0, x)[0]
+    assert_same(found, reference_engine(field).evaluate(torch.tensor(0.0).double(), x))

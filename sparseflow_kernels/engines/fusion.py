@@ -203,7 +203,8 @@ class Fuser:
                 n in own and n not in self.apart and n not in beside and n not in pairs
                 and not (n in found and found[n].beside is not None) for n in (x, moved)
             )  # fmt: skip
-            return free and x is not moved and x.rows == moved.rows
+            # a layer's value lies in a first slot
+            return free and x is not moved and x.rows == moved.rows and moved not in found
 
         for node in self.nodes:
             one = found.get(node)
