@@ -7,8 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from random_graphs import random_graph
 
-from sparseflow_kernels import _cpu
+from sparseflow_kernels import _cpu, divergence
+from sparseflow_kernels.engines import reference_engine
+from sparseflow_kernels.engines.graph_cpu import GraphCpuEngine
 
 DTYPES = {torch.float32: ("F32", np.float32), torch.float64: ("F64", np.float64)}
 DTYPE_IDS = ["float32", "float64"]
@@ -515,3 +518,14 @@ class TestRefusals:
         x = torch.zeros(1, 1, dtype=torch.float64)
         with pytest.raises(ValueError, match="not as many outputs as inputs"):
             solve(time, x, x, [0.0, 1.0], 1)
+
+
+@pytest.mark.parametrize("kind", ["exact", "hutchinson"])
+def test_an_engine_with_a_divergence_evaluates_the_field_alone(kind):
+    field = random_graph(3)
+    plan = divergence.plan(field, kind)
+    x = torch.randn(5, field.dim, dtype=torch.float64)
+    context = None if field.context is None else torch.randn(5, field.context.rows, dtype=torch.float64)
+    for t in (torch.tensor(0.4, dtype=torch.float64), torch.rand(5, dtype=torch.float64)):
+        found = GraphCpuEngine(field, plan).evaluate(t, x, context)
+        torch.testing.assert_close(found, reference_engine(field, plan).evaluate(t, x, context))

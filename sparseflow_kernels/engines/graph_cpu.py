@@ -106,16 +106,6 @@ class GraphCpuEngine(GraphNativeEngine):
 
     # ---- evaluations and solves
 
-    def evaluate(self, t: Tensor | float, y: Tensor, context: Tensor | None = None) -> Tensor:
-        return self._run(t, y, None, context)[0]
-
-    def evaluate_with_divergence(
-        self, t: Tensor | float, x: Tensor, noise: Tensor | None = None, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        if self.plan is None:
-            raise ValueError("this engine was packed without a divergence: pack it with a plan")
-        return self._run(t, x, noise, context)
-
     def _run(
         self, t: Tensor | float, x: Tensor, noise: Tensor | None, context: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:

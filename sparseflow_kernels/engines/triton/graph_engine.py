@@ -143,17 +143,6 @@ class GraphTritonEngine(HeldMemory, GraphNativeEngine):
 
     # ---- evaluations and solves
 
-    def evaluate(self, t: Tensor | float, y: Tensor, context: Tensor | None = None) -> Tensor:
-        wants_noise = self.plan is not None and self.plan.kind == "hutchinson"  # for the trace, which nobody asks for here
-        return self._run(t, y, y.new_zeros(len(y), self.dim) if wants_noise else None, context)[0]
-
-    def evaluate_with_divergence(
-        self, t: Tensor | float, x: Tensor, noise: Tensor | None = None, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        if self.plan is None:
-            raise ValueError("this engine was packed without a divergence: pack it with a plan")
-        return self._run(t, x, noise, context)
-
     def _run(
         self, t: Tensor | float, x: Tensor, noise: Tensor | None, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
