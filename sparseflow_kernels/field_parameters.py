@@ -33,6 +33,7 @@ class FieldParameters(nn.Module):
         """origins, held: of the field's tensors, and of the parameters these name; None: the tensors are parameters.
         source: the module whose own parameters are used."""
         super().__init__()
+        self._owners: dict[str, tuple[nn.Module, str]] = {}  # of entries, by their names
         if source is not None:
             self.module = source
             read = getattr(field, "read_context", None)
@@ -101,11 +102,11 @@ class FieldParameters(nn.Module):
         if "_program" in state:  # its name in pickles of version 0.1.0
             state = {**state, "skeleton": state["_program"]}
             del state["_program"]
-        super().__setstate__(state)
+        super().__setstate__({"_owners": {}, **state})
         self._mask_gradients()  # copies and pickles of a parameter lose its hooks
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, **dict.fromkeys(("_slots", "_live", "_masked"))}
+        return {**self.__dict__, "_owners": {}, **dict.fromkeys(("_slots", "_live", "_masked"))}
 
     def held(self, of: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Held]:
         """The elements of the module's parameters that this field holds, by the parameters' names in the module, with
@@ -124,9 +125,13 @@ class FieldParameters(nn.Module):
         return {name: Held.together(several) for name, several in parts.items()}
 
     def entry(self, name: str) -> nn.Parameter:
-        owner, _, leaf = name.rpartition(".")
-        tree = self.entries if self._watch is None else self.module
-        return tree.get_submodule(owner)._parameters[leaf]
+        known = self._owners.get(name)
+        if known is None:  # the owner stays: a live field whose module has other parts is compiled anew
+            owner, _, leaf = name.rpartition(".")
+            tree = self.entries if self._watch is None else self.module
+            known = self._owners[name] = tree.get_submodule(owner), leaf
+        module, leaf = known
+        return module._parameters[leaf]
 
     @property
     def live(self) -> bool:
@@ -229,7 +234,7 @@ class FieldParameters(nn.Module):
 def time_formulas(field: VectorField | GraphField) -> list[TimeFormula]:
     """Functions of time that read parameters of the module."""
     if isinstance(field, GraphField):
-        functions = [node.function for node in order([field.output]) if node.kind == "time"]
+        functions = [node.function for node in field.functions]
     else:
         functions = [part.function for _, _, part in time_functions(field)]
     return [function for function in functions if isinstance(function, TimeFormula)]

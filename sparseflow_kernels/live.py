@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -13,9 +16,9 @@ from .trained import is_fresh
 class Watch:
     """A module as it was compiled.
 
-    `changed` notices what makes another field of it than one with other numbers: parameters, buffers and submodules that
-    came or went, buffers, masks and attributes with other numbers, a switch between training and evaluation, and pruned
-    entries (exact zeros) that are no longer zero.
+    `changed` notices what makes another field of it than one with other numbers: parameters and buffers that came or went,
+    submodules that are others, buffers, masks and attributes with other numbers, a switch between training and
+    evaluation, and pruned entries (exact zeros) that are no longer zero.
     """
 
     def __init__(self, module: nn.Module, context: frozenset[str] = frozenset()) -> None:
@@ -23,10 +26,11 @@ class Watch:
         self._module = module
         parts = list(module.modules())
         self._structure = [
-            (names, tuple(names.keys()))  # TorchScript's dictionaries are no others
-            for part in parts for names in (part._parameters, part._buffers, part._modules)
-        ]
+            (names, tuple(names.keys())) for part in parts for names in (part._parameters, part._buffers)
+        ]  # TorchScript's dictionaries are no others
+        self._children = [(part._modules, tuple(part._modules.values())) for part in parts]
         self._modes = [(part, part.training) for part in parts]
+        self._holders = [part for part in parts if len(part._buffers)]
         self._buffers = self._snapshot(self._present_buffers())
         self._zeros = [
             (part._parameters, name, Zeros(parameter.detach()))
@@ -37,7 +41,7 @@ class Watch:
         self._attributes = Attributes(module, context)
 
     def _present_buffers(self) -> list[Tensor]:
-        held = [buffer for part in self._module.modules() for _, buffer in part._buffers.items() if buffer is not None]
+        held = [buffer for part in self._holders for _, buffer in part._buffers.items() if buffer is not None]
         return [part for buffer in held for part in strided(buffer)]
 
     @staticmethod
@@ -53,6 +57,8 @@ class Watch:
             return True
         if any(tuple(names.keys()) != before for names, before in self._structure):
             return True
+        if any(not _are(now.values(), before) for now, before in self._children):
+            return True
         if any(part.training != mode for part, mode in self._modes):
             return True
         if self._buffers is not None and not self._buffers.same(self._present_buffers()):
@@ -60,6 +66,12 @@ class Watch:
         if not self._attributes.same():
             return True
         return not all(zeros.still(parameters[name]) for parameters, name, zeros in self._zeros)
+
+
+def _are(children: Iterable[nn.Module], others: tuple[nn.Module, ...]) -> bool:
+    """Whether these modules are those."""
+    found = tuple(children)
+    return len(found) == len(others) and all(map(operator.is_, found, others))
 
 
 class Zeros:

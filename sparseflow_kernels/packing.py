@@ -34,6 +34,13 @@ class Snapshot:
         if self._native is None:
             self._kept = _together(tensors)
 
+    def taken(self, tensors: Sequence[Tensor]) -> Snapshot:
+        """A snapshot of these tensors now: this one, where they fit into its memory."""
+        if self._native is None or _memory(tensors) != self._where:
+            return Snapshot(tensors)
+        self._native.take([address for address, *_ in self._where])
+        return self
+
     def same(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these tensors hold what those did, bit for bit, in the same shapes, dtypes and devices."""
         if self._native is not None:
@@ -103,9 +110,11 @@ class Packing:
         """An engine that holds the present values; `field` gives the field over `tensors`, or made from them."""
         known = self._engines.get(kind)
         if known is None or not known[0].same(tensors):
+            self._engines.pop(kind, None)  # until all is well
             # Copied before it is packed: a change in between (of another thread) is seen at the next call.
             with torch.no_grad():  # an engine outlives the graph of what is made from parameters
-                present, snapshot = field(), Snapshot(tensors)
+                present = field()
+                snapshot = Snapshot(tensors) if known is None else known[0].taken(tensors)
             engine = None if known is None else known[1]
             if engine is None or not engine.update(present):
                 engine_class, _ = choose(present, self.requested)

@@ -214,3 +214,25 @@ def test_entries_that_come_back_are_seen(dtype):
             assert watch.changed() == changed, number
         module.b.weight.data = module.b.weight.t()  # its zeros lie elsewhere
         assert watch.changed()
+
+
+def test_another_module_in_the_place_of_one_is_compiled_anew():
+    module = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    net = _OfSequential(module)
+    field = sfk.compile(net, live=True)
+    y = torch.randn(4, 3).double()
+    for number, other in ((1, nn.Sigmoid()), (2, nn.Linear(8, 3).double())):
+        field(0.0, y)
+        module[number] = other
+        torch.testing.assert_close(field(0.0, y), net(0.0, y))
+        field(0.0, y).sum().backward()
+    assert module[2].weight.grad is not None
+
+
+class _OfSequential(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, t, y):
+        return self.net(y)

@@ -16,13 +16,17 @@ namespace {
 class Snapshot {
  public:
   Snapshot(const std::vector<uintptr_t>& addresses, const std::vector<size_t>& bytes) : bytes_(bytes) {
-    if (addresses.size() != bytes.size()) throw std::invalid_argument("Snapshot: as many addresses as sizes are needed");
     size_t total = 0;
     for (size_t size : bytes) total += size;
-    kept_.reserve(total);
-    for (size_t i = 0; i < bytes.size(); ++i) {
-      const char* from = reinterpret_cast<const char*>(addresses[i]);
-      kept_.insert(kept_.end(), from, from + bytes[i]);
+    kept_.resize(total);
+    take(addresses);
+  }
+
+  void take(const std::vector<uintptr_t>& addresses) {
+    if (addresses.size() != bytes_.size()) throw std::invalid_argument("Snapshot: as many addresses as sizes are needed");
+    char* kept = kept_.data();
+    for (size_t i = 0; i < bytes_.size(); kept += bytes_[i++]) {
+      if (bytes_[i]) std::memcpy(kept, reinterpret_cast<const char*>(addresses[i]), bytes_[i]);
     }
   }
 
@@ -77,6 +81,7 @@ void bind_zeros(py::module_& m, const char* name) {
 void bind_snapshot(py::module_& m) {
   py::class_<Snapshot>(m, "Snapshot", "A copy of pieces of memory that the caller has checked.")
       .def(py::init<const std::vector<uintptr_t>&, const std::vector<size_t>&>(), py::arg("addresses"), py::arg("bytes"))
+      .def("take", &Snapshot::take, py::arg("addresses"), "copies these pieces, as large as then, in the place of what was copied")
       .def("same", &Snapshot::same, py::arg("addresses"), "whether these pieces, as large as then, hold what was copied");
   bind_zeros<uint32_t>(m, "ZerosF32");
   bind_zeros<uint64_t>(m, "ZerosF64");

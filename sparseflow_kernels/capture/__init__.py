@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from ..field import GraphField, TimeFunction, UnsupportedFieldError, VectorField
-from ..field.graph import order
 from ..field.layout import State
 from ..origin import Key, Origin
 from .assemble import assemble
@@ -133,7 +132,7 @@ def _graph_if_native(
         field, origins = read_graph(module, probe, like, None)
     except UnsupportedFieldError:
         return chain
-    native = not any(node.kind == "time" for node in order([field.output]))
+    native = not field.functions
     return (field, origins) if native and field.layout.plain else chain
 
 

@@ -139,5 +139,4 @@ class GraphReferenceEngine(ReferenceEngine):
 
 
 def _time_modules(field: GraphField) -> list[nn.Module]:
-    functions = [node.function for node in order([field.output]) if node.kind == "time"]
-    return [function for function in functions if isinstance(function, nn.Module)]
+    return [node.function for node in field.functions if isinstance(node.function, nn.Module)]

@@ -34,13 +34,14 @@ class Graph:
         self.origin = ""  # given to the nodes that are made
         self.activations: dict[Node, tuple[Activation, Node]] = {}  # node -> (activation, operand): fused kernels run it
         self.slopes: dict[Node, Node] = {}  # node of an activation -> its derivative there (`transforms.slope`)
+        self.functions: list[Node] | None = []  # the functions of time in Python; None: it is not known which there are
 
     def __getstate__(self) -> dict:
         """Without the tables, which go by the identity of nodes and matrices: a copy has other ones."""
         return {**self.__dict__, "_known": {}, "_matrices": {}}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update({"slopes": {}, **state})  # version 0.1.0 kept no slopes
+        self.__dict__.update({"slopes": {}, "functions": None, **state})  # version 0.1.0 kept neither
 
     def _intern(self, key: tuple, make: Callable[[], Node]) -> Node:
         node = self._known.get(key)
@@ -78,10 +79,14 @@ class Graph:
 
     def time_function(self, function: Callable[[Tensor], Tensor], rows: int) -> Node:
         """A function of time in Python, which takes a 0-d t and gives [rows]."""
-        return self._intern(
-            ("time", id(function)),
-            lambda: Node("time", rows, binding=TIME, function=function, origin=self.origin),
-        )
+
+        def make() -> Node:
+            node = Node("time", rows, binding=TIME, function=function, origin=self.origin)
+            if self.functions is not None:
+                self.functions.append(node)
+            return node
+
+        return self._intern(("time", id(function)), make)
 
     # ---- mixing rows
 

@@ -79,6 +79,13 @@ class GraphField:
             if node.kind == "linear" and node.per_sample and not node.matrix.constant
         )
 
+    @property
+    def functions(self) -> list[Node]:
+        """The functions of time in Python that f reads. This is asked at every call."""
+        if self.graph.functions == []:
+            return []
+        return [node for node in order([self.output]) if node.kind == "time"]
+
     def refused(self, axes: int) -> str | None:
         """Why this field does not run states with so many axes; None: it does."""
         return self.refused_axes.get(min(axes, MOST_AXES)) if self.refused_axes else None
