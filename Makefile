@@ -15,7 +15,7 @@ TESTS = native_tests
 export OMP_NUM_THREADS = 1
 export MKL_NUM_THREADS = 1
 
-.PHONY: demo test native-test bench gpu sanitize tsan fuzz clean
+.PHONY: demo test lint native-test bench gpu sanitize tsan fuzz clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sparseflow demo
@@ -23,6 +23,11 @@ demo: $(VENV)/.demo
 test: export SPARSEFLOW_CUDA_HOST = $(CURDIR)/build/native/_cuda_host.so
 test: $(VENV)/.test native-test
 	$(BIN)/pytest -n $(JOBS) $(PYTEST_ARGS)
+
+# Style and types, as pyproject.toml says.
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 bench: $(VENV)/.bench
 	$(BIN)/sparseflow bench --peers all
@@ -91,5 +96,5 @@ build/system/.installed: $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) .pytest_cache .benchmarks sparseflow_kernels/_build.json
+	rm -rf build dist *.egg-info $(VENV) .pytest_cache .mypy_cache .ruff_cache .benchmarks sparseflow_kernels/_build.json
 	find sparseflow_kernels -name '*.so' -delete

@@ -40,26 +40,26 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
 ) -> "CompiledField":  # fmt: skip
     """Read the field out of a module `f(t, y)`, simplify it exactly and hand it to an engine.
 
-    module_or_field: a module f(t, y) made of linear maps, elementwise functions, products, sums, norms, functions of t and
-    numbers per sample (`capture`); a VectorField or GraphField; or a CompiledField, to compile its current values again
-    (after pruning them, or for another engine).
+    module_or_field: a module f(t, y) made of linear maps, elementwise functions, products, sums, norms, functions of t
+    and numbers per sample (`capture`); a VectorField or GraphField; or a CompiledField, to compile its current values
+    again (after pruning them, or for another engine).
     engine: "auto" (by device and fit), "reference", "cpu", "cuda", "triton".  dim: size of the state, where capture
-    cannot tell.  like: an example of the state, y0, in the module's dtype and on its device: a tensor [..., dim], or where the
-    module needs it a tensor [batch, ...], a tensor without samples, or a tuple of tensors. The module is compared with the
-    field on states of its shape.
+    cannot tell.  like: an example of the state, y0, in the module's dtype and on its device: a tensor [..., dim], or
+    where the module needs it a tensor [batch, ...], a tensor without samples, or a tuple of tensors. The module is
+    compared with the field on states of its shape.
 
-    A field of states [..., dim] runs every row [dim] by itself. A module may not do so for states with more axes (points that
-    see their mean): without an example these raise UnsupportedFieldError when the field is called; with one, the field's
-    states are those of the example's shape, for any number of samples.
+    A field of states [..., dim] runs every row [dim] by itself. A module may not do so for states with more axes
+    (points that see their mean): without an example these raise UnsupportedFieldError when the field is called; with
+    one, the field's states are those of the example's shape, for any number of samples.
 
     The result keeps the module's dtype and device and shares no memory with it. It trains what the module trains and
     nothing else (`trained`): buffers and constants of the code are fixed, parameters used in several places are one.
 
     live: the parameters stay the module's own. The module becomes a submodule of the result (`.module`), every call
     gathers the parameters' present values, and gradients arrive in their `.grad`, through masks, parametrizations and
-    sharing: an optimizer, a checkpoint or a wrapper made for the module goes on working. Exact zeros count as pruned, as
-    ever. Where a mask, a buffer, the set of parameters or training/evaluation mode changes, or a pruned entry comes back,
-    the next call compiles anew.
+    sharing: an optimizer, a checkpoint or a wrapper made for the module goes on working. Exact zeros count as pruned,
+    as ever. Where a mask, a buffer, the set of parameters or training/evaluation mode changes, or a pruned entry comes
+    back, the next call compiles anew.
 
     Raises UnsupportedFieldError for what cannot be expressed, or not run by the engine asked for; ValueError for an
     unknown engine, or a `dim` or `like` that does not fit; TypeError for other objects.
@@ -91,12 +91,13 @@ class CompiledField(FieldParameters):
 
     Its parameters are the remaining weights (`layers.<l>.values`, in CSR order of the layer's pattern), biases and time
     parameters, so an optimizer holds state for nothing else. Where a tensor of the field is no plain piece of the
-    module's parameters (scaled, shared, computed, folded), its parameters are the entries it is made from, `entries.<name
-    in the module>`. What the module does not train is a buffer. A state dict fits a field compiled from the same masks.
+    module's parameters (scaled, shared, computed, folded), its parameters are the entries it is made from,
+    `entries.<name in the module>`. What the module does not train is a buffer. A state dict fits a field compiled from
+    the same masks.
 
     torch.compile and torch.export see one opaque operator per evaluation or solve, with its gradient (`operators`); an
-    exported program of torch runs wherever this package was imported. Fields with functions of time that are Python break a
-    graph; exported, their evaluations are torch operations, and their solves are refused.
+    exported program of torch runs wherever this package was imported. Fields with functions of time that are Python
+    break a graph; exported, their evaluations are torch operations, and their solves are refused.
 
     dim: size of the state.  nnz: weights, that is multiply-adds per sample and evaluation.
     """
@@ -226,8 +227,8 @@ class CompiledField(FieldParameters):
         """dy/dt of y [batch, dim] at a time per sample."""
         if y.dim() != 2 or t.shape not in ((len(y),), (len(y), 1)):
             raise ValueError(
-                f"t: must be a number, a tensor of one element in at most 2 axes, or a time per sample, [batch] or [batch, "
-                f"1] for y [batch, {self.dim}], not {list(t.shape)} for y {list(y.shape)}"
+                f"t: must be a number, a tensor of one element in at most 2 axes, or a time per sample, [batch] or "
+                f"[batch, 1] for y [batch, {self.dim}], not {list(t.shape)} for y {list(y.shape)}"
             )
         if t.is_complex() or t.dtype == torch.bool:
             raise TypeError(f"t: must be real numbers, not {t.dtype}")
@@ -276,12 +277,14 @@ class CompiledField(FieldParameters):
         found = self._context
         if found is None:
             if self.skeleton.read_context is None:
-                raise ValueError(f"this field has a context [batch, {node.rows}]: give it by field.with_context(context)")
+                raise ValueError(
+                    f"this field has a context [batch, {node.rows}]: give it by field.with_context(context)"
+                )
             found = self.skeleton.read_context()
         if found.shape != (batch, node.rows):
             raise ValueError(
-                f"context: is {list(found.shape)}, for a state of {batch} samples it must be [{batch}, {node.rows}]; set the "
-                "module's attribute, or use field.with_context(context)"
+                f"context: is {list(found.shape)}, for a state of {batch} samples it must be [{batch}, {node.rows}]; "
+                "set the module's attribute, or use field.with_context(context)"
             )
         if found.dtype != self.dtype or found.device != self.device:
             raise TypeError(f"context: is {found.dtype} on {found.device}, the field {self.dtype} on {self.device}")
@@ -297,7 +300,9 @@ class CompiledField(FieldParameters):
             raise ValueError(f"{name}: {reason}")
         rows = self.layout.flatten(y).contiguous()
         if rows.dtype != self.dtype or rows.device != self.device:
-            raise TypeError(f"{name}: is {rows.dtype} on {rows.device}, the field {self.dtype} on {self.device}; convert one")
+            raise TypeError(
+                f"{name}: is {rows.dtype} on {rows.device}, the field {self.dtype} on {self.device}; convert one"
+            )
         return rows
 
     def _layer_by_layer(self, t: Tensor, x: Tensor) -> Tensor:

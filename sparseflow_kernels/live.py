@@ -1,4 +1,5 @@
-"""What a field with live parameters watches: whether anything of its module but the values of parameters has changed."""
+"""What a field with live parameters watches: whether anything of its module but the values of parameters has
+changed."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from .trained import is_fresh
 class Watch:
     """A module as it was compiled.
 
-    `changed` notices what makes another field of it than one with other numbers: parameters and buffers that came or went,
-    submodules that are others, buffers, masks and attributes with other numbers, a switch between training and
+    `changed` notices what makes another field of it than one with other numbers: parameters and buffers that came or
+    went, submodules that are others, buffers, masks and attributes with other numbers, a switch between training and
     evaluation, and pruned entries (exact zeros) that are no longer zero.
     """
 
@@ -75,7 +76,8 @@ def _are(children: Iterable[nn.Module], others: tuple[nn.Module, ...]) -> bool:
 
 
 class Zeros:
-    """Which entries of a tensor are exactly zero. `still` is asked at every call, and on the CPU is one pass over memory."""
+    """Which entries of a tensor are exactly zero. `still` is asked at every call, and on the CPU is one pass over
+    memory."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._native = self._where = None

@@ -1,5 +1,5 @@
-"""What a module holds beside parameters and buffers, and forward may read: plain attributes, and what its functions close
-over."""
+"""What a module holds beside parameters and buffers, and forward may read: plain attributes, and what its functions
+close over."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LONGEST = 64  # items of one: longer ones are records of what happened
 
 
 class Attributes:
-    """The attributes of a module's own parts as they were. What forward itself writes (it counts its calls, say) is left out,
-    and so is the field's context, which it reads at every call. context: names of its tensors."""
+    """The attributes of a module's own parts as they were. What forward itself writes (it counts its calls, say) is
+    left out, and so is the field's context, which it reads at every call. context: names of its tensors."""
 
     def __init__(self, module: nn.Module, context: frozenset[str]) -> None:
         self._context = context

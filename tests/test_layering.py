@@ -23,7 +23,7 @@ FLOORS = [
     ["pruning", "flows"],
     ["training"],
     ["analysis"],
-    ["cli", ""],  # "": the package's own face
+    ["cli", "__main__", ""],  # "": the package's own face
 ]  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 

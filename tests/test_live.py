@@ -71,11 +71,11 @@ def test_training_goes_as_on_dense_torch(make, prepare):
     assert set(mine.state_dict()) == set(theirs.state_dict())
     optimizers = [torch.optim.Adam(m.parameters(), lr=1e-2, weight_decay=1e-3) for m in (mine, theirs)]
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(2)).double()
-    for step in range(5):
+    for _step in range(5):
         for optimizer in optimizers:
             optimizer.zero_grad()
         losses = [sfk.odeint(field, x, T, **OPTIONS)[-1].square().mean(), torchdiffeq.odeint(theirs, x, T, **OPTIONS)[-1].square().mean()]
-        for loss, optimizer in zip(losses, optimizers):
+        for loss in losses:
             loss.backward()
         for p, q in zip(mine.parameters(), theirs.parameters()):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-10)

@@ -216,9 +216,34 @@ def test_a_wrong_cuda_switch_is_refused(build, monkeypatch):
 def test_constraints_pin_every_direct_dependency_but_the_peers():
     pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     project = PYPROJECT["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["demo"], *project["optional-dependencies"]["test"]]
-    names = {re.match(r"[\w.-]+", requirement).group().lower() for requirement in wanted}
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(line for name in extras if name != "bench" for line in extras[name])]
+    names = {re.match(r"[\w.-]+", requirement).group().lower() for requirement in wanted} - {"sparseflow_kernels"}
     assert names <= pinned, f"constraints.txt lacks {sorted(names - pinned)}"
+
+
+def test_solving_needs_no_command_line_and_the_command_line_names_its_extra():
+    code = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("typer", "rich"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import torch
+import sparseflow_kernels as sfk
+from sparseflow_kernels import data, flows, pruning, training
+
+field = sfk.compile(flows.mlp_field(2, (4,)))
+assert sfk.odeint(field, torch.randn(3, 2), torch.tensor([0.0, 1.0])).shape == (2, 3, 2)
+from sparseflow_kernels.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "needs typer" in done.stderr and "pip install 'sparseflow_kernels[cli]'" in done.stderr
 
 
 def tracked(folder: str, *suffixes: str) -> set[str]:

@@ -128,8 +128,8 @@ def bench(
     With --kernels, only print the rates of sparse products (spmm) and gradients of sparse matrices (sddmm) over this
     core's multiply-add rate.
 
-    --markdown fills the lines between NAME:begin and NAME:end; NAME is bench, train-bench or kernels, and graph-bench or
-    graph-train-bench for fields that are no flows.
+    --markdown fills the lines between NAME:begin and NAME:end; NAME is bench, train-bench or kernels, and graph-bench
+    or graph-train-bench for fields that are no flows.
     """
     if kernels:
         with stoppable("nothing is kept", _ANEW):

@@ -73,7 +73,7 @@ def _this_command() -> str:
     """As it can be typed again."""
     arguments = sys.argv[1:]
     if "LOCAL_WORLD_SIZE" in os.environ:
-        start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "sparseflow_kernels.cli.main"]
+        start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "sparseflow_kernels"]
     elif Path(sys.argv[0]).name == "sparseflow" or len(sys.orig_argv) <= len(arguments):
         start = ["sparseflow"]
     else:
@@ -106,10 +106,17 @@ def _is_figure(cell: str) -> bool:
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Yields `update(done, text)`. On a terminal a bar with the latest text, elsewhere a line about every tenth part."""
+    """Yields `update(done, text)`. On a terminal a bar with the latest text, elsewhere a line about every tenth
+    part."""
     out = console()
     if out.is_terminal:
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[text]}")
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
         # Drawn when told, not by a thread of its own: that thread's time would be counted in a benchmark's.
         with Progress(*columns, console=out, auto_refresh=False) as bar:
             task = bar.add_task(title, total=total, text="")

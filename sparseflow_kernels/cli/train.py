@@ -85,7 +85,7 @@ def train(
 ) -> None:
     """Train an experiment's dense net. Interrupted, the same command goes on from the last finished epoch.
 
-    Under torchrun (torchrun --nproc-per-node 2 -m sparseflow_kernels.cli.main train ...) each process takes its share
+    Under torchrun (torchrun --nproc-per-node 2 -m sparseflow_kernels train ...) each process takes its share
     of every batch.
     """
     with _processes():
@@ -386,7 +386,8 @@ def _step_text(job: Job, facts: dict[str, Any]) -> str:
     nfe = "" if facts["nfe"] is None else f", NFE {facts['nfe']:.0f}"
     return (
         f"cycle {facts['cycle']}/{len(job.keeps)} (keep {facts['keep']:.3g}), "
-        f"epoch {facts['epoch']}/{facts['epochs']}, NLL {facts['nll']:.3f}{nfe}, {facts['step_seconds'] * 1e3:.1f} ms/step"
+        f"epoch {facts['epoch']}/{facts['epochs']}, NLL {facts['nll']:.3f}{nfe}, "
+        f"{facts['step_seconds'] * 1e3:.1f} ms/step"
     )
 
 

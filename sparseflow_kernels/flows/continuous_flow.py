@@ -158,8 +158,8 @@ class ContinuousFlow(nn.Module):
 
     def compile(self, engine: str = "auto") -> "ContinuousFlow":  # noqa: A003 - nn.Module.compile is torch.compile's
         """A new flow of the same settings over `sparseflow_kernels.compile`d fields; this one is left as it is. The
-        parameters are copies; a field that is used several times is one field there too. Raises ValueError for different
-        fields that share parameters. (This takes the place of nn.Module.compile; for that one call
+        parameters are copies; a field that is used several times is one field there too. Raises ValueError for
+        different fields that share parameters. (This takes the place of nn.Module.compile; for that one call
         torch.compile(flow).)"""
         compiled: dict[int, nn.Module] = {}
         owners: dict[int, int] = {}
@@ -170,9 +170,9 @@ class ContinuousFlow(nn.Module):
                 owner = owners.setdefault(id(parameter), number)
                 if owner != number:
                     raise ValueError(
-                        f"compile: vector_fields[{number}] shares its parameter {name!r} with vector_fields[{owner}], and "
-                        "compiled fields share nothing. Use one and the same field in both places, or give each parameters "
-                        "of its own"
+                        f"compile: vector_fields[{number}] shares its parameter {name!r} with vector_fields[{owner}], "
+                        "and compiled fields share nothing. Use one and the same field in both places, or give each "
+                        "parameters of its own"
                     )
             compiled[id(field)] = compile_field(field, engine=engine, dim=self.dim)
         flow = ContinuousFlow(
