@@ -6,7 +6,7 @@ It is an nn.Module that goes wherever the original `f(t, y)` went. Values come f
 
 from __future__ import annotations
 
-from typing import Any, Callable, Literal
+from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import gradients, operators
 from .capture import unwrapped
 from .devices import factories_on_cpu
-from .divergence import KINDS, DivergencePlan
+from .divergence import KINDS, DivergencePlan, Kind
 from .engines import choose, reference_engine
 from .engines.base import Engine
 from .engines.reference import ReferenceEngine, is_autocast_enabled, own_precision
@@ -27,6 +27,7 @@ from .origin import Key, Origin
 from .packing import Packing
 from .reading import check_fits, example_of, read, shapes_of
 from .report import describe_chain, describe_graph
+from .tables import Report
 from .trained import Held, check_made_again
 from .write_back import write_back
 
@@ -151,12 +152,12 @@ class CompiledField(FieldParameters):
     # ------------------------------------------------------------------------------------------------- running it
 
     @factories_on_cpu
-    def divergence_plan(self, kind: Literal["exact", "hutchinson"] = "exact") -> DivergencePlan:
+    def divergence_plan(self, kind: Kind = "exact") -> DivergencePlan:
         """How the divergence is computed (`divergence.plan`), counted once."""
         return self._packing.plan(kind, self._live_field)
 
     def ready(
-        self, kind: Literal["exact", "hutchinson"] | None = None
+        self, kind: Kind | None = None
     ) -> tuple[Engine, Callable[[], ReferenceEngine]]:  # fmt: skip
         """(the engine for a call made now, what gives the reference engine over the live parameters for it).
 
@@ -175,7 +176,7 @@ class CompiledField(FieldParameters):
         # What autograd flows through stands over the parameters of this call, not over those that it was packed from.
         return (reference() if engine.differentiable and torch.is_grad_enabled() else engine), reference
 
-    def reference(self, kind: Literal["exact", "hutchinson"] | None = None) -> ReferenceEngine:
+    def reference(self, kind: Kind | None = None) -> ReferenceEngine:
         """The reference engine over the live parameters: autograd flows through it to them."""
         field = self.vector_field if torch.compiler.is_compiling() else self._live_field()
         return reference_engine(field, None if kind is None else self.divergence_plan(kind))
@@ -188,7 +189,7 @@ class CompiledField(FieldParameters):
         return any(GLOBAL_HOOKS) or any(self._inner_hooks)
 
     @factories_on_cpu
-    def packed(self, kind: Literal["exact", "hutchinson"] | None = None) -> Engine:
+    def packed(self, kind: Kind | None = None) -> Engine:
         """An engine that holds the current values, with the divergence of this kind; kept until a parameter changes."""
         return self._packing.engine(kind, list(self._tensors()), self._live_field)
 
@@ -314,14 +315,14 @@ class CompiledField(FieldParameters):
                 x = own(t, x, layer)
         return x
 
-    def in_own_dtype(self, y: Tensor) -> Tensor:
+    def in_own_dtype(self, y: Any) -> Any:
         """y in the field's dtype where torch.autocast is on, which makes states of other dtypes; else y as it is."""
         if isinstance(y, Tensor) and is_autocast_enabled(y) and y.is_floating_point():
             return y.to(self.dtype)
         return y
 
     @factories_on_cpu
-    def _run(self, kind: str | None, t: Tensor, x: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
+    def _run(self, kind: Kind | None, t: Tensor, x: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
         """(dx,) or (dx, trace) by the engine, for checked x [batch, dim]; with a graph where one is wanted."""
         if torch.compiler.is_compiling():
             if self.described is not None:
@@ -382,16 +383,19 @@ class CompiledField(FieldParameters):
     # ------------------------------------------------------------------------------------------------- telling of it
 
     @factories_on_cpu
-    def report(self) -> str:
-        """For people: the layers that remain, what was removed, the engine and the divergence, each with its reason."""
+    def report(self) -> Report:
+        """For people: the layers that remain, what was removed, the engine and the divergence, each with its reason. A
+        string, which notebooks show with its table."""
         field = self.vector_field
         if isinstance(field, GraphField):
-            return "\n".join([*describe_graph(field), "", *self._engine_lines(field), *field.notes])
-        lines = [*describe_chain(field), "", *self._engine_lines(field)]
+            before, rows, after = describe_graph(field)
+            return Report(before, rows, [*after, "", *self._engine_lines(field), *field.notes])
+        before, rows, after = describe_chain(field)
+        lines = [*after, "", *self._engine_lines(field)]
         if self._simplification:
             lines += ["", self._simplification]
         lines += [note for note in field.notes if note not in self._simplification]
-        return "\n".join(lines)
+        return Report(before, rows, lines)
 
     def _engine_lines(self, field: VectorField | GraphField) -> list[str]:
         """Who runs it, and how the divergence is computed."""

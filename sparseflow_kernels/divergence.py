@@ -22,7 +22,8 @@ from torch.nn import functional
 from .divergence_graph import GraphForm, plan_graph
 from .field import GraphField, Layer, Pattern, VectorField
 
-KINDS = ("exact", "hutchinson")
+Kind = Literal["exact", "hutchinson"]
+KINDS: tuple[Kind, ...] = ("exact", "hutchinson")
 
 PATH_LIMIT = 4_000_000  # longest path list a plan stores (a path is a few int64); above it values are multiplied out
 BLOCK_ELEMENTS = 4_000_000  # largest dense intermediate while counting, listing and multiplying out
@@ -182,7 +183,7 @@ class DivergencePlan:
 # ------------------------------------------------------------------------------------------------------------ planning
 
 
-def plan(field: VectorField | GraphField, kind: Literal["exact", "hutchinson"] = "exact") -> DivergencePlan:
+def plan(field: VectorField | GraphField, kind: Kind = "exact") -> DivergencePlan:
     """Choose the divergence's form for these masks. Reads patterns only, never values; runs on the CPU; deterministic.
 
     Raises ValueError for an unknown kind. Source of the identities: tr is cyclic, so the two outer matrices can be

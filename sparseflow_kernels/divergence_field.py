@@ -8,18 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from .compiled_field import CompiledField
-from .divergence import KINDS
+from .divergence import KINDS, Kind
 from .field import VectorField
 from .hooks import GLOBAL_HOOKS, hooks_of
 from .warn import warn
 
 NOISES = ("rademacher", "gaussian")
 
+Noise = Literal["rademacher", "gaussian"]
+
 
 def with_divergence(
     field: CompiledField | Callable[[Tensor, Tensor], Tensor],
-    kind: Literal["exact", "hutchinson"] = "exact",
-    noise: Tensor | Literal["rademacher", "gaussian"] | None = None,
+    kind: Kind = "exact",
+    noise: Tensor | Noise | None = None,
 ) -> "DivergenceField":
     """The field beside its log-density: (x, l) -> (dx/dt, dl/dt = -tr df/dx), see DivergenceField.
 

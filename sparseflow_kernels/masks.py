@@ -93,7 +93,8 @@ def check_maskable(module: nn.Module, name: str, path: str = "") -> None:
     module's."""
     where = f"{path or type(module).__name__}.{name}"
     if parametrize.is_parametrized(module, name):
-        kinds = ", ".join(type(part).__name__.lstrip("_") for part in module.parametrizations[name])
+        parts = module.get_submodule(f"parametrizations.{name}").children()
+        kinds = ", ".join(type(part).__name__.lstrip("_") for part in parts)
         raise ValueError(
             f"cannot prune {where}: it has a parametrization ({kinds}), which would make the pruned entries anew; make "
             f'it plain first: torch.nn.utils.parametrize.remove_parametrizations(layer, "{name}")'

@@ -15,7 +15,7 @@ from typing import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from .field import UnsupportedFieldError, VectorField
+from .field import GraphField, UnsupportedFieldError, VectorField
 from .origin import COMPUTED, CONSTANT, Derivation, Key, Origin, Recipe
 
 
@@ -192,7 +192,7 @@ class Shares:
 
 
 @torch.no_grad()
-def check_made_again(field: VectorField, make: Callable[[], list[Tensor]]) -> None:
+def check_made_again(field: VectorField | GraphField, make: Callable[[], list[Tensor]]) -> None:
     """Raises UnsupportedFieldError where make(), the field's tensors made of what is held, gives others than were
     read."""
     remedy = "use the module uncompiled with sfk.odeint, which hands it to torchdiffeq"

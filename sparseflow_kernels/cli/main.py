@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Callable
 
 import typer
 
@@ -30,10 +30,11 @@ def face(
     """Pruned neural ODEs and continuous normalizing flows, solved by kernels that see only the weights that remain."""
 
 
-for name, function in {
+_commands: dict[str, Callable[..., None]] = {
     "info": info.info, "bench": bench.bench, "demo": demo.demo, "train": train.train, "prune": train.prune,
     "sweep": train.sweep,
-}.items():  # fmt: skip
+}  # fmt: skip
+for name, function in _commands.items():
     app.command(name)(command(function))
 app.add_typer(paper.app, name="paper")
 app.add_typer(data.app, name="data")

