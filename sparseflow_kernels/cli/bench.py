@@ -78,7 +78,7 @@ def bench(
         Optional[str],
         typer.Option(
             help="comma-separated field names, or 'all'",
-            show_default=f"{','.join(SOLVE.fields)}; with --train {','.join(TRAIN.fields)}",
+            show_default=f"{', '.join(SOLVE.fields)}; with --train {', '.join(TRAIN.fields)}",
         ),
     ] = None,
     keeps: Annotated[

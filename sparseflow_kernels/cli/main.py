@@ -11,7 +11,7 @@ from . import bench, data, demo, info, paper, train
 from .console import command
 from .options import OFF
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False, rich_markup_mode="markdown")
 
 
 def _version(wanted: bool) -> None:
