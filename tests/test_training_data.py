@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sparseflow_kernels as sfk
 from sparseflow_kernels.data.dataset import Dataset
 from sparseflow_kernels.flows import ContinuousFlow, mlp_field
-from sparseflow_kernels.training import as_dataset, evaluate_nll, train
+from sparseflow_kernels.training import evaluate_nll, train
 
 torch.set_num_threads(1)
 ROWS, HELD = torch.randn(96, 2, generator=torch.Generator().manual_seed(0)), torch.randn(32, 2)
