@@ -30,6 +30,7 @@ def _cpu() -> dict[str, Any]:
         return {"built": False, "reason": f"{type(error).__name__}: {error}; build it with `pip install .`"}
     info: dict[str, Any] = {"built": True, "isas": facts.get("isas", []), "forced": os.environ.get("SPARSEFLOW_ISA")}
     try:
+        info["best_isa"] = module.best_isa()
         info["isa"] = module.isa()
     except Exception as error:  # an unknown SPARSEFLOW_ISA is refused by the dispatcher
         info["isa"], info["reason"] = None, f"{type(error).__name__}: {error}"
@@ -174,7 +175,8 @@ def build_info() -> dict[str, Any]:
 
     - version: the package's version; python: the interpreter's.
     - cpu: built (bool); if so isas (compiled), isa (chosen for this processor; the environment variable SPARSEFLOW_ISA
-      forces one), forced, threads, compiler, target, build_type, flags; if not, reason.
+      forces one), best_isa (that it runs, compiled or not), forced, threads, compiler, target, build_type, flags; if
+      not, reason.
     - cuda: built (bool); available (bool): whether it can run on a device here; if not, reason; if built, nvcc
       (version), archs and ptx (what was compiled for), flags, runtime and driver (CUDA versions, driver None without
       one), devices: a list of name, capability, multiprocessors, shared_per_block and memory (bytes), usable (bool).

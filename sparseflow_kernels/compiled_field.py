@@ -137,6 +137,17 @@ class CompiledField(FieldParameters):
 
     # ------------------------------------------------------------------------------------------------- what it is
 
+    def _first(self) -> Tensor:
+        """Every call asks for it first: where masks have come or gone since the last one, the parameters of a live field
+        have other names now."""
+        try:
+            return super()._first()
+        except RuntimeError:
+            if self._watch is None:
+                raise
+            self.follow()
+            return super()._first()
+
     @property
     def engine(self) -> type[Engine]:
         """The engine class that runs this field on its present device."""
@@ -386,6 +397,8 @@ class CompiledField(FieldParameters):
     def report(self) -> Report:
         """For people: the layers that remain, what was removed, the engine and the divergence, each with its reason. A
         string, which notebooks show with its table."""
+        if self._watch is not None:
+            self.follow()
         field = self.vector_field
         if isinstance(field, GraphField):
             before, rows, after = describe_graph(field)

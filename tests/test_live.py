@@ -103,6 +103,24 @@ def test_other_masks_are_compiled_when_they_are_met():
     torch.testing.assert_close(field(T[1], x), mine(T[1], x))
 
 
+@pytest.mark.parametrize("ask", [
+    lambda field, x: field(T[1], x), lambda field, x: field(T[:1].expand(len(x)), x), lambda field, x: sfk.odeint(field, x, T),
+    lambda field, x: field.report(),
+])  # fmt: skip
+def test_masks_may_come_and_go_between_calls(ask):
+    mine, x = Residual().double(), torch.randn(4, 3).double()
+    field = sfk.compile(mine, live=True)
+    dense = field.nnz
+    for change, expected in (
+        (lambda: sfk.prune_weights_(mine, 0.5, of="weights"), lambda nnz: nnz < dense),
+        (lambda: [prune.remove(layer, "weight") for layer in (mine.a, mine.b)], lambda nnz: nnz < dense),
+    ):
+        change()
+        ask(field, x)
+        torch.testing.assert_close(field(T[1], x), mine(T[1], x))
+        assert expected(field.nnz)
+
+
 def test_what_becomes_unreadable_is_said():
     class Switch(Chain):
         def forward(self, t, x):

@@ -213,6 +213,39 @@ def test_a_wrong_cuda_switch_is_refused(build, monkeypatch):
         build.plan_cuda()
 
 
+def test_without_a_compiler_there_is_one_sentence(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(SystemExit, match=r"no C\+\+ compiler was found .*install GCC 12 or newer"):
+        build.check_platform()
+    monkeypatch.setenv("CXX", "no-such-c++ -m64")
+    with pytest.raises(SystemExit, match="CXX=no-such-c.. -m64 is no program"):
+        build.check_platform()
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match="runs on Linux and macOS; this is win32"):
+        build.check_platform()
+
+
+def test_a_build_of_baseline_kernels_alone_warns():
+    native = pytest.importorskip("sparseflow_kernels._cpu")
+    if native.best_isa() == "baseline":
+        pytest.skip("this processor has nothing better")
+    code = """
+import warnings
+from sparseflow_kernels import _cpu
+from sparseflow_kernels.engines import cpu
+_cpu.isa = lambda: "baseline"
+with warnings.catch_warnings(record=True) as found:
+    warnings.simplefilter("always")
+    cpu._native(), cpu._native()
+print(*(str(w.message) for w in found), sep=chr(10))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "SPARSEFLOW_ISA"}
+    for forced, warnings in (({}, 1), ({"SPARSEFLOW_ISA": "baseline"}, 0)):
+        done = subprocess.run([sys.executable, "-P", "-c", code], env={**environment, **forced}, capture_output=True, text=True)
+        assert done.stdout.count(f"no kernels for {native.best_isa()}") == warnings, done.stdout + done.stderr
+
+
 def test_constraints_pin_every_direct_dependency_but_the_peers():
     pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     project = PYPROJECT["project"]
