@@ -15,7 +15,7 @@ project, author = "sparseflow_kernels", "The sparseflow_kernels authors"
 copyright = "2026, " + author  # noqa: A001 - Sphinx's name
 version = release = sparseflow_kernels.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.doctest", "sphinx_copybutton"]
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 html_theme, html_title = "furo", f"sparseflow_kernels {version}"
@@ -23,6 +23,7 @@ html_theme_options = {"source_directory": "docs/"}
 html_show_sourcelink = False
 default_role = "code"  # a word between single backticks in a docstring
 autodoc_typehints = "signature"
+autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "exclude-members": "training"}
 python_maximum_signature_line_length = 100
@@ -44,7 +45,7 @@ def _escaped(line: str) -> str:
     parts = re.split(r"(`+[^`]+`+)", line)
     prose = [re.sub(r"([*|\\])", r"\\\1", part) for part in parts[::2]]
     parts[::2] = [re.sub(r"(?<=\w)_(?!\w)", r"\\_", part) for part in prose]
-    return "".join(parts)
+    return re.sub(r"(?<!`)(`[^`]+`)(?=\w)", r"\1\\ ", "".join(parts))  # `compile`d: a word goes on behind the code
 
 
 def docstring(app, what, name, obj, options, lines: list[str]) -> None:

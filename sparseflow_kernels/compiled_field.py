@@ -145,6 +145,7 @@ class CompiledField(FieldParameters):
         except RuntimeError:
             if self._watch is None:
                 raise
+            self._slots = None
             self.follow()
             return super()._first()
 

@@ -107,9 +107,10 @@ def test_other_masks_are_compiled_when_they_are_met():
     lambda field, x: field(T[1], x), lambda field, x: field(T[:1].expand(len(x)), x), lambda field, x: sfk.odeint(field, x, T),
     lambda field, x: field.report(),
 ])  # fmt: skip
-def test_masks_may_come_and_go_between_calls(ask):
+@pytest.mark.parametrize("like", [None, torch.zeros(2, 3).double()])
+def test_masks_may_come_and_go_between_calls(ask, like):
     mine, x = Residual().double(), torch.randn(4, 3).double()
-    field = sfk.compile(mine, live=True)
+    field = sfk.compile(mine, live=True, like=like)
     dense = field.nnz
     for change, expected in (
         (lambda: sfk.prune_weights_(mine, 0.5, of="weights"), lambda nnz: nnz < dense),
