@@ -1,6 +1,9 @@
-"""The site's examples: what a page prints is what its code prints, and every public name has an entry with an example."""
+"""Examples of the README and the site: what a page says its code prints, it prints; and every public name has an entry with
+an example."""
 
+import contextlib
 import doctest
+import io
 import re
 from pathlib import Path
 
@@ -13,7 +16,8 @@ from sparseflow_kernels import data, flows, pruning, training
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BLOCK = re.compile(r"^```\{?(\w+)\}?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 API = sorted((DOCS / "api").glob("*.md"))
-GUIDES = [DOCS / "getting_started.md", DOCS / "drop_in.md", DOCS / "faq.md", *sorted((DOCS / "how_to").glob("*.md"))]
+README = DOCS.parent / "README.md"
+GUIDES = [README, DOCS / "getting_started.md", DOCS / "drop_in.md", DOCS / "faq.md", *sorted((DOCS / "how_to").glob("*.md"))]
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -41,9 +45,25 @@ def test_examples_of_the_reference(path):
 
 @pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.stem)
 def test_code_of_the_guides(path):
+    """Block after block in one session. A block of text behind one of Python is what that prints."""
     namespace: dict = {"__name__": path.stem}
-    for text in blocks(path, "python"):
-        exec(compile(text, f"{path.name}: {text.splitlines()[0]}", "exec"), namespace)
+    printed = ""
+    for language, text in BLOCK.findall(path.read_text()):
+        if language == "python":
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
+                exec(compile(text, f"{path.name}: {text.splitlines()[0]}", "exec"), namespace)
+            printed = output.getvalue()
+        elif language == "text" and printed and sparseflow_kernels.build_info()["cpu"]["built"]:
+            assert printed.strip() == text.strip(), f"{path}: replace the text block by what the code above it prints"
+
+
+def test_local_links_and_pictures_exist():
+    for page in (README, *GUIDES, *DOCS.glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in target:
+                found = page.parent / target
+                assert found.exists() or found.with_suffix(".ipynb").exists(), f"{page}: {target}"
 
 
 def test_every_public_name_has_an_entry_and_an_example():
