@@ -162,8 +162,8 @@ def check_platform() -> None:
     if not any(map(shutil.which, candidates)):
         what = f"CXX={named} is no program" if named else "no C++ compiler was found (c++, g++, clang++)"
         raise SystemExit(
-            f"setup.py: {what}; sparseflow_kernels is compiled when it is installed from source: install GCC 12 or newer, "
-            "or Clang (apt install g++, dnf install gcc-c++, xcode-select --install), or set CXX"
+            f"setup.py: {what}; sparseflow_kernels is compiled when it is installed from source: install GCC 12 or "
+            "newer, or Clang (apt install g++, dnf install gcc-c++, xcode-select --install), or set CXX"
         )
 
 

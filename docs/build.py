@@ -9,7 +9,14 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
-NEEDED = {"sphinx": "docs", "furo": "docs", "myst_nb": "docs", "sphinx_copybutton": "docs", "matplotlib": "demo", "sklearn": "demo"}
+NEEDED = {
+    "sphinx": "docs",
+    "furo": "docs",
+    "myst_nb": "docs",
+    "sphinx_copybutton": "docs",
+    "matplotlib": "demo",
+    "sklearn": "demo",
+}
 
 
 def main() -> None:
@@ -19,7 +26,18 @@ def main() -> None:
         sys.exit(f"docs/build.py: {', '.join(missing)} not installed: pip install 'sparseflow_kernels[{extras}]'")
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     tests = [sys.executable, "-m", "pytest", "-q", str(DOCS.parent / "tests" / "test_docs.py")]
-    site = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(DOCS / "_build" / "html")]
+    site = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-b",
+        "html",
+        str(DOCS),
+        str(DOCS / "_build" / "html"),
+    ]
     for command in (tests, site):
         if status := subprocess.run(command, env=environment).returncode:
             sys.exit(status)

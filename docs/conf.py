@@ -35,7 +35,8 @@ nb_execution_timeout = 120
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
-# ------------------------------------------------------------------------------------- our docstrings, as reStructuredText
+# ------------------------------------------------------------------------------------- our docstrings, as
+# reStructuredText
 
 _ITEM = re.compile(r"^([A-Za-z_*][\w.*\[\]\"]*(?:(?:, | or )[A-Za-z_*][\w.*]*)*): (.*)$")
 
@@ -84,7 +85,8 @@ def docstring(app, what, name, obj, options, lines: list[str]) -> None:
     lines[:] = out
 
 
-# ------------------------------------------------------------------------------------------- benchmarks, from their files
+# ------------------------------------------------------------------------------------------- benchmarks, from their
+# files
 
 
 def tables(app) -> None:

@@ -1,9 +1,10 @@
 """Runs the quick tests with the wheel in dist/ on several versions of torch: `make matrix`.
 
-    python packaging/matrix.py [torch ...]        # "2.12.0", "2.13.0", "newest"; without: the floor, the pinned, the newest
+    python packaging/matrix.py [torch ...]        # "2.12.0", "2.13.0", "newest"; without: the floor, the pinned, the
+    newest
 
-Each version has a virtual environment of its own in build/matrix, which is kept. Versions that the index does not have are
-named and passed over; the exit status is 1 where tests fail, or where nothing could be tested.
+Each version has a virtual environment of its own in build/matrix, which is kept. Versions that the index does not have
+are named and passed over; the exit status is 1 where tests fail, or where nothing could be tested.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def run(version: str, wheel: Path) -> bool | None:
     python = str(folder / "bin" / "python")
     torch = "torch" if version == "newest" else f"torch=={version}"
     pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--extra-index-url", INDEX, "--upgrade"]
-    if subprocess.run([*pip, torch, f"sparseflow_kernels[cli] @ {wheel.as_uri()}", "pytest", "pytest-xdist"]).returncode:
+    if subprocess.run(
+        [*pip, torch, f"sparseflow_kernels[cli] @ {wheel.as_uri()}", "pytest", "pytest-xdist"]
+    ).returncode:
         return None
     command = [python, "-P", "-m", "pytest", "-q", "-n", "2", *QUICK]
     return subprocess.run(command, cwd=ROOT).returncode == 0

@@ -1,8 +1,9 @@
-"""Builds a CPU wheel for manylinux and checks it: `make wheel`, or python packaging/wheel.py [--glibc 2.28] [--out dist].
+"""Builds a CPU wheel for manylinux and checks it: `make wheel`, or python packaging/wheel.py [--glibc 2.28] [--out
+dist].
 
-A compiler of the system links against its own C and C++ libraries, and the wheel would run on no older ones. Clang of the
-ziglang package has the headers and symbols of every glibc, and puts the C++ library into the module. The wheel is checked
-by auditwheel, which reads what the module really asks for.
+A compiler of the system links against its own C and C++ libraries, and the wheel would run on no older ones. Clang of
+the ziglang package has the headers and symbols of every glibc, and puts the C++ library into the module. The wheel is
+checked by auditwheel, which reads what the module really asks for.
 """
 
 from __future__ import annotations

@@ -138,8 +138,8 @@ class CompiledField(FieldParameters):
     # ------------------------------------------------------------------------------------------------- what it is
 
     def _first(self) -> Tensor:
-        """Every call asks for it first: where masks have come or gone since the last one, the parameters of a live field
-        have other names now."""
+        """Every call asks for it first: where masks have come or gone since the last one, the parameters of a live
+        field have other names now."""
         try:
             return super()._first()
         except RuntimeError:
