@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .compiled_field import CompiledField, compile as compile_field
 from .divergence_field import DivergenceField
 from .field import UnsupportedFieldError
-from .hooks import hooks_of
+from .hooks import is_hooked
 from .odeint import odeint, odeint_adjoint
 from .solving.arguments import CALLBACKS
 from .warn import warn
@@ -76,6 +76,7 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
 
     engine: str = "auto"
     _entries: dict[tuple, _Entry] = dataclass_field(default_factory=dict, repr=False)
+    _hooked: weakref.WeakSet = dataclass_field(default_factory=weakref.WeakSet, repr=False)
     _lock: Any = dataclass_field(default_factory=threading.RLock, repr=False)
 
     def __enter__(self) -> "accelerate":
@@ -108,6 +109,11 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
         parts = y0 if isinstance(y0, tuple) else (y0,)
         if not parts or not all(isinstance(part, Tensor) and part.dim() for part in parts):
             return None
+        if is_hooked(module):
+            if module not in self._hooked:
+                self._hooked.add(module)
+                self._warn(module, "it has hooks, which would not be called")
+            return None
         kinds = tuple((tuple(part.shape[1:]), part.dtype, part.device) for part in parts)
         key = id(module), module.training, isinstance(y0, tuple), kinds
         exact = (*key, tuple(part.shape[0] for part in parts))
@@ -134,10 +140,13 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
         except (UnsupportedFieldError, TypeError, ValueError) as error:
             self._hand_on(entry, error)
 
-    @staticmethod
-    def _hand_on(entry: _Entry, error: Exception) -> None:
+    def _hand_on(self, entry: _Entry, error: Exception) -> None:
         entry.field, entry.reason = None, str(error)
-        warn(f"accelerate: {type(entry.module()).__name__} is handed on to torchdiffeq: {entry.reason}")
+        self._warn(entry.module(), entry.reason)
+
+    @staticmethod
+    def _warn(module: nn.Module, reason: str) -> None:
+        warn(f"accelerate: {type(module).__name__} is handed on to torchdiffeq: {reason}")
 
     def _compiled(self, module: nn.Module, y0: Any) -> _Entry:
         like = tuple(part.detach() for part in y0) if isinstance(y0, tuple) else y0.detach()
@@ -209,8 +218,6 @@ def _field(func: Any, y0: Any, arguments: dict) -> CompiledField | None:
     if not isinstance(func, nn.Module) or isinstance(func, (CompiledField, DivergenceField)):
         return None
     if arguments.get("event_fn") is not None or any(getattr(func, name, None) is not None for name in CALLBACKS):
-        return None
-    if any(hooks_of(func)):
         return None
     with _state_lock:
         here = _active[-1] if _active else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 
@@ -243,3 +244,33 @@ def test_what_becomes_unreadable_between_solves_is_handed_on_and_comes_back() ->
         odeint(module, y, t, method="euler")
         report = running.report()
     assert report.count("dropout is active") == 1 and "_fft" in report
+
+
+def test_counters_of_the_module_go_on_as_under_torchdiffeq():
+    counts = []
+    for under in (contextlib.nullcontext, accelerate):
+        module, y = Latent().double(), torch.ones(3, 4).double()
+        nn.init.eye_(module.fc1.weight)
+        for part in (module.fc2, module.fc3):
+            nn.init.constant_(part.weight, 0.1)
+        for part in (module.fc1, module.fc2, module.fc3):
+            nn.init.zeros_(part.bias)
+        with under():
+            for _ in range(2):
+                module.nfe = 0
+                odeint(module, y, torch.tensor([0.0, 1.0]).double(), method="dopri5")
+                counts.append(module.nfe)
+    assert counts[0] > 8 and counts == [counts[0]] * 4
+
+
+def test_modules_with_hooks_are_handed_on_so_that_these_are_called():
+    module, y, seen = Demo().double(), torch.randn(3, 2).double(), []
+    handle = module.net[0].register_forward_hook(lambda part, inputs, output: seen.append(len(output)))
+    times = torch.tensor([0.0, 1.0]).double()
+    with accelerate() as context:
+        with pytest.warns(UserWarning, match="hooks"):
+            odeint(module, y, times, method="rk4")
+        assert len(seen) == 4
+        handle.remove()
+        odeint(module, y, times, method="rk4")
+        assert len(seen) == 4 and "cpu engine, 1 solves" in context.report()
