@@ -132,15 +132,17 @@ class CompiledField(FieldParameters):
         forgotten = dict.fromkeys(("_own_times", "_inner_hooks"))
         return {**super().__getstate__(), **forgotten, "_packing": Packing(self.requested)}
 
-    def follow(self) -> None:
-        """Compile anew where the module is no longer the one that this field was compiled from (`live`)."""
+    def follow(self) -> bool:
+        """Compile anew where the module is no longer the one that this field was compiled from (`live`). True where it is
+        not."""
         if not self._watch.changed():
-            return
+            return False
         like = self._like()
         dim = None if self.layout is not None or like is not None else self.dim
         fresh = compile(self.module, self.requested, dim, like, live=True)
         own = {name for name in self.__dict__ if name.endswith("_hooks") or name in ("training", "_context", "example", "nfe")}
         self.__dict__.update({name: value for name, value in fresh.__dict__.items() if name not in own})
+        return True
 
     # ------------------------------------------------------------------------------------------------- what it is
 

@@ -38,7 +38,8 @@ class FieldParameters(nn.Module):
         if source is not None:
             self.module = source
             read = getattr(field, "read_context", None)
-            self._watch = Watch(source, frozenset() if read is None else read.tensors, counters)
+            names = {name for origin in (origins or {}).values() for name in origin.parameters}
+            self._watch = Watch(source, names, frozenset() if read is None else read.tensors, counters)
         if origins is None:
             origins, held = Held.by_tensors(field)
         self.origins = origins

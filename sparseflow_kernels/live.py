@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
-from typing import Iterable, Mapping
+from typing import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from .callables import FunctionModule
 from .counting import Counters
 from .hooks import hooks_of
 from .live_attributes import Attributes
@@ -24,12 +25,15 @@ class Watch:
     """
 
     def __init__(
-        self, module: nn.Module, context: frozenset[str] = frozenset(), counters: Counters | None = None
+        self, module: nn.Module, names: Collection[str] = (), context: frozenset[str] = frozenset(),
+        counters: Counters | None = None,
     ) -> None:  # fmt: skip
-        """context: names of the tensors that are the field's context.  counters: what the module counts, which is no part of
-        what it computes."""
+        """names: of the parameters that the field reads.  context: names of the tensors that are its context.  counters: what
+        the module counts, which is no part of what it computes."""
         self._module, self._counters = module, counters
         parts = list(module.modules())
+        if isinstance(module, FunctionModule) and counters is not None:
+            parts = module.used(counters.run, names)
         self._structure = [
             (names, _which(names)) for part in parts for names in (part._parameters, part._buffers)
         ]  # TorchScript's dictionaries are no others
@@ -46,7 +50,7 @@ class Watch:
             if parameter is not None and parameter.layout == torch.strided and not bool(parameter.detach().all())
             and not (parameter.requires_grad and is_fresh(parameter.detach()))
         ]  # fmt: skip
-        self._attributes = Attributes(module, context, counters)
+        self._attributes = Attributes(module, parts, context, counters)
 
     def _present_buffers(self) -> list[Tensor]:
         held = [buffer for part, key in self._held if (buffer := part._buffers[key]) is not None]
@@ -58,6 +62,11 @@ class Watch:
 
     def __getstate__(self) -> dict:
         return {"_module": self._module}
+
+    @property
+    def records(self) -> str | None:
+        """The name of a list or dict in which forward notes what it sees; None if it does not."""
+        return None if self._counters is None else self._counters.records
 
     def count(self, evaluations: int) -> None:
         """Of so many evaluations the module's own counters know by this."""

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .capture.context import PREFIX, items_of
-from .counting import Counters
+from .counting import TORCHS, Counters
 from .packing import Snapshot, strided
 
-TORCHS = frozenset(nn.Module().__dict__)  # attributes that every module has
 DEEPEST = 4  # containers in containers
 _SETTINGS = (bool, int, float, str, tuple, type(None))
 LONGEST = 64  # items of one: longer ones are records of what happened
@@ -22,16 +21,19 @@ LONGEST = 64  # items of one: longer ones are records of what happened
 
 class Attributes:
     """The attributes of a module's own parts as they were. What forward itself writes (it counts its calls, say) is left out,
-    and so is the field's context, which it reads at every call. context: names of its tensors.  counters: what the module
-    counts."""
+    and so is the field's context, which it reads at every call. parts: the modules that are watched.  context: names of its
+    tensors.  counters: what the module counts."""
 
-    def __init__(self, module: nn.Module, context: frozenset[str], counters: Counters | None) -> None:
+    def __init__(
+        self, module: nn.Module, parts: list[nn.Module], context: frozenset[str], counters: Counters | None
+    ) -> None:  # fmt: skip
         self._context = context
+        paths = {part: path for path, part in module.named_modules()}
+        torchs = [part for part in parts if type(part).__module__.startswith("torch.")]
         self._parts = [
-            (path, part, _written_by(type(part).forward) | (counters.of(part) if counters else frozenset()))
-            for path, part in module.named_modules() if not type(part).__module__.startswith("torch.")
+            (paths[part], part, _written_by(type(part).forward) | (counters.of(part) if counters else frozenset()))
+            for part in parts if part not in torchs
         ]  # fmt: skip
-        torchs = [part for part in module.modules() if type(part).__module__.startswith("torch.")]
         self._settings = [
             (part.__dict__, key, value) for part in torchs
             for key, value in part.__dict__.items() if key not in TORCHS and isinstance(value, _SETTINGS)
