@@ -17,15 +17,18 @@ import torch
 import torchdiffeq
 from torch import Tensor, nn
 
+from .callables import PYTHONS, FunctionModule, Kept, key_of, original, parts_of
 from .compiled_field import CompiledField, compile as compile_field
 from .divergence_field import DivergenceField
 from .field import UnsupportedFieldError
-from .hooks import hooks_of
+from .hooks import is_hooked
 from .odeint import odeint, odeint_adjoint
 from .solving.arguments import CALLBACKS
 from .warn import warn
 
 MOST_FIELDS = 64  # kept at the same time; beyond, those that were compiled first are forgotten
+MOST_FUNCTIONS = 64  # the same of functions, which keep the modules that they read alive
+MOST_COMPILED = 8  # times that a module is compiled anew for less than three solves each, after which it is handed on
 CALLS = {"odeint": odeint, "odeint_adjoint": odeint_adjoint}
 
 
@@ -52,12 +55,13 @@ _TRAMPOLINES = {"odeint": _trampoline_odeint, "odeint_adjoint": _trampoline_odei
 @dataclass
 class _Entry:
     """What became of one module for states of one kind. field: None where its solves are handed on to torchdiffeq, for
-    this `reason`.  solves: how many there were."""
+    this `reason`.  solves: how many there were.  compiled: how often it was compiled anew."""
 
     module: weakref.ref
     field: CompiledField | None
     reason: str = ""
     solves: int = 0
+    compiled: int = 0
 
 
 @dataclass(eq=False)
@@ -65,10 +69,11 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
     """Inside the `with`, what torchdiffeq is asked to solve is solved by compiled fields, where that is possible.
 
     A module is compiled when it is first met (`compile(module, like=y0, live=True)`: its parameters stay its own), and
-    again where its masks change. Modules that cannot be compiled, callables that are no modules, events and callbacks
-    are handed on to torchdiffeq; of a module a warning says so once, with the reason. `odeint_adjoint` gives the exact
-    gradient of the steps taken, unless it was given an adjoint_* argument (`sparseflow_kernels.odeint_adjoint`). Calls
-    of `sparseflow_kernels.odeint` and `solve` with a module take part.
+    again where its masks change. A function (a lambda over networks, a method of a model, a partial) is compiled as a
+    module that holds the modules which it reads. What cannot be compiled, events and callbacks are handed on to
+    torchdiffeq; of a module a warning says so once, with the reason. `odeint_adjoint` gives the exact gradient of the
+    steps taken, unless it was given an adjoint_* argument (`sparseflow_kernels.odeint_adjoint`). Calls of
+    `sparseflow_kernels.odeint` and `solve` with a module take part.
 
     The context may be entered again while it lasts, and from several threads, which share it: torchdiffeq's functions
     are the process's. engine: as in `compile`.
@@ -76,6 +81,8 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
 
     engine: str = "auto"
     _entries: dict[tuple, _Entry] = dataclass_field(default_factory=dict, repr=False)
+    _functions: dict[tuple, FunctionModule] = dataclass_field(default_factory=dict, repr=False)
+    _hooked: weakref.WeakSet = dataclass_field(default_factory=weakref.WeakSet, repr=False)
     _lock: Any = dataclass_field(default_factory=threading.RLock, repr=False)
 
     def __enter__(self) -> "accelerate":
@@ -96,7 +103,7 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
         lines = []
         for entry in list(self._entries.values()):
             module = entry.module()
-            name = "a module that is gone" if module is None else type(module).__name__
+            name = "a module that is gone" if module is None else _name(module)
             if entry.field is None:
                 lines.append(f"{name}: handed on to torchdiffeq ({entry.reason})")
             else:
@@ -108,6 +115,11 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
         none."""
         parts = y0 if isinstance(y0, tuple) else (y0,)
         if not parts or not all(isinstance(part, Tensor) and part.dim() for part in parts):
+            return None
+        if is_hooked(module):
+            if module not in self._hooked:
+                self._hooked.add(module)
+                self._warn(module, "it has hooks, which would not be called")
             return None
         kinds = tuple((tuple(part.shape[1:]), part.dtype, part.device) for part in parts)
         key = id(module), module.training, isinstance(y0, tuple), kinds
@@ -130,25 +142,69 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
     def _follow(self, entry: _Entry) -> None:
         """What the module has become since may be something that cannot be compiled."""
         try:
-            if entry.field is not None:
-                entry.field.follow()
+            if entry.field is not None and entry.field.follow():
+                entry.compiled += 1
+                if entry.compiled >= MOST_COMPILED and entry.compiled * 3 > entry.solves:
+                    raise UnsupportedFieldError(
+                        f"what it holds beside parameters was another in {entry.compiled} of {entry.solves} solves, so "
+                        "that it was compiled as often; numbers that change belong into parameters, or per sample into "
+                        "tensors"
+                    )
         except (UnsupportedFieldError, TypeError, ValueError) as error:
             self._hand_on(entry, error)
 
-    @staticmethod
-    def _hand_on(entry: _Entry, error: Exception) -> None:
+    def _hand_on(self, entry: _Entry, error: Exception) -> None:
         entry.field, entry.reason = None, str(error)
-        warn(f"accelerate: {type(entry.module()).__name__} is handed on to torchdiffeq: {entry.reason}")
+        self._warn(entry.module(), entry.reason)
+
+    @staticmethod
+    def _warn(module: nn.Module, reason: str) -> None:
+        warn(f"accelerate: {_name(module)} is handed on to torchdiffeq: {reason}")
 
     def _compiled(self, module: nn.Module, y0: Any) -> _Entry:
         like = tuple(part.detach() for part in y0) if isinstance(y0, tuple) else y0.detach()
         entry = _Entry(weakref.ref(module), None, solves=1)
+        kept = Kept(module.function) if isinstance(module, FunctionModule) else None
         try:
             with torch.no_grad():
-                entry.field = compile_field(module, self.engine, like=like, live=True)
+                field = compile_field(module, self.engine, like=like, live=True)
+            if (name := field._watch.records) is not None:
+                raise UnsupportedFieldError(f"forward notes what it sees in {name}, which a compiled field would not")
+            if kept is not None and kept.restore():
+                raise UnsupportedFieldError(
+                    "it writes what it reads (a counter, a list), which a compiled field would not"
+                )
+            entry.field = field
         except (UnsupportedFieldError, TypeError, ValueError) as error:
             self._hand_on(entry, error)
+        finally:
+            if kept is not None:
+                kept.restore()
         return entry
+
+    def module_of(self, function: Callable) -> FunctionModule | None:
+        """A function as a module, the same one for functions of the same code over the same modules."""
+        function = original(function)
+        key = key_of(function)
+        if key is None:
+            return None
+        if not isinstance(function, PYTHONS):
+            function = function.__call__  # type: ignore[operator]  # of an object
+        parts = parts_of(function)
+        key += tuple(map(id, parts))
+        with self._lock:
+            found = self._functions.pop(key, None)
+            if found is None:
+                found = FunctionModule(function, parts)
+                while len(self._functions) >= MOST_FUNCTIONS:  # the one that was not asked for for longest
+                    del self._functions[next(iter(self._functions))]
+            self._functions[key] = found
+            found.function = function
+            return found
+
+
+def _name(module: nn.Module) -> str:
+    return module.name if isinstance(module, FunctionModule) else type(module).__name__
 
 
 def _fits(field: CompiledField, y0: Any) -> bool:
@@ -207,14 +263,13 @@ def _call(name: str, func: Any, y0: Any, t: Any, **arguments: Any) -> Any:
 
 
 def _field(func: Any, y0: Any, arguments: dict) -> CompiledField | None:
-    if not isinstance(func, nn.Module) or isinstance(func, (CompiledField, DivergenceField)):
+    if isinstance(func, (CompiledField, DivergenceField)) or not callable(func):
         return None
     if arguments.get("event_fn") is not None or any(getattr(func, name, None) is not None for name in CALLBACKS):
         return None
-    if any(hooks_of(func)):
-        return None
     with _state_lock:
         here = _active[-1] if _active else None
-    if isinstance(y0, list):
+    if here is None or isinstance(y0, list):
         return None
-    return None if here is None else here.field_for(func, y0)
+    module = func if isinstance(func, nn.Module) else here.module_of(func)
+    return None if module is None else here.field_for(module, y0)

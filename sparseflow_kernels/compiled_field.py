@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import gradients, operators
 from .capture import unwrapped
 from .devices import factories_on_cpu
+from .counting import Counters
 from .divergence import KINDS, DivergencePlan, Kind
 from .engines import choose, reference_engine
 from .engines.base import Engine
@@ -25,7 +26,7 @@ from .field_parameters import FieldParameters, follow_assigned
 from .hooks import GLOBAL_HOOKS, hooks_of
 from .origin import Key, Origin
 from .packing import Packing
-from .reading import check_fits, example_of, read, shapes_of
+from .reading import check_fits, example_of, read, shapes_of, state_of
 from .report import describe_chain, describe_graph
 from .tables import Report
 from .trained import Held, check_made_again
@@ -74,9 +75,13 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
     if live and (not isinstance(source, nn.Module) or isinstance(source, CompiledField)):
         raise TypeError(f"live: needs the nn.Module whose parameters are to be used, not {type(source).__name__}")
     found = found.simplified()
+    counters = None
+    if live:
+        time = torch.zeros((), dtype=found.field.dtype, device=found.field.device)
+        counters = Counters(source, lambda: source(time, state_of(found.field, like)))
     compiled = CompiledField(
         found.field, engine, origins=found.origins, held=found.held, simplification=found.told,
-        source=source if live else None,
+        source=source if live else None, counters=counters,
     )  # fmt: skip
     if like is not None:
         compiled.example = shapes_of(like)
@@ -100,7 +105,9 @@ class CompiledField(FieldParameters):
     exported program of torch runs wherever this package was imported. Fields with functions of time that are Python
     break a graph; exported, their evaluations are torch operations, and their solves are refused.
 
-    dim: size of the state.  nnz: weights, that is multiply-adds per sample and evaluation.
+    dim: size of the state.  nnz: weights, that is multiply-adds per sample and evaluation.  nfe: evaluations so far, in
+    calls of the field and in solves (gradients add none); set it to 0 to count anew. What a live field's module counts
+    itself (`self.nfe += 1` in forward) is counted on as well.
     """
 
     example: tuple | None = None  # the shape of the `like` it was compiled with, or the shapes of its tensors
@@ -109,11 +116,13 @@ class CompiledField(FieldParameters):
     def __init__(
         self, field: VectorField | GraphField, engine: str = "auto", *, origins: dict[Key, Origin] | None = None,
         held: dict[str, Held] | None = None, simplification: str = "", source: nn.Module | None = None,
+        counters: Counters | None = None,
     ) -> None:  # fmt: skip
         """origins, held: of the field's tensors, and of the parameters these name; None: the tensors are parameters.
-        source: the module whose own parameters are used."""
+        source: the module whose own parameters are used, and its counters."""
         choose(field, engine)  # says now what would go wrong later
-        super().__init__(field, origins, held, source)
+        super().__init__(field, origins, held, source, counters)
+        self.nfe = 0
         self.requested = engine
         self.described = operators.describe(field, engine)
         self._simplification = simplification
@@ -125,15 +134,21 @@ class CompiledField(FieldParameters):
         forgotten = dict.fromkeys(("_own_times", "_inner_hooks"))
         return {**super().__getstate__(), **forgotten, "_packing": Packing(self.requested)}
 
-    def follow(self) -> None:
-        """Compile anew where the module is no longer the one that this field was compiled from (`live`)."""
+    def follow(self) -> bool:
+        """Compile anew where the module is no longer the one that this field was compiled from (`live`). True where it
+        is not."""
         if not self._watch.changed():
-            return
+            return False
         like = self._like()
         dim = None if self.layout is not None or like is not None else self.dim
         fresh = compile(self.module, self.requested, dim, like, live=True)
-        own = {name for name in self.__dict__ if name.endswith("_hooks") or name in ("training", "_context", "example")}
+        own = {
+            name
+            for name in self.__dict__
+            if name.endswith("_hooks") or name in ("training", "_context", "example", "nfe")
+        }
         self.__dict__.update({name: value for name, value in fresh.__dict__.items() if name not in own})
+        return True
 
     # ------------------------------------------------------------------------------------------------- what it is
 
@@ -246,6 +261,8 @@ class CompiledField(FieldParameters):
         if t.is_complex() or t.dtype == torch.bool:
             raise TypeError(f"t: must be real numbers, not {t.dtype}")
         t = t.reshape(-1).to(y)
+        if not torch.compiler.is_compiling():
+            self.count(1)
         if isinstance(self.skeleton, GraphField):
             return gradients.evaluate(*self.ready(), t, y.contiguous(), None, self.context_of(len(y)))[0]
         if self._own_times is None:
@@ -318,8 +335,16 @@ class CompiledField(FieldParameters):
             )
         return rows
 
+    def count(self, evaluations: int) -> None:
+        """There were so many evaluations."""
+        self.nfe += evaluations
+        if self._watch is not None:
+            self._watch.count(evaluations)
+
     def _layer_by_layer(self, t: Tensor, x: Tensor) -> Tensor:
         """f(t, x) in torch, every layer called as a module."""
+        if not torch.compiler.is_compiling():
+            self.count(1)
         if isinstance(self.skeleton, GraphField):
             return reference_engine(self.vector_field).evaluate(t, x, self.context_of(len(x)))
         with own_precision(x):
@@ -342,7 +367,9 @@ class CompiledField(FieldParameters):
             if not torch.compiler.is_exporting():
                 return _run_eagerly(self, kind, t, x, noise)
         context = self.context_of(len(x)) if isinstance(self.skeleton, GraphField) else None
-        return gradients.evaluate(*self.ready(kind), t, x, noise, context)
+        found = gradients.evaluate(*self.ready(kind), t, x, noise, context)
+        self.count(1)
+        return found
 
     def _check_time(self, t: Tensor | float) -> Tensor:
         like = self._first()

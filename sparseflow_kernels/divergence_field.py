@@ -78,6 +78,15 @@ class DivergenceField(nn.Module):
             return any(GLOBAL_HOOKS)
         return field.hooked_inside() or any(hooks_of(field))
 
+    @property
+    def nfe(self) -> int:
+        """Evaluations of the field so far; 0 for one that is not compiled and counts none."""
+        return getattr(self.field, "nfe", 0)
+
+    @nfe.setter
+    def nfe(self, evaluations: int) -> None:
+        self.field.nfe = evaluations
+
     def extra_repr(self) -> str:
         return f"kind={self.kind!r}" + (f", noise={self.distribution!r}" if self.kind == "hutchinson" else "")
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture.replay import TimeFormula
+from .counting import Counters
 from .field import GraphField, TimeFunction, VectorField
 from .field.graph import order
 from .field.layout import Layout
@@ -29,16 +30,17 @@ class FieldParameters(nn.Module):
 
     def __init__(
         self, field: VectorField | GraphField, origins: dict[Key, Origin] | None, held: dict[str, Held] | None,
-        source: nn.Module | None,
+        source: nn.Module | None, counters: Counters | None = None,
     ) -> None:  # fmt: skip
         """origins, held: of the field's tensors, and of the parameters these name; None: the tensors are parameters.
-        source: the module whose own parameters are used."""
+        source: the module whose own parameters are used, and its counters."""
         super().__init__()
         self._owners: dict[str, tuple[nn.Module, str]] = {}  # of entries, by their names
         if source is not None:
             self.module = source
             read = getattr(field, "read_context", None)
-            self._watch = Watch(source, frozenset() if read is None else read.tensors)
+            names = {name for origin in (origins or {}).values() for name in origin.parameters}
+            self._watch = Watch(source, names, frozenset() if read is None else read.tensors, counters)
         if origins is None:
             origins, held = Held.by_tensors(field)
         self.origins = origins

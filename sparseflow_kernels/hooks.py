@@ -14,3 +14,17 @@ GLOBAL_HOOKS = (
 def hooks_of(module: nn.Module) -> tuple[dict, ...]:
     """The dicts that hold the hooks of a module's calls and of their gradients; they live as long as the module."""
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether the module or a part of it has hooks of the user's. Those by which torch prunes and normalizes weights
+    compute what is read anyway."""
+    for part in module.modules():
+        for hooks in hooks_of(part):
+            if hooks and any(not _is_torchs(hook) for hook in hooks.values()):
+                return True
+    return False
+
+
+def _is_torchs(hook: object) -> bool:
+    return type(hook).__module__.startswith("torch.nn.utils.")

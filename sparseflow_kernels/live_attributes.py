@@ -11,27 +11,40 @@ import torch
 from torch import Tensor, nn
 
 from .capture.context import PREFIX, items_of
+from .counting import TORCHS, Counters
 from .packing import Snapshot, strided
 
-TORCHS = frozenset(nn.Module().__dict__)  # attributes that every module has
 DEEPEST = 4  # containers in containers
+_SETTINGS = (bool, int, float, str, tuple, type(None))
 LONGEST = 64  # items of one: longer ones are records of what happened
 
 
 class Attributes:
     """The attributes of a module's own parts as they were. What forward itself writes (it counts its calls, say) is
-    left out, and so is the field's context, which it reads at every call. context: names of its tensors."""
+    left out, and so is the field's context, which it reads at every call. parts: the modules that are watched.
+    context: names of its tensors.  counters: what the module counts."""
 
-    def __init__(self, module: nn.Module, context: frozenset[str]) -> None:
+    def __init__(
+        self, module: nn.Module, parts: list[nn.Module], context: frozenset[str], counters: Counters | None
+    ) -> None:  # fmt: skip
         self._context = context
+        paths = {part: path for path, part in module.named_modules()}
+        torchs = [part for part in parts if type(part).__module__.startswith("torch.")]
         self._parts = [
-            (path, part, _written_by(type(part).forward))
-            for path, part in module.named_modules() if not type(part).__module__.startswith("torch.")
+            (paths[part], part, _written_by(type(part).forward) | (counters.of(part) if counters else frozenset()))
+            for part in parts if part not in torchs
         ]  # fmt: skip
+        self._settings = [
+            (part.__dict__, key, value) for part in torchs
+            for key, value in part.__dict__.items() if key not in TORCHS and isinstance(value, _SETTINGS)
+        ]  # an `eps`, a `negative_slope`
+        self._settings += [(part.__dict__, "forward", part.__dict__.get("forward")) for part in torchs]
         self._stamps, tensors = self._present()
         self._tensors = Snapshot(tensors) if tensors else None
 
     def same(self) -> bool:
+        if any(held.get(key) is not value and held.get(key) != value for held, key, value in self._settings):
+            return False
         stamps, tensors = self._present()
         return stamps == self._stamps and (self._tensors is None or self._tensors.same(tensors))
 

@@ -74,3 +74,13 @@ def example_of(shapes: tuple, device: torch.device, dtype: torch.dtype) -> State
         return tuple(example_of(shape, device, dtype) for shape in shapes)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shapes, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def state_of(field: VectorField | GraphField, like: State | None) -> State:
+    """A state to try the module with that was read: a copy of `like`, where there is one."""
+    if isinstance(like, tuple):
+        return tuple(part.detach().clone() for part in like)
+    if like is not None:
+        return like.detach().clone()
+    axes = next(axes for axes in (2, 1, 3, 4) if field.refused(axes) is None)
+    return example_of((2,) * (axes - 1) + (field.dim,), field.device, field.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import threading
 import warnings
 
@@ -243,3 +245,143 @@ def test_what_becomes_unreadable_between_solves_is_handed_on_and_comes_back() ->
         odeint(module, y, t, method="euler")
         report = running.report()
     assert report.count("dropout is active") == 1 and "_fft" in report
+
+
+def test_counters_of_the_module_go_on_as_under_torchdiffeq():
+    counts = []
+    for under in (contextlib.nullcontext, accelerate):
+        module, y = Latent().double(), torch.ones(3, 4).double()
+        nn.init.eye_(module.fc1.weight)
+        for part in (module.fc2, module.fc3):
+            nn.init.constant_(part.weight, 0.1)
+        for part in (module.fc1, module.fc2, module.fc3):
+            nn.init.zeros_(part.bias)
+        with under():
+            for _ in range(2):
+                module.nfe = 0
+                odeint(module, y, torch.tensor([0.0, 1.0]).double(), method="dopri5")
+                counts.append(module.nfe)
+    assert counts[0] > 8 and counts == [counts[0]] * 4
+
+
+def test_modules_with_hooks_are_handed_on_so_that_these_are_called():
+    module, y, seen = Demo().double(), torch.randn(3, 2).double(), []
+    handle = module.net[0].register_forward_hook(lambda part, inputs, output: seen.append(len(output)))
+    times = torch.tensor([0.0, 1.0]).double()
+    with accelerate() as context:
+        with pytest.warns(UserWarning, match="hooks"):
+            odeint(module, y, times, method="rk4")
+        assert len(seen) == 4
+        handle.remove()
+        odeint(module, y, times, method="rk4")
+        assert len(seen) == 4 and "cpu engine, 1 solves" in context.report()
+
+
+NET, GAIN = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2)).double(), 1.5
+
+
+def of_globals(t, y):
+    return GAIN * NET(y)
+
+
+class Model(nn.Module):
+    """Its method is the field; the rest of it, in training mode, changes at every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        self.inner, self.weight, self.scale = nn.Linear(2, 2), nn.Parameter(torch.ones(2)), 2.0
+
+    def field(self, t, y):
+        return torch.tanh(self.inner(y)) * self.weight * self.scale
+
+    def forward(self, y, times):
+        return odeint(self.field, self.encoder(y), times, rtol=1e-8, atol=1e-8, method="dopri5")
+
+
+class Plain:
+    def __init__(self):
+        self.net, self.gain = NET, 0.5
+
+    def __call__(self, t, y):
+        return self.net(y) * self.gain
+
+
+def times_number(t, y, number):
+    return number * NET(y)
+
+
+def functions(context):
+    plain = Plain()
+    yield "lambda", lambda: (lambda t, y: NET(y) - y)
+    yield "context", lambda: (lambda t, y: NET(y + context))
+    yield "globals", lambda: of_globals
+    yield "partial", lambda: functools.partial(times_number, number=2.0)
+    yield "object", lambda: plain
+    yield "no network", lambda: (lambda t, y: torch.stack((y[:, 1], -y[:, 0]), 1))
+
+
+@pytest.mark.parametrize("name", dict(functions(None)))
+def test_functions_are_compiled_once_with_the_modules_that_they_read(name):
+    context, y = torch.randn(3, 2).double(), torch.randn(3, 2).double()
+    make, times = dict(functions(context))[name], torch.linspace(0, 1, 3).double()
+
+    def run():
+        out = odeint(make(), y, times, rtol=1e-9, atol=1e-9, method="dopri5")
+        return out, torch.autograd.grad(out.sum(), list(NET.parameters())) if out.requires_grad else ()
+
+    wanted = run()
+    with accelerate() as accelerated:
+        for _ in range(3):
+            found = run()
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+    assert accelerated.report().endswith("cpu engine, 3 solves")
+
+
+def test_a_method_does_not_wait_for_the_rest_of_its_model():
+    model, y, times = Model().double(), torch.randn(5, 2).double(), torch.tensor([0.0, 1.0]).double()
+
+    def run(scale):
+        model.scale = scale
+        out = model(y, times)
+        return out, torch.autograd.grad(out.sum(), list(model.parameters()))
+
+    scales = (2.0, 2.0, 3.0, 3.0)
+    wanted = [run(scale) for scale in scales]
+    with accelerate() as accelerated:
+        found = [run(scale) for scale in scales]
+        (entry,) = accelerated._entries.values()
+        assert entry.compiled == 1 and entry.solves == 4  # for the new scale, and not for what the encoder counts
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_functions_that_write_what_they_read_are_handed_on_and_left_alone():
+    count, seen, y, times = [0], [], torch.randn(3, 2).double(), torch.tensor([0.0, 1.0]).double()
+
+    def counts(t, y):
+        count[0] += 1
+        return NET(y)
+
+    class Notes(Demo):
+        def __init__(self):
+            super().__init__()
+            self.seen = seen
+
+        def forward(self, t, y):
+            self.seen.append(float(t))
+            return super().forward(t, y)
+
+    with accelerate(), pytest.warns(UserWarning, match="handed on"):
+        odeint(counts, y, times, method="rk4")
+        odeint(Notes().double(), y, times, method="rk4")
+    assert count == [4] and seen[0] == 0.0 and len(seen) == 4
+
+
+def test_what_is_another_at_every_solve_is_handed_on():
+    module, y, times = Demo().double(), torch.randn(3, 2).double(), torch.tensor([0.0, 1.0]).double()
+    with accelerate() as accelerated, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number in range(12):
+            module.number = number
+            odeint(module, y, times, method="rk4")
+        assert "handed on to torchdiffeq (what it holds beside parameters was another" in accelerated.report()

@@ -235,23 +235,46 @@ def test_entries_that_come_back_are_seen(dtype):
         assert watch.changed()
 
 
-def test_another_module_in_the_place_of_one_is_compiled_anew():
-    module = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    net = _OfSequential(module)
-    field = sfk.compile(net, live=True)
-    y = torch.randn(4, 3).double()
-    for number, other in ((1, nn.Sigmoid()), (2, nn.Linear(8, 3).double())):
-        field(0.0, y)
-        module[number] = other
-        torch.testing.assert_close(field(0.0, y), net(0.0, y))
-        field(0.0, y).sum().backward()
-    assert module[2].weight.grad is not None
-
-
-class _OfSequential(nn.Module):
-    def __init__(self, net):
+class Edited(nn.Module):
+    def __init__(self):
         super().__init__()
-        self.net = net
+        self.net, self.norm = nn.Sequential(nn.Linear(3, 8), nn.LeakyReLU(), nn.Linear(8, 3)), nn.LayerNorm(3)
+        self.register_buffer("calls", torch.tensor(0.0))
 
     def forward(self, t, y):
-        return self.net(y)
+        self.calls += 1
+        return self.norm(self.net(y))
+
+
+REPLACED = {
+    "slope": lambda module: setattr(module.net[1], "negative_slope", 0.5),
+    "eps": lambda module: setattr(module.norm, "eps", 0.5),
+    "bias": lambda module: setattr(module.net[0], "bias", None),
+    "activation": lambda module: module.net.__setitem__(1, nn.Sigmoid()),
+    "layer": lambda module: module.net.__setitem__(2, nn.Linear(8, 3).double()),
+    "append": lambda module: module.net.append(nn.Tanh()),
+    "forward": lambda module: setattr(module, "forward", lambda t, y: -y),
+    "forward of a part": lambda module: setattr(module.net, "forward", lambda y: 2 * y),
+    "class": lambda module: setattr(module, "__class__", type("Doubled", (Edited,), {"forward": lambda self, t, y: 2 * y})),
+    "hook": lambda module: module.net.register_forward_hook(lambda part, inputs, output: 2 * output + 1),
+}
+
+
+@pytest.mark.parametrize("edit", REPLACED)
+def test_edits_of_the_module_are_followed(edit):
+    module, y = Edited().double(), torch.randn(4, 3).double()
+    field = sfk.compile(module, live=True)
+    field(0.0, y)
+    REPLACED[edit](module)
+    torch.testing.assert_close(field(0.0, y), module(0.0, y))
+
+
+def test_the_module_counts_the_evaluations_that_a_solve_has_made():
+    module, y = Edited().double(), torch.randn(4, 3).double()
+    field = sfk.compile(module, live=True)
+    watch = field._watch
+    solution = sfk.solve(field, y, T, **OPTIONS)
+    assert field.nfe == module.calls == solution.stats.nfe
+    module.calls.fill_(0)
+    field(0.0, y)
+    assert module.calls == 1 and field._watch is watch  # a counter that was reset compiles nothing anew

@@ -6,6 +6,8 @@ others between two solves.
 
 from __future__ import annotations
 
+import dis
+import functools
 import types
 from typing import Any, Iterator
 
@@ -46,14 +48,34 @@ def items_of(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((str(number), item) for number, item in enumerate(value))
     elif isinstance(value, types.MethodType):
         yield from items_of(value.__func__)
+        if not isinstance(value.__self__, nn.Module):  # whose parts are looked at anyway
+            yield "self", value.__self__
     elif isinstance(value, types.FunctionType):
         cells = zip(value.__code__.co_freevars, value.__closure__ or ())
         yield from ((name, cell.cell_contents) for name, cell in cells if cell != types.CellType())
         yield from ((f"default{i}", item) for i, item in enumerate(value.__defaults__ or ()))
-        names = (name for name in value.__code__.co_names if isinstance(value.__globals__.get(name), Tensor))
-        yield from ((name, value.__globals__[name]) for name in names)
+        yield from (value.__kwdefaults__ or {}).items()
+        read = ((name, value.__globals__.get(name)) for name in _globals_of(value.__code__))
+        yield from ((name, item) for name, item in read if _is_users(item))
     elif hasattr(value, "func") and hasattr(value, "keywords"):  # functools.partial
         yield from (("func", value.func), ("args", value.args), ("keywords", value.keywords))
+
+
+@functools.lru_cache(maxsize=1024)
+def _globals_of(code: types.CodeType) -> tuple[str, ...]:
+    """The globals that code reads, that of the functions in it included."""
+    names = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names += _globals_of(constant)
+    return tuple(dict.fromkeys(names))
+
+
+def _is_users(value: Any) -> bool:
+    """A global that forward may depend on, other than what it imports."""
+    if isinstance(value, types.FunctionType):
+        return not (value.__module__ or "").startswith(("torch.", "numpy.", "sparseflow_kernels."))
+    return value is not None and not isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType))
 
 
 def _inside(name: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:

@@ -183,7 +183,8 @@ def untouched(module: nn.Module) -> Iterator[None]:
         {k: type(v)(v) if type(v) in (dict, list, OrderedDict) else v for k, v in m.__dict__.items() if k != "_modules"}
         for m in submodules
     ]
-    tensors = [(x, x.detach().clone()) for x in [*module.parameters(), *module.buffers()]]
+    held = [x for m in submodules for x in m.__dict__.values() if isinstance(x, Tensor) and not x.is_meta]
+    tensors = [(x, x.detach().clone()) for x in [*module.parameters(), *module.buffers(), *held]]
     gpus = {x.device for x, _ in tensors if x.device.type == "cuda"}
     kinds = {"cpu", *(x.device.type for x, _ in tensors)}
     with contextlib.ExitStack() as stack:

@@ -156,6 +156,7 @@ class EngineCall:
             self.step_control,
         )  # fmt: skip
         result = gradients.solve(engine, reference, request)
+        field.count(result.nfe)
         ys = tuple(
             outputs.reshape(len(self.t), *part.shape) for outputs, part in zip((result.xs, result.ls), parts)
         )
@@ -198,6 +199,7 @@ class EngineCall:
         request = replace(request, context=field.context_of(len(x0)), parts=sizes)
         engine, reference = field.ready(kind)
         result = gradients.solve(engine, reference, request)
+        field.count(result.nfe)
         ys = laid_out(result.xs, result.ls)
         if result.status != "ok":
             raise SolverError.of(result, request, ys, isinstance(self.y0, tuple))

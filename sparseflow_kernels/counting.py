@@ -1,0 +1,102 @@
+"""What a module counts while its forward runs (`self.nfe += 1`), counted on where its forward does not run."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from .capture.probe import untouched
+
+TORCHS = frozenset(nn.Module().__dict__)  # attributes that every module has
+
+
+class Counters:
+    """Attributes of a module and its parts, numbers or tensors of one element, to which every call adds the same.
+
+    `add` says that there were so many evaluations that the module has not seen. Whoever sets an attribute to zero
+    starts from there.
+
+    run: the parts that were called.  records: the name of a list or a dict that grew, or None: what a forward that is
+    not run would fail to note there.
+    """
+
+    def __init__(self, module: nn.Module, call: Callable[[], Any]) -> None:
+        """call: one evaluation of the module, which is left as it was. One that fails counts nothing."""
+        before, sizes = _numbers(module), _sizes(module)
+        self.run: list[nn.Module] = []
+        self.records: str | None = None
+        with untouched(module), _called(self.run):
+            seen = []
+            for _ in range(2):
+                try:
+                    call()
+                except Exception:  # noqa: BLE001 - whatever a module raises: what it refuses is told when it is asked for
+                    break
+                seen.append(_numbers(module))
+            self.records = next((name for name, size in _sizes(module).items() if size > sizes.get(name, size)), None)
+        self._counted: list[tuple[nn.Module, str, float]] = []
+        for (part, key), first in before.items() if len(seen) == 2 else ():
+            one, two = (values.get((part, key)) for values in seen)
+            if one is not None and two is not None and two - one == one - first != 0:
+                self._counted.append((part, key, one - first))
+
+    def __bool__(self) -> bool:
+        return bool(self._counted)
+
+    def of(self, part: nn.Module) -> frozenset[str]:
+        """The names of this part's own."""
+        return frozenset(key for other, key, _ in self._counted if other is part)
+
+    def add(self, evaluations: int) -> None:
+        for part, key, step in self._counted:
+            value = part._buffers.get(key, part.__dict__.get(key))
+            if isinstance(value, Tensor):
+                with torch.no_grad():
+                    value.add_(step * evaluations)
+            elif _is_number(value):
+                part.__dict__[key] = value + step * evaluations
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _numbers(module: nn.Module) -> dict[tuple[nn.Module, str], float]:
+    """Numbers, and tensors of one element, that the parts of a module hold under their names."""
+    found = {}
+    for part in module.modules():
+        for key, value in (*part.__dict__.items(), *part._buffers.items()):
+            if isinstance(value, Tensor):
+                if (
+                    value.numel() == 1
+                    and value.layout == torch.strided
+                    and not value.is_meta
+                    and not value.is_complex()
+                ):
+                    found[part, key] = value.item()
+            elif _is_number(value):
+                found[part, key] = value
+    return found
+
+
+def _sizes(module: nn.Module) -> dict[str, int]:
+    """Sizes of the lists and dicts that the parts of a module hold under their names."""
+    return {
+        f"{path}.{key}".lstrip("."): len(value)
+        for path, part in module.named_modules() if not type(part).__module__.startswith("torch.")
+        for key, value in part.__dict__.items() if isinstance(value, (list, dict)) and key not in TORCHS
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _called(parts: list[nn.Module]) -> Iterator[None]:
+    """Notes the modules that are called meanwhile."""
+    handle = register_module_forward_pre_hook(lambda part, args: parts.append(part))
+    try:
+        yield
+    finally:
+        handle.remove()
