@@ -293,7 +293,8 @@ def test_source_distribution_is_complete_and_builds(tmp_path):
     files = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file()}
     wanted = tracked("csrc", ".h", ".cpp", ".cu", ".cuh") | tracked("sparseflow_kernels", ".py")
     wanted |= tracked("tests", ".py") | tracked("bench", ".py")
-    wanted |= {"setup.py", "pyproject.toml", "CMakeLists.txt", "Makefile", "constraints.txt", "LICENSE", "README.md"}
+    wanted |= {"setup.py", "pyproject.toml", "CMakeLists.txt", "Makefile", "constraints.txt", "LICENSE", "README.md",
+               "CHANGELOG.md", "CITATION.cff", "packaging/wheel.py", "docs/conf.py", "docs/notebooks/drop_in_ode.ipynb"}
     assert wanted <= files, f"missing from the sdist: {sorted(wanted - files)}"
     unwanted = {name for name in files if name.endswith((".so", ".pyc", "_build.json")) or "/build/" in name}
     assert not unwanted
@@ -306,6 +307,7 @@ def test_source_distribution_is_complete_and_builds(tmp_path):
     (wheel,) = (tmp_path / "wheel").glob("*.whl")
     target = tmp_path / "site"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel)], check=True)
+    assert (target / "sparseflow_kernels" / "py.typed").exists()
     code = "from sparseflow_kernels.build_info import build_info; import json; print(json.dumps(build_info()))"
     result = subprocess.run([sys.executable, "-P", "-c", code], env={**os.environ, "PYTHONPATH": str(target)},
                             capture_output=True, text=True, check=True)
