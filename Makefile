@@ -73,11 +73,11 @@ fuzz: build/sanitize/.built $(VENV)/.test
 # A CPU wheel that runs with glibc 2.28 and newer, in dist/, checked by auditwheel.
 wheel: $(VENV)/.tools
 	$(PIP) build ziglang auditwheel setuptools wheel
-	$(BIN)/python packaging/wheel.py
+	$(BIN)/python tools/wheel.py
 
 # The quick tests with that wheel on the oldest torch, the one of constraints.txt and the newest, each in a venv of its own.
 matrix: wheel
-	$(PYTHON) packaging/matrix.py
+	$(PYTHON) tools/matrix.py
 
 # The NEON kernels: compiled for aarch64 and tested under qemu's emulation.
 ARM_CXX ?= aarch64-linux-gnu-g++

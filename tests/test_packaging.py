@@ -294,7 +294,7 @@ def test_source_distribution_is_complete_and_builds(tmp_path):
     wanted = tracked("csrc", ".h", ".cpp", ".cu", ".cuh") | tracked("sparseflow_kernels", ".py")
     wanted |= tracked("tests", ".py") | tracked("bench", ".py")
     wanted |= {"setup.py", "pyproject.toml", "CMakeLists.txt", "Makefile", "constraints.txt", "LICENSE", "README.md",
-               "CHANGELOG.md", "CITATION.cff", "packaging/wheel.py", "docs/conf.py", "docs/notebooks/drop_in_ode.ipynb"}
+               "CHANGELOG.md", "CITATION.cff", "tools/wheel.py", "docs/conf.py", "docs/notebooks/drop_in_ode.ipynb"}
     assert wanted <= files, f"missing from the sdist: {sorted(wanted - files)}"
     unwanted = {name for name in files if name.endswith((".so", ".pyc", "_build.json")) or "/build/" in name}
     assert not unwanted

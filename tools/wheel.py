@@ -1,5 +1,6 @@
-"""Builds a CPU wheel for manylinux and checks it: `make wheel`, or python packaging/wheel.py [--glibc 2.28] [--out
-dist].
+"""Builds a CPU wheel for manylinux and checks it.
+
+    make wheel, or: python tools/wheel.py [--glibc 2.28] [--out dist]
 
 A compiler of the system links against its own C and C++ libraries, and the wheel would run on no older ones. Clang of
 the ziglang package has the headers and symbols of every glibc, and puts the C++ library into the module. The wheel is

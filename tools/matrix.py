@@ -1,6 +1,6 @@
-"""Runs the quick tests with the wheel in dist/ on several versions of torch: `make matrix`.
+"""Runs the quick tests with the wheel in dist/ on several versions of torch.
 
-    python packaging/matrix.py [torch ...]        # "2.12.0", "2.13.0", "newest"; without: the floor, the pinned, the
+    make matrix, or: python tools/matrix.py [torch ...]     # "2.12.0", "newest"; without: the floor, the pin, the
     newest
 
 Each version has a virtual environment of its own in build/matrix, which is kept. Versions that the index does not have
