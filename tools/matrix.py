@@ -1,7 +1,6 @@
 """Runs the quick tests with the wheel in dist/ on several versions of torch.
 
-    make matrix, or: python tools/matrix.py [torch ...]     # "2.12.0", "newest"; without: the floor, the pin, the
-    newest
+    make matrix, or: python tools/matrix.py [torch ...]    # "2.12.0", "newest"; without: floor, pin and newest
 
 Each version has a virtual environment of its own in build/matrix, which is kept. Versions that the index does not have
 are named and passed over; the exit status is 1 where tests fail, or where nothing could be tested.
