@@ -21,11 +21,34 @@ from .sparse_linear import SparseLinear, sparsify_
 from .threads import get_num_threads, set_num_threads
 from .training import sparse_flow
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
-    "CompiledField", "ContinuousFlow", "DivergenceField", "GradientError", "GraphField", "Solution", "SolverError", "SparseLinear",
-    "UnsupportedFieldError", "VectorField", "accelerate", "build_info", "compile", "get_nonfinite_gradients", "get_num_threads",
-    "odeint", "odeint_adjoint", "odeint_dense", "odeint_event", "prune_neurons_", "prune_weights_",
-    "set_nonfinite_gradients", "set_num_threads", "solve", "sparse_flow", "sparsify_", "with_divergence",
+    "CompiledField",
+    "ContinuousFlow",
+    "DivergenceField",
+    "GradientError",
+    "GraphField",
+    "Solution",
+    "SolverError",
+    "SparseLinear",
+    "UnsupportedFieldError",
+    "VectorField",
+    "accelerate",
+    "build_info",
+    "compile",
+    "get_nonfinite_gradients",
+    "get_num_threads",
+    "odeint",
+    "odeint_adjoint",
+    "odeint_dense",
+    "odeint_event",
+    "prune_neurons_",
+    "prune_weights_",
+    "set_nonfinite_gradients",
+    "set_num_threads",
+    "solve",
+    "sparse_flow",
+    "sparsify_",
+    "with_divergence",
 ]

@@ -228,7 +228,7 @@ class SparseLinear(nn.Module):
 def _trained(module: nn.Module, name: str) -> bool:
     """Does the parameter `name`, masked, parametrized or plain, want a gradient?"""
     if parametrize.is_parametrized(module, name):
-        return any(parameter.requires_grad for parameter in module.parametrizations[name].parameters())
+        return any(part.requires_grad for part in module.get_submodule(f"parametrizations.{name}").parameters())
     parameter = module._parameters.get(f"{name}_orig", module._parameters.get(name))
     return parameter is not None and parameter.requires_grad
 

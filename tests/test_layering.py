@@ -10,7 +10,7 @@ NAME = sparseflow_kernels.__name__
 
 # From the ground up. A file belongs to the entry that is the longest beginning of its name.
 FLOORS = [
-    ["devices", "files", "finite", "hooks", "memory", "threads", "warn"],
+    ["devices", "files", "finite", "hooks", "memory", "tables", "threads", "warn"],
     ["numerics", "field", "origin", "data", "masks", "build_info"],
     ["activations", "folding", "simplify", "trained", "divergence", "divergence_graph", "divergence_paths"],
     ["capture"],
@@ -23,7 +23,7 @@ FLOORS = [
     ["pruning", "flows"],
     ["training"],
     ["analysis"],
-    ["cli", ""],  # "": the package's own face
+    ["cli", "__main__", ""],  # "": the package's own face
 ]  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 

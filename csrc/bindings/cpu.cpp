@@ -10,6 +10,7 @@
 
 #include "../cpu/adjoint.h"
 #include "../cpu/cores.h"
+#include "../cpu/processor.h"
 #include "../cpu/solve.h"
 #include "builder.h"
 
@@ -406,6 +407,7 @@ void bind_snapshot(py::module_& m);  // snapshot.cpp
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The CPU engine: sparse vector fields, tile by tile.";
   m.def("isa", [] { return std::string(kernels().name); }, "the instruction set in use");
+  m.def("best_isa", [] { return std::string(best_isa()); }, "the best instruction set this processor runs, compiled or not");
   m.def("usable_cores", &usable_cores, "cores that this process may use: its affinity, or its control group's quota if that is less");
   m.def("force_threads", &force_threads, py::arg("on"),
         "for tests: every loop goes to all threads it allows, whatever its work and however busy the machine");

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass
-from typing import Iterator, Sequence
+from typing import Any, Iterator, Literal, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from torch.distributions import Distribution
 
 from ..compiled_field import CompiledField
 from ..compiled_field import compile as compile_field
-from ..divergence_field import with_divergence
+from ..divergence import Kind
+from ..divergence_field import Noise, with_divergence
 from ..engines.reference import is_autocast_enabled
 from ..finite import refuse_not_finite
 from ..numerics.host import plain
@@ -61,9 +62,9 @@ class ContinuousFlow(nn.Module):
         dim: int = 2,
         *,
         base: Distribution | None = None,
-        divergence: str = "exact",
-        eval_divergence: str | None = None,
-        noise: str = "gaussian",
+        divergence: Kind = "exact",
+        eval_divergence: Kind | None = None,
+        noise: Noise = "gaussian",
         t0: float = 0.0,
         t1: float = 1.0,
         train_end_time: bool = False,
@@ -71,11 +72,11 @@ class ContinuousFlow(nn.Module):
         atol: float = 1e-5,
         method: str = "dopri5",
         options: dict | None = None,
-        gradient: str = "discrete",
+        gradient: Literal["discrete", "adjoint"] = "discrete",
     ) -> None:
         super().__init__()
         several = isinstance(odefunc, (nn.ModuleList, list, tuple))
-        fields = list(odefunc) if several else [odefunc]
+        fields: list[nn.Module] = list(odefunc) if several else [odefunc]  # type: ignore[arg-type, list-item]
         if not fields or not all(isinstance(f, nn.Module) for f in fields):
             raise TypeError("odefunc must be an nn.Module f(t, x), or a sequence of at least one such module")
         if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
@@ -145,7 +146,7 @@ class ContinuousFlow(nn.Module):
     @torch.no_grad()
     def sample(self, shape: int | Sequence[int] = ()) -> Tensor:
         """Samples [*shape, dim] (an int n means (n,)), from torch's global generator; no gradient."""
-        sizes = (shape,) if isinstance(shape, numbers.Number) else tuple(shape)
+        sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
         if not all(isinstance(size, numbers.Integral) and size >= 0 for size in sizes):
             raise ValueError(f"shape must be an int or a sequence of ints, none below 0; got {shape!r}")
         shape = tuple(map(int, sizes))
@@ -156,10 +157,10 @@ class ContinuousFlow(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------- compiled
 
-    def compile(self, engine: str = "auto") -> "ContinuousFlow":  # noqa: A003 - nn.Module.compile is torch.compile's
+    def compile(self, engine: str = "auto") -> "ContinuousFlow":  # type: ignore[override]  # torch's returns nothing
         """A new flow of the same settings over `sparseflow_kernels.compile`d fields; this one is left as it is. The
-        parameters are copies; a field that is used several times is one field there too. Raises ValueError for different
-        fields that share parameters. (This takes the place of nn.Module.compile; for that one call
+        parameters are copies; a field that is used several times is one field there too. Raises ValueError for
+        different fields that share parameters. (This takes the place of nn.Module.compile; for that one call
         torch.compile(flow).)"""
         compiled: dict[int, nn.Module] = {}
         owners: dict[int, int] = {}
@@ -170,9 +171,9 @@ class ContinuousFlow(nn.Module):
                 owner = owners.setdefault(id(parameter), number)
                 if owner != number:
                     raise ValueError(
-                        f"compile: vector_fields[{number}] shares its parameter {name!r} with vector_fields[{owner}], and "
-                        "compiled fields share nothing. Use one and the same field in both places, or give each parameters "
-                        "of its own"
+                        f"compile: vector_fields[{number}] shares its parameter {name!r} with vector_fields[{owner}], "
+                        "and compiled fields share nothing. Use one and the same field in both places, or give each "
+                        "parameters of its own"
                     )
             compiled[id(field)] = compile_field(field, engine=engine, dim=self.dim)
         flow = ContinuousFlow(
@@ -208,7 +209,7 @@ class ContinuousFlow(nn.Module):
         if uncompiled:
             raise ValueError(f"copy_to: vector_fields[{uncompiled[0]}] is not compiled; use load_state_dict")
         for mine, theirs in zip(self.vector_fields, flow.vector_fields):
-            mine.copy_to(theirs)
+            mine.copy_to(theirs)  # type: ignore[operator]  # a CompiledField
         if self.sqrt_end_time is not None:
             for mine, theirs in zip(self.sqrt_end_time, flow.sqrt_end_time):
                 theirs.copy_(mine)
@@ -235,7 +236,7 @@ class ContinuousFlow(nn.Module):
     def _solve(self, field: nn.Module, state, times: Tensor, solves: list[Stats]):
         if (state[0] if isinstance(state, tuple) else state).shape[0] == 0:
             return state
-        settings = {"rtol": self.rtol, "atol": self.atol, "method": self.method, "options": self.options}
+        settings: dict[str, Any] = dict(rtol=self.rtol, atol=self.atol, method=self.method, options=self.options)
         if self.gradient == "adjoint" and torch.is_grad_enabled():
             ys = odeint_adjoint(field, state, times, gradient="adjoint", **settings)
         else:

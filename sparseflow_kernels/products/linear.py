@@ -2,9 +2,9 @@
 
     sparseflow::linear, sparseflow::spmm_transposed, sparseflow::sddmm
 
-They are closed under differentiation: each is linear in both its factors, and the gradients of one are the other two, so
-that backward passes can be differentiated as often as one likes. Eager calls run them as autograd functions, which cost
-less than operators; torch.compile, torch.export and other tracers see the operators.
+They are closed under differentiation: each is linear in both its factors, and the gradients of one are the other two,
+so that backward passes can be differentiated as often as one likes. Eager calls run them as autograd functions, which
+cost less than operators; torch.compile, torch.export and other tracers see the operators.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ class CpuMatrix:
             rows, cols = self._pattern.shape
             if rows + cols + 2 > _cpu.MOST_ROWS or self._pattern.nnz > _cpu.MOST_ENTRIES:
                 raise ValueError(
-                    f"SparseLinear: {cols} and {rows} features with {self._pattern.nnz} weights are more than 32-bit offsets "
-                    f"reach ({_cpu.MOST_ROWS} features, {_cpu.MOST_ENTRIES} weights); prune it, {REMEDY}"
+                    f"SparseLinear: {cols} and {rows} features with {self._pattern.nnz} weights are more than 32-bit "
+                    f"offsets reach ({_cpu.MOST_ROWS} features, {_cpu.MOST_ENTRIES} weights); prune it, {REMEDY}"
                 )
             row_ptr, col = (index.to(torch.int32).numpy() for index in (self._pattern.row_ptr, self._pattern.col))
             self._native[dtype] = getattr(_cpu, CPU_CLASSES[dtype])(rows, cols, row_ptr, col)

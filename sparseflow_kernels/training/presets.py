@@ -30,8 +30,8 @@ class Preset:
     fold: str = "auto"
 
     def prune_options(self, method: str) -> dict[str, Any]:
-        """For `sparse_flow` with that method. A neuron stays connected in every layer: a global ranking of weights empties
-        the middle layers of deep thin nets (l8_h10), which then move nothing."""
+        """For `sparse_flow` with that method. A neuron stays connected in every layer: a global ranking of weights
+        empties the middle layers of deep thin nets (l8_h10), which then move nothing."""
         return {"fold": self.fold} if method == "neurons" else {"min_neurons": 1}
 
     @property
