@@ -53,10 +53,10 @@ gpu:
 	$(GPU_PYTHON) bench/gpu.py $(BENCH_ARGS)
 
 native-test: build/native/.built
-	$(BIN)/ctest --test-dir build/native --output-on-failure --no-tests=error
+	$(BIN)/ctest --test-dir build/native --output-on-failure --no-tests=error --parallel $(JOBS)
 
 sanitize: build/sanitize/.built
-	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error --parallel $(JOBS)
 
 # The thread pool and what is shared by means of it, under the thread sanitizer; the portable kernels suffice.
 tsan: build/tsan/.built
