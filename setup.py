@@ -175,7 +175,10 @@ def kept_pybind11(tree: Path) -> Path:
     package = Path(pybind11.__file__).resolve().parent
     kept = tree.parent / f"pybind11-{pybind11.__version__}"
     if not kept.exists():
-        shutil.copytree(package, kept, ignore=shutil.ignore_patterns("__pycache__"))
+        part = kept.with_name(f"{kept.name}.part")  # a build that was stopped leaves no half of it
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(package, part, ignore=shutil.ignore_patterns("__pycache__"))
+        part.rename(kept)
     return kept / Path(pybind11.get_cmake_dir()).resolve().relative_to(package)
 
 
