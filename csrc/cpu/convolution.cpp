@@ -17,6 +17,13 @@ constexpr int kChunks = 16;                       // of the tiles of a gradient,
 int divided_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 int divided_down(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
+// The same row of the next plane, which no prefetcher of the processor foresees for so many lanes.
+template <class T, int Write>
+inline void fetch(const T* row, int width) {
+  for (int c = 0; c < width; c += 64 / int(sizeof(T))) __builtin_prefetch(row + c, Write);
+  __builtin_prefetch(row + width - 1, Write);
+}
+
 }  // namespace
 
 template <class T>
@@ -137,6 +144,7 @@ void SparseConvolution<T>::load(const T* x, const Strips& of, int strips, int64_
         const int64_t image = (first + l) / strips, y = int64_t(of.first) + (first + l) % strips * of.step + r;
         const bool there = first + l < end && y >= 0 && y < of.height;
         lines[l] = there ? x + ((image * of.planes + plane) * of.height + y) * width : zeros.data();
+        if (there && plane + 1 < of.planes) fetch<T, 0>(lines[l] + ptrdiff_t(of.height) * width, width);
       }
       for (int l = 0; l < lanes; l += L) {
         int c = 0;
@@ -165,6 +173,7 @@ void SparseConvolution<T>::store(const T* rows, const Strips& of, int strips, in
         const int64_t image = (first + l) / strips, y = (first + l) % strips * of.step + r;
         const bool there = first + l < end && y < of.height;
         lines[l] = there ? out + ((image * of.planes + plane) * of.height + y) * width : nowhere.data();
+        if (there && plane + 1 < of.planes) fetch<T, 1>(lines[l] + ptrdiff_t(of.height) * width, width);
       }
       const T more = bias ? bias[plane] : T(0);
       for (int l = 0; l < lanes; l += L) {
