@@ -401,8 +401,8 @@ double activation_rate(const py::object& id, const py::object& repeats) {
 
 }  // namespace
 
-void bind_linear(py::module_& m);
-void bind_convolution(py::module_& m);    // linear.cpp
+void bind_linear(py::module_& m);       // linear.cpp
+void bind_convolution(py::module_& m);  // convolution.cpp
 void bind_snapshot(py::module_& m);  // snapshot.cpp
 
 PYBIND11_MODULE(_cpu, m) {
