@@ -73,6 +73,7 @@ struct Planes {
   int32_t stride_y, stride_x;  // in the source, from pixel to pixel of a grid
   int32_t first_y, first_x;    // of the source, for the pixel (0, 0) of a grid
   int32_t band;                // rows of a grid done at a time
+  int32_t reach;               // rows of the source that a pixel reads besides its first
   int32_t band_rows, band_columns;  // of the copy; columns of one group
   const PlaneGrid* grids;
 };

@@ -9,7 +9,8 @@
 namespace sparseflow {
 namespace {
 
-constexpr int64_t kBandBytes = 384 << 10;  // of a second-level cache, where it can be had
+constexpr int64_t kBandBytes = 384 << 10;  // of a band, if it can be: then all of it stays in a second-level cache
+constexpr int kRowsPerOverlap = 4;  // rows of a band for every row that two bands have in common, at least
 
 int divided_up(int a, int b) { return (a + b - 1) / b; }
 int remainder(int a, int b) { return (a % b + b) % b; }
@@ -58,6 +59,7 @@ void pack_planes(PackedOp<T>& out, const Op& op, const Program<T>& program, Pack
   p.target_planes = transposed ? matrix.cols / w.source_area() : matrix.pattern_rows();
   p.target_area = target[0] * target[1];
   p.stride_y = down.stride, p.stride_x = along.stride;
+  p.reach = down.reach;
   p.first_y = down.first, p.first_x = along.first;
   const int rows = *std::max_element(down.sizes.begin(), down.sizes.end()), columns = *std::max_element(along.sizes.begin(), along.sizes.end());
   p.band_columns = divided_up(along.stride * (columns - 1) + along.reach + 1, along.stride);
@@ -65,7 +67,7 @@ void pack_planes(PackedOp<T>& out, const Op& op, const Program<T>& program, Pack
   const int64_t line = int64_t(p.source_planes) * along.stride * p.band_columns * pixel;
   auto lines = [&](int64_t of) { return down.stride * (of - 1) + down.reach + 1; };
   const int64_t fit = (kBandBytes / std::max<int64_t>(1, line) - down.reach - 1) / down.stride + 1;
-  const int most = static_cast<int>(std::clamp<int64_t>(fit, 1, std::max(1, rows)));
+  const int most = static_cast<int>(std::clamp<int64_t>(std::max<int64_t>(fit, kRowsPerOverlap * down.reach / down.stride), 1, std::max(1, rows)));
   p.band = divided_up(std::max(1, rows), divided_up(std::max(1, rows), most));
   if (lines(p.band) * line > std::numeric_limits<uint32_t>::max()) fail("a convolution's rows are too long for 32-bit offsets");
   p.band_rows = static_cast<int32_t>(lines(p.band));
@@ -125,7 +127,7 @@ void pack_planes(PackedOp<T>& out, const Op& op, const Program<T>& program, Pack
   std::iota(out.entry.begin(), out.entry.end(), 0);
   size_t& sums = program.sums[op.sum].each_stage ? packed.stage_sums : packed.lasting_sums;
   out.sums = sums;
-  sums += out.entry.size();
+  sums += (out.entry.size() + kernels.lanes - 1) / kernels.lanes * kernels.lanes;  // others add whole vectors behind these
 }
 
 template <class T>

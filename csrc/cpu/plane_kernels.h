@@ -85,18 +85,21 @@ constexpr int pixels_at_a_time(int columns, int most) {
   return (columns + times - 1) / times;
 }
 
-// The band of the source for the grid's rows from `row` on, `vectors` vectors of every pixel.
+// Rows [begin, end) of the band of the source whose first row is read by the grid's row `row`; `vectors` vectors of a pixel.
 template <class T>
-__attribute__((noinline)) void copy_band(const Planes& p, const char* source, ptrdiff_t source_stride, int row, int vectors, char* band) {
+__attribute__((noinline)) void copy_rows(const Planes& p, const char* source, ptrdiff_t source_stride, int row, int begin, int end_row, int vectors, char* band) {
   const int groups = p.stride_x, columns = p.band_columns;
-  Vec<T>* to = reinterpret_cast<Vec<T>*>(band);
+  Vec<T>* to = nullptr;
+  Vec<T> zero{};
+  keep_in_register(zero);  // else a call to clear memory, for a few bytes
   const bool packed = groups == 1 && source_stride == ptrdiff_t(vectors) * ptrdiff_t(sizeof(Vec<T>));
   auto zeros = [&](int pixels) {
-    for (int i = pixels * vectors; i > 0; --i) *to++ = Vec<T>{};
+    for (int i = pixels * vectors; i > 0; --i) *to++ = zero;
   };
   for (int plane = 0; plane < p.source_planes; ++plane) {
     const char* const pixels = source + ptrdiff_t(plane) * p.source_height * p.source_width * source_stride;
-    for (int r = 0; r < p.band_rows; ++r) {
+    to = reinterpret_cast<Vec<T>*>(band) + (ptrdiff_t(plane) * p.band_rows + begin) * groups * columns * vectors;
+    for (int r = begin; r < end_row; ++r) {
       const int y = p.first_y + row * p.stride_y + r;
       if (y < 0 || y >= p.source_height) {
         zeros(groups * columns);
@@ -125,15 +128,21 @@ __attribute__((noinline)) void copy_band(const Planes& p, const char* source, pt
   }
 }
 
-// visit(block, row of the grid, row within the band) for all rows of all grids, after the band they read was copied.
+// visit(block, row of the grid, row within the band) for all rows of all grids. What a row reads is copied just before: then
+// only the rows that a few of its neighbours read have to stay in a near cache, however many a band has.
 template <class T, class Visit>
 SF_INLINE void for_each_grid_row(const Planes& p, int grids, const char* source, ptrdiff_t source_stride, int vectors, char* band, Visit visit) {
   int rows = 0;
   for (int g = 0; g < grids; ++g) rows = p.grids[g].rows > rows ? p.grids[g].rows : rows;
   for (int first = 0; first < rows; first += p.band) {
-    copy_band<T>(p, source, source_stride, first, vectors, band);
-    for (int g = 0; g < grids; ++g)
-      for (int m = first; m < first + p.band && m < p.grids[g].rows; ++m) visit(g, m, m - first);
+    int ready = 0;
+    for (int m = first; m < first + p.band && m < rows; ++m) {
+      const int end = (m - first) * p.stride_y + p.reach + 1;
+      copy_rows<T>(p, source, source_stride, first, ready, end, vectors, band);
+      ready = end;
+      for (int g = 0; g < grids; ++g)
+        if (m < p.grids[g].rows) visit(g, m, m - first);
+    }
   }
 }
 

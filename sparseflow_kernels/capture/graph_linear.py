@@ -284,9 +284,8 @@ def _convolved(e: Elements, ids: Tensor, weight: Constant, stride, dilation, gro
 
 def _is_shared(weight: Constant, grid: Sequence[int]) -> bool:
     """Whether a convolution of so many places is a matrix whose weights all pixels share. Few weights and pixels are written
-    out as a matrix like any other, which every engine runs and whose samples fill a tile."""
-    kept = int(torch.count_nonzero(weight.value)) if weight.value.numel() else 0
-    return len(grid) <= 2 and kept * math.prod(grid) > MOST_UNROLLED
+    out as a matrix like any other, which every engine runs. Zeros count, so that pruning does not change what it is."""
+    return len(grid) <= 2 and weight.value.numel() * math.prod(grid) > MOST_UNROLLED
 
 
 def _shared(
@@ -318,23 +317,20 @@ def _shared(
         planes = line.view(ids.shape[1], -1)
         total = None
         for part in e.planes_by_binding(planes):
-            if transposed or len(part) == len(planes):
-                own, sizes = entry, (out, inner * groups * taps)
-                column = i * taps + tap
-                part = torch.arange(len(planes)) if transposed else part
-            else:
-                place = torch.full((len(planes),), -1)
-                place[part] = torch.arange(len(part))
-                own = (place[read] >= 0).nonzero()[:, 0]
-                sizes, column = (out, len(part) * taps), place[read[own]] * taps + tap[own]
+            place = torch.full((len(planes),), -1)
+            place[part] = torch.arange(len(part))
+            own = (place[read] >= 0).nonzero()[:, 0]
+            channel = place[read[own]]
+            row, column = (channel, i[own]) if transposed else (o[own], channel)
+            sizes = (len(part), inner * groups * taps) if transposed else (out, len(part) * taps)
+            column = column * taps + tap[own]
             picked = flat if own.numel() == entry.numel() else apply(
                 aten.index_select.default, flat, 0, Constant(own.to(e.table.device))
             )  # fmt: skip
-            row = o if own.numel() == entry.numel() else o[own]
             built = e.table.matrix(picked, row, column, sizes, name, window)
             if built is not None:
-                source = e.table.wide_node_of(planes[part].reshape(-1))
-                total = e.graph.add(total, e.graph.linear(built, source, transposed))
+                read_rows = e.table.wide_node_of(planes[part].reshape(-1))
+                total = e.graph.add(total, e.graph.linear(built, read_rows, transposed))
         count = made_channels * area
         results.append(e.table.add(e.graph.zeros(count) if total is None else total, count))
     made = samples[:, None] * STRIDE + torch.stack(results)[inverse]

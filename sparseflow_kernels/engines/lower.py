@@ -497,7 +497,7 @@ class GraphWriter:
 
 def _is_trained(node: Node) -> bool:
     """Whether the node depends on parts of the field, on time or on the context."""
-    return node.kind != "input" and bool(node.binding) or from_parts([node])
+    return (node.kind != "input" or node.name == "time") and bool(node.binding) or from_parts([node])
 
 
 def _arrays(instructions: Iterable[tuple]) -> tuple:
