@@ -53,7 +53,7 @@ gpu:
 	$(GPU_PYTHON) bench/gpu.py $(BENCH_ARGS)
 
 native-test: build/native/.built
-	$(BIN)/ctest --test-dir build/native --output-on-failure --no-tests=error --parallel $(JOBS)
+	$(BIN)/ctest --test-dir $$(cat build/native/.built) --output-on-failure --no-tests=error --parallel $(JOBS)
 
 sanitize: build/sanitize/.built
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error --parallel $(JOBS)
@@ -92,8 +92,18 @@ arm: $(VENV)/.tools
 	$(BIN)/cmake --build build/arm --target native_tests --parallel $(JOBS)
 	$(BIN)/ctest --test-dir build/arm --output-on-failure --no-tests=error
 
-# Configured without CUDA: these trees compile the .cu as C++ over the host shim.
-build/native/.built: CMAKE_ARGS = -DSPARSEFLOW_PYTHON=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+# Configured without CUDA: these trees compile the .cu as C++ over the host shim. Where there is no nvcc the native tests
+# lie in the tree of the installed package, which is configured alike, so that the kernels are compiled once.
+NVCC := $(shell command -v nvcc)
+INSTALLED_TREE = build/cmake.$$($(BIN)/python -c 'import sys, sysconfig; print(sysconfig.get_platform(), sys.implementation.cache_tag, sep="-")')/native
+build/native/.built: $(NATIVE_SOURCES) | $(VENV)/.tools
+	mkdir -p build/native
+	tree=$(if $(NVCC),build/native,$(INSTALLED_TREE)) && \
+	$(BIN)/cmake -S . -B $$tree -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DSPARSEFLOW_CUDA=OFF \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
+	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/build/native && \
+	$(BIN)/cmake --build $$tree --target native_tests --parallel $(JOBS) && echo $$tree > $@
+
 build/sanitize/.built: CMAKE_ARGS = -DSPARSEFLOW_PYTHON=OFF -DSPARSEFLOW_SANITIZE=ON
 build/tsan/.built: CMAKE_ARGS = -DSPARSEFLOW_PYTHON=OFF -DSPARSEFLOW_SANITIZE=thread -DSPARSEFLOW_CPU_ISAS=baseline
 build/tsan/.built: TESTS = sparseflow_thread_test

@@ -17,7 +17,9 @@ from .nonfinite import get_nonfinite_gradients, set_nonfinite_gradients
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 from .pruning import prune_neurons_, prune_weights_
 from .solution import GradientError, Solution, SolverError
-from .sparse_linear import SparseLinear, sparsify_
+from .sparse_conv import SparseConv2d
+from .sparse_linear import SparseLinear
+from .sparsify import sparsify_
 from .threads import get_num_threads, set_num_threads
 from .training import sparse_flow
 
@@ -31,6 +33,7 @@ __all__ = [
     "GraphField",
     "Solution",
     "SolverError",
+    "SparseConv2d",
     "SparseLinear",
     "UnsupportedFieldError",
     "VectorField",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .divergence_paths import trace_by_paths
-from .field import Graph, GraphField, Node
+from .field import Convolution, Graph, GraphField, Node
 from .field.graph import CONTEXT, STATE, order
 from .field.transforms import tangent
 
@@ -124,7 +124,7 @@ def inner_product(g: Graph, fixed: Node, dot: Node) -> Node:
 
 
 def _multiply_adds(outputs: list[Node]) -> int:
-    return sum(n.matrix.pattern.nnz for n in order(outputs) if n.kind == "linear" and n.per_sample)
+    return sum(n.matrix.multiply_adds for n in order(outputs) if n.kind == "linear" and n.per_sample)
 
 
 @torch.no_grad()
@@ -138,9 +138,12 @@ def structure(output: Node, state: Node) -> Tensor:
         if all(mask is None for mask in read):
             masks[node] = None
         elif node.kind == "linear":
-            pattern = node.matrix.pattern
-            entries = pattern.dense(torch.ones(pattern.nnz, dtype=torch.float32))
-            masks[node] = ((entries.T if node.transposed else entries) @ read[0].float()) > 0
+            pattern, ones = node.matrix.pattern, torch.ones(node.matrix.pattern.nnz)
+            if isinstance(node.matrix, Convolution):
+                masks[node] = (node.matrix.product(read[0].T.float(), ones, node.transposed) > 0.5).T
+            else:
+                entries = pattern.dense(ones)
+                masks[node] = ((entries.T if node.transposed else entries) @ read[0].float()) > 0
         elif node.kind == "rows":
             pieces = []
             for operand, mask, (first, count) in zip(node.operands, read, node.pieces):

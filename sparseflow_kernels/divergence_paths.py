@@ -16,7 +16,7 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .field import Graph, Matrix, Node, Pattern
+from .field import Convolution, Graph, Matrix, Node, Pattern
 from .field.graph import evaluate, order
 from .field.transforms import tangent
 
@@ -37,10 +37,24 @@ class Fixed:
     def times(self, x: Tensor, part: Callable[[int], Tensor], like: Tensor) -> Tensor:
         """This factor times x [columns, n]."""
         if self.matrix is not None:
-            dense = self.matrix.pattern.dense(self.matrix.values(part, like))
-            return (dense.T if self.transposed else dense) @ x
+            return self._product(x, self.matrix.values(part, like))
         if self.diagonal is not None:
             return evaluate([self.diagonal], {}, part, like=like)[0][0][:, None] * x
+        rows, first, _ = self.piece
+        return x[first : first + rows]
+
+    def _product(self, x: Tensor, values: Tensor) -> Tensor:
+        if isinstance(self.matrix, Convolution):
+            return self.matrix.product(x.T, values, self.transposed).T
+        dense = self.matrix.pattern.dense(values)
+        return (dense.T if self.transposed else dense) @ x
+
+    def structure(self, x: Tensor) -> Tensor:
+        """This factor of ones at the entries of a matrix, and else of ones on the diagonal, times x."""
+        if self.matrix is not None:
+            return self._product(x, torch.ones(self.matrix.pattern.nnz, dtype=torch.float32))
+        if self.piece is None:
+            return x
         rows, first, _ = self.piece
         return x[first : first + rows]
 
@@ -194,10 +208,5 @@ def _structure(factors: Sequence[Fixed], width: int) -> Tensor:
     elsewhere."""
     x = torch.eye(factors[-1].inputs if factors else width, dtype=torch.float32)
     for factor in reversed(factors):
-        if factor.matrix is not None:
-            mask = factor.matrix.pattern.dense(torch.ones(factor.matrix.pattern.nnz, dtype=torch.float32))
-            x = ((mask.T if factor.transposed else mask) @ x).clamp(max=1.0)
-        elif factor.piece is not None:
-            rows, first, _ = factor.piece
-            x = x[first : first + rows]
+        x = factor.structure(x).clamp(max=1.0)
     return x

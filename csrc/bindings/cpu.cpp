@@ -401,7 +401,8 @@ double activation_rate(const py::object& id, const py::object& repeats) {
 
 }  // namespace
 
-void bind_linear(py::module_& m);    // linear.cpp
+void bind_linear(py::module_& m);       // linear.cpp
+void bind_convolution(py::module_& m);  // convolution.cpp
 void bind_snapshot(py::module_& m);  // snapshot.cpp
 
 PYBIND11_MODULE(_cpu, m) {
@@ -421,6 +422,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind<float>(m, "BuilderF32", "ProgramF32", "AdjointF32");
   bind<double>(m, "BuilderF64", "ProgramF64", "AdjointF64");
   bind_linear(m);
+  bind_convolution(m);
   bind_snapshot(m);
   m.attr("MOST_ROWS") = kMostRows;
   m.attr("MOST_ENTRIES") = kMostEntries;
