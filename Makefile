@@ -72,7 +72,7 @@ fuzz: build/sanitize/.built $(VENV)/.test
 
 # A CPU wheel that runs with glibc 2.28 and newer, in dist/, checked by auditwheel.
 wheel: $(VENV)/.tools
-	$(PIP) build ziglang auditwheel setuptools wheel
+	$(PIP) build ziglang auditwheel
 	$(BIN)/python tools/wheel.py
 
 # The quick tests with that wheel on the oldest torch, the one of constraints.txt and the newest, each in a venv of its own.

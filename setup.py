@@ -10,7 +10,6 @@ Nothing here imports torch, so pip's isolated build works. Environment:
     CUDAHOSTCXX            the C++ compiler that nvcc drives (default: CXX, then nvcc's own choice)
     MAX_JOBS               compiler processes at once (default: CMake's choice)
     CC, CXX, CXXFLAGS      as CMake reads them
-    CMAKE_ARGS             further arguments of CMake's configuration
     SPARSEFLOW_BUILD_DIR   where objects are kept for the next build (default: build/ beside this file)
 """
 
@@ -217,7 +216,6 @@ class CMakeBuild(build_ext):
         ]
         if isas := os.environ.get("SPARSEFLOW_CPU_ISAS"):
             configure.append(f"-DSPARSEFLOW_CPU_ISAS={isas.replace(',', ';')}")
-        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         if cuda["built"]:
             codes = [*(f"{arch}-real" for arch in cuda["archs"]), f"{cuda['ptx']}-virtual"]
             configure += ["-DSPARSEFLOW_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={cuda['path']}"]

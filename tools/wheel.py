@@ -1,10 +1,10 @@
 """Builds a CPU wheel for manylinux and checks it.
 
-    make wheel, or: python tools/wheel.py [--glibc 2.28] [--arch aarch64] [--out dist]
+    make wheel, or: python tools/wheel.py [--glibc 2.28] [--out dist]
 
 A compiler of the system links against its own C and C++ libraries, and the wheel would run on no older ones. Clang of
 the ziglang package has the headers and symbols of every glibc, and puts the C++ library into the module. The wheel is
-checked by auditwheel, which reads what the module really asks for. Another architecture is compiled for, and not run.
+checked by auditwheel, which reads what the module really asks for.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ import argparse
 import os
 import platform
 import re
-import shlex
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -24,47 +22,31 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "build" / "wheel"
 
 
-def compiler(arch: str, glibc: str) -> Path:
-    """A script that is zig's C++ compiler for this architecture and this glibc; it stays, as objects depend on its
+def compiler(glibc: str) -> Path:
+    """A script that is zig's C++ compiler for this architecture and that glibc; it stays, as objects depend on its
     path."""
-    script = KEPT / f"zig-c++-{arch}-{glibc}"
+    script = KEPT / f"zig-c++-{glibc}"
     script.parent.mkdir(parents=True, exist_ok=True)
-    target = f"{arch}-linux-gnu.{glibc}"
+    target = f"{platform.machine()}-linux-gnu.{glibc}"
     script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ziglang c++ -target {target} "$@"\n')
     script.chmod(0o755)
     return script
 
 
-def crossed(arch: str) -> dict[str, str]:
-    """What setuptools, CMake and pybind11 are told, so that they take the module for one of another architecture.
-    Python's headers are this machine's: on 64-bit Linux they differ in nothing that a module uses."""
-    suffix = f".{sys.implementation.cache_tag}-{arch}-linux-gnu.so"
-    arguments = {
-        "CMAKE_SYSTEM_NAME": "Linux", "CMAKE_SYSTEM_PROCESSOR": arch, "CMAKE_STRIP": "",
-        "Python_INCLUDE_DIR": sysconfig.get_path("include"),
-    }  # fmt: skip
-    return {
-        "_PYTHON_HOST_PLATFORM": f"linux-{arch}",
-        "SETUPTOOLS_EXT_SUFFIX": suffix,
-        "CMAKE_ARGS": shlex.join(f"-D{name}={value}" for name, value in arguments.items()),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--glibc", default="2.28", help="the oldest C library it runs with (default: 2.28)")
-    parser.add_argument("--arch", default=platform.machine(), choices=("x86_64", "aarch64"), help="default: this one's")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder of the wheel (default: dist)")
     options = parser.parse_args()
     if not sys.platform.startswith("linux"):
         sys.exit(f"wheel.py: manylinux wheels are built on Linux; this is {sys.platform}: use `pip wheel .`")
-    tag = f"manylinux_{options.glibc.replace('.', '_')}_{options.arch}"
+    tag = f"manylinux_{options.glibc.replace('.', '_')}_{platform.machine()}"
     with tempfile.TemporaryDirectory() as folder:
         environment = {
-            **os.environ, "CXX": str(compiler(options.arch, options.glibc)), "SPARSEFLOW_CUDA": "off",
-            "SPARSEFLOW_BUILD_DIR": str(KEPT), **(crossed(options.arch) if options.arch != platform.machine() else {}),
+            **os.environ, "CXX": str(compiler(options.glibc)), "SPARSEFLOW_CUDA": "off",
+            "SPARSEFLOW_BUILD_DIR": str(KEPT),
         }  # fmt: skip
-        command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder]
+        command = [sys.executable, "-m", "build", "--wheel", "--outdir", folder]
         command += ["-C--build-option=bdist_wheel", f"-C--build-option=--plat-name={tag}", str(ROOT)]
         if status := subprocess.run(command, env=environment).returncode:
             sys.exit(status)
