@@ -1,4 +1,4 @@
-"""Maximum likelihood training of a flow.
+"""Maximum likelihood training: of a flow, or of a classifier on its labels.
 
 Training runs on the compiled flow: its parameters are the weights that remain, so forward, backward and optimizer cost
 what they cost. Without an engine the flow itself is trained, through torch; masks need no care there either, as a
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from ..data.dataset import Dataset
 from ..finite import refuse_not_finite
-from ..flows import ContinuousFlow
+from ..flows import NeuralODE
+from ..flows.classifier import check_labels
 from ..pruning import copy_module
 from ..solution import GradientError
 from .checkpoint import CheckpointError, load_module_state, read_state, write_state
@@ -42,7 +43,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 def train(
-    flow: ContinuousFlow,
+    flow: NeuralODE,
     data: Dataset | Tensor,
     *,
     engine: str | None = None,
@@ -53,8 +54,9 @@ def train(
 ) -> list[dict[str, Any]]:
     """Minimise the flow's mean negative log-likelihood in place; returns the history, one dict per epoch.
 
-    data: a Dataset (its `train` rows, and for select="best" its `val` rows), or rows [n, dim]. They are converted to
-        the flow's dtype and device.
+    flow: a ContinuousFlow, or a NeuralClassifier, whose likelihood is that of the labels (cross-entropy).
+    data: a Dataset (its `train` rows, and for select="best" its `val` rows; for a classifier with labels), or rows
+        [n, dim]. They are converted to the flow's dtype and device.
     engine: None trains the flow as it is, compiled or not; a name ("auto", "cpu", "reference") trains
         `flow.compile(engine)`, whose optimizer state is of the remaining weights only, and copies the result back.
         Weight decay then acts on the compiled field's parameters: a constant that simplify folded into a bias decays
@@ -82,7 +84,7 @@ def train(
 
 
 def fit(
-    flow: ContinuousFlow,
+    flow: NeuralODE,
     data: Dataset | Tensor,
     settings: TrainingSettings,
     engine: str | None,
@@ -100,20 +102,23 @@ def fit(
         check_rows(validation, "data's validation rows", flow.dim)
     if settings.select == "best" and (validation is None or len(validation) == 0):
         raise ValueError("select='best' needs data with validation rows: give a Dataset that has them")
+    labels = [getattr(data, f"{part}_labels", None) if flow.supervised else None for part in ("train", "val")]
+    if flow.supervised:
+        check_labels(labels[0], len(rows), flow.dim)
     path = None if checkpoint is None else Path(checkpoint)
     identity = {
         "settings": plain(dataclasses.asdict(settings)),
         "engine": engine,
         "seed": plain(seed),
-        "data": fingerprint(data),
+        "data": fingerprint(data, flow.supervised),
         "flow": solver_settings(flow),
         **plain(run or {}),
     }
     training = None
     if path is not None and agree(path.exists()):
-        training = _Training.resumed(path, identity, flow, rows, validation, settings, engine, seed)
+        training = _Training.resumed(path, identity, flow, rows, validation, settings, engine, seed, labels)
     if training is None:
-        training = _Training(flow, rows, validation, settings, engine, seed)
+        training = _Training(flow, rows, validation, settings, engine, seed, labels)
     was_training = flow.training
     try:
         with torch.random.fork_rng(devices=[training.device] if training.device.type == "cuda" else []):
@@ -133,13 +138,15 @@ class _Training:
 
     def __init__(
         self,
-        flow: ContinuousFlow,
+        flow: NeuralODE,
         rows: Tensor,
         validation: Tensor | None,
         settings: TrainingSettings,
         engine: str | None,
         seed: int | Sequence[int],
+        labels: Sequence[Tensor | None] = (None, None),
     ) -> None:
+        """labels: of the rows and of the validation rows, for a classifier."""
         self.settings, self.flow, self.validation = settings, flow, validation
         self.seeds = tuple(seed) if isinstance(seed, Sequence) else (seed,)
         broadcast_(flow.state_dict().values())
@@ -152,6 +159,7 @@ class _Training:
         self.parameters = [named[name] for name in self.names]
         self.device = self.parameters[0].device
         self.rows = rows.to(self.parameters[0])
+        self.labels, self.validation_labels = (None if known is None else known.to(self.device) for known in labels)
         self.batch = n = min(settings.batch, len(rows))
         rest = len(rows) % n
         self.per_epoch = max(1, len(rows) // n + (0 < rest and rest >= (n + 1) // 2))
@@ -177,8 +185,10 @@ class _Training:
             lr = self.settings.learning_rate(epoch, self.step, self.total)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            x = self.rows[order[index * self.batch : (index + 1) * self.batch]]
-            nll, nfe, problem = self._gradient(x)
+            chosen = order[index * self.batch : (index + 1) * self.batch]
+            nll, nfe, problem = self._gradient(
+                self.rows[chosen], None if self.labels is None else self.labels[chosen]
+            )
             self.step += 1
             if problem:
                 self.failures, skipped = self.failures + 1, skipped + 1
@@ -208,18 +218,19 @@ class _Training:
             "step_seconds": statistics.median(times) if times else None,
         }
         if self.settings.select == "best":
-            entry["val_nll"] = nll = evaluate_or_nan(self.model, self.validation).nll
+            entry["val_nll"] = nll = evaluate_or_nan(self.model, self.validation, self.validation_labels).nll
             if math.isfinite(nll) and (self.best is None or nll < self.best[0]):
                 self.best = (nll, {name: p.detach().clone() for name, p in zip(self.names, self.parameters)})
         self.history.append({**entry, "seconds": time.perf_counter() - started})
 
-    def _gradient(self, x: Tensor) -> tuple[float, float | None, str]:
+    def _gradient(self, x: Tensor, labels: Tensor | None = None) -> tuple[float, float | None, str]:
         """(loss, nfe, ""), gradients in place; or (NaN or loss, nfe, what was wrong). Alike on every rank."""
         self.optimizer.zero_grad(set_to_none=True)
         share, problem, value, nfe = x.tensor_split(world_size())[rank()], "", 0.0, None
+        told = None if labels is None else labels.tensor_split(world_size())[rank()]
         try:
             if len(share):
-                loss = -self.model.log_prob(share).sum() / len(x)
+                loss = self.model.row_nll(share, told).sum() / len(x)
                 value = float(loss.detach())
                 if math.isfinite(value):
                     loss.backward()
@@ -281,12 +292,13 @@ class _Training:
         cls,
         path: Path,
         identity: dict[str, Any],
-        flow: ContinuousFlow,
+        flow: NeuralODE,
         rows: Tensor,
         validation: Tensor | None,
         settings: TrainingSettings,
         engine: str | None,
         seed: int | Sequence[int],
+        labels: Sequence[Tensor | None] = (None, None),
     ) -> "_Training":
         """The training whose state is in `path`; `flow` becomes what it was at that training's start. Raises
         CheckpointError, and leaves the flow alone, where it is of another one."""
@@ -307,7 +319,7 @@ class _Training:
                     "it to train this cycle anew"
                 )
         load_module_state(flow, part("flow"), str(path))
-        training = cls(flow, rows, validation, settings, engine, seed)
+        training = cls(flow, rows, validation, settings, engine, seed, labels)
         if engine is not None:
             training.model.load_state_dict(part("model"))
         state: dict[int, dict[str, Tensor]] = {}
@@ -335,20 +347,21 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=repr))
 
 
-def fingerprint(data: Dataset | Tensor) -> dict[str, Any]:
-    """Name, number and sha256 of the training and validation rows."""
+def fingerprint(data: Dataset | Tensor, labelled: bool = False) -> dict[str, Any]:
+    """Name, number and sha256 of the training and validation rows; labelled: and of their labels."""
     rows = [data.train, data.val] if isinstance(data, Dataset) else [data]
+    labels = [data.train_labels, data.val_labels] if labelled else []
     digest = hashlib.sha256()
-    for part in rows:
+    for part in [*rows, *(known for known in labels if known is not None)]:
         digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     name = data.name if isinstance(data, Dataset) else None
     return {"name": name, "rows": [len(part) for part in rows], "sha256": digest.hexdigest()}
 
 
-def solver_settings(flow: ContinuousFlow) -> dict[str, Any]:
+def solver_settings(flow: NeuralODE) -> dict[str, Any]:
     """What of a flow is not in its state dict and decides how it trains."""
     names = ("divergence", "noise", "t0", "t1", "rtol", "atol", "method", "options", "gradient")
-    return plain({name: getattr(flow, name) for name in names})
+    return plain({name: getattr(flow, name) for name in names if hasattr(flow, name)})
 
 
 def check_identity(path: Path, found: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
