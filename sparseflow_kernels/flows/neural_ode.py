@@ -49,6 +49,7 @@ class NeuralODE(nn.Module):
     """
 
     supervised = False  # whether it is trained on labels
+    norms: nn.ModuleList | None = None  # between the fields
     SETTINGS: tuple[str, ...] = ("t0", "t1", "rtol", "atol", "method", "options", "gradient")
     """What of a model is not in its state dict and decides what it computes; attributes and arguments by these names."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import statistics
@@ -30,8 +31,10 @@ from ..flows.classifier import check_labels
 from ..pruning import copy_module
 from ..solution import GradientError
 from .checkpoint import CheckpointError, load_module_state, read_state, write_state
+from .direct import DirectGradient
 from .distributed import agree, broadcast_, rank, sum_gradients_, world_size
 from .evaluation import evaluate_or_nan
+from .flat import FlatParameters
 from .lock import locked_file
 from .settings import OPTIMIZERS, TrainingSettings
 
@@ -164,9 +167,17 @@ class _Training:
         rest = len(rows) % n
         self.per_epoch = max(1, len(rows) // n + (0 < rest and rest >= (n + 1) // 2))
         self.total = settings.steps if settings.steps is not None else settings.epochs * self.per_epoch
+        # A sparse flow has many small parameters. Those of a compiled copy, which is ours, are made one: a step is then one
+        # call and not one per parameter; others are stepped fused. Ranks add their gradients up one by one.
+        self.ranks = world_size()
+        single = engine is not None and self.ranks == 1 and FlatParameters.fit(self.parameters)
+        self.flat = FlatParameters(self.parameters) if single else None
+        self.direct = DirectGradient.of(self.model) if single else None
         self.optimizer = OPTIMIZERS[settings.optimizer](
-            self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
-        )  # a sparse flow has many small parameters: fused, a step is one call and not one per parameter
+            self.parameters if self.flat is None else [self.flat.tensor], lr=settings.lr,
+            weight_decay=settings.weight_decay, fused=True,
+        )  # fmt: skip
+        self._take_step = optimizer_step(self.optimizer)
         self.step = self.failures = 0
         self.history: list[dict[str, Any]] = []
         self.best: tuple[float, dict[str, Tensor]] | None = None
@@ -177,7 +188,11 @@ class _Training:
         epoch = len(self.history)
         order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(_mix(*self.seeds, epoch, 0)))
         order = order.to(self.device)
-        torch.manual_seed(_mix(*self.seeds, epoch, 1 + rank()))  # Hutchinson noise: each rank's own
+        noise = _mix(*self.seeds, epoch, 1 + rank())  # Hutchinson's: each rank's own
+        if self.device.type == "cpu":  # torch.manual_seed would ask every kind of device, which takes as long as steps
+            torch.default_generator.manual_seed(noise)
+        else:
+            torch.manual_seed(noise)
         started, nlls, nfes, times, skipped = time.perf_counter(), [], [], [], 0
         self.model.train()
         for index in range(min(self.per_epoch, self.total - self.step)):
@@ -192,7 +207,7 @@ class _Training:
             self.step += 1
             if problem:
                 self.failures, skipped = self.failures + 1, skipped + 1
-                self.optimizer.zero_grad(set_to_none=True)
+                self._forget_gradient()
                 if self.failures >= self.settings.max_failures:
                     raise NonFiniteLossError(
                         f"{self.failures} training steps in a row failed, the last, step {self.step}, because "
@@ -200,7 +215,7 @@ class _Training:
                     )
             else:
                 self.failures = 0
-                self.optimizer.step()
+                self._take_step()
                 nlls.append(nll)
                 times.append(time.perf_counter() - began)
                 if nfe is not None:
@@ -225,11 +240,16 @@ class _Training:
 
     def _gradient(self, x: Tensor, labels: Tensor | None = None) -> tuple[float, float | None, str]:
         """(loss, nfe, ""), gradients in place; or (NaN or loss, nfe, what was wrong). Alike on every rank."""
-        self.optimizer.zero_grad(set_to_none=True)
-        share, problem, value, nfe = x.tensor_split(world_size())[rank()], "", 0.0, None
-        told = None if labels is None else labels.tensor_split(world_size())[rank()]
+        self._forget_gradient()
+        share, told, problem, value, nfe = x, labels, "", 0.0, None
+        if self.ranks > 1:
+            share = x.tensor_split(self.ranks)[rank()]
+            told = None if labels is None else labels.tensor_split(self.ranks)[rank()]
         try:
-            if len(share):
+            if self.direct is not None:
+                value, nfe = self.direct(x, labels)
+                problem = "" if math.isfinite(value) else f"the loss is {value}"
+            elif len(share):
                 loss = self.model.row_nll(share, told).sum() / len(x)
                 value = float(loss.detach())
                 if math.isfinite(value):
@@ -241,19 +261,28 @@ class _Training:
             value, problem = math.nan, f"the solve failed: {error}"
         except GradientError as error:
             problem = str(error)
-        if problem and world_size() > 1:
-            self.optimizer.zero_grad(set_to_none=True)
+        if problem and self.ranks > 1:
+            self._forget_gradient()
         value, failed = sum_gradients_(self.parameters, [value if math.isfinite(value) else 0.0, float(bool(problem))])
         if failed:
-            return math.nan, nfe, problem or f"{failed:.0f} of {world_size()} ranks could not compute theirs"
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        total_norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+            return math.nan, nfe, problem or f"{failed:.0f} of {self.ranks} ranks could not compute theirs"
+        if self.flat is not None:
+            total_norm = torch.linalg.vector_norm(self.flat.tensor.grad)
+        else:
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            total_norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
         norm = float(total_norm)
         if not math.isfinite(norm):
             return value, nfe, f"the gradient's norm is {norm}"
         if self.settings.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, total_norm)
         return value, nfe, ""
+
+    def _forget_gradient(self) -> None:
+        if self.flat is not None:
+            self.flat.tensor.grad.zero_()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -275,10 +304,8 @@ class _Training:
         tensors = {f"flow/{name}": tensor for name, tensor in self.flow.state_dict().items()}
         if self.model is not self.flow:
             tensors |= {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
-        for name, parameter in zip(self.names, self.parameters):
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer/{key}/{name}"] = value
+        for name, parts in zip(self.names, self._optimizer_state()):
+            tensors |= {f"optimizer/{key}/{name}": value for key, value in parts.items() if isinstance(value, Tensor)}
         if self.best is not None:
             tensors |= {f"best/{name}": tensor for name, tensor in self.best[1].items()}
         facts = {
@@ -286,6 +313,35 @@ class _Training:
             "best": None if self.best is None else self.best[0],
         }  # fmt: skip
         return tensors, facts
+
+    def _optimizer_state(self) -> list[dict[str, Any]]:
+        """By parameter."""
+        if self.flat is None:
+            return [self.optimizer.state.get(parameter, {}) for parameter in self.parameters]
+        parts: list[dict[str, Any]] = [{} for _ in self.parameters]
+        for key, value in self.optimizer.state.get(self.flat.tensor, {}).items():
+            whole = isinstance(value, Tensor) and value.shape == self.flat.tensor.shape
+            values = self.flat.split(value) if whole else [value] * len(parts)
+            for part, one in zip(parts, values):
+                part[key] = one
+        return parts
+
+    def _load_optimizer_state(self, tensors: dict[str, Tensor]) -> None:
+        """tensors: by "key/parameter's name"."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            kind, name = key.split("/", 1)
+            state.setdefault(self.names.index(name), {})[kind] = tensor
+        if self.flat is not None and state:
+            shapes = self.flat.shapes
+            kinds = {kind: [state[number][kind] for number in range(len(self.names))] for kind in state[0]}
+            state = {0: {
+                kind: torch.cat([part.reshape(-1) for part in parts])
+                if [part.shape for part in parts] == shapes and kind != "step" else parts[0]
+                for kind, parts in kinds.items()
+            }}  # fmt: skip
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     @classmethod
     def resumed(
@@ -322,12 +378,7 @@ class _Training:
         training = cls(flow, rows, validation, settings, engine, seed, labels)
         if engine is not None:
             training.model.load_state_dict(part("model"))
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in part("optimizer").items():
-            kind, name = key.split("/", 1)
-            state.setdefault(training.names.index(name), {})[kind] = tensor
-        groups = training.optimizer.state_dict()["param_groups"]
-        training.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        training._load_optimizer_state(part("optimizer"))
         training.step, training.failures, training.history = facts["step"], facts["failures"], facts["history"]
         if facts["best"] is not None:
             training.best = (facts["best"], {name: t.to(training.device) for name, t in part("best").items()})
@@ -335,6 +386,18 @@ class _Training:
 
 
 # --------------------------------------------------------------------------------------------- what a run is known by
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """optimizer.step() without the wrappers that torch puts around it, for profilers and hooks, which take as long as the
+    step of a small net."""
+    plain_step = inspect.unwrap(type(optimizer).step)
+
+    def step() -> None:
+        with torch.no_grad():
+            plain_step(optimizer)
+
+    return step
 
 
 def _mix(*numbers: int) -> int:
