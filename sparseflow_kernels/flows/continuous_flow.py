@@ -16,7 +16,9 @@ from torch.distributions import Distribution
 
 from ..divergence_field import with_divergence
 from ..solution import Stats
+from .batch_norm import MovingBatchNorm
 from .neural_ode import FlowStats, NeuralODE, one_of
+from .regularised import RegularisedSolves, checked_penalties
 
 
 class ContinuousFlow(NeuralODE):
@@ -28,13 +30,16 @@ class ContinuousFlow(NeuralODE):
     divergence: "exact" or "hutchinson"; eval_divergence: the same for eval mode, None for no difference (FFJORD trains
         with "hutchinson" and reports "exact").  noise: Hutchinson's probe, "gaussian" or "rademacher", drawn once per
         solve from torch's global generator.
+    batch_norm: a MovingBatchNorm before the first field and after each, of this lag; None for none.
+    penalties: "kinetic", "jacobian", "directional" (`regularised`) -> weight: `row_nll` in training mode adds the integrals
+        times their weights, and the solves that make them take the place of the others. `stats.penalties` has their means.
     solver: the rest is NeuralODE's: t0, t1, train_end_time, rtol, atol, method, options, gradient.
 
     `stats` (FlowStats, or None) tells of the last call. Tensors are checked: shape [n, dim], the parameters' dtype and
     device, finite.
     """
 
-    SETTINGS = ("base", "divergence", "eval_divergence", "noise", *NeuralODE.SETTINGS)
+    SETTINGS = ("base", "divergence", "eval_divergence", "noise", "penalties", *NeuralODE.SETTINGS)
 
     def __init__(
         self,
@@ -45,6 +50,8 @@ class ContinuousFlow(NeuralODE):
         divergence: str = "exact",
         eval_divergence: str | None = None,
         noise: str = "gaussian",
+        batch_norm: float | None = None,
+        penalties: dict[str, float] | None = None,
         **solver: Any,
     ) -> None:
         super().__init__(odefunc, dim, **solver)
@@ -58,6 +65,17 @@ class ContinuousFlow(NeuralODE):
             )
         self.base = base
         self.divergence, self.eval_divergence, self.noise = divergence, eval_divergence, noise
+        self.penalties = checked_penalties(penalties)
+        if self.penalties and self.gradient != "discrete":
+            raise ValueError("penalties: have the discrete gradient; leave gradient='adjoint' out")
+        self._penalised: dict[tuple, RegularisedSolves] = {}
+        if batch_norm is not None:
+            like = next(self.vector_fields.parameters())
+            norms = (MovingBatchNorm(dim, lag=batch_norm) for _ in range(1 + len(self.vector_fields)))
+            self.norms = nn.ModuleList(norms).to(like)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_penalised": {}}
 
     # ------------------------------------------------------------------------------------------------------ densities
 
@@ -66,13 +84,20 @@ class ContinuousFlow(NeuralODE):
         z, logdet = self.transform(x)
         if x.shape[0] == 0:  # which torch's distributions do not take
             return logdet
+        return self._base_term(z) + logdet
+
+    def _base_term(self, z: Tensor) -> Tensor:
         if self.base is None:  # the standard normal: torch's own class takes a dozen operations for it
-            return logdet - 0.5 * (z.square().sum(1) + self.dim * math.log(2.0 * math.pi))
-        return self._base_log_prob(z) + logdet
+            return -0.5 * (z.square().sum(1) + self.dim * math.log(2.0 * math.pi))
+        return self._base_log_prob(z)
 
     def row_nll(self, x: Tensor, labels: None = None) -> Tensor:
-        """-log p(x), nats, what training minimises the mean of: x [n, dim] -> [n]."""
-        return -self.log_prob(x)
+        """-log p(x), nats, what training minimises the mean of, in training mode with the penalties: x [n, dim] -> [n]."""
+        if not (self.training and self.penalties):
+            return -self.log_prob(x)
+        z, logdet, sums = self._transform(x, tuple(self.penalties))
+        weights = torch.tensor(list(self.penalties.values()), dtype=sums.dtype, device=sums.device)
+        return sums @ weights - (self._base_term(z) + logdet)
 
     def forward(self, x: Tensor) -> Tensor:
         """`log_prob`, so that a flow can be called and wrapped (DistributedDataParallel) as any module."""
@@ -80,20 +105,49 @@ class ContinuousFlow(NeuralODE):
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Data to base: x [n, dim] -> (z [n, dim], log|det dz/dx| [n])."""
+        return self._transform(x, ())[:2]
+
+    def _transform(self, x: Tensor, penalties: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """`transform`, and the integrals of the penalties by name [n, names]."""
         x = self._checked(x, "x")
         change = x.new_zeros(x.shape[0])  # l = -log|det dz/dx|
+        sums = x.new_zeros(x.shape[0], len(penalties))
         solves: list[Stats] = []
+        x, change = self._normed(0, x, change)
         for index in range(len(self.vector_fields)):
-            x, change = self._solve(self._with_divergence(index), (x, change), self._times(index, x), solves)
-        self.stats = FlowStats(tuple(solves)) if solves else None
-        return x, -change
+            field, times = self._with_divergence(index), self._times(index, x)
+            if penalties and len(x):
+                settings = {"rtol": self.rtol, "atol": self.atol, "method": self.method, "options": self.options}
+                solver = self._solver_with(index, field.kind, penalties)
+                x, change, more, stats = solver(x, change, field.begin_solve(x), times, settings)
+                sums, solves = sums + more, [*solves, stats]
+            else:
+                x, change = self._solve(field, (x, change), times, solves)
+            x, change = self._normed(index + 1, x, change)
+        self.stats = FlowStats(tuple(solves), tuple(sums.detach().mean(0).tolist())) if solves else None
+        return x, -change, sums
+
+    def _solver_with(self, index: int, kind: str, penalties: tuple[str, ...]) -> RegularisedSolves:
+        field = self.vector_fields[index]
+        key = (id(field), kind, penalties)
+        if key not in self._penalised:
+            self._penalised[key] = RegularisedSolves(field, kind, penalties)
+        return self._penalised[key]
+
+    def _normed(self, index: int, x: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+        if self.norms is None or not len(x):
+            return x, change
+        x, logdet = self.norms[index](x)
+        return x, change - logdet
 
     def inverse(self, z: Tensor) -> Tensor:
         """Base to data: z [n, dim] -> x [n, dim], without densities."""
         z = self._checked(z, "z")
         solves: list[Stats] = []
         for index in reversed(range(len(self.vector_fields))):
+            z = z if self.norms is None else self.norms[index + 1].inverse(z)
             z = self._solve(self.vector_fields[index], z, self._times(index, z).flip(0), solves)
+        z = z if self.norms is None else self.norms[0].inverse(z)
         self.stats = FlowStats(tuple(solves)) if solves else None
         return z
 

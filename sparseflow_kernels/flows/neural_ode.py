@@ -6,6 +6,7 @@ compiled copy and the way back.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any, Iterator, Sequence
@@ -24,9 +25,11 @@ from ..solution import Stats
 
 @dataclass(frozen=True)
 class FlowStats:
-    """How the last call's solves went, one entry per vector field in the order they were solved."""
+    """How the last call's solves went, one entry per vector field in the order they were solved; penalties: the means over
+    the rows of a ContinuousFlow's, in their order."""
 
     solves: tuple[Stats, ...]
+    penalties: tuple[float, ...] = ()
 
     @property
     def nfe(self) -> int:
@@ -49,7 +52,6 @@ class NeuralODE(nn.Module):
     """
 
     supervised = False  # whether it is trained on labels
-    norms: nn.ModuleList | None = None  # between the fields
     SETTINGS: tuple[str, ...] = ("t0", "t1", "rtol", "atol", "method", "options", "gradient")
     """What of a model is not in its state dict and decides what it computes; attributes and arguments by these names."""
 
@@ -87,6 +89,7 @@ class NeuralODE(nn.Module):
             like = next(self.vector_fields.parameters())
             start = torch.tensor(math.sqrt(t1 - t0), dtype=like.dtype, device=like.device)
             self.sqrt_end_time = nn.ParameterList(nn.Parameter(start.clone()) for _ in fields)
+        self.norms: nn.ModuleList | None = None  # before, between and after the fields
         self.stats: FlowStats | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,6 +125,7 @@ class NeuralODE(nn.Module):
         flow = type(self)([compiled[id(field)] for field in self.vector_fields], self.dim, **self.settings())
         if self.sqrt_end_time is not None:
             flow.sqrt_end_time = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in self.sqrt_end_time)
+        flow.norms = copy.deepcopy(self.norms)
         return flow.train(self.training)
 
     @torch.no_grad()
@@ -130,10 +134,10 @@ class NeuralODE(nn.Module):
 
         Raises ValueError where that flow is of another make, has other masks, or lacks a parameter that changed.
         """
-        if len(flow.vector_fields) != len(self.vector_fields) or (flow.sqrt_end_time is None) != (
-            self.sqrt_end_time is None
+        if len(flow.vector_fields) != len(self.vector_fields) or any(
+            (getattr(flow, part) is None) != (getattr(self, part) is None) for part in ("sqrt_end_time", "norms")
         ):
-            raise ValueError("copy_to: the other flow has another number of fields, or of end times")
+            raise ValueError("copy_to: the other flow has another number of fields, of end times or of norms")
         uncompiled = [i for i, field in enumerate(self.vector_fields) if not isinstance(field, CompiledField)]
         if uncompiled:
             raise ValueError(f"copy_to: vector_fields[{uncompiled[0]}] is not compiled; use load_state_dict")
@@ -142,6 +146,8 @@ class NeuralODE(nn.Module):
         if self.sqrt_end_time is not None:
             for mine, theirs in zip(self.sqrt_end_time, flow.sqrt_end_time):
                 theirs.copy_(mine)
+        if self.norms is not None:
+            flow.norms.load_state_dict(self.norms.state_dict())
 
     def settings(self) -> dict[str, Any]:
         """The arguments by name that make another one like this of other fields."""

@@ -53,7 +53,7 @@ class DirectGradient:
         flow = isinstance(model, ContinuousFlow)
         if not (flow or isinstance(model, NeuralClassifier)) or model.gradient != "discrete":
             return None
-        if model.sqrt_end_time is not None or (flow and model.base is not None) or model.norms is not None:
+        if model.sqrt_end_time is not None or (flow and model.base is not None) or model.norms is not None or getattr(model, "penalties", None):
             return None
         fields = list(model.vector_fields)
         if not all(isinstance(field, CompiledField) for field in fields) or len(set(map(id, fields))) < len(fields):

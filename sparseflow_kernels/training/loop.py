@@ -235,7 +235,7 @@ class _Training:
         if self.settings.select == "best":
             entry["val_nll"] = nll = evaluate_or_nan(self.model, self.validation, self.validation_labels).nll
             if math.isfinite(nll) and (self.best is None or nll < self.best[0]):
-                self.best = (nll, {name: p.detach().clone() for name, p in zip(self.names, self.parameters)})
+                self.best = (nll, {name: tensor.detach().clone() for name, tensor in self._selected().items()})
         self.history.append({**entry, "seconds": time.perf_counter() - started})
 
     def _gradient(self, x: Tensor, labels: Tensor | None = None) -> tuple[float, float | None, str]:
@@ -278,6 +278,11 @@ class _Training:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, total_norm)
         return value, nfe, ""
 
+    def _selected(self) -> dict[str, Tensor]:
+        """What the best epoch is remembered by: parameters, and the running estimates of norms."""
+        running = {name: buffer for name, buffer in self.model.named_buffers() if name.startswith("norms.")}
+        return dict(zip(self.names, self.parameters)) | running
+
     def _forget_gradient(self) -> None:
         if self.flat is not None:
             self.flat.tensor.grad.zero_()
@@ -292,8 +297,8 @@ class _Training:
                 raise NonFiniteLossError(
                     f"none of the {len(self.history)} epochs had a finite validation NLL; lower lr, or set clip"
                 )
-            for name, parameter in zip(self.names, self.parameters):
-                parameter.copy_(self.best[1][name])
+            for name, tensor in self._selected().items():
+                tensor.copy_(self.best[1][name])
         if self.model is not self.flow:
             self.model.copy_to(self.flow)
 
@@ -424,7 +429,9 @@ def fingerprint(data: Dataset | Tensor, labelled: bool = False) -> dict[str, Any
 def solver_settings(flow: NeuralODE) -> dict[str, Any]:
     """What of a flow is not in its state dict and decides how it trains."""
     names = ("divergence", "noise", "t0", "t1", "rtol", "atol", "method", "options", "gradient")
-    return plain({name: getattr(flow, name) for name in names if hasattr(flow, name)})
+    later = ("penalties",)  # what flows of earlier versions had not: told where it is there
+    found = {name: getattr(flow, name) for name in names if hasattr(flow, name)}
+    return plain(found | {name: value for name in later if (value := getattr(flow, name, None))})
 
 
 def check_identity(path: Path, found: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
