@@ -267,7 +267,7 @@ QUICK: dict[tuple[str, str], Quick] = {
     ("concentric", ""): Quick(_FIVE, 50, 30),
     ("spirals", ""): Quick(_FIVE, 100, 40),
     ("power", ""): Quick((0.53, 0.23, 0.1), 400, 200, "steps", 1000),
-    ("gas", ""): Quick((0.53, 0.23, 0.1), 200, 100, "steps", 500),
+    ("gas", ""): Quick((0.53, 0.23, 0.1), 100, 50, "steps", 500),
     ("hepmass", ""): Quick((0.483, 0.227, 0.107), 60, 30, "steps", 200),
     ("miniboone", ""): Quick((0.483, 0.227, 0.107), 60, 30, "steps", 200),
     ("bsds300", ""): Quick((0.304, 0.1), 10, 5, "steps", 50),
