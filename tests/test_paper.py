@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from sparseflow_kernels import data
-from sparseflow_kernels.analysis import paper, paper_cost, paper_experiments, paper_report
+from sparseflow_kernels.analysis import paper, paper_cost, paper_experiments, paper_measure, paper_report
 from sparseflow_kernels.analysis.paper import ResultError
 from sparseflow_kernels.analysis.paper_experiments import STUDIES, TOYS, Analysis, Experiment, Quick, total_steps
 from sparseflow_kernels.analysis.paper_measure import matthews_correlation
@@ -121,6 +121,11 @@ def test_a_run_measures_every_cycle_and_its_control(folder):
     }
     assert [facts["done"] for facts in seen if "analysis" in facts][-1] == sum(steps.values())
     dense, *pruned = document["cycles"]
+    field = tiny().flow().vector_fields[0]
+    x, found = data.load("gaussians").test[:50], paper_measure.dynamics(tiny().flow(), data.load("gaussians").test[:50])
+    jacobians = torch.func.vmap(torch.func.jacrev(lambda row: field(torch.zeros(()), row[None])[0]))(x)
+    assert found["lipschitz"] >= float(torch.linalg.svdvals(jacobians).max()) * (1 - 1e-5)
+    assert 0 < found["least_step"] <= found["mean_step"] <= 1 and dense["dynamics"]["lipschitz"] > 0
     assert dense["versus_dense"]["nats"] == 0 and dense["control"] is None
     for record in pruned:
         own, control = record["nll"], record["control"]["nll"]

@@ -23,6 +23,8 @@ from .hessian import TRACE_PRODUCTS, LossHessian, curvature, exact_curvature
 from .modes import Modes, mode_coverage
 from .paper_experiments import Experiment
 
+DYNAMICS_ROWS = 256
+
 
 class Measure:
     """What is measured of every flow of a run."""
@@ -81,6 +83,11 @@ class Measure:
                     "training_nfe": _mean(entry["nfe"] for entry in cycle.control_history or []), "hessian": None,
                 }  # fmt: skip
                 record["versus_control"] = _difference(scores, control)
+        if "dynamics" not in record:  # results of earlier versions have none
+            record["dynamics"] = dynamics(cycle.flow, self.test[:DYNAMICS_ROWS])
+            if record["control"] is not None:
+                of_control = dynamics(cycle.control_flow, self.test[:DYNAMICS_ROWS])
+                record["control"] = record["control"] | {"dynamics": of_control}
         if self.hessian and record["hessian"] is None:
             record["hessian"] = self._hessian(cycle.flow)
             if record["control"] is not None:
@@ -123,6 +130,38 @@ class Measure:
             return dataclasses.asdict(curvature(hessian, steps=steps, probes=probes, seed=self.experiment.seed))
         except AssertionError:  # a solve that cannot go on
             return None
+
+
+def dynamics(model: NeuralODE, rows: Tensor) -> dict[str, float] | None:
+    """How stiff the trained dynamics are, over a solve of these rows without the log-density: the least and the mean step
+    size, and a lower bound of the fields' Lipschitz constant, the largest spectral norm of df/dx at both ends of every
+    row's trajectory. None if a solve fails."""
+    compiled, stats, norms = model.compile().eval(), [], []
+    x = rows
+    try:
+        for index, field in enumerate(model.vector_fields):
+            times = compiled._times(index, x).detach()
+            for end in range(2):
+                norms.append(float(torch.linalg.matrix_norm(_jacobian(field, times[end], x), 2).max()))
+                if end == 0:
+                    with torch.no_grad():
+                        x = compiled._solve(compiled.vector_fields[index], x, times, stats)
+    except AssertionError:  # a solve that cannot go on
+        return None
+    sizes = torch.cat([one.steps[:, 1].abs() for one in stats])
+    return {"lipschitz": max(norms), "least_step": float(sizes.min()), "mean_step": float(sizes.mean())}
+
+
+def _jacobian(field: torch.nn.Module, t: Tensor, x: Tensor) -> Tensor:
+    """[n, dim, dim] of a module that treats its rows independently."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        f = field(t, x)
+        if not f.requires_grad:
+            return x.new_zeros(*x.shape, x.shape[1])
+        rows = [torch.autograd.grad(f[:, m].sum(), x, retain_graph=True, materialize_grads=True, allow_unused=True)[0]
+                for m in range(x.shape[1])]  # fmt: skip
+    return torch.stack(rows, 1)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -138,11 +138,13 @@ def _grid(documents: Documents, rows: Sequence[tuple[str, Get, bool]], path: str
 
 
 def plot_cost(documents: Documents, path: str | Path) -> Path:
-    """Live size, evaluations per solve and time per training step against prune ratio."""
+    """Live size, evaluations per solve, time per training step, Lipschitz estimate and least step against prune ratio."""
     rows = (
         ("live size", lambda r: r["live_size"], False),
         ("NFE of a test solve", lambda r: r["nfe"], False),
         ("ms per training step", lambda r: r["step_seconds"] * 1e3, False),
+        ("largest |df/dx|", lambda r: r["dynamics"]["lipschitz"], True),
+        ("least step", lambda r: r["dynamics"]["least_step"], True),
     )
     return _grid(documents, rows, path, torch_steps=True)
 
