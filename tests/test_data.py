@@ -323,14 +323,16 @@ def test_miniboone_and_power_from_mafs_files(maf_folder):
     both = torch.cat((loaded.train, loaded.val)).double()
     assert torch.allclose(both.mean(0), torch.zeros(43).double(), atol=1e-6) and len(loaded.test) == 10
     assert torch.allclose(both.std(0, correction=0), torch.ones(43).double(), atol=1e-5)
-    assert torch.allclose(loaded.test[0], torch.from_numpy((table[90] - table[:90].mean(0)) / table[:90].std(0)).float())
+    expected = (table[90] - table[:90].mean(0)) / table[:90].std(0)
+    assert torch.allclose(loaded.test[0], torch.from_numpy(expected).float())
     minutes = rng.rand(100, 8) * 100
     np.save(maf_folder / "power" / "data.npy", minutes)
     loaded = data.load("power", folder=maf_folder)
     shuffled = minutes.copy()
     np.random.RandomState(42).shuffle(shuffled)
     kept = shuffled[:, [0, 2, 4, 5, 6, 7]]  # the last column is time, which has no noise
-    assert loaded.train[:, 5].tolist() == pytest.approx((kept[:81, 5] - kept[:90, 5].mean()) / kept[:90, 5].std(), abs=1e-5)
+    expected = (kept[:81, 5] - kept[:90, 5].mean()) / kept[:90, 5].std()
+    assert loaded.train[:, 5].tolist() == pytest.approx(expected, abs=1e-5)
     np.save(maf_folder / "miniboone" / "data.npy", table[:50])
     maf._load.cache_clear()
     with pytest.raises(data.DamagedFileError, match=r"come to \[\[41, 43\].*cut short"):
@@ -343,7 +345,8 @@ def test_miniboone_and_power_from_mafs_files(maf_folder):
 def test_hepmass_keeps_the_signal_and_drops_what_is_discrete(maf_folder):
     rng = np.random.RandomState(0)
     header = "# label,f0,f1,f2"
-    train = np.column_stack((rng.permutation(np.repeat([1.0, 0.0], 50)), rng.randn(100), rng.randint(3, size=100), rng.randn(100)))
+    labels = rng.permutation(np.repeat([1.0, 0.0], 50))
+    train = np.column_stack((labels, rng.randn(100), rng.randint(3, size=100), rng.randn(100)))
     test = np.column_stack((np.repeat([1.0, 0.0], 40), rng.randn(80, 1), rng.randint(3, size=80), rng.randn(80, 2)))
     np.savetxt(maf_folder / "hepmass" / "1000_train.csv", train, delimiter=",", header=header, comments="")
     np.savetxt(maf_folder / "hepmass" / "1000_test.csv", test, delimiter=",", header=header + ",mass", comments="")
@@ -351,7 +354,8 @@ def test_hepmass_keeps_the_signal_and_drops_what_is_discrete(maf_folder):
     signal = train[train[:, 0] == 1][:, [1, 3]]
     expected = (signal - signal.mean(0)) / signal.std(0, ddof=1)
     assert torch.allclose(loaded.train, torch.from_numpy(expected[:45]).float(), atol=1e-5)
-    assert torch.allclose(loaded.test[0], torch.from_numpy((test[0, [1, 3]] - signal.mean(0)) / signal.std(0, ddof=1)).float(), atol=1e-5)
+    of_test = (test[0, [1, 3]] - signal.mean(0)) / signal.std(0, ddof=1)
+    assert torch.allclose(loaded.test[0], torch.from_numpy(of_test).float(), atol=1e-5)
     (maf_folder / "hepmass" / "1000_train.csv").write_text(header + "\n1.0,2.0\n")
     maf._load.cache_clear()
     with pytest.raises(data.DamagedFileError, match="not a table of 4 numbers a row"):
@@ -361,7 +365,8 @@ def test_hepmass_keeps_the_signal_and_drops_what_is_discrete(maf_folder):
 def test_gas_and_bsds300_say_what_they_need(maf_folder, monkeypatch):
     with pytest.raises(FileNotFoundError, match="GAS needs gas/ethylene_CO.pickle in .*zenodo.*SPARSEFLOW_MAF"):
         data.load("gas")
-    for name, file, library in (("gas", "gas/ethylene_CO.pickle", "pandas"), ("bsds300", "BSDS300/BSDS300.hdf5", "h5py")):
+    needed = ("gas", "gas/ethylene_CO.pickle", "pandas"), ("bsds300", "BSDS300/BSDS300.hdf5", "h5py")
+    for name, file, library in needed:
         (maf_folder / file).write_bytes(b"x")
         monkeypatch.setitem(__import__("sys").modules, library, None)
         monkeypatch.setitem(__import__("sys").modules, "pandas.compat.pickle_compat", None)

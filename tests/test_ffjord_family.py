@@ -7,7 +7,8 @@ import torch
 
 import sparseflow_kernels as sfk
 from sparseflow_kernels.flows import (
-    LAYERS, ContinuousFlow, MovingBatchNorm, NeuralClassifier, ffjord_flow, load_weights_, mlp_field, tabular_flow, toy_field,
+    LAYERS, ContinuousFlow, MovingBatchNorm, NeuralClassifier, ffjord_flow, load_weights_, mlp_field, tabular_flow,
+    toy_field,
 )  # fmt: skip
 from sparseflow_kernels.pruning import dense_size, size
 from sparseflow_kernels.training import train
@@ -88,8 +89,9 @@ def test_penalties_are_integrated_natively_as_autograd_has_them(divergence, laye
     torch.manual_seed(0)
     weights = {"kinetic": 0.1, "jacobian": 0.2, "directional": 0.3}
     flow = ContinuousFlow(
-        mlp_field(2, (4,), layer).double(), divergence=divergence, penalties=weights, train_end_time=True, rtol=1e-7, atol=1e-7
-    )
+        mlp_field(2, (4,), layer).double(), divergence=divergence, penalties=weights, train_end_time=True, rtol=1e-7,
+        atol=1e-7,
+    )  # fmt: skip
     x, found = torch.randn(5, 2, dtype=torch.float64), []
     for model in (flow, flow.compile()):
         torch.manual_seed(1)
@@ -194,7 +196,8 @@ def test_ffjords_hypernetwork_is_the_hyper_layer():
 def test_weights_of_torchprunes_toys_are_taken_over():
     net = torch.nn.Sequential(torch.nn.Linear(2, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
     state = {f"f_forward.{name}": tensor for name, tensor in net.state_dict().items()}
-    state |= {f"model.vf.vf.{name}": tensor for name, tensor in net.state_dict().items()} | {"model.s_span": T([0.0, 1.0])}
+    state |= {f"model.vf.vf.{name}": tensor for name, tensor in net.state_dict().items()}
+    state["model.s_span"] = T([0.0, 1.0])
     node = load_weights_(NeuralClassifier(toy_field("l2_h5", "tanh")), state)
     x = torch.randn(3, 2)
     assert torch.allclose(node.vector_fields[0](T(0.0), x), net(x), atol=1e-6)

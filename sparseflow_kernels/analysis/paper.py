@@ -21,6 +21,7 @@ from ..build_info import build_info
 from ..data.dataset import Dataset
 from ..files import DamagedFileError, atomic_write, read_json, write_json
 from ..training import NonFiniteLossError, sparse_flow
+from ..training.cycles import METHODS
 from .bench import processor
 from .paper_experiments import Experiment
 from .paper_measure import Measure, dense_in_torch, pictures_of
@@ -103,14 +104,19 @@ def _begin(experiment: Experiment, folder: Path, rows: Dataset) -> dict[str, Any
     document = {
         "format": _FORMAT, "name": experiment.name, "title": experiment.title,
         "experiment": _plain(dataclasses.asdict(experiment)),
-        "kind": "classification" if flow.supervised else "density", "entropy": rows.floor, "machine": {"processor": processor()}, "build": build_info(),
+        "kind": "classification" if flow.supervised else "density", "entropy": rows.floor,
+        "machine": {"processor": processor()}, "build": build_info(),
         "training": dataclasses.asdict(settings), "retraining": again, "tolerance": [flow.rtol, flow.atol],
         "torch": None, "finished": False, "stopped": None, "cycles": [],
     }  # fmt: skip
+    for method in METHODS:  # the dense net is the same
+        sibling = result_path(folder, dataclasses.replace(experiment, method=method))
+        if document["torch"] is None and sibling.exists():
+            document["torch"] = read_result(sibling)["torch"]
     found = earlier(experiment, folder)
     if found is not None:
         kept = [one for one in found["cycles"] if one["index"] == 0 or _kept(one, experiment.keeps)]
-        document |= {"torch": found["torch"], "cycles": kept}
+        document |= {"torch": found["torch"] or document["torch"], "cycles": kept}
     return document
 
 
@@ -122,7 +128,8 @@ def earlier(experiment: Experiment, folder: str | Path) -> dict[str, Any] | None
     if not path.exists():
         return None
     found = read_result(path)
-    differing = [key for key in identity if key != "keeps" and found["experiment"].get(key, of_old.get(key)) != identity[key]]
+    theirs = of_old | found["experiment"]
+    differing = [key for key in identity if key != "keeps" and theirs.get(key) != identity[key]]
     if differing and found["cycles"]:  # one that failed before its first cycle is overwritten
         raise ResultError(
             f"{path} is of another run (differing: {', '.join(differing)}); choose another folder, or delete it and "

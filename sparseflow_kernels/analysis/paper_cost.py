@@ -13,8 +13,8 @@ from ..training import train
 from ..data.dataset import Dataset
 from .paper_experiments import Experiment, total_steps
 
-# A trained field takes more evaluations a solve than an untrained one, and a pruned net less time an evaluation. Over whole
-# runs of 29 prune ratios with their control a step took so many times as long as the untrained net's.
+# A trained field takes more evaluations a solve than an untrained one, and a pruned net less time an evaluation. Over
+# whole runs of 29 prune ratios with their control a step took so many times as long as the untrained net's.
 GROWTH = 2.0
 _WORK = 2e7  # weights times rows of a step that is timed, at most; what is timed on fewer rows is scaled up
 

@@ -1,7 +1,8 @@
-"""The Sparse Flows experiments (arXiv 2106.12718) as data: every study of the paper by name, and the runs it is made of.
+"""The Sparse Flows experiments (arXiv 2106.12718) as data: every study of the paper by name, and the runs it is made
+of.
 
-A run is one net, trained densely, pruned by one method down a list of keep ratios, and retrained; a study is all runs of
-a table or a sweep. Nothing is trained here.
+A run is one net, trained densely, pruned by one method down a list of keep ratios, and retrained; a study is all runs
+of a table or a sweep. Nothing is trained here.
 """
 
 from __future__ import annotations
@@ -314,7 +315,9 @@ def _studies() -> dict[str, Study]:
     found = [Study(name, "2-D density, main nets", name, plain(PRESETS[name].nets)) for name in TOYS]
     found += [Study(name, "2-D classification, main nets", name, plain(PRESETS[name].nets)) for name in CLASSIFIED]
     found += [
-        Study(name, "table of rows, FFJORD's net", name, plain(PRESETS[name].nets), stand_in=TABULAR_STAND_INS.get(name))
+        Study(
+            name, "table of rows, FFJORD's net", name, plain(PRESETS[name].nets), stand_in=TABULAR_STAND_INS.get(name)
+        )
         for name in TABULAR
     ]
     for name in TOYS:

@@ -48,4 +48,5 @@ def _table(table: Table) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     body = "\n".join(row("td", cells) for cells in table.rows)
-    return f'<h3>{escape(table.title)}</h3>\n<div class="table"><table>\n{row("th", table.columns)}\n{body}\n</table></div>'
+    head = row("th", table.columns)
+    return f'<h3>{escape(table.title)}</h3>\n<div class="table"><table>\n{head}\n{body}\n</table></div>'

@@ -133,9 +133,9 @@ class Measure:
 
 
 def dynamics(model: NeuralODE, rows: Tensor) -> dict[str, float] | None:
-    """How stiff the trained dynamics are, over a solve of these rows without the log-density: the least and the mean step
-    size, and a lower bound of the fields' Lipschitz constant, the largest spectral norm of df/dx at both ends of every
-    row's trajectory. None if a solve fails."""
+    """How stiff the trained dynamics are, over a solve of these rows without the log-density: the least and the mean
+    step size, and a lower bound of the fields' Lipschitz constant, the largest spectral norm of df/dx at both ends of
+    every row's trajectory. None if a solve fails."""
     compiled, stats, norms = model.compile().eval(), [], []
     x = rows
     try:
@@ -198,8 +198,9 @@ def pictures_of(model: NeuralODE, rows: Dataset, experiment: Experiment) -> dict
 
 @torch.no_grad()
 def _of_classifier(model: NeuralClassifier, rows: Dataset, experiment: Experiment) -> dict[str, numpy.ndarray]:
-    """probability [y, x] of class 1 over the square of `extent`, vectors [y, x, 2] of the field at t0 on a coarser grid,
-    points [n, 2] and labels [n] of test rows, ends [n, 2] to which the field carries them; empty where a solve failed."""
+    """probability [y, x] of class 1 over the square of `extent`, vectors [y, x, 2] of the field at t0 on a coarser
+    grid, points [n, 2] and labels [n] of test rows, ends [n, 2] to which the field carries them; empty where a solve
+    failed."""
     compiled = model.compile().eval()
     side, resolution = extent(rows.train), experiment.analysis.resolution
     line, coarse = (torch.linspace(-side, side, n, dtype=rows.train.dtype) for n in (resolution, 17))

@@ -75,8 +75,8 @@ def _legend(figure, lines: dict, columns: int) -> None:
 
 
 def plot_score(documents: Documents, path: str | Path, score: str = "nll") -> Path:
-    """Test NLL (or `score` "error", of classifiers) against prune ratio, one panel per experiment, mean and range over seeds, the entropy drawn in. What
-    collapses beyond a prune ratio of 0.8 is cut off."""
+    """Test NLL (or `score` "error", of classifiers) against prune ratio, one panel per experiment, mean and range over
+    seeds, the entropy drawn in. What collapses beyond a prune ratio of 0.8 is cut off."""
     groups, lines = by_title(documents), {}
     rows = -(-len(groups) // 3)
     columns = -(-len(groups) // rows)
@@ -138,7 +138,8 @@ def _grid(documents: Documents, rows: Sequence[tuple[str, Get, bool]], path: str
 
 
 def plot_cost(documents: Documents, path: str | Path) -> Path:
-    """Live size, evaluations per solve, time per training step, Lipschitz estimate and least step against prune ratio."""
+    """Live size, evaluations per solve, time per training step, Lipschitz estimate and least step against prune
+    ratio."""
     rows = (
         ("live size", lambda r: r["live_size"], False),
         ("NFE of a test solve", lambda r: r["nfe"], False),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Iterator, Sequence
 
 CLAIMED_KEEP = 0.2  # the claims are judged down to a prune ratio of 0.8
+MARGIN = {"nats": 0.0, "points": 0.5}  # what a worse cycle has to differ by: half a percent is two or three test rows
 
 Documents = Sequence[dict[str, Any]]
 
@@ -31,10 +32,10 @@ def by_title(documents: Documents) -> dict[str, list[dict[str, Any]]]:
 class Claim:
     """How the pruned models of one net and method stand against others, over the cycles down to a prune ratio of 0.8.
 
-    At every prune ratio the differences of the seeds are averaged: test NLL less the other's in nats, of classifiers the
-    top-1 error less the other's in percentage points. The error of that mean is s / sqrt(seeds), s the standard
+    At every prune ratio the differences of the seeds are averaged: test NLL less the other's in nats, of classifiers
+    the top-1 error less the other's in percentage points. The error of that mean is s / sqrt(seeds), s the standard
     deviation between seeds, pooled over the prune ratios. A ratio counts as worse (better) if the mean is above (below)
-    0 by more than twice that error.
+    0 by more than twice that error, and of classifiers by more than half a percentage point.
 
     missing: cycles that not all seeds have.  worst: (prune ratio, mean, error) of the largest difference, None without
     cycles.  reach: the largest prune ratio up to which none is worse, also beyond 0.8.
@@ -70,8 +71,8 @@ class Claim:
             )
         return (
             f"{self.verdict} ({self.seeds} seeds, {self.cycles} prune ratios up to {1 - CLAIMED_KEEP:g}: better at "
-            f"{self.better}, worse at {self.worse}{missing}; the least favourable {mean:+.3f} +- {error:.3f} {self.unit} "
-            f"at {ratio:.2f}; no worse up to {self.reach:.2f})"
+            f"{self.better}, worse at {self.worse}{missing}; the least favourable {mean:+.3f} +- {error:.3f} "
+            f"{self.unit} at {ratio:.2f}; no worse up to {self.reach:.2f})"
         )
 
 
@@ -89,25 +90,26 @@ def claim(documents: Documents, against: str) -> Claim:
     spreads = [statistics.variance(v) for v in claimed.values() if len(v) > 1 and all(map(math.isfinite, v))]
     error = math.sqrt(statistics.mean(spreads) / len(documents)) if spreads else 0.0
     means = {keep: statistics.mean(found) for keep, found in differences.items()}
+    unit = "points" if any(map(is_classification, documents)) else "nats"
+    least = max(2 * error, MARGIN[unit])
     reach = 0.0
     for keep in sorted(means, reverse=True):
-        if means[keep] > 2 * error:
+        if means[keep] > least:
             break
         reach = 1 - keep
     worst = max(claimed, key=lambda keep: means[keep], default=None)
     return Claim(
         len(documents), len(claimed), sum(len(claimed.get(keep, ())) < len(documents) for keep in wanted),
-        sum(means[keep] < -2 * error for keep in claimed), sum(means[keep] > 2 * error for keep in claimed),
-        None if worst is None else (1 - worst, means[worst], error), reach,
-        "points" if any(map(is_classification, documents)) else "nats",
+        sum(means[keep] < -least for keep in claimed), sum(means[keep] > least for keep in claimed),
+        None if worst is None else (1 - worst, means[worst], error), reach, unit,
     )  # fmt: skip
 
 
 def _difference(
     document: dict[str, Any], record: dict[str, Any], other: dict[str, Any] | None, against: str
 ) -> float | None:
-    """NLL less the other's, of classifiers the error in percentage points; infinite where a solve failed, None where there
-    is no other."""
+    """NLL less the other's, of classifiers the error in percentage points; infinite where a solve failed, None where
+    there is no other."""
     if is_classification(document):
         if other is None or other["error"] is None:
             return None
@@ -279,8 +281,8 @@ def closing(documents: Documents) -> list[str]:
         rtol, atol = document["tolerance"]
         floor = "" if document["entropy"] is None else f", entropy {document['entropy']:.3f}"
         lines.append(
-            f"{title}, seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}: dense {length}, each retraining {again}, batch {training['batch']}, rtol {rtol:g}, "
-            f"atol {atol:g}{floor}{state}{reason}."
+            f"{title}, seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}: dense {length}, each retraining {again}, "
+            f"batch {training['batch']}, rtol {rtol:g}, atol {atol:g}{floor}{state}{reason}."
         )
     times = clock(documents)
     if times is not None:
@@ -317,8 +319,8 @@ def _minutes(seconds: float) -> str:
 
 
 def summary(documents: Documents) -> dict[str, Any]:
-    """Few figures of every run, to be kept: title -> prune ratios, seeds, and by figure the rows of the seeds, rounded to
-    five digits; None where a run has it not."""
+    """Few figures of every run, to be kept: title -> prune ratios, seeds, and by figure the rows of the seeds, rounded
+    to five digits; None where a run has it not."""
     figures: dict[str, Callable[[dict[str, Any]], float | None]] = {
         "size": lambda r: r["size"], "live_size": lambda r: r["live_size"], "nll": lambda r: r["nll"],
         "control_nll": lambda r: r["control"]["nll"], "nfe": lambda r: r["nfe"],

@@ -1,4 +1,5 @@
-"""`sparseflow paper`: the Sparse Flows experiments (arXiv 2106.12718), from training to tables, pictures and a report."""
+"""`sparseflow paper`: the Sparse Flows experiments (arXiv 2106.12718), from training to tables, pictures and a
+report."""
 
 from __future__ import annotations
 
@@ -104,7 +105,7 @@ def run_(
     ] = False,
     stand_in: Annotated[
         bool,
-        typer.Option("--stand-in", help="on the data that stand in where the paper's are not at hand", show_default=OFF),
+        typer.Option("--stand-in", help="on data that stand in where the paper's are not at hand", show_default=OFF),
     ] = False,
     net: Net = None,
     method: Method = None,
@@ -261,7 +262,8 @@ def _all(
         if tell_hours:
             rows = {one.dataset: len(one.rows().train) for one in {run.dataset: run for run in chosen}.values()}
             steps, hours = sum(total_steps(chosen, rows).values()), expected_hours(chosen, rows)
-            say(f"{what}: {len(chosen)} runs, {steps:,} training steps, about {_hours(hours)} on one core of this machine")
+            long = f"about {_hours(hours)} on one core of this machine"
+            say(f"{what}: {len(chosen)} runs, {steps:,} training steps, {long}")
             if dry:
                 return
         with locked_folder(folder), stoppable(f"every finished epoch is in {folder}"):
@@ -272,7 +274,9 @@ def _all(
 
 
 def _hours(hours: float) -> str:
-    return f"{hours * 60:.0f} minutes" if hours < 2 else f"{hours:.0f} hours" if hours < 100 else f"{hours / 24:.0f} days"
+    if hours < 2:
+        return f"{hours * 60:.0f} minutes"
+    return f"{hours:.0f} hours" if hours < 100 else f"{hours / 24:.0f} days"
 
 
 def _tell(what: str, documents: list[dict[str, Any]], folder: Path, markdown: Path | None) -> None:

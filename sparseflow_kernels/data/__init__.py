@@ -1,4 +1,5 @@
-"""Data sets by name: generated toys and mixtures, what comes with scikit-learn, POWER on request, MAF's tables from files."""
+"""Data sets by name: generated toys and mixtures, what comes with scikit-learn, POWER on request, MAF's tables from
+files."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """The five tabular benchmarks of MAF (Papamakarios et al. 2017) from its public files, with MAF's own preprocessing.
 
 The files are those of https://zenodo.org/record/1161203 (data.tar.gz, 817 MB), unpacked into a folder:
-power/data.npy, gas/ethylene_CO.pickle, hepmass/1000_train.csv and 1000_test.csv, miniboone/data.npy, BSDS300/BSDS300.hdf5.
-Nothing is downloaded here. The folder is the argument, or what SPARSEFLOW_MAF names, or `maf` in the cache.
+power/data.npy, gas/ethylene_CO.pickle, hepmass/1000_train.csv and 1000_test.csv, miniboone/data.npy,
+BSDS300/BSDS300.hdf5. Nothing is downloaded here. The folder is the argument, or what SPARSEFLOW_MAF names, or `maf` in
+the cache.
 
 Columns and rows are checked against the published splits. GAS needs pandas, BSDS300 h5py.
 """
@@ -44,8 +45,8 @@ def default_folder() -> Path:
 
 
 def load(name: str, *, folder: str | Path | None = None) -> Dataset:
-    """One of `SPLITS`. Raises FileNotFoundError, with where to get it, for files that are not there, DamagedFileError for
-    others than the published ones, ImportError without the library that reads them."""
+    """One of `SPLITS`. Raises FileNotFoundError, with where to get it, for files that are not there, DamagedFileError
+    for others than the published ones, ImportError without the library that reads them."""
     return _load(name, Path(folder) if folder is not None else default_folder())
 
 
@@ -98,8 +99,8 @@ def _array(path: Path, columns: int) -> np.ndarray:
 
 
 def power(path: Path) -> Splits:
-    """Columns 1 and 3 dropped, shuffled by RandomState(42), uniform noise of a unit of resolution, z-scores by train and
-    validation."""
+    """Columns 1 and 3 dropped, shuffled by RandomState(42), uniform noise of a unit of resolution, z-scores by train
+    and validation."""
     rng, data = np.random.RandomState(42), _array(path, 8)
     rng.shuffle(data)
     data, n = np.delete(data, (1, 3), axis=1), len(data)
@@ -108,8 +109,8 @@ def power(path: Path) -> Splits:
 
 
 def gas(path: Path) -> Splits:
-    """Meth, Eth and Time dropped, then the first column that correlates above 0.98 with another one until none does; z-scores
-    by all rows."""
+    """Meth, Eth and Time dropped, then the first column that correlates above 0.98 with another one until none does;
+    z-scores by all rows."""
     frame = _frame(path)
     try:
         data = frame.drop(columns=["Meth", "Eth", "Time"]).to_numpy(dtype=np.float64)
@@ -129,7 +130,8 @@ def hepmass(train_path: Path, test_path: Path) -> Splits:
     train, test = _signal(train_path), _signal(test_path)[:, :-1]
     if train.shape[1] != test.shape[1]:
         raise DamagedFileError(
-            f"{test_path} has {test.shape[1]} features where {train_path.name} has {train.shape[1]}; get both from {SOURCE}"
+            f"{test_path} has {test.shape[1]} features where {train_path.name} has {train.shape[1]}; get both from "
+            f"{SOURCE}"
         )
     mean, std = train.mean(0), train.std(0, ddof=1)
     train, test = (train - mean) / std, (test - mean) / std
@@ -177,13 +179,16 @@ def _signal(path: Path) -> np.ndarray:
 _ALLOWED = {
     "numpy": {"ndarray", "dtype", "_reconstruct", "_frombuffer", "scalar"},
     "pandas": {
-        "DataFrame", "BlockManager", "Index", "Int64Index", "Float64Index", "RangeIndex", "_new_Index", "_unpickle_block",
-        "FloatBlock", "IntBlock", "NumericBlock", "BlockPlacement", "__pyx_unpickle_BlockPlacement", "StringDtype",
+        "DataFrame", "BlockManager", "Index", "Int64Index", "Float64Index", "RangeIndex", "_new_Index",
+        "_unpickle_block", "FloatBlock", "IntBlock", "NumericBlock", "BlockPlacement", "__pyx_unpickle_BlockPlacement", "StringDtype",
         "ArrowStringArray", "StringArray", "ObjectBlock", "__pyx_unpickle_NDArrayBacked",
     },
     "builtins": {"slice", "object"}, "copyreg": {"_reconstructor"}, "copy_reg": {"_reconstructor"},
     "_codecs": {"encode"}, "__builtin__": {"slice", "object"},
 }  # fmt: skip
+
+
+_UNREADABLE = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, ValueError, TypeError)
 
 
 def _frame(path: Path):
@@ -201,5 +206,7 @@ def _frame(path: Path):
     try:
         with open(path, "rb") as file:
             return Restricted(file, encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, ValueError, TypeError) as error:
-        raise DamagedFileError(f"{path} cannot be read as a table of numbers ({error}); get it from {SOURCE}") from error
+    except _UNREADABLE as error:
+        raise DamagedFileError(
+            f"{path} cannot be read as a table of numbers ({error}); get it from {SOURCE}"
+        ) from error

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 class MovingBatchNorm(nn.Module):
     """y = (x - mean) / sqrt(variance + eps) * exp(weight) + bias over [n, features], invertible.
 
-    mean, variance: running estimates, which a training step moves by `decay` towards those of its batch, after it has used
-    them. lag: training normalises by running + lag (batch's own - running), through which gradients flow; 0: by the running
-    estimates alone. (FFJORD divides that by 1 - lag^(step + 1), which at its first steps scales it up tenfold for a lag of
-    0.9; not so here.)
+    mean, variance: running estimates, which a training step moves by `decay` towards those of its batch, after it has
+    used them. lag: training normalises by running + lag (batch's own - running), through which gradients flow; 0: by
+    the running estimates alone. (FFJORD divides that by 1 - lag^(step + 1), which at its first steps scales it up
+    tenfold for a lag of 0.9; not so here.)
     """
 
     def __init__(self, features: int, *, eps: float = 1e-4, decay: float = 0.1, lag: float = 0.0) -> None:

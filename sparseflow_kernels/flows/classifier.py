@@ -9,8 +9,8 @@ from .neural_ode import NeuralODE
 
 
 class NeuralClassifier(NeuralODE):
-    """Classes of points in R^dim, as many classes as dimensions: the state at the end of the interval is the logits, with
-    no augmentation and no layer before or after.
+    """Classes of points in R^dim, as many classes as dimensions: the state at the end of the interval is the logits,
+    with no augmentation and no layer before or after.
 
     Called with x [n, dim] it gives logits [n, dim]. Arguments and `stats` are NeuralODE's.
     """

@@ -31,8 +31,9 @@ class ContinuousFlow(NeuralODE):
         with "hutchinson" and reports "exact").  noise: Hutchinson's probe, "gaussian" or "rademacher", drawn once per
         solve from torch's global generator.
     batch_norm: a MovingBatchNorm before the first field and after each, of this lag; None for none.
-    penalties: "kinetic", "jacobian", "directional" (`regularised`) -> weight: `row_nll` in training mode adds the integrals
-        times their weights, and the solves that make them take the place of the others. `stats.penalties` has their means.
+    penalties: "kinetic", "jacobian", "directional" (`regularised`) -> weight: `row_nll` in training mode adds the
+        integrals times their weights, and the solves that make them take the place of the others. `stats.penalties` has
+        their means.
     solver: the rest is NeuralODE's: t0, t1, train_end_time, rtol, atol, method, options, gradient.
 
     `stats` (FlowStats, or None) tells of the last call. Tensors are checked: shape [n, dim], the parameters' dtype and
@@ -77,6 +78,9 @@ class ContinuousFlow(NeuralODE):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_penalised": {}}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"penalties": {}, "_penalised": {}, **state})  # earlier versions had none
+
     # ------------------------------------------------------------------------------------------------------ densities
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -92,7 +96,8 @@ class ContinuousFlow(NeuralODE):
         return self._base_log_prob(z)
 
     def row_nll(self, x: Tensor, labels: None = None) -> Tensor:
-        """-log p(x), nats, what training minimises the mean of, in training mode with the penalties: x [n, dim] -> [n]."""
+        """-log p(x), nats, what training minimises the mean of, in training mode with the penalties: x [n, dim] ->
+        [n]."""
         if not (self.training and self.penalties):
             return -self.log_prob(x)
         z, logdet, sums = self._transform(x, tuple(self.penalties))

@@ -1,7 +1,7 @@
 """Weights of flows that other code trained: state dicts of FFJORD and of torchprune, by a checked map of their keys.
 
-FFJORD's tables and toys: a chain of CNFs `chain.<i>.odefunc.diffeq.module.layers.<j>`, with MovingBatchNorm between them
-where it was asked for; torchprune's tables are the same under a prefix. torchprune's toys (torchdyn): one
+FFJORD's tables and toys: a chain of CNFs `chain.<i>.odefunc.diffeq.module.layers.<j>`, with MovingBatchNorm between
+them where it was asked for; torchprune's tables are the same under a prefix. torchprune's toys (torchdyn): one
 `f_forward.<2 j>` per layer. Copies that their modules hold of the same tensors under a second name must agree.
 """
 
@@ -31,10 +31,10 @@ _COPY = re.compile(r"\.(?:vf|defunc|f)\..*\d+\.(weight|bias)$")  # torchdyn's se
 def load_weights_(flow: NeuralODE, state: Mapping[str, Tensor]) -> NeuralODE:
     """Load an FFJORD or torchprune state dict into `flow`, in place, and return it.
 
-    flow: of the same make: `ffjord_flow`, `tabular_flow`, a model over `toy_field`, or any of MLPFields with the same layers, end times and norms. Zeros
-    stay zeros, and a compiled copy takes them as pruned.
-    Raises ValueError, and changes nothing, for keys that are not known, tensors that are missing, left over or of another
-    shape, and copies that differ. Only tensors are read: use torch.load(..., weights_only=True).
+    flow: of the same make: `ffjord_flow`, `tabular_flow`, a model over `toy_field`, or any of MLPFields with the same
+    layers, end times and norms. Zeros stay zeros, and a compiled copy takes them as pruned.
+    Raises ValueError, and changes nothing, for keys that are not known, tensors that are missing, left over or of
+    another shape, and copies that differ. Only tensors are read: use torch.load(..., weights_only=True).
     """
     fields = list(flow.vector_fields)
     if not all(isinstance(field, MLPField) for field in fields):
@@ -80,7 +80,11 @@ def load_weights_(flow: NeuralODE, state: Mapping[str, Tensor]) -> NeuralODE:
 
 def _our_name(key: str, cnfs: list[int], norms: list[int]) -> str | None:
     if m := _CNF.search(key):
-        leaf = next((ours + m[3].removeprefix(theirs) for theirs, ours in _LEAVES.items() if m[3].startswith(theirs)), m[3])
+        leaf = m[3]
+        for theirs, ours in _LEAVES.items():
+            if leaf.startswith(theirs):
+                leaf = ours + leaf.removeprefix(theirs)
+                break
         return f"vector_fields.{cnfs.index(int(m[1]))}.layers.{m[2]}.{leaf}"
     if (m := _END_TIME.search(key)) and int(m[1]) in cnfs:
         return f"sqrt_end_time.{cnfs.index(int(m[1]))}"

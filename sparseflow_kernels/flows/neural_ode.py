@@ -25,8 +25,8 @@ from ..solution import Stats
 
 @dataclass(frozen=True)
 class FlowStats:
-    """How the last call's solves went, one entry per vector field in the order they were solved; penalties: the means over
-    the rows of a ContinuousFlow's, in their order."""
+    """How the last call's solves went, one entry per vector field in the order they were solved; penalties: the means
+    over the rows of a ContinuousFlow's, in their order."""
 
     solves: tuple[Stats, ...]
     penalties: tuple[float, ...] = ()
@@ -53,7 +53,8 @@ class NeuralODE(nn.Module):
 
     supervised = False  # whether it is trained on labels
     SETTINGS: tuple[str, ...] = ("t0", "t1", "rtol", "atol", "method", "options", "gradient")
-    """What of a model is not in its state dict and decides what it computes; attributes and arguments by these names."""
+    """What of a model is not in its state dict and decides what it computes; attributes and arguments by these
+    names."""
 
     def __init__(
         self,
@@ -92,6 +93,11 @@ class NeuralODE(nn.Module):
         self.norms: nn.ModuleList | None = None  # before, between and after the fields
         self.stats: FlowStats | None = None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "norms" not in state and "norms" not in state["_modules"]:  # pickles of earlier versions
+            self.norms = None
+
     def forward(self, x: Tensor) -> Tensor:
         """The state at the end of the last interval; differentiable in x and the parameters."""
         x = self._checked(x, "x")
@@ -105,8 +111,8 @@ class NeuralODE(nn.Module):
 
     def compile(self, engine: str = "auto") -> "NeuralODE":  # noqa: A003 - nn.Module.compile is torch.compile's
         """A new flow of the same settings over `sparseflow_kernels.compile`d fields; this one is left as it is. The
-        parameters are copies; a field that is used several times is one field there too. Raises ValueError for different
-        fields that share parameters. (This takes the place of nn.Module.compile; for that one call
+        parameters are copies; a field that is used several times is one field there too. Raises ValueError for
+        different fields that share parameters. (This takes the place of nn.Module.compile; for that one call
         torch.compile(flow).)"""
         compiled: dict[int, nn.Module] = {}
         owners: dict[int, int] = {}
@@ -117,9 +123,9 @@ class NeuralODE(nn.Module):
                 owner = owners.setdefault(id(parameter), number)
                 if owner != number:
                     raise ValueError(
-                        f"compile: vector_fields[{number}] shares its parameter {name!r} with vector_fields[{owner}], and "
-                        "compiled fields share nothing. Use one and the same field in both places, or give each parameters "
-                        "of its own"
+                        f"compile: vector_fields[{number}] shares its parameter {name!r} with vector_fields[{owner}], "
+                        "and compiled fields share nothing. Use one and the same field in both places, or give each "
+                        "parameters of its own"
                     )
             compiled[id(field)] = compile_field(field, engine=engine, dim=self.dim)
         flow = type(self)([compiled[id(field)] for field in self.vector_fields], self.dim, **self.settings())

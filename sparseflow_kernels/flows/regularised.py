@@ -5,8 +5,8 @@ Per sample and over d dimensions, along the trajectory: "kinetic" |f|^2 / d (Fin
 |(df/dx) f|^2 / d, how much the velocity changes along the path. (FFJORD's l2int, JFrobint and dl2int are roots of such
 squares; its directional derivative is f' df/dx.)
 
-A compiled field is turned into one graph, (x, l, penalties) -> their derivatives, made of the field's own nodes, so that
-an engine integrates all rows in one solve and gives its gradient.
+A compiled field is turned into one graph, (x, l, penalties) -> their derivatives, made of the field's own nodes, so
+that an engine integrates all rows in one solve and gives its gradient.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class RegularisedSolves:
         self.field, self.kind, self.names = field, kind, tuple(names)
         if isinstance(field, CompiledField):
             if field.layout is not None or field.has_context:
-                raise ValueError("penalties: need fields of states [batch, dim] without numbers per sample of their own")
+                raise ValueError("penalties: need fields of states [batch, dim] without numbers per sample")
             self._packing = Packing("auto" if field.requested not in ("reference", "cpu") else field.requested)
             self._graph: tuple[Any, GraphField] | None = None
 
@@ -94,7 +94,8 @@ class RegularisedSolves:
 
 
 def augmented(field: GraphField, kind: str, names: Sequence[str]) -> GraphField:
-    """(x, l, penalties) -> (f, -div f, penalties' integrands) as one graph over the same parts; the probe is its context."""
+    """(x, l, penalties) -> (f, -div f, penalties' integrands) as one graph over the same parts; the probe is its
+    context."""
     g = Graph()
     state, time, context = GraphField.inputs(
         g, field.dim + 1 + len(names), field.dim if kind == "hutchinson" else 0

@@ -1,4 +1,5 @@
-"""The flows of the Sparse Flows experiments (arXiv 2106.12718) and FFJORD's, shape for shape and parameter for parameter."""
+"""The flows of the Sparse Flows experiments (arXiv 2106.12718) and FFJORD's, shape for shape and parameter for
+parameter."""
 
 from __future__ import annotations
 

@@ -14,7 +14,9 @@ import torch
 from ..data.dataset import Dataset
 from ..field import UnsupportedFieldError
 from ..flows import NeuralODE
-from ..pruning import KEEP_RATIOS, check_can_be_pruned, copy_module, prune_neurons_, prune_weights_, prune_with_propagation_, size
+from ..pruning import (
+    KEEP_RATIOS, check_can_be_pruned, copy_module, prune_neurons_, prune_weights_, prune_with_propagation_, size,
+)  # fmt: skip
 from .checkpoint import load_checkpoint, read_state, save_checkpoint
 from .distributed import agree, broadcast_, rank
 from .evaluation import evaluate_or_nan

@@ -1,9 +1,9 @@
 """A training step of a compiled model without autograd between its solves.
 
 For nets of some hundred weights most of a step was Python: autograd's bookkeeping, arguments checked anew and wrappers
-made for every solve, and values compared with those that were packed. Here the request of a solve is made once, engines of
-its own take the parameters over at every step, their solves and gradients are called one after the other, and the loss at
-the end of the interval is differentiated by its formula. What is computed is what
+made for every solve, and values compared with those that were packed. Here the request of a solve is made once, engines
+of its own take the parameters over at every step, their solves and gradients are called one after the other, and the
+loss at the end of the interval is differentiated by its formula. What is computed is what
 `row_nll(...).backward()` computes; a model that this does not fit is trained that way.
 """
 
@@ -19,6 +19,7 @@ from ..compiled_field import CompiledField
 from ..divergence_field import DivergenceField
 from ..engines import choose
 from ..engines.base import Engine, SolveRequest, SolveResult
+from ..field import GraphField, VectorField
 from ..flows import ContinuousFlow, NeuralClassifier, NeuralODE
 from ..solution import SolverError
 from ..solving.arguments import upward
@@ -34,26 +35,27 @@ class _Solved:
 
 
 class DirectGradient:
-    """The mean loss of a model and its gradient, which is added to the `grad` of the parameters (these must be there)."""
+    """The mean loss of a model and its gradient, which is added to the `grad` of the parameters (these must be
+    there)."""
 
-    def __init__(self, model: NeuralODE, template: SolveRequest) -> None:
-        self.model, self.template = model, template
+    def __init__(self, model: NeuralODE, template: SolveRequest, engines: list[Engine]) -> None:
+        self.model, self.template, self.engines = model, template, engines
         self.kind = model.divergence if isinstance(model, ContinuousFlow) else None
         noise = model.noise if self.kind == "hutchinson" else None
         self.probes = [
             None if self.kind is None else DivergenceField(field, self.kind, noise) for field in model.vector_fields
         ]
-        self.engines: list[Engine | None] = [None for _ in model.vector_fields]
         self.made: list[tuple] = [(None, []) for _ in model.vector_fields]  # a field, its tensors
 
     @classmethod
     def of(cls, model: NeuralODE) -> "DirectGradient | None":
-        """None for a model that only autograd can differentiate: fields that are not compiled for an engine with gradients
-        of its own, end times or bases of their own, callables among the solver's options, the adjoint's gradient."""
+        """None for a model that only autograd can differentiate: fields that are not compiled for an engine with
+        gradients of its own, end times or bases of their own, callables among the solver's options, the adjoint's
+        gradient."""
         flow = isinstance(model, ContinuousFlow)
         if not (flow or isinstance(model, NeuralClassifier)) or model.gradient != "discrete":
             return None
-        if model.sqrt_end_time is not None or (flow and model.base is not None) or model.norms is not None or getattr(model, "penalties", None):
+        if model.sqrt_end_time is not None or model.norms is not None or (flow and (model.base or model.penalties)):
             return None
         fields = list(model.vector_fields)
         if not all(isinstance(field, CompiledField) for field in fields) or len(set(map(id, fields))) < len(fields):
@@ -61,10 +63,12 @@ class DirectGradient:
         if any(field.live or field.layout is not None or field.has_context or field._masked for field in fields):
             return None
         like = next(model.parameters())
+        if like.device.type != "cpu":  # a GPU's step waits for other things than Python
+            return None
         x = torch.zeros(1, model.dim, dtype=like.dtype, device=like.device)
         state = (x, x[:, 0]) if flow else x
         t = torch.tensor([model.t0, model.t1], dtype=like.dtype)
-        kind = model.divergence if flow else None
+        kind, engines = model.divergence if flow else None, []
         for field in fields:
             func = DivergenceField(field, kind) if flow else field
             method = "dopri5" if model.method is None else model.method
@@ -76,14 +80,15 @@ class DirectGradient:
                 x, x[:, 0] if flow else None, None, t, times, sign, call.rtol, call.atol, call.method, call.options
             )
             template = replace(template, record=True)
-            engine = field.packed(kind)
+            engine = _packed(field, kind, field._live_field())
+            engines.append(engine)
             if engine.differentiable or engine.no_gradient(("x", "l", "tensors"), template) is not None:
                 return None
-        return cls(model, template)
+        return cls(model, template, engines)
 
     def __call__(self, x: Tensor, labels: Tensor | None = None) -> tuple[float, int]:
-        """(mean loss of the rows x [n, dim], evaluations of the fields). Raises SolverError for a solve that cannot go on;
-        gradients are then as they were, and so they are for a loss that is not finite."""
+        """(mean loss of the rows x [n, dim], evaluations of the fields). Raises SolverError for a solve that cannot go
+        on; gradients are then as they were, and so they are for a loss that is not finite."""
         with torch.no_grad():
             solved: list[_Solved] = []
             change = None if self.kind is None else x.new_zeros(len(x))
@@ -106,13 +111,12 @@ class DirectGradient:
             return value, nfe
 
     def _engine(self, number: int, field: CompiledField) -> tuple[Engine, list[Tensor]]:
-        """(an engine that holds the present values, the field's tensors, with a graph where they are made of others)."""
+        """(an engine that holds the present values, the field's tensors, with a graph where they are made of
+        others)."""
         made = field._live_field()  # with a graph of its own where tensors are derived
         engine = self.engines[number]
-        if engine is None or not engine.update(made):
-            plan = None if self.kind is None else field.divergence_plan(self.kind)
-            with torch.no_grad():
-                engine = self.engines[number] = choose(made, field.requested)[0](made, plan)
+        if not engine.update(made):
+            engine = self.engines[number] = _packed(field, self.kind, made)
         if made is not self.made[number][0]:
             self.made[number] = made, [tensor for _, tensor in made.tensors()]
         return engine, self.made[number][1]
@@ -130,6 +134,13 @@ class DirectGradient:
         gradient = logs.exp() / n
         gradient.scatter_add_(1, chosen, gradient.new_full((n, 1), -1.0 / n))
         return -float(logs.gather(1, chosen).sum()) / n, gradient, None
+
+
+@torch.no_grad()
+def _packed(field: CompiledField, kind: str | None, made: VectorField | GraphField) -> Engine:
+    """An engine of this step's own: it takes values over without asking whether they changed."""
+    plan = None if kind is None else field.divergence_plan(kind)
+    return choose(made, field.requested)[0](made, plan)
 
 
 def _backward(one: _Solved, grad_x: Tensor, grad_l: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -25,13 +25,13 @@ class Evaluation:
 def evaluate(
     model: NeuralODE, x: Tensor, labels: Tensor | None = None, *, exact: bool = True, batch: int = 4096
 ) -> Evaluation:
-    """The model's mean negative log-likelihood on rows x [n, dim], solved in batches, in eval mode, without gradient: of
-    the rows, by a flow; of their labels int64 [n], by a classifier.
+    """The model's mean negative log-likelihood on rows x [n, dim], solved in batches, in eval mode, without gradient:
+    of the rows, by a flow; of their labels int64 [n], by a classifier.
 
     exact: with the exact divergence whatever the flow trains with; False: as the flow does it in eval mode (one
     Hutchinson draw per batch, from torch's global generator, is a noisy estimate).
-    The NLL is NaN or infinite if the model's density is; nothing is hidden. Raises ValueError for no rows and for labels
-    that are none, SolverError for a solve that cannot go on.
+    The NLL is NaN or infinite if the model's density is; nothing is hidden. Raises ValueError for no rows and for
+    labels that are none, SolverError for a solve that cannot go on.
     """
     if len(x) == 0:
         raise ValueError("x has no rows to evaluate")

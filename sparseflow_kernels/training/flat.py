@@ -1,4 +1,5 @@
-"""Many small parameters as one: an optimizer's step then costs what one tensor's costs, and not one call per parameter."""
+"""Many small parameters as one: an optimizer's step then costs what one tensor's costs, and not one call per
+parameter."""
 
 from __future__ import annotations
 

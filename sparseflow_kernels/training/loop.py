@@ -167,8 +167,8 @@ class _Training:
         rest = len(rows) % n
         self.per_epoch = max(1, len(rows) // n + (0 < rest and rest >= (n + 1) // 2))
         self.total = settings.steps if settings.steps is not None else settings.epochs * self.per_epoch
-        # A sparse flow has many small parameters. Those of a compiled copy, which is ours, are made one: a step is then one
-        # call and not one per parameter; others are stepped fused. Ranks add their gradients up one by one.
+        # A sparse flow has many small parameters. Those of a compiled copy, which is ours, are made one: a step is then
+        # one call and not one per parameter; others are stepped fused. Ranks add their gradients up one by one.
         self.ranks = world_size()
         single = engine is not None and self.ranks == 1 and FlatParameters.fit(self.parameters)
         self.flat = FlatParameters(self.parameters) if single else None
@@ -394,8 +394,8 @@ class _Training:
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """optimizer.step() without the wrappers that torch puts around it, for profilers and hooks, which take as long as the
-    step of a small net."""
+    """optimizer.step() without the wrappers that torch puts around it, for profilers and hooks, which take as long as
+    the step of a small net."""
     plain_step = inspect.unwrap(type(optimizer).step)
 
     def step() -> None:

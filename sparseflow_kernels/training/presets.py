@@ -32,8 +32,8 @@ class Preset:
     classifies: bool = False
 
     def prune_options(self, method: str) -> dict[str, Any]:
-        """For `sparse_flow` with that method. A neuron stays connected in every layer: a global ranking of weights empties
-        the middle layers of deep thin nets (l8_h10), which then move nothing."""
+        """For `sparse_flow` with that method. A neuron stays connected in every layer: a global ranking of weights
+        empties the middle layers of deep thin nets (l8_h10), which then move nothing."""
         return {"fold": self.fold} if method == "neurons" else {"min_neurons": 1}
 
     @property
@@ -58,7 +58,8 @@ class Preset:
         if self.classifies:
             if match is None or match[1] is not None:
                 raise ValueError(f"net must look like 'l2_h64' or 'l2_h64_relu', the net of a classifier; got {net!r}")
-            return NeuralClassifier(toy_field(match[2], match[3] or "tanh"), 2, **({"rtol": 1e-4, "atol": 1e-4} | settings))
+            tolerance = {"rtol": 1e-4, "atol": 1e-4}
+            return NeuralClassifier(toy_field(match[2], match[3] or "tanh"), 2, **(tolerance | settings))
         if match is None:
             raise ValueError(f"net must look like 'l4_h64', 'cnf_l2_h128' or 'ffjord_l4_h64_tanh'; got {net!r}")
         trace = {"divergence": "exact"} if match[1] == "cnf" else {
