@@ -125,7 +125,7 @@ def test_a_run_measures_every_cycle_and_its_control(folder):
     field = tiny().flow().vector_fields[0]
     x, found = data.load("gaussians").test[:50], paper_measure.dynamics(tiny().flow(), data.load("gaussians").test[:50])
     jacobians = torch.func.vmap(torch.func.jacrev(lambda row: field(torch.zeros(()), row[None])[0]))(x)
-    assert found["lipschitz"] >= float(torch.linalg.svdvals(jacobians).max()) * (1 - 1e-5)
+    assert found["lipschitz"] >= torch.linalg.svdvals(jacobians).max().item() * (1 - 1e-5)
     assert 0 < found["least_step"] <= found["mean_step"] <= 1 and dense["dynamics"]["lipschitz"] > 0
     assert dense["versus_dense"]["nats"] == 0 and dense["control"] is None
     for record in pruned:
