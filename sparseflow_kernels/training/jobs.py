@@ -144,10 +144,6 @@ def load_rows(name: str) -> Dataset:
     """
     path = Path(name)
     if path.suffix != ".npz":
-        if name not in data.LOADERS and name in PRESETS:
-            raise ValueError(
-                f"this package has no loader for {name!r}; give its rows as an .npz file with arrays train, val, test"
-            )
         if name not in data.LOADERS and path.suffix:
             raise ValueError(f"data must be an .npz file or one of {', '.join(data.LOADERS)}; got {name!r}")
         return data.load(name)
