@@ -20,7 +20,8 @@ _WORK = 2e7  # weights times rows of a step that is timed, at most; what is time
 
 
 def step_seconds(experiment: Experiment) -> float:
-    """Of a training step of the untrained net on rows of a standard normal, on one core: the median of three."""
+    """Of a training step of the untrained net on rows of a standard normal, in time of the processor, which other work
+    on the machine is not in: the median of some steps after the first, which makes its programs."""
     flow, settings = experiment.flow(), experiment.training()[0]
     weights = sum(parameter.numel() for parameter in flow.parameters())
     batch = int(min(settings.batch, max(32, _WORK / weights)))
@@ -28,14 +29,13 @@ def step_seconds(experiment: Experiment) -> float:
     rows = torch.randn(batch, flow.dim, generator=generator)
     labels = torch.arange(batch) % flow.dim
     data = Dataset("rows", rows, rows[:0], rows[:0], train_labels=labels)
-    times = []
-    made = dataclasses.replace(settings, batch=batch, epochs=None, steps=4, milestones=(), select="last")
-
-    def told(facts: dict) -> None:
-        times.append(facts["step_seconds"])
-
-    train(flow, data, engine="auto", progress=told, **dataclasses.asdict(made))
-    return statistics.median(times[1:]) * settings.batch / batch
+    steps = 4 if weights > 100_000 else 20
+    made = dataclasses.replace(settings, batch=batch, epochs=None, steps=steps, milestones=(), select="last")
+    ends = []
+    train(
+        flow, data, engine="auto", progress=lambda facts: ends.append(time.process_time()), **dataclasses.asdict(made)
+    )
+    return statistics.median(after - before for before, after in zip(ends, ends[1:])) * settings.batch / batch
 
 
 def expected_hours(runs: Sequence[Experiment], rows: dict[str, int]) -> float:

@@ -258,15 +258,16 @@ QUICK_ANALYSIS = Analysis(
     samples=5000, repeats=3, hessian_rows=512, hessian_steps=40, hessian_probes=2, resolution=80
 )
 _FIVE = (0.8, 0.6, 0.4, 0.2, 0.1)
+_EIGHT = (0.8, 0.6, 0.45, 0.33, 0.25, 0.2, 0.15, 0.1)
 # The toys' were chosen for about 12 minutes on two cores; the tables' lengths fall as their nets grow.
 QUICK: dict[tuple[str, str], Quick] = {
     ("gaussians_spiral", ""): Quick(_FIVE, 80, 20),
     ("spirals2", ""): Quick(_FIVE, 60, 12),
     ("gaussians", ""): Quick((0.8, 0.6, 0.4, 0.3, 0.2, 0.1), 100, 60),
     ("gaussians", "cnf_l2_h128"): Quick((0.8, 0.6, 0.4, 0.3, 0.2, 0.1), 100, 50),
-    ("moons", ""): Quick(_FIVE, 50, 30),
-    ("concentric", ""): Quick(_FIVE, 50, 30),
-    ("spirals", ""): Quick(_FIVE, 100, 40),
+    ("moons", ""): Quick(_EIGHT, 50, 50),
+    ("concentric", ""): Quick(_EIGHT, 50, 50),
+    ("spirals", ""): Quick(_EIGHT, 100, 60),
     ("power", ""): Quick((0.53, 0.23, 0.1), 400, 200, "steps", 1000),
     ("gas", ""): Quick((0.53, 0.23, 0.1), 100, 50, "steps", 500),
     ("hepmass", ""): Quick((0.483, 0.227, 0.107), 60, 30, "steps", 200),
