@@ -76,7 +76,7 @@ def _legend(figure, lines: dict, columns: int) -> None:
 
 def plot_score(documents: Documents, path: str | Path, score: str = "nll") -> Path:
     """Test NLL (or `score` "error", of classifiers) against prune ratio, one panel per experiment, mean and range over
-    seeds, the entropy drawn in. What collapses beyond a prune ratio of 0.8 is cut off."""
+    seeds, the entropy drawn in. An NLL that collapses beyond a prune ratio of 0.8 is cut off."""
     groups, lines = by_title(documents), {}
     rows = -(-len(groups) // 3)
     columns = -(-len(groups) // rows)
@@ -87,7 +87,8 @@ def plot_score(documents: Documents, path: str | Path, score: str = "nll") -> Pa
         seen = [one for get in (lambda r: r[score], _control(lambda r: r[score])) for one in _series(here, get)]
         dense = [one[1] for one in seen if one[0] == 0]
         bottom = min((one[2] for one in seen), default=0.0)
-        top = max([one[3] for one in seen if one[0] <= 1 - CLAIMED_KEEP + 1e-9], default=bottom + 1.0)
+        shown = [one[3] for one in seen if score == "error" or one[0] <= 1 - CLAIMED_KEEP + 1e-9]
+        top = max(shown, default=bottom + 1.0)
         if dense:
             lines["dense, where both started"] = axis.axhline(dense[0], color="gray", linestyle=":", linewidth=1)
         if here[0]["entropy"] is not None and score == "nll":

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..compiled_field import CompiledField
+from ..devices import factories_on_cpu
 from ..divergence_field import DivergenceField
 from ..engines import choose
 from ..engines.base import Engine, SolveRequest, SolveResult
@@ -48,6 +49,7 @@ class DirectGradient:
         self.made: list[tuple] = [(None, []) for _ in model.vector_fields]  # a field, its tensors
 
     @classmethod
+    @factories_on_cpu
     def of(cls, model: NeuralODE) -> "DirectGradient | None":
         """None for a model that only autograd can differentiate: fields that are not compiled for an engine with
         gradients of its own, end times or bases of their own, callables among the solver's options, the adjoint's
@@ -86,6 +88,7 @@ class DirectGradient:
                 return None
         return cls(model, template, engines)
 
+    @factories_on_cpu
     def __call__(self, x: Tensor, labels: Tensor | None = None) -> tuple[float, int]:
         """(mean loss of the rows x [n, dim], evaluations of the fields). Raises SolverError for a solve that cannot go
         on; gradients are then as they were, and so they are for a loss that is not finite."""
