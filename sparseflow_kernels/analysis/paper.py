@@ -67,6 +67,7 @@ def run(
     measure = Measure(experiment, rows, hessian)
     cycles = sparse_flow(
         experiment.flow(), rows, experiment.keeps, method=experiment.method, control=True, engine=engine,
+        prune_options=experiment.prune_options,
         folder=folder / "checkpoints" / experiment.name, unpruned=folder / "checkpoints" / experiment.unpruned_name,
         seed=experiment.seed, progress=progress, retrain=again, **dataclasses.asdict(settings),
     )  # fmt: skip

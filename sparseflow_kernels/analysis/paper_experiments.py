@@ -107,6 +107,13 @@ class Experiment:
             torch.manual_seed(self.seed)
             return PRESETS[self.preset].flow(self.net, **(settings | self.model))
 
+    @property
+    def prune_options(self) -> dict[str, Any]:
+        """Gated neurons go with their time parameters, or the tables' smaller sizes cannot be met; nothing else differs
+        from the defaults: as in the paper, a global ranking of weights may empty a layer."""
+        fold = PRESETS[self.preset].fold
+        return {"fold": fold} if self.method == "neurons" and fold != "auto" else {}
+
     def training(self) -> tuple[TrainingSettings, dict[str, Any]]:
         """(of the dense model, what differs in retraining)."""
         preset = PRESETS[self.preset]
