@@ -15,7 +15,7 @@ TESTS = native_tests
 export OMP_NUM_THREADS = 1
 export MKL_NUM_THREADS = 1
 
-.PHONY: demo test native-test bench gpu sanitize tsan fuzz clean
+.PHONY: demo test lint docs native-test bench gpu sanitize tsan fuzz wheel matrix arm clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sparseflow demo
@@ -23,6 +23,15 @@ demo: $(VENV)/.demo
 test: export SPARSEFLOW_CUDA_HOST = $(CURDIR)/build/native/_cuda_host.so
 test: $(VENV)/.test native-test
 	$(BIN)/pytest -n $(JOBS) $(PYTEST_ARGS)
+
+# Style and types, as pyproject.toml says.
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# The site, in docs/_build/html: warnings are errors; examples are tested and notebooks run. Needs no network.
+docs: $(VENV)/.docs
+	$(BIN)/python docs/build.py
 
 bench: $(VENV)/.bench
 	$(BIN)/sparseflow bench --peers all
@@ -44,10 +53,10 @@ gpu:
 	$(GPU_PYTHON) bench/gpu.py $(BENCH_ARGS)
 
 native-test: build/native/.built
-	$(BIN)/ctest --test-dir build/native --output-on-failure --no-tests=error
+	$(BIN)/ctest --test-dir $$(cat build/native/.built) --output-on-failure --no-tests=error --parallel $(JOBS)
 
 sanitize: build/sanitize/.built
-	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error --parallel $(JOBS)
 
 # The thread pool and what is shared by means of it, under the thread sanitizer; the portable kernels suffice.
 tsan: build/tsan/.built
@@ -61,8 +70,40 @@ fuzz: build/sanitize/.built $(VENV)/.test
 	build/sanitize/sparseflow_fuzz_test $(FUZZ) $(SEED)
 	SPARSEFLOW_FUZZ=$$(($(FUZZ) / 50)) SPARSEFLOW_FUZZ_SEED=$(SEED) $(BIN)/pytest -n $(JOBS) tests/test_fuzz.py
 
-# Configured without CUDA: these trees compile the .cu as C++ over the host shim.
-build/native/.built: CMAKE_ARGS = -DSPARSEFLOW_PYTHON=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+# A CPU wheel that runs with glibc 2.28 and newer, in dist/, checked by auditwheel.
+wheel: $(VENV)/.tools
+	$(PIP) build ziglang auditwheel setuptools wheel
+	$(BIN)/python packaging/wheel.py
+
+# The quick tests with that wheel on the oldest torch, the one of constraints.txt and the newest, each in a venv of its own.
+matrix: wheel
+	$(PYTHON) packaging/matrix.py
+
+# The NEON kernels: compiled for aarch64 and tested under qemu's emulation.
+ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_RUN ?= $(shell command -v qemu-aarch64-static || command -v qemu-aarch64)
+arm: $(VENV)/.tools
+	@command -v $(firstword $(ARM_CXX)) >/dev/null || { echo "make arm: $(firstword $(ARM_CXX)) was not found; install it \
+	(apt install g++-aarch64-linux-gnu), or set ARM_CXX" >&2; exit 1; }
+	@test -n "$(ARM_RUN)" || { echo "make arm: qemu-aarch64 was not found; install it (apt install qemu-user-static)" >&2; exit 1; }
+	$(BIN)/cmake -S . -B build/arm -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DSPARSEFLOW_PYTHON=OFF \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER="$(ARM_CXX)" \
+	  -DCMAKE_CROSSCOMPILING_EMULATOR="$(ARM_RUN);-L;/usr/aarch64-linux-gnu"
+	$(BIN)/cmake --build build/arm --target native_tests --parallel $(JOBS)
+	$(BIN)/ctest --test-dir build/arm --output-on-failure --no-tests=error
+
+# Configured without CUDA: these trees compile the .cu as C++ over the host shim. Where there is no nvcc the native tests
+# lie in the tree of the installed package, which is configured alike, so that the kernels are compiled once.
+NVCC := $(shell command -v nvcc)
+INSTALLED_TREE = build/cmake.$$($(BIN)/python -c 'import sys, sysconfig; print(sysconfig.get_platform(), sys.implementation.cache_tag, sep="-")')/native
+build/native/.built: $(NATIVE_SOURCES) | $(VENV)/.tools
+	mkdir -p build/native
+	tree=$(if $(NVCC),build/native,$(INSTALLED_TREE)) && \
+	$(BIN)/cmake -S . -B $$tree -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DSPARSEFLOW_CUDA=OFF \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
+	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/build/native && \
+	$(BIN)/cmake --build $$tree --target native_tests --parallel $(JOBS) && echo $$tree > $@
+
 build/sanitize/.built: CMAKE_ARGS = -DSPARSEFLOW_PYTHON=OFF -DSPARSEFLOW_SANITIZE=ON
 build/tsan/.built: CMAKE_ARGS = -DSPARSEFLOW_PYTHON=OFF -DSPARSEFLOW_SANITIZE=thread -DSPARSEFLOW_CPU_ISAS=baseline
 build/tsan/.built: TESTS = sparseflow_thread_test
@@ -81,6 +122,7 @@ $(VENV)/.tools: $(VENV)/bin/python constraints.txt
 # Each set of extras is a stamp; the package itself is reinstalled when a source changed (unchanged kernels are not
 # compiled again: build/ keeps their objects).
 $(VENV)/.gpu: EXTRAS = test,gpu
+$(VENV)/.docs: EXTRAS = docs,demo
 $(VENV)/.%: EXTRAS = $*
 $(VENV)/.%: $(SOURCES) | $(VENV)/bin/python
 	$(PIP) '.[$(EXTRAS)]'
@@ -91,5 +133,5 @@ build/system/.installed: $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) .pytest_cache .benchmarks sparseflow_kernels/_build.json
+	rm -rf build dist docs/_build *.egg-info $(VENV) .pytest_cache .mypy_cache .ruff_cache .benchmarks sparseflow_kernels/_build.json
 	find sparseflow_kernels -name '*.so' -delete

@@ -10,14 +10,17 @@ Nothing here imports torch, so pip's isolated build works. Environment:
     CUDAHOSTCXX            the C++ compiler that nvcc drives (default: CXX, then nvcc's own choice)
     MAX_JOBS               compiler processes at once (default: CMake's choice)
     CC, CXX, CXXFLAGS      as CMake reads them
+    SPARSEFLOW_BUILD_DIR   where objects are kept for the next build (default: build/ beside this file)
 """
 
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -150,15 +153,43 @@ def plan_cuda() -> dict[str, Any]:
         return {"built": False, "reason": f"when the package was built, {error}"}
 
 
+def check_platform() -> None:
+    """Ends with a sentence where nothing can be built: on another system, or without a compiler."""
+    if not sys.platform.startswith(("linux", "darwin")):
+        raise SystemExit(f"setup.py: sparseflow_kernels runs on Linux and macOS; this is {sys.platform}")
+    named = os.environ.get("CXX")
+    candidates = shlex.split(named)[:1] if named else ["c++", "g++", "clang++"]
+    if not any(map(shutil.which, candidates)):
+        what = f"CXX={named} is no program" if named else "no C++ compiler was found (c++, g++, clang++)"
+        raise SystemExit(
+            f"setup.py: {what}; sparseflow_kernels is compiled when it is installed from source: install GCC 12 or "
+            "newer, or Clang (apt install g++, dnf install gcc-c++, xcode-select --install), or set CXX"
+        )
+
+
+def kept_pybind11(tree: Path) -> Path:
+    """A copy of pybind11 that stays where it is: each of pip's builds has its own in a temporary folder, and with its
+    path the bindings would be compiled anew every time. Returns the folder of its CMake files."""
+    import pybind11
+
+    package = Path(pybind11.__file__).resolve().parent
+    kept = tree.parent / f"pybind11-{pybind11.__version__}"
+    if not kept.exists():
+        shutil.copytree(package, kept, ignore=shutil.ignore_patterns("__pycache__"))
+    return kept / Path(pybind11.get_cmake_dir()).resolve().relative_to(package)
+
+
 class CMakeBuild(build_ext):
     """One CMake project for all modules; `_build.json` (read by build_info) is written beside them."""
 
     def build_extensions(self) -> None:
-        import pybind11
-
+        check_platform()
         folder = Path(self.get_ext_fullpath("sparseflow_kernels._cpu")).resolve().parent
         folder.mkdir(parents=True, exist_ok=True)
-        tree = Path(self.build_temp).resolve() / "native"
+        # Not build_temp, which is another one for every editable build.
+        kept = Path(os.environ.get("SPARSEFLOW_BUILD_DIR") or ROOT / "build").resolve()
+        tree = kept / f"cmake.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "native"
+        tree.mkdir(parents=True, exist_ok=True)
         cuda = plan_cuda()
         if cuda["built"]:
             print(f"CUDA: nvcc {cuda['nvcc']}, {';'.join(cuda['archs'])}")
@@ -178,7 +209,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-Dpybind11_DIR={kept_pybind11(tree)}",
         ]
         if isas := os.environ.get("SPARSEFLOW_CPU_ISAS"):
             configure.append(f"-DSPARSEFLOW_CPU_ISAS={isas.replace(',', ';')}")
@@ -192,8 +223,9 @@ class CMakeBuild(build_ext):
         build = [tool("cmake"), "--build", str(tree), "--target", *targets]
         if jobs := os.environ.get("MAX_JOBS"):
             build += ["--parallel", jobs]
-        subprocess.run(configure, check=True)
-        subprocess.run(build, check=True)
+        for command in (configure, build):
+            if status := subprocess.run(command).returncode:
+                raise SystemExit(f"setup.py: {command[0]} ended with status {status}; what is wrong is said above")
 
         facts = json.loads((tree / "build.json").read_text())
         flags = facts.pop("cuda_flags")

@@ -13,7 +13,18 @@
 
 namespace sparseflow {
 
-// CSR. Where `gated`, the values depend on time through the output gate g of one modulation:
+// A convolution: which pixels of the source a tap reads. Rows are the target's [channels][height][width], columns the
+// source's. The target's pixel (y, x) reads the source's (y stride + i dilation - padding, likewise for x) through the tap
+// (i, j), and zero where that is outside. Pairs are (height, width).
+struct Window {
+  int source[2] = {0, 0}, target[2] = {0, 0}, kernel[2] = {0, 0}, stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};
+  bool present() const { return kernel[0] > 0; }
+  int taps() const { return kernel[0] * kernel[1]; }
+  int source_area() const { return source[0] * source[1]; }
+  int target_area() const { return target[0] * target[1]; }
+};
+
+// CSR; of a convolution over the target's channels, whose columns are (source channel, tap). Where `gated`, the values depend on time through the output gate g of one modulation:
 // values[path_entry[p]] += path_constant[p] * g[path_gate[p]]. Where `external`, they come from the refresh callback.
 template <class T>
 struct Matrix {
@@ -26,8 +37,10 @@ struct Matrix {
   std::vector<T> path_constant;
   int external = -1;
   int sum = -1;  // adjoint programs: where the gradient of the values is summed up
+  Window window;
 
   bool dynamic() const { return gated || external >= 0; }
+  int pattern_rows() const { return static_cast<int>(row_ptr.size()) - 1; }
   int nnz() const { return static_cast<int>(col.size()); }
 };
 

@@ -1,6 +1,7 @@
 #include "validate.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <numeric>
 
 namespace sparseflow {
@@ -12,17 +13,42 @@ void check_range(const Container& values, int low, int high, const std::string& 
     if (v < low || v >= high) fail(what + " " + std::to_string(v) + " is outside [" + std::to_string(low) + ", " + std::to_string(high) + ")");
 }
 
+// Everything that packing computes from it fits 32 bits then.
+template <class T>
+void validate_window(const Matrix<T>& m, const std::string& name) {
+  const Window& w = m.window;
+  constexpr int kMost = 1 << 20;
+  for (int axis = 0; axis < 2; ++axis) {
+    for (int size : {w.source[axis], w.target[axis], w.kernel[axis], w.stride[axis], w.dilation[axis]})
+      if (size < 1 || size > kMost) fail(name + ": sizes, strides and dilations of a window lie from 1 to " + std::to_string(kMost));
+    if (w.padding[axis] < -kMost || w.padding[axis] > kMost) fail(name + ": a window's padding lies within " + std::to_string(kMost));
+    if (int64_t(w.kernel[axis]) * w.dilation[axis] > kMost) fail(name + ": a window reaches further than " + std::to_string(kMost));
+  }
+  const int64_t taps = int64_t(w.kernel[0]) * w.kernel[1], from = int64_t(w.source[0]) * w.source[1], to = int64_t(w.target[0]) * w.target[1];
+  if (taps > kMostRows || from > kMostRows || to > kMostRows) fail(name + ": a window of more pixels than 32-bit offsets reach");
+  if (m.rows < 0 || m.cols < 0 || m.rows % to != 0 || m.cols % from != 0) fail(name + ": rows and columns must be whole planes");
+  if (m.dynamic()) fail(name + ": a convolution does not depend on time");
+}
+
 template <class T>
 void validate_matrix(const Matrix<T>& m, const Program<T>& p, const std::string& name) {
+  int rows = m.rows;
+  int64_t cols = m.cols;
+  if (m.window.present()) {
+    validate_window(m, name);
+    rows = m.rows / m.window.target_area();
+    cols = int64_t(m.cols / m.window.source_area()) * m.window.taps();
+    if (cols > INT32_MAX) fail(name + ": more taps than 32-bit offsets reach");
+  }
   if (m.col.size() > size_t(kMostEntries) || m.path_entry.size() > size_t(kMostEntries))
     fail(name + ": more than " + std::to_string(kMostEntries) + " entries or paths, too many for 32-bit offsets");
-  if (m.rows < 0 || m.cols < 0 || static_cast<int64_t>(m.row_ptr.size()) != int64_t(m.rows) + 1 || m.row_ptr.front() != 0 ||
+  if (rows < 0 || cols < 0 || static_cast<int64_t>(m.row_ptr.size()) != int64_t(rows) + 1 || m.row_ptr.front() != 0 ||
       m.row_ptr.back() != m.nnz())
-    fail(name + ": row pointers do not fit " + std::to_string(m.rows) + " rows and " + std::to_string(m.nnz()) + " entries");
-  for (int i = 0; i < m.rows; ++i)
+    fail(name + ": row pointers do not fit " + std::to_string(rows) + " rows and " + std::to_string(m.nnz()) + " entries");
+  for (int i = 0; i < rows; ++i)
     if (m.row_ptr[i] > m.row_ptr[i + 1]) fail(name + ": row pointers decrease");
-  check_range(m.col, 0, m.cols, name + ": column");
-  for (int i = 0; i < m.rows; ++i)
+  check_range(m.col, 0, static_cast<int>(cols), name + ": column");
+  for (int i = 0; i < rows; ++i)
     for (int e = m.row_ptr[i] + 1; e < m.row_ptr[i + 1]; ++e)
       if (m.col[e - 1] >= m.col[e]) fail(name + ": the columns of a row must ascend");
   if (m.dynamic()) {

@@ -26,5 +26,7 @@ with torch.no_grad():
     ys = torchdiffeq.odeint(field, y0, t, rtol=1e-6, atol=1e-6)  # natively
     before = torchdiffeq.odeint(f, y0, t, rtol=1e-6, atol=1e-6)  # a plain module: torchdiffeq itself
 
-print(f"{field.nnz} multiply-adds per sample and evaluation, {sum(p.numel() for p in f.parameters())} parameters before")
+print(
+    f"{field.nnz} multiply-adds per sample and evaluation, {sum(p.numel() for p in f.parameters())} parameters before"
+)
 print(f"largest difference over {len(t)} output times: {float((ys - before).abs().max()):.1e}")

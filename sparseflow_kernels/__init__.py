@@ -17,15 +17,41 @@ from .nonfinite import get_nonfinite_gradients, set_nonfinite_gradients
 from .odeint import odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 from .pruning import prune_neurons_, prune_weights_
 from .solution import GradientError, Solution, SolverError
-from .sparse_linear import SparseLinear, sparsify_
+from .sparse_conv import SparseConv2d
+from .sparse_linear import SparseLinear
+from .sparsify import sparsify_
 from .threads import get_num_threads, set_num_threads
 from .training import sparse_flow
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
-    "CompiledField", "ContinuousFlow", "DivergenceField", "GradientError", "GraphField", "Solution", "SolverError", "SparseLinear",
-    "UnsupportedFieldError", "VectorField", "accelerate", "build_info", "compile", "get_nonfinite_gradients", "get_num_threads",
-    "odeint", "odeint_adjoint", "odeint_dense", "odeint_event", "prune_neurons_", "prune_weights_",
-    "set_nonfinite_gradients", "set_num_threads", "solve", "sparse_flow", "sparsify_", "with_divergence",
+    "CompiledField",
+    "ContinuousFlow",
+    "DivergenceField",
+    "GradientError",
+    "GraphField",
+    "Solution",
+    "SolverError",
+    "SparseConv2d",
+    "SparseLinear",
+    "UnsupportedFieldError",
+    "VectorField",
+    "accelerate",
+    "build_info",
+    "compile",
+    "get_nonfinite_gradients",
+    "get_num_threads",
+    "odeint",
+    "odeint_adjoint",
+    "odeint_dense",
+    "odeint_event",
+    "prune_neurons_",
+    "prune_weights_",
+    "set_nonfinite_gradients",
+    "set_num_threads",
+    "solve",
+    "sparse_flow",
+    "sparsify_",
+    "with_divergence",
 ]

@@ -1,8 +1,8 @@
 """`with accelerate():` around code that was written for torchdiffeq: what can be compiled runs here.
 
-torchdiffeq's `odeint` and `odeint_adjoint` are called by many names: `torchdiffeq.odeint`, a name that a script imported
-earlier, one that a library did. All names of a function are one function object, so the code of that object is exchanged
-while the context lasts, and put back after it.
+torchdiffeq's `odeint` and `odeint_adjoint` are called by many names: `torchdiffeq.odeint`, a name that a script
+imported earlier, one that a library did. All names of a function are one function object, so the code of that object is
+exchanged while the context lasts, and put back after it.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def _trampoline_odeint(func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, option
 
 
 def _trampoline_odeint_adjoint(
-    func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, adjoint_rtol=None, adjoint_atol=None,
-    adjoint_method=None, adjoint_options=None, adjoint_params=None,
+    func, y0, t, *, rtol=1e-7, atol=1e-9, method=None, options=None, event_fn=None, adjoint_rtol=None,
+    adjoint_atol=None, adjoint_method=None, adjoint_options=None, adjoint_params=None,
 ):  # fmt: skip
     return _sparseflow_kernels_call(  # noqa: F821
         "odeint_adjoint", func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn,
@@ -54,8 +54,8 @@ _TRAMPOLINES = {"odeint": _trampoline_odeint, "odeint_adjoint": _trampoline_odei
 
 @dataclass
 class _Entry:
-    """What became of one module for states of one kind. field: None where its solves are handed on to torchdiffeq, for this
-    `reason`.  solves: how many there were.  compiled: how often it was compiled anew."""
+    """What became of one module for states of one kind. field: None where its solves are handed on to torchdiffeq, for
+    this `reason`.  solves: how many there were.  compiled: how often it was compiled anew."""
 
     module: weakref.ref
     field: CompiledField | None
@@ -68,15 +68,15 @@ class _Entry:
 class accelerate:  # noqa: N801 - it is called like a function, in a with statement
     """Inside the `with`, what torchdiffeq is asked to solve is solved by compiled fields, where that is possible.
 
-    A module is compiled when it is first met (`compile(module, like=y0, live=True)`: its parameters stay its own), and again
-    where its masks change. A function (a lambda over networks, a method of a model, a partial) is compiled as a module that
-    holds the modules which it reads. What cannot be compiled, events and callbacks are handed on to torchdiffeq; of a
-    module a warning says so once, with the reason. `odeint_adjoint` gives the exact gradient of the
+    A module is compiled when it is first met (`compile(module, like=y0, live=True)`: its parameters stay its own), and
+    again where its masks change. A function (a lambda over networks, a method of a model, a partial) is compiled as a
+    module that holds the modules which it reads. What cannot be compiled, events and callbacks are handed on to
+    torchdiffeq; of a module a warning says so once, with the reason. `odeint_adjoint` gives the exact gradient of the
     steps taken, unless it was given an adjoint_* argument (`sparseflow_kernels.odeint_adjoint`). Calls of
     `sparseflow_kernels.odeint` and `solve` with a module take part.
 
-    The context may be entered again while it lasts, and from several threads, which share it: torchdiffeq's functions are
-    the process's. engine: as in `compile`.
+    The context may be entered again while it lasts, and from several threads, which share it: torchdiffeq's functions
+    are the process's. engine: as in `compile`.
     """
 
     engine: str = "auto"
@@ -111,7 +111,8 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
         return "\n".join(lines) or "no module was solved for"
 
     def field_for(self, module: nn.Module, y0: Any) -> CompiledField | None:
-        """The compiled field of a module for states like y0, a tensor or a tuple of tensors; None where there is none."""
+        """The compiled field of a module for states like y0, a tensor or a tuple of tensors; None where there is
+        none."""
         parts = y0 if isinstance(y0, tuple) else (y0,)
         if not parts or not all(isinstance(part, Tensor) and part.dim() for part in parts):
             return None
@@ -145,8 +146,9 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
                 entry.compiled += 1
                 if entry.compiled >= MOST_COMPILED and entry.compiled * 3 > entry.solves:
                     raise UnsupportedFieldError(
-                        f"what it holds beside parameters was another in {entry.compiled} of {entry.solves} solves, so that it "
-                        "was compiled as often; numbers that change belong into parameters, or per sample into tensors"
+                        f"what it holds beside parameters was another in {entry.compiled} of {entry.solves} solves, so "
+                        "that it was compiled as often; numbers that change belong into parameters, or per sample into "
+                        "tensors"
                     )
         except (UnsupportedFieldError, TypeError, ValueError) as error:
             self._hand_on(entry, error)
@@ -169,7 +171,9 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
             if (name := field._watch.records) is not None:
                 raise UnsupportedFieldError(f"forward notes what it sees in {name}, which a compiled field would not")
             if kept is not None and kept.restore():
-                raise UnsupportedFieldError("it writes what it reads (a counter, a list), which a compiled field would not")
+                raise UnsupportedFieldError(
+                    "it writes what it reads (a counter, a list), which a compiled field would not"
+                )
             entry.field = field
         except (UnsupportedFieldError, TypeError, ValueError) as error:
             self._hand_on(entry, error)
@@ -185,7 +189,7 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
         if key is None:
             return None
         if not isinstance(function, PYTHONS):
-            function = function.__call__  # of an object
+            function = function.__call__  # type: ignore[operator]  # of an object
         parts = parts_of(function)
         key += tuple(map(id, parts))
         with self._lock:

@@ -30,6 +30,7 @@ def _cpu() -> dict[str, Any]:
         return {"built": False, "reason": f"{type(error).__name__}: {error}; build it with `pip install .`"}
     info: dict[str, Any] = {"built": True, "isas": facts.get("isas", []), "forced": os.environ.get("SPARSEFLOW_ISA")}
     try:
+        info["best_isa"] = module.best_isa()
         info["isa"] = module.isa()
     except Exception as error:  # an unknown SPARSEFLOW_ISA is refused by the dispatcher
         info["isa"], info["reason"] = None, f"{type(error).__name__}: {error}"
@@ -60,13 +61,17 @@ def _cuda_trouble(runtime: int, driver: int, error: str, devices: list[dict[str,
     """Why the CUDA module can run on none of the machine's devices, and what to do; None if it can."""
     said = f" (CUDA says: {error})" if error else ""
     if not driver:
-        return (f"no NVIDIA driver was found{said}; install one (nvidia-smi shows it when it works), or hand the GPU to "
-                "this container (docker run --gpus all)")
+        return (
+            f"no NVIDIA driver was found{said}; install one (nvidia-smi shows it when it works), or hand the GPU to "
+            "this container (docker run --gpus all)"
+        )
     if driver // 1000 < runtime // 1000:
         # Within one major version CUDA promises that an older driver runs what a newer toolkit compiled.
-        return (f"the NVIDIA driver is too old: it knows CUDA {_version(driver)}, the module was built with CUDA "
-                f"{_version(runtime)}; install a driver for CUDA {runtime // 1000}.0 or newer, or build the package with "
-                f"CUDA {driver // 1000}'s nvcc (CUDACXX=.../nvcc)")
+        return (
+            f"the NVIDIA driver is too old: it knows CUDA {_version(driver)}, the module was built with CUDA "
+            f"{_version(runtime)}; install a driver for CUDA {runtime // 1000}.0 or newer, or build the package with "
+            f"CUDA {driver // 1000}'s nvcc (CUDACXX=.../nvcc)"
+        )
     if not devices:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         what = "check nvidia-smi" if hidden is None else f"CUDA_VISIBLE_DEVICES is {hidden!r}: check that it names one"
@@ -116,7 +121,9 @@ def cuda_info() -> dict[str, Any]:
     try:
         module = importlib.import_module("sparseflow_kernels._cuda")
     except ModuleNotFoundError as error:
-        reason = facts.get("reason", f"{error}; build the package where nvcc is found (SPARSEFLOW_CUDA=on pip install .)")
+        reason = facts.get(
+            "reason", f"{error}; build the package where nvcc is found (SPARSEFLOW_CUDA=on pip install .)"
+        )
         return {"built": False, "available": False, "reason": reason}
     except Exception as error:
         return {"built": True, "available": False, "reason": f"it does not load: {type(error).__name__}: {error}"}
@@ -168,10 +175,11 @@ def build_info() -> dict[str, Any]:
 
     - version: the package's version; python: the interpreter's.
     - cpu: built (bool); if so isas (compiled), isa (chosen for this processor; the environment variable SPARSEFLOW_ISA
-      forces one), forced, threads, compiler, target, build_type, flags; if not, reason.
-    - cuda: built (bool); available (bool): whether it can run on a device here; if not, reason; if built, nvcc (version),
-      archs and ptx (what was compiled for), flags, runtime and driver (CUDA versions, driver None without one), devices:
-      a list of name, capability, multiprocessors, shared_per_block and memory (bytes), usable (bool).
+      forces one), best_isa (that it runs, compiled or not), forced, threads, compiler, target, build_type, flags; if
+      not, reason.
+    - cuda: built (bool); available (bool): whether it can run on a device here; if not, reason; if built, nvcc
+      (version), archs and ptx (what was compiled for), flags, runtime and driver (CUDA versions, driver None without
+      one), devices: a list of name, capability, multiprocessors, shared_per_block and memory (bytes), usable (bool).
     - triton: found (bool), version or reason.
     - torch: version, threads (intra-op), gpu (name or None).
     """

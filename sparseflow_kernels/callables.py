@@ -1,7 +1,8 @@
 """Functions as modules: a lambda over a network, a method of a model, a partial.
 
-What a function reads beside its arguments is found where Python keeps it: in its closure, its defaults, the globals that its
-code names, the object that it is a method of. The modules among it become submodules, so that their parameters are known.
+What a function reads beside its arguments is found where Python keeps it: in its closure, its defaults, the globals
+that its code names, the object that it is a method of. The modules among it become submodules, so that their parameters
+are known.
 """
 
 from __future__ import annotations
@@ -19,7 +20,19 @@ from .capture.context import items_of
 DEEPEST = 4  # of what is looked into: functions that functions call, containers, attributes of objects
 LONGEST = 64  # items of a container that are looked at
 PYTHONS = (types.FunctionType, types.MethodType, functools.partial)
-_PLAIN = (Tensor, type, types.ModuleType, types.BuiltinFunctionType, torch.dtype, torch.device, str, bytes, int, float, complex)
+_PLAIN = (
+    Tensor,
+    type,
+    types.ModuleType,
+    types.BuiltinFunctionType,
+    torch.dtype,
+    torch.device,
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+)
 
 
 class FunctionModule(nn.Module):
@@ -55,8 +68,8 @@ def original(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def key_of(function: Callable[..., Any]) -> tuple | None:
-    """What two functions have in common that are the same but for what they read: a script that writes a lambda in a loop
-    makes another one every time. None for what is not written in Python, or belongs to a solver."""
+    """What two functions have in common that are the same but for what they read: a script that writes a lambda in a
+    loop makes another one every time. None for what is not written in Python, or belongs to a solver."""
     home = getattr(function, "__module__", None) or type(function).__module__
     if home.startswith(("sparseflow_kernels.", "torchdiffeq.")):
         return None
@@ -68,7 +81,7 @@ def key_of(function: Callable[..., Any]) -> tuple | None:
     if isinstance(function, functools.partial):
         inner = key_of(function.func)
         return None if inner is None else ("partial", *inner)
-    call = getattr(type(function), "__call__", None)
+    call = getattr(type(function), "__call__", None)  # noqa: B004 - the function itself is wanted
     return (call.__code__, id(function)) if isinstance(call, types.FunctionType) else None
 
 
@@ -113,7 +126,9 @@ class Kept:
                 for cell in value.__closure__ or ():
                     if cell != types.CellType():
                         self._held.append((cell, cell.cell_contents))
-            elif not isinstance(value, (nn.Module, types.MethodType, functools.partial, *_PLAIN)) and hasattr(value, "__dict__"):
+            elif not isinstance(value, (nn.Module, types.MethodType, functools.partial, *_PLAIN)) and hasattr(
+                value, "__dict__"
+            ):
                 self._held.append((value.__dict__, dict(value.__dict__)))
 
     def restore(self) -> bool:

@@ -6,7 +6,7 @@ It is an nn.Module that goes wherever the original `f(t, y)` went. Values come f
 
 from __future__ import annotations
 
-from typing import Any, Callable, Literal
+from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from . import gradients, operators
 from .capture import unwrapped
 from .devices import factories_on_cpu
 from .counting import Counters
-from .divergence import KINDS, DivergencePlan
+from .divergence import KINDS, DivergencePlan, Kind
 from .engines import choose, reference_engine
 from .engines.base import Engine
 from .engines.reference import ReferenceEngine, is_autocast_enabled, own_precision
@@ -28,6 +28,7 @@ from .origin import Key, Origin
 from .packing import Packing
 from .reading import check_fits, example_of, read, shapes_of, state_of
 from .report import describe_chain, describe_graph
+from .tables import Report
 from .trained import Held, check_made_again
 from .write_back import write_back
 
@@ -41,26 +42,26 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
 ) -> "CompiledField":  # fmt: skip
     """Read the field out of a module `f(t, y)`, simplify it exactly and hand it to an engine.
 
-    module_or_field: a module f(t, y) made of linear maps, elementwise functions, products, sums, norms, functions of t and
-    numbers per sample (`capture`); a VectorField or GraphField; or a CompiledField, to compile its current values again
-    (after pruning them, or for another engine).
+    module_or_field: a module f(t, y) made of linear maps, elementwise functions, products, sums, norms, functions of t
+    and numbers per sample (`capture`); a VectorField or GraphField; or a CompiledField, to compile its current values
+    again (after pruning them, or for another engine).
     engine: "auto" (by device and fit), "reference", "cpu", "cuda", "triton".  dim: size of the state, where capture
-    cannot tell.  like: an example of the state, y0, in the module's dtype and on its device: a tensor [..., dim], or where the
-    module needs it a tensor [batch, ...], a tensor without samples, or a tuple of tensors. The module is compared with the
-    field on states of its shape.
+    cannot tell.  like: an example of the state, y0, in the module's dtype and on its device: a tensor [..., dim], or
+    where the module needs it a tensor [batch, ...], a tensor without samples, or a tuple of tensors. The module is
+    compared with the field on states of its shape.
 
-    A field of states [..., dim] runs every row [dim] by itself. A module may not do so for states with more axes (points that
-    see their mean): without an example these raise UnsupportedFieldError when the field is called; with one, the field's
-    states are those of the example's shape, for any number of samples.
+    A field of states [..., dim] runs every row [dim] by itself. A module may not do so for states with more axes
+    (points that see their mean): without an example these raise UnsupportedFieldError when the field is called; with
+    one, the field's states are those of the example's shape, for any number of samples.
 
     The result keeps the module's dtype and device and shares no memory with it. It trains what the module trains and
     nothing else (`trained`): buffers and constants of the code are fixed, parameters used in several places are one.
 
     live: the parameters stay the module's own. The module becomes a submodule of the result (`.module`), every call
     gathers the parameters' present values, and gradients arrive in their `.grad`, through masks, parametrizations and
-    sharing: an optimizer, a checkpoint or a wrapper made for the module goes on working. Exact zeros count as pruned, as
-    ever. Where a mask, a buffer, the set of parameters or training/evaluation mode changes, or a pruned entry comes back,
-    the next call compiles anew.
+    sharing: an optimizer, a checkpoint or a wrapper made for the module goes on working. Exact zeros count as pruned,
+    as ever. Where a mask, a buffer, the set of parameters or training/evaluation mode changes, or a pruned entry comes
+    back, the next call compiles anew.
 
     Raises UnsupportedFieldError for what cannot be expressed, or not run by the engine asked for; ValueError for an
     unknown engine, or a `dim` or `like` that does not fit; TypeError for other objects.
@@ -96,12 +97,13 @@ class CompiledField(FieldParameters):
 
     Its parameters are the remaining weights (`layers.<l>.values`, in CSR order of the layer's pattern), biases and time
     parameters, so an optimizer holds state for nothing else. Where a tensor of the field is no plain piece of the
-    module's parameters (scaled, shared, computed, folded), its parameters are the entries it is made from, `entries.<name
-    in the module>`. What the module does not train is a buffer. A state dict fits a field compiled from the same masks.
+    module's parameters (scaled, shared, computed, folded), its parameters are the entries it is made from,
+    `entries.<name in the module>`. What the module does not train is a buffer. A state dict fits a field compiled from
+    the same masks.
 
     torch.compile and torch.export see one opaque operator per evaluation or solve, with its gradient (`operators`); an
-    exported program of torch runs wherever this package was imported. Fields with functions of time that are Python break a
-    graph; exported, their evaluations are torch operations, and their solves are refused.
+    exported program of torch runs wherever this package was imported. Fields with functions of time that are Python
+    break a graph; exported, their evaluations are torch operations, and their solves are refused.
 
     dim: size of the state.  nnz: weights, that is multiply-adds per sample and evaluation.  nfe: evaluations so far, in
     calls of the field and in solves (gradients add none); set it to 0 to count anew. What a live field's module counts
@@ -133,18 +135,34 @@ class CompiledField(FieldParameters):
         return {**super().__getstate__(), **forgotten, "_packing": Packing(self.requested)}
 
     def follow(self) -> bool:
-        """Compile anew where the module is no longer the one that this field was compiled from (`live`). True where it is
-        not."""
+        """Compile anew where the module is no longer the one that this field was compiled from (`live`). True where it
+        is not."""
         if not self._watch.changed():
             return False
         like = self._like()
         dim = None if self.layout is not None or like is not None else self.dim
         fresh = compile(self.module, self.requested, dim, like, live=True)
-        own = {name for name in self.__dict__ if name.endswith("_hooks") or name in ("training", "_context", "example", "nfe")}
+        own = {
+            name
+            for name in self.__dict__
+            if name.endswith("_hooks") or name in ("training", "_context", "example", "nfe")
+        }
         self.__dict__.update({name: value for name, value in fresh.__dict__.items() if name not in own})
         return True
 
     # ------------------------------------------------------------------------------------------------- what it is
+
+    def _first(self) -> Tensor:
+        """Every call asks for it first: where masks have come or gone since the last one, the parameters of a live
+        field have other names now."""
+        try:
+            return super()._first()
+        except RuntimeError:
+            if self._watch is None:
+                raise
+            self._slots = None
+            self.follow()
+            return super()._first()
 
     @property
     def engine(self) -> type[Engine]:
@@ -161,12 +179,12 @@ class CompiledField(FieldParameters):
     # ------------------------------------------------------------------------------------------------- running it
 
     @factories_on_cpu
-    def divergence_plan(self, kind: Literal["exact", "hutchinson"] = "exact") -> DivergencePlan:
+    def divergence_plan(self, kind: Kind = "exact") -> DivergencePlan:
         """How the divergence is computed (`divergence.plan`), counted once."""
         return self._packing.plan(kind, self._live_field)
 
     def ready(
-        self, kind: Literal["exact", "hutchinson"] | None = None
+        self, kind: Kind | None = None
     ) -> tuple[Engine, Callable[[], ReferenceEngine]]:  # fmt: skip
         """(the engine for a call made now, what gives the reference engine over the live parameters for it).
 
@@ -185,7 +203,7 @@ class CompiledField(FieldParameters):
         # What autograd flows through stands over the parameters of this call, not over those that it was packed from.
         return (reference() if engine.differentiable and torch.is_grad_enabled() else engine), reference
 
-    def reference(self, kind: Literal["exact", "hutchinson"] | None = None) -> ReferenceEngine:
+    def reference(self, kind: Kind | None = None) -> ReferenceEngine:
         """The reference engine over the live parameters: autograd flows through it to them."""
         field = self.vector_field if torch.compiler.is_compiling() else self._live_field()
         return reference_engine(field, None if kind is None else self.divergence_plan(kind))
@@ -198,7 +216,7 @@ class CompiledField(FieldParameters):
         return any(GLOBAL_HOOKS) or any(self._inner_hooks)
 
     @factories_on_cpu
-    def packed(self, kind: Literal["exact", "hutchinson"] | None = None) -> Engine:
+    def packed(self, kind: Kind | None = None) -> Engine:
         """An engine that holds the current values, with the divergence of this kind; kept until a parameter changes."""
         return self._packing.engine(kind, list(self._tensors()), self._live_field)
 
@@ -237,8 +255,8 @@ class CompiledField(FieldParameters):
         """dy/dt of y [batch, dim] at a time per sample."""
         if y.dim() != 2 or t.shape not in ((len(y),), (len(y), 1)):
             raise ValueError(
-                f"t: must be a number, a tensor of one element in at most 2 axes, or a time per sample, [batch] or [batch, "
-                f"1] for y [batch, {self.dim}], not {list(t.shape)} for y {list(y.shape)}"
+                f"t: must be a number, a tensor of one element in at most 2 axes, or a time per sample, [batch] or "
+                f"[batch, 1] for y [batch, {self.dim}], not {list(t.shape)} for y {list(y.shape)}"
             )
         if t.is_complex() or t.dtype == torch.bool:
             raise TypeError(f"t: must be real numbers, not {t.dtype}")
@@ -289,12 +307,14 @@ class CompiledField(FieldParameters):
         found = self._context
         if found is None:
             if self.skeleton.read_context is None:
-                raise ValueError(f"this field has a context [batch, {node.rows}]: give it by field.with_context(context)")
+                raise ValueError(
+                    f"this field has a context [batch, {node.rows}]: give it by field.with_context(context)"
+                )
             found = self.skeleton.read_context()
         if found.shape != (batch, node.rows):
             raise ValueError(
-                f"context: is {list(found.shape)}, for a state of {batch} samples it must be [{batch}, {node.rows}]; set the "
-                "module's attribute, or use field.with_context(context)"
+                f"context: is {list(found.shape)}, for a state of {batch} samples it must be [{batch}, {node.rows}]; "
+                "set the module's attribute, or use field.with_context(context)"
             )
         if found.dtype != self.dtype or found.device != self.device:
             raise TypeError(f"context: is {found.dtype} on {found.device}, the field {self.dtype} on {self.device}")
@@ -310,7 +330,9 @@ class CompiledField(FieldParameters):
             raise ValueError(f"{name}: {reason}")
         rows = self.layout.flatten(y).contiguous()
         if rows.dtype != self.dtype or rows.device != self.device:
-            raise TypeError(f"{name}: is {rows.dtype} on {rows.device}, the field {self.dtype} on {self.device}; convert one")
+            raise TypeError(
+                f"{name}: is {rows.dtype} on {rows.device}, the field {self.dtype} on {self.device}; convert one"
+            )
         return rows
 
     def count(self, evaluations: int) -> None:
@@ -330,14 +352,14 @@ class CompiledField(FieldParameters):
                 x = own(t, x, layer)
         return x
 
-    def in_own_dtype(self, y: Tensor) -> Tensor:
+    def in_own_dtype(self, y: Any) -> Any:
         """y in the field's dtype where torch.autocast is on, which makes states of other dtypes; else y as it is."""
         if isinstance(y, Tensor) and is_autocast_enabled(y) and y.is_floating_point():
             return y.to(self.dtype)
         return y
 
     @factories_on_cpu
-    def _run(self, kind: str | None, t: Tensor, x: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
+    def _run(self, kind: Kind | None, t: Tensor, x: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
         """(dx,) or (dx, trace) by the engine, for checked x [batch, dim]; with a graph where one is wanted."""
         if torch.compiler.is_compiling():
             if self.described is not None:
@@ -400,16 +422,21 @@ class CompiledField(FieldParameters):
     # ------------------------------------------------------------------------------------------------- telling of it
 
     @factories_on_cpu
-    def report(self) -> str:
-        """For people: the layers that remain, what was removed, the engine and the divergence, each with its reason."""
+    def report(self) -> Report:
+        """For people: the layers that remain, what was removed, the engine and the divergence, each with its reason. A
+        string, which notebooks show with its table."""
+        if self._watch is not None:
+            self.follow()
         field = self.vector_field
         if isinstance(field, GraphField):
-            return "\n".join([*describe_graph(field), "", *self._engine_lines(field), *field.notes])
-        lines = [*describe_chain(field), "", *self._engine_lines(field)]
+            before, rows, after = describe_graph(field)
+            return Report(before, rows, [*after, "", *self._engine_lines(field), *field.notes])
+        before, rows, after = describe_chain(field)
+        lines = [*after, "", *self._engine_lines(field)]
         if self._simplification:
             lines += ["", self._simplification]
         lines += [note for note in field.notes if note not in self._simplification]
-        return "\n".join(lines)
+        return Report(before, rows, lines)
 
     def _engine_lines(self, field: VectorField | GraphField) -> list[str]:
         """Who runs it, and how the divergence is computed."""

@@ -17,11 +17,11 @@ TORCHS = frozenset(nn.Module().__dict__)  # attributes that every module has
 class Counters:
     """Attributes of a module and its parts, numbers or tensors of one element, to which every call adds the same.
 
-    `add` says that there were so many evaluations that the module has not seen. Whoever sets an attribute to zero starts
-    from there.
+    `add` says that there were so many evaluations that the module has not seen. Whoever sets an attribute to zero
+    starts from there.
 
-    run: the parts that were called.  records: the name of a list or a dict that grew, or None: what a forward that is not
-    run would fail to note there.
+    run: the parts that were called.  records: the name of a list or a dict that grew, or None: what a forward that is
+    not run would fail to note there.
     """
 
     def __init__(self, module: nn.Module, call: Callable[[], Any]) -> None:
@@ -71,7 +71,12 @@ def _numbers(module: nn.Module) -> dict[tuple[nn.Module, str], float]:
     for part in module.modules():
         for key, value in (*part.__dict__.items(), *part._buffers.items()):
             if isinstance(value, Tensor):
-                if value.numel() == 1 and value.layout == torch.strided and not value.is_meta and not value.is_complex():
+                if (
+                    value.numel() == 1
+                    and value.layout == torch.strided
+                    and not value.is_meta
+                    and not value.is_complex()
+                ):
                     found[part, key] = value.item()
             elif _is_number(value):
                 found[part, key] = value

@@ -22,7 +22,8 @@ from torch.nn import functional
 from .divergence_graph import GraphForm, plan_graph
 from .field import GraphField, Layer, Pattern, VectorField
 
-KINDS = ("exact", "hutchinson")
+Kind = Literal["exact", "hutchinson"]
+KINDS: tuple[Kind, ...] = ("exact", "hutchinson")
 
 PATH_LIMIT = 4_000_000  # longest path list a plan stores (a path is a few int64); above it values are multiplied out
 BLOCK_ELEMENTS = 4_000_000  # largest dense intermediate while counting, listing and multiplying out
@@ -140,8 +141,9 @@ class ColumnsForm:
     """L >= 2: for each live coordinate m: p = d_1 * W_1[:,m]; p = d_l * (W_l p), l = 2..L; then
     tr += g_m W_{L+1}[m,:] . p.
 
-    whole: the columns' live weights together would outweigh the field many times (a wide dense field's by its dimension).
-    So they are not laid out: the columns go one by one through the layers' own W_l, in the same memory each.
+    whole: the columns' live weights together would outweigh the field many times (a wide dense field's by its
+    dimension). So they are not laid out: the columns go one by one through the layers' own W_l, in the same memory
+        each.
     """
 
     columns: tuple[Column, ...]
@@ -181,7 +183,7 @@ class DivergencePlan:
 # ------------------------------------------------------------------------------------------------------------ planning
 
 
-def plan(field: VectorField | GraphField, kind: Literal["exact", "hutchinson"] = "exact") -> DivergencePlan:
+def plan(field: VectorField | GraphField, kind: Kind = "exact") -> DivergencePlan:
     """Choose the divergence's form for these masks. Reads patterns only, never values; runs on the CPU; deterministic.
 
     Raises ValueError for an unknown kind. Source of the identities: tr is cyclic, so the two outer matrices can be
@@ -240,7 +242,8 @@ def _mask(pattern: Pattern, rows: slice | None = None) -> Tensor:
 
 
 def _mask_product(pattern: Pattern, x: Tensor, transposed: bool = False) -> Tensor:
-    """The 0-1 matrix of a pattern, or its transpose, times x (float32 [in, n], transposed [out, n]), a block at a time."""
+    """The 0-1 matrix of a pattern, or its transpose, times x (float32 [in, n], transposed [out, n]), a block at a
+    time."""
     out, width = pattern.shape
     product = torch.zeros(width if transposed else out, x.shape[1], dtype=torch.float32)
     if pattern.density > DENSE_PRODUCT:
@@ -363,7 +366,8 @@ class _MultipliedOut:
 class _ClosedPaths:
     """L = 3: the pairs (i, k), CSR order, that close at least one path; paths = sum over pairs of the middles j, and
     end_paths = sum over pairs of the state coordinates m. i and k are None where there are too many paths to list them.
-    complete: False where counting stopped, because the paths were too many to list and cost more than something else."""
+    complete: False where counting stopped, because the paths were too many to list and cost more than something
+        else."""
 
     i: Tensor | None
     k: Tensor | None

@@ -8,18 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from .compiled_field import CompiledField
-from .divergence import KINDS
+from .divergence import KINDS, Kind
 from .field import VectorField
 from .hooks import GLOBAL_HOOKS, hooks_of
 from .warn import warn
 
 NOISES = ("rademacher", "gaussian")
 
+Noise = Literal["rademacher", "gaussian"]
+
 
 def with_divergence(
     field: CompiledField | Callable[[Tensor, Tensor], Tensor],
-    kind: Literal["exact", "hutchinson"] = "exact",
-    noise: Tensor | Literal["rademacher", "gaussian"] | None = None,
+    kind: Kind = "exact",
+    noise: Tensor | Noise | None = None,
 ) -> "DivergenceField":
     """The field beside its log-density: (x, l) -> (dx/dt, dl/dt = -tr df/dx), see DivergenceField.
 
@@ -60,8 +62,8 @@ class DivergenceField(nn.Module):
             raise TypeError(f"with_divergence: noise must be a tensor or a name, not {type(noise).__name__}")
         if isinstance(field, CompiledField) and field.is_detached:
             warn(
-                "with_divergence: forward detaches its state (.detach(), .data), and nothing is differentiated through that, "
-                "so the divergence is that of the other terms. For all of it, leave the detaching out of forward"
+                "with_divergence: forward detaches its state (.detach(), .data), and nothing is differentiated through "
+                "that, so the divergence is that of the other terms. For all of it, leave the detaching out of forward"
             )
         self.field = field
         self.kind = kind
@@ -125,8 +127,9 @@ class DivergenceField(nn.Module):
         """
         if isinstance(self.field, CompiledField) and self.field.layout is not None and self.field.layout.is_tuple:
             raise TypeError(
-                "with_divergence: this field's state is a tuple of tensors, and a divergence is of one. Compile a module "
-                "of the tensor whose density is meant; what else it integrates can be columns of a state of its own"
+                "with_divergence: this field's state is a tuple of tensors, and a divergence is of one. Compile a "
+                "module of the tensor whose density is meant; what else it integrates can be columns of a state "
+                "of its own"
             )
         if not isinstance(state, (tuple, list)) or len(state) != 2 or not all(isinstance(p, Tensor) for p in state):
             raise TypeError("state: must be a tuple (x, l) of two tensors")

@@ -1,7 +1,7 @@
 """The divergence of a graph.
 
-Hutchinson's is one tangent. The exact one is planned term by term, by whichever takes fewer multiply-adds: the identities of
-`divergence_paths`, or tangents along a few directions that stand for all columns of the Jacobian.
+Hutchinson's is one tangent. The exact one is planned term by term, by whichever takes fewer multiply-adds: the
+identities of `divergence_paths`, or tangents along a few directions that stand for all columns of the Jacobian.
 
 Two columns of the Jacobian share a tangent where neither reaches the other's row (Curtis, Powell, Reid 1974, for the
 diagonal alone): then the tangent along the sum of their unit vectors holds both diagonal entries undisturbed. How many
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .divergence_paths import trace_by_paths
-from .field import Graph, GraphField, Node
+from .field import Convolution, Graph, GraphField, Node
 from .field.graph import CONTEXT, STATE, order
 from .field.transforms import tangent
 
@@ -27,9 +27,9 @@ from .field.transforms import tangent
 class GraphForm:
     """The divergence as nodes of the field's graph.
 
-    trace: the node [1] of tr df/dx, or of e' (df/dx) e.  noise: the node [dim] of e, a further input of the graph, which
-    differs from sample to sample and is constant during a solve; None for the exact divergence.  colours: how many tangents
-    it takes.
+    trace: the node [1] of tr df/dx, or of e' (df/dx) e.  noise: the node [dim] of e, a further input of the graph,
+    which differs from sample to sample and is constant during a solve; None for the exact divergence.  colours: how
+    many tangents it takes.
     """
 
     trace: Node
@@ -93,8 +93,8 @@ def _trace_by_columns(field: GraphField, term: Node) -> tuple[Node, int, int]:
 
 def inner_product(g: Graph, fixed: Node, dot: Node) -> Node:
     """The node [1] of fixed . dot. As `fixed` is constant during a solve, so is its product with a transposed matrix: a
-    matrix in front of `dot` is moved to it, and is not applied at every evaluation. What other nodes of dot read is computed
-    in any case, and is multiplied as it is."""
+    matrix in front of `dot` is moved to it, and is not applied at every evaluation. What other nodes of dot read is
+    computed in any case, and is multiplied as it is."""
     readers = Counter(operand for node in order([dot]) for operand in set(node.operands))
     total, waiting = None, [(fixed, dot, 1.0)]
     while waiting:
@@ -124,7 +124,7 @@ def inner_product(g: Graph, fixed: Node, dot: Node) -> Node:
 
 
 def _multiply_adds(outputs: list[Node]) -> int:
-    return sum(n.matrix.pattern.nnz for n in order(outputs) if n.kind == "linear" and n.per_sample)
+    return sum(n.matrix.multiply_adds for n in order(outputs) if n.kind == "linear" and n.per_sample)
 
 
 @torch.no_grad()
@@ -138,14 +138,18 @@ def structure(output: Node, state: Node) -> Tensor:
         if all(mask is None for mask in read):
             masks[node] = None
         elif node.kind == "linear":
-            pattern = node.matrix.pattern
-            entries = pattern.dense(torch.ones(pattern.nnz, dtype=torch.float32))
-            masks[node] = ((entries.T if node.transposed else entries) @ read[0].float()) > 0
+            pattern, ones = node.matrix.pattern, torch.ones(node.matrix.pattern.nnz)
+            if isinstance(node.matrix, Convolution):
+                masks[node] = (node.matrix.product(read[0].T.float(), ones, node.transposed) > 0.5).T
+            else:
+                entries = pattern.dense(ones)
+                masks[node] = ((entries.T if node.transposed else entries) @ read[0].float()) > 0
         elif node.kind == "rows":
-            masks[node] = torch.cat([
-                (torch.zeros(operand.rows, state.rows, dtype=torch.bool) if mask is None else mask)[first : first + count]
-                for operand, mask, (first, count) in zip(node.operands, read, node.pieces)
-            ])  # fmt: skip
+            pieces = []
+            for operand, mask, (first, count) in zip(node.operands, read, node.pieces):
+                whole = torch.zeros(operand.rows, state.rows, dtype=torch.bool) if mask is None else mask
+                pieces.append(whole[first : first + count])
+            masks[node] = torch.cat(pieces)
         else:
             mask = torch.zeros(node.rows, state.rows, dtype=torch.bool)
             for other in read:
@@ -156,8 +160,8 @@ def structure(output: Node, state: Node) -> Tensor:
 
 
 def colour(jacobian: Tensor) -> list[Tensor]:
-    """Groups of columns, int64 and ascending each, that can share a tangent, found greedily. Columns without a diagonal entry
-    are in no group. jacobian: bool [dim, dim], as `structure` gives it."""
+    """Groups of columns, int64 and ascending each, that can share a tangent, found greedily. Columns without a diagonal
+    entry are in no group. jacobian: bool [dim, dim], as `structure` gives it."""
     live = jacobian.diagonal().nonzero().flatten()
     conflict = jacobian[live][:, live]
     conflict = conflict | conflict.T

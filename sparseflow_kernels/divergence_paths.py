@@ -1,8 +1,8 @@
 """The trace of a term of a graph by its paths from the output to the state.
 
-A path is a product A_k D_k ... A_1 D_1 A_0 of matrices A, which are the same for all samples, and diagonal matrices D of
-slopes. The trace of a product stays the same when its last factor is moved to the front, so A_0 A_k is one matrix that can be
-computed when the field is packed, and only those of its entries count that close a path:
+A path is a product A_k D_k ... A_1 D_1 A_0 of matrices A, which are the same for all samples, and diagonal matrices D
+of slopes. The trace of a product stays the same when its last factor is moved to the front, so A_0 A_k is one matrix
+that can be computed when the field is packed, and only those of its entries count that close a path:
 
     one slope:   tr = sum_j (A_0 A_1)_jj d_j
     two slopes:  tr = sum_ij d2_i A1_ij (A_0 A_2)_ji d1_j
@@ -16,7 +16,7 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .field import Graph, Matrix, Node, Pattern
+from .field import Convolution, Graph, Matrix, Node, Pattern
 from .field.graph import evaluate, order
 from .field.transforms import tangent
 
@@ -26,8 +26,8 @@ MOST_SLOPES = 2  # of one path
 
 @dataclass(frozen=True)
 class Fixed:
-    """A factor that is the same for all samples: a matrix or its transpose, a diagonal of numbers that follow from the parts,
-    or the selection of a piece of the rows."""
+    """A factor that is the same for all samples: a matrix or its transpose, a diagonal of numbers that follow from the
+    parts, or the selection of a piece of the rows."""
 
     matrix: Matrix | None = None
     transposed: bool = False
@@ -37,10 +37,24 @@ class Fixed:
     def times(self, x: Tensor, part: Callable[[int], Tensor], like: Tensor) -> Tensor:
         """This factor times x [columns, n]."""
         if self.matrix is not None:
-            dense = self.matrix.pattern.dense(self.matrix.values(part, like))
-            return (dense.T if self.transposed else dense) @ x
+            return self._product(x, self.matrix.values(part, like))
         if self.diagonal is not None:
             return evaluate([self.diagonal], {}, part, like=like)[0][0][:, None] * x
+        rows, first, _ = self.piece
+        return x[first : first + rows]
+
+    def _product(self, x: Tensor, values: Tensor) -> Tensor:
+        if isinstance(self.matrix, Convolution):
+            return self.matrix.product(x.T, values, self.transposed).T
+        dense = self.matrix.pattern.dense(values)
+        return (dense.T if self.transposed else dense) @ x
+
+    def structure(self, x: Tensor) -> Tensor:
+        """This factor of ones at the entries of a matrix, and else of ones on the diagonal, times x."""
+        if self.matrix is not None:
+            return self._product(x, torch.ones(self.matrix.pattern.nnz, dtype=torch.float32))
+        if self.piece is None:
+            return x
         rows, first, _ = self.piece
         return x[first : first + rows]
 
@@ -133,7 +147,9 @@ def _of_rows(node: Node, known: dict[Node, list[Path]]) -> list[Path]:
     found, start = [], 0
     for operand, (first, count) in zip(node.operands, node.pieces):
         for path in known.get(operand, ()):
-            piece = path if (first, count) == (0, operand.rows) else path.behind(Fixed(piece=(count, first, operand.rows)))
+            piece = (
+                path if (first, count) == (0, operand.rows) else path.behind(Fixed(piece=(count, first, operand.rows)))
+            )
             if count != node.rows:  # a matrix puts the piece at its place among zeros
                 row_ptr = torch.arange(node.rows + 1).sub(start).clamp(0, count)
                 place = Pattern((node.rows, count), row_ptr, torch.arange(count))
@@ -188,13 +204,9 @@ def _product(factors: Sequence[Fixed], width: int, part: Callable[[int], Tensor]
 
 @torch.no_grad()
 def _structure(factors: Sequence[Fixed], width: int) -> Tensor:
-    """Where the product of the factors can be other than zero: a matrix of positive numbers there, and zeros elsewhere."""
+    """Where the product of the factors can be other than zero: a matrix of positive numbers there, and zeros
+    elsewhere."""
     x = torch.eye(factors[-1].inputs if factors else width, dtype=torch.float32)
     for factor in reversed(factors):
-        if factor.matrix is not None:
-            mask = factor.matrix.pattern.dense(torch.ones(factor.matrix.pattern.nnz, dtype=torch.float32))
-            x = ((mask.T if factor.transposed else mask) @ x).clamp(max=1.0)
-        elif factor.piece is not None:
-            rows, first, _ = factor.piece
-            x = x[first : first + rows]
+        x = factor.structure(x).clamp(max=1.0)
     return x

@@ -1,4 +1,5 @@
-"""The numbers of a compiled field as parameters: what optimizers and state dicts see, and the field made from them again."""
+"""The numbers of a compiled field as parameters: what optimizers and state dicts see, and the field made from them
+again."""
 
 from __future__ import annotations
 
@@ -75,7 +76,9 @@ class FieldParameters(nn.Module):
             for formula in time_formulas(field):  # they are the graph's own
                 formula.read(entries.__getitem__)
             if not field.parts:  # a field without tensors has a dtype and a device all the same
-                self.register_buffer("_nothing", torch.empty(0, dtype=field.dtype, device=field.device), persistent=False)
+                self.register_buffer(
+                    "_nothing", torch.empty(0, dtype=field.dtype, device=field.device), persistent=False
+                )
         self.layers = nn.ModuleList()
         for number, layer in enumerate(field.layers):
             parameters, buffers = {}, {}
@@ -172,7 +175,8 @@ class FieldParameters(nn.Module):
 
     @property
     def is_detached(self) -> bool:
-        """Whether forward detaches what it computes of the state, so that some of its derivatives are not all of them."""
+        """Whether forward detaches what it computes of the state, so that some of its derivatives are not all of
+        them."""
         return isinstance(self.skeleton, GraphField) and any(
             node.kind == "detached" for node in order([self.skeleton.output])
         )

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import sys
 import tempfile
 import zipfile
 import zlib
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Iterator, Sequence
 
 import numpy as np
+import platformdirs
 
 
 class DamagedFileError(ValueError):
@@ -30,13 +30,7 @@ def cache_dir() -> Path:
     chosen = os.environ.get("SPARSEFLOW_CACHE")
     if chosen:
         return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "sparseflow"
+    return platformdirs.user_cache_path("sparseflow", appauthor=False)
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""Neurons without inputs, folded into the next layer: their part of its bias and shift as a formula of the parameters."""
+"""Neurons without inputs, folded into the next layer: their part of its bias and shift as a formula of the
+parameters."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ def hooks_of(module: nn.Module) -> tuple[dict, ...]:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether the module or a part of it has hooks of the user's. Those by which torch prunes and normalizes weights compute
-    what is read anyway."""
+    """Whether the module or a part of it has hooks of the user's. Those by which torch prunes and normalizes weights
+    compute what is read anyway."""
     for part in module.modules():
         for hooks in hooks_of(part):
             if hooks and any(not _is_torchs(hook) for hook in hooks.values()):

@@ -1,4 +1,5 @@
-"""The tensors of one layer of a compiled field (of one part of a graph) as a module: what optimizers and state dicts see."""
+"""The tensors of one layer of a compiled field (of one part of a graph) as a module: what optimizers and state dicts
+see."""
 
 from __future__ import annotations
 
@@ -29,14 +30,15 @@ def zeroing(mask: Tensor) -> Callable[[Tensor], Tensor]:
 
 def lost(name: str) -> RuntimeError:
     return RuntimeError(
-        f"the compiled field has lost its parameter {name!r} (torch.nn.utils.prune, weight_norm and parametrizations put "
-        "others in its place); prune or parametrize the module, then compile it"
+        f"the compiled field has lost its parameter {name!r} (torch.nn.utils.prune, weight_norm and parametrizations "
+        "put others in its place); prune or parametrize the module, then compile it"
     )
 
 
 class LayerParameters(nn.Module):
-    """One layer's tensors, as parameters if they are trained and else as buffers: values, bias, gate.slope, gate.offset,
-    shift.slope, shift.offset, without those that are made from `entries`; and the modules of its functions of time.
+    """One layer's tensors, as parameters if they are trained and else as buffers: values, bias, gate.slope,
+    gate.offset, shift.slope, shift.offset, without those that are made from `entries`; and the modules of its functions
+    of time.
 
     Its state holds a digest of the layer's pattern: values in CSR order are another matrix under another pattern.
     """
@@ -86,7 +88,8 @@ class LayerParameters(nn.Module):
         found = hashlib.sha256(repr(None if pattern is None else pattern.shape).encode())
         for part in () if pattern is None else (pattern.row_ptr, pattern.col):
             found.update(part.numpy().tobytes())
-        # Small whole numbers in floating point: states are averaged, scaled and cast, by code that knows no other tensors.
+        # Small whole numbers in floating point: states are averaged, scaled and cast, by code that knows no other
+        # tensors.
         return torch.tensor(list(found.digest()), dtype=torch.float32)
 
     def get_extra_state(self) -> Tensor:
@@ -105,8 +108,8 @@ class LayerParameters(nn.Module):
             state_dict = {**state_dict, key: self._digest()}
         elif not torch.equal(torch.as_tensor(state_dict[key]).detach().cpu().float().round(), self._digest()):
             errors.append(
-                f"layer {self.layer_name!r} ({prefix.rstrip('.')}) has other masks: its weights stand elsewhere than those "
-                "of the field that this state was saved from. Compile a module with those masks, then load"
+                f"layer {self.layer_name!r} ({prefix.rstrip('.')}) has other masks: its weights stand elsewhere than "
+                "those of the field that this state was saved from. Compile a module with those masks, then load"
             )
             return
         super()._load_from_state_dict(

@@ -1,4 +1,5 @@
-"""What a field with live parameters watches: whether anything of its module but the values of parameters has changed."""
+"""What a field with live parameters watches: whether anything of its module but the values of parameters has
+changed."""
 
 from __future__ import annotations
 
@@ -19,17 +20,17 @@ from .trained import is_fresh
 class Watch:
     """A module as it was compiled.
 
-    `changed` notices what makes another field of it than one with other numbers: parameters and buffers that came or went,
-    submodules and hooks that are others, buffers, masks and attributes with other numbers, a switch between training and
-    evaluation, and pruned entries (exact zeros) that are no longer zero.
+    `changed` notices what makes another field of it than one with other numbers: parameters and buffers that came or
+    went, submodules and hooks that are others, buffers, masks and attributes with other numbers, a switch between
+    training and evaluation, and pruned entries (exact zeros) that are no longer zero.
     """
 
     def __init__(
         self, module: nn.Module, names: Collection[str] = (), context: frozenset[str] = frozenset(),
         counters: Counters | None = None,
     ) -> None:  # fmt: skip
-        """names: of the parameters that the field reads.  context: names of the tensors that are its context.  counters: what
-        the module counts, which is no part of what it computes."""
+        """names: of the parameters that the field reads.  context: names of the tensors that are its context.
+        counters: what the module counts, which is no part of what it computes."""
         self._module, self._counters = module, counters
         parts = list(module.modules())
         if isinstance(module, FunctionModule) and counters is not None:
@@ -41,7 +42,10 @@ class Watch:
         self._hooks = [(hooks, list(hooks.values())) for part in parts for hooks in hooks_of(part)[:2]]  # of forward
         self._modes = [(part, part.training, type(part)) for part in parts]
         self._held = [
-            (part, key) for part in parts for key in part._buffers.keys() if not counters or key not in counters.of(part)
+            (part, key)
+            for part in parts
+            for key in part._buffers.keys()
+            if not counters or key not in counters.of(part)
         ]
         self._buffers = self._snapshot(self._present_buffers())
         self._zeros = [
@@ -104,7 +108,8 @@ def _are(children: Iterable[nn.Module], others: tuple[nn.Module, ...]) -> bool:
 
 
 class Zeros:
-    """Which entries of a tensor are exactly zero. `still` is asked at every call, and on the CPU is one pass over memory."""
+    """Which entries of a tensor are exactly zero. `still` is asked at every call, and on the CPU is one pass over
+    memory."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._native = self._where = None

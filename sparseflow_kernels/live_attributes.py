@@ -1,5 +1,5 @@
-"""What a module holds beside parameters and buffers, and forward may read: plain attributes, and what its functions close
-over."""
+"""What a module holds beside parameters and buffers, and forward may read: plain attributes, and what its functions
+close over."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ LONGEST = 64  # items of one: longer ones are records of what happened
 
 
 class Attributes:
-    """The attributes of a module's own parts as they were. What forward itself writes (it counts its calls, say) is left out,
-    and so is the field's context, which it reads at every call. parts: the modules that are watched.  context: names of its
-    tensors.  counters: what the module counts."""
+    """The attributes of a module's own parts as they were. What forward itself writes (it counts its calls, say) is
+    left out, and so is the field's context, which it reads at every call. parts: the modules that are watched.
+    context: names of its tensors.  counters: what the module counts."""
 
     def __init__(
         self, module: nn.Module, parts: list[nn.Module], context: frozenset[str], counters: Counters | None

@@ -74,8 +74,9 @@ class _Refresh:
 
 
 def refresh_(field: nn.Module, part: nn.Module) -> None:
-    """Let calls of `field` make the masked parameters of `part` anew: torch's masks do so where `part` itself is called,
-    and a parameter that is read past it (`F.linear(x, self.layer.weight)`, an nn.ParameterList) would stay as it was."""
+    """Let calls of `field` make the masked parameters of `part` anew: torch's masks do so where `part` itself is
+    called, and a parameter that is read past it (`F.linear(x, self.layer.weight)`, an nn.ParameterList) would stay as
+    it was."""
     known = {(id(h.owner), h.name) for h in field._forward_pre_hooks.values() if isinstance(h, _Refresh)}
     for name in _masked(part):
         if (id(part), name) not in known:
@@ -88,18 +89,20 @@ def _masked(part: nn.Module) -> list[str]:
 
 
 def check_maskable(module: nn.Module, name: str, path: str = "") -> None:
-    """Raises ValueError where `name` is not a parameter, masked or not, that the module uses as it is; path: the module's."""
+    """Raises ValueError where `name` is not a parameter, masked or not, that the module uses as it is; path: the
+    module's."""
     where = f"{path or type(module).__name__}.{name}"
     if parametrize.is_parametrized(module, name):
-        kinds = ", ".join(type(part).__name__.lstrip("_") for part in module.parametrizations[name])
+        parts = module.get_submodule(f"parametrizations.{name}").children()
+        kinds = ", ".join(type(part).__name__.lstrip("_") for part in parts)
         raise ValueError(
-            f"cannot prune {where}: it has a parametrization ({kinds}), which would make the pruned entries anew; make it "
-            f'plain first: torch.nn.utils.parametrize.remove_parametrizations(layer, "{name}")'
+            f"cannot prune {where}: it has a parametrization ({kinds}), which would make the pruned entries anew; make "
+            f'it plain first: torch.nn.utils.parametrize.remove_parametrizations(layer, "{name}")'
         )
     if isinstance(module, parametrize.ParametrizationList):
         raise ValueError(
-            f"cannot prune {path or 'a parameter'}: a parametrization makes the parameter out of it; make that plain first "
-            "with torch.nn.utils.parametrize.remove_parametrizations"
+            f"cannot prune {path or 'a parameter'}: a parametrization makes the parameter out of it; make that plain "
+            "first with torch.nn.utils.parametrize.remove_parametrizations"
         )
     hooks = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
     for hook in module._forward_pre_hooks.values():

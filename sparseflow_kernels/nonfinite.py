@@ -1,4 +1,5 @@
-"""What becomes of a gradient that is not finite: an error that explains it, or the gradient as it is, as torch's own."""
+"""What becomes of a gradient that is not finite: an error that explains it, or the gradient as it is, as torch's
+own."""
 
 from __future__ import annotations
 

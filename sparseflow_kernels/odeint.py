@@ -111,8 +111,8 @@ def solve(
     options["stop_at_outputs"] is False. An event is still read off the quartic.
 
     step_control: "shared", one step size for the batch as in torchdiffeq; "per_tile": each tile of samples chooses its
-        own (the cpu and cuda engines); "per_sample": each sample does (the cuda engine). The latter two are for compiled
-        fields, and have no gradient.
+        own (the cpu and cuda engines); "per_sample": each sample does (the cuda engine). The latter two are for
+        compiled fields, and have no gradient.
     """
     if step_control not in ("shared", "per_tile", "per_sample"):
         raise ValueError(f"step_control must be 'shared', 'per_tile' or 'per_sample', not {step_control!r}")
@@ -162,8 +162,8 @@ def odeint_adjoint(
         torchdiffeq asked for a gradient at little memory, which this is, and gets the more exact one; who set the
         adjoint's tolerances, method, options or parameters gets the adjoint that they belong to.
     adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint_params: torchdiffeq's. Tolerances and method
-        are the forward solve's if not given; adjoint_options["norm"] may be "seminorm", which leaves the parameters out of
-        the error; adjoint_params are tuple(func.parameters()) if not given.
+        are the forward solve's if not given; adjoint_options["norm"] may be "seminorm", which leaves the parameters out
+        of the error; adjoint_params are tuple(func.parameters()) if not given.
 
     Returns what `odeint` returns. The adjoint runs in torchdiffeq, on evaluations and vector-Jacobian products of the
     field's engine. Source: Chen et al. 2018 (Neural ODEs); of the seminorm: Kidger et al. 2021.

@@ -2,9 +2,11 @@
 
     sparseflow::evaluate, sparseflow::solve, and their backwards
 
-An operator is given its field as a string (shapes, activations, engine; a digest of the patterns), the patterns as constant
-tensors, and the numbers as tensors, so that a graph of torch.export holds all it needs: it can be saved, and runs in any
-process that has imported this package. Engines packed for a graph's tensors live as long as the tensors do. Eager calls do not come here: an operator costs more than a small evaluation.
+An operator is given its field as a string (shapes, activations, engine; a digest of the patterns), the patterns as
+constant tensors, and the numbers as tensors, so that a graph of torch.export holds all it needs: it can be saved, and
+runs in any process that has imported this package. Engines packed for a graph's tensors live as long as the tensors do.
+Eager calls
+do not come here: an operator costs more than a small evaluation.
 """
 
 from __future__ import annotations
@@ -248,8 +250,8 @@ def solve(
     field: Described, tensors: list[Tensor], kind: str | None, x: Tensor, l: Tensor | None,  # noqa: E741
     noise: Tensor | None, t: Tensor, rtol: Sequence[float], atol: Sequence[float], method: str, options: dict,
 ) -> Solved:  # fmt: skip
-    """A solve, as an operator; tensors as in `evaluate`, x [batch, dim], l [batch], noise [batch, dim], t as the caller has
-    it."""
+    """A solve, as an operator; tensors as in `evaluate`, x [batch, dim], l [batch], noise [batch, dim], t as the caller
+    has it."""
     names = [name for name, value in options.items() if name in _NUMBERS and value is not None]
     wants = [value for value in (x, l, t, noise, *tensors) if value is not None and value.requires_grad]
     record = torch.is_grad_enabled() and len(wants) > 0

@@ -1,7 +1,7 @@
 """Where the numbers of a field come from: entries of a module's parameters, constants, or what is computed from both.
 
-An `Origin` says it for one tensor of a field, entry by entry. From the parameters' values a `Derivation` makes the tensor
-again, differentiably, so that a compiled field can train what its module trains (`trained`).
+An `Origin` says it for one tensor of a field, entry by entry. From the parameters' values a `Derivation` makes the
+tensor again, differentiably, so that a compiled field can train what its module trains (`trained`).
 """
 
 from __future__ import annotations

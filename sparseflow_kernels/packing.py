@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from . import divergence
-from .divergence import DivergencePlan
+from .divergence import DivergencePlan, Kind
 from .engines import choose
 from .engines.base import Engine
-from .field import VectorField
+from .field import GraphField, VectorField
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -100,13 +100,15 @@ class Packing:
         """Forget what was packed."""
         self._engines.clear()
 
-    def plan(self, kind: str | None, field: Callable[[], VectorField]) -> DivergencePlan | None:
+    def plan(self, kind: Kind | None, field: Callable[[], VectorField | GraphField]) -> DivergencePlan | None:
         """How the divergence is computed (`divergence.plan`), counted once; None for kind None."""
         if kind is not None and kind not in self._plans:
             self._plans[kind] = divergence.plan(field(), kind)
         return None if kind is None else self._plans[kind]
 
-    def engine(self, kind: str | None, tensors: Sequence[Tensor], field: Callable[[], VectorField]) -> Engine:
+    def engine(
+        self, kind: Kind | None, tensors: Sequence[Tensor], field: Callable[[], VectorField | GraphField]
+    ) -> Engine:
         """An engine that holds the present values; `field` gives the field over `tensors`, or made from them."""
         known = self._engines.get(kind)
         if known is None or not known[0].same(tensors):

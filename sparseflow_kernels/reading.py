@@ -1,4 +1,5 @@
-"""What is compiled: a field read from a module, or a field that is data, simplified; and where its numbers come from."""
+"""What is compiled: a field read from a module, or a field that is data, simplified; and where its numbers come
+from."""
 
 from __future__ import annotations
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from .field import GraphField, LinearShift, Node, SigmoidGate, TimeFunction, VectorField
 from .field.graph import CONTEXT, TIME, order
+from .tables import Row
 
 MOST_LINES = 60  # of a graph
 _WHEN = {0: "once", CONTEXT: "once a call", TIME: "once an evaluation"}
 _PARTS = {SigmoidGate: "sigmoid", LinearShift: "linear", TimeFunction: "function of t"}
 
 
-def describe_chain(field: VectorField) -> list[str]:
-    """Its layers, from the state to the derivative."""
-    rows = [("layer", "from", "out x in", "weights", "density", "activation", "gate", "shift")]
+def describe_chain(field: VectorField) -> tuple[list[str], list[Row], list[str]]:
+    """Its layers, from the state to the derivative: lines before, the rows of a table, and lines after it."""
+    rows: list[Row] = [("layer", "from", "out x in", "weights", "density", "activation", "gate", "shift")]
     for number, layer in enumerate(field.layers):
         params = ", ".join(f"{value:g}" for value in layer.activation.params)
         rows.append((
@@ -20,7 +21,7 @@ def describe_chain(field: VectorField) -> list[str]:
             f"{layer.pattern.density:.1%}", layer.activation.name + (f"({params})" if params else ""),
             part_name(layer.gate), part_name(layer.shift),
         ))
-    return _aligned(rows)
+    return [], rows, []
 
 
 def part_name(part: SigmoidGate | LinearShift | TimeFunction | None) -> str:
@@ -28,10 +29,11 @@ def part_name(part: SigmoidGate | LinearShift | TimeFunction | None) -> str:
     return "-" if part is None else _PARTS[type(part)]
 
 
-def describe_graph(field: GraphField) -> list[str]:
-    """Its operations: a line for every product, and one for the elementwise operations between two products."""
+def describe_graph(field: GraphField) -> tuple[list[str], list[Row], list[str]]:
+    """Its operations: a line for every product, and one for the elementwise operations between two products; as
+    `describe_chain` gives them."""
     nodes = [node for node in order([field.output]) if node.operands]
-    rows = [("operation", "from", "rows", "weights", "density", "computed")]
+    rows: list[Row] = [("operation", "from", "rows", "weights", "density", "computed")]
     run: list[Node] = []
 
     def close() -> None:
@@ -55,20 +57,13 @@ def describe_graph(field: GraphField) -> list[str]:
     left_out = len(rows) - 1 - MOST_LINES
     rows = rows[: MOST_LINES + 1]
     rows = [tuple(cell if len(cell) < 48 else cell[:45] + "..." for cell in row) for row in rows]
-    lines = _aligned(rows)
-    if left_out > 0:
-        lines.append(f"... and {left_out} operations more")
+    after = [f"... and {left_out} operations more"] if left_out > 0 else []
     inputs = f"state {field.layout}"
     if field.context is not None:
         names = getattr(field.read_context, "names", None)
         inputs += f", context [batch, {field.context.rows}]" + (f" ({', '.join(names)})" if names else "")
-    return [f"graph over {inputs}", *lines]
+    return [f"graph over {inputs}"], rows, after
 
 
 def _when(node: Node) -> str:
     return "per sample" if node.per_sample else _WHEN[node.binding]
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

@@ -199,7 +199,8 @@ def simplify(
             for number, layer in enumerate(detached.layers) for name, tensor in layer.tensors()
         }
     works = [
-        _Work(number, layer, origins, (starts_at_zero or {}).get(number)) for number, layer in enumerate(detached.layers)
+        _Work(number, layer, origins, (starts_at_zero or {}).get(number))
+        for number, layer in enumerate(detached.layers)
     ]
     pairs, folds, changed = list(zip(works, works[1:])), [], True
     while changed:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
+
+from .tables import html_table
 
 if TYPE_CHECKING:
     from .engines.base import SolveRequest, SolveResult
@@ -35,6 +37,10 @@ class Stats:
     step_control: str = "shared"
     reason: str = ""
 
+    def _repr_html_(self) -> str:
+        told = ((each.name, str(getattr(self, each.name))) for each in fields(self) if each.repr)
+        return html_table([(name, text) for name, text in told if text not in ("", "None")], header=False)
+
 
 @dataclass(repr=False)
 class Solution:
@@ -51,6 +57,10 @@ class Solution:
         ys = shapes if isinstance(self.ys, Tensor) else f"({shapes})"
         event = "" if self.event_t is None else f"event_t={self.event_t.item():g}, "
         return f"Solution(ys={ys}, {event}{self.stats})"
+
+    def _repr_html_(self) -> str:
+        shapes = [list(part.shape) for part in ((self.ys,) if isinstance(self.ys, Tensor) else self.ys)]
+        return f"<code>ys: {', '.join(map(str, shapes))}</code>{self.stats._repr_html_()}"
 
 
 class _Written(NamedTuple):

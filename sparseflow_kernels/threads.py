@@ -1,5 +1,5 @@
-"""How many threads the native engines use at most: they take as many as the work at hand merits, and no more than the cores
-that the process may use. Results do not depend on it."""
+"""How many threads the native engines use at most: they take as many as the work at hand merits, and no more than the
+cores that the process may use. Results do not depend on it."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 A tensor of the field whose entries are entries of parameters, each used once and as it is, is trained itself; zeros
 between them (of masks) have no gradient and stay. All others are made anew from held elements of the parameters
-(`origin`): entries that are scaled, shared between places, computed from parameters, or mixed with other constants. What
-has nothing to do with a parameter is fixed.
+(`origin`): entries that are scaled, shared between places, computed from parameters, or mixed with other constants.
+What has nothing to do with a parameter is fixed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from .field import UnsupportedFieldError, VectorField
+from .field import GraphField, UnsupportedFieldError, VectorField
 from .origin import COMPUTED, CONSTANT, Derivation, Key, Origin, Recipe
 
 
@@ -159,7 +159,8 @@ class Shares:
                 and not bool(origin.value[(origin.parameter == CONSTANT).to(origin.value.device)].any())
                 and len({held[name].trained for name, _ in origin.elements()}) == 1
                 and not any(
-                    name in whole or bool(torch.isin(elements, shared[name]).any()) for name, elements in origin.elements()
+                    name in whole or bool(torch.isin(elements, shared[name]).any())
+                    for name, elements in origin.elements()
                 )
             )  # fmt: skip
 
@@ -191,8 +192,9 @@ class Shares:
 
 
 @torch.no_grad()
-def check_made_again(field: VectorField, make: Callable[[], list[Tensor]]) -> None:
-    """Raises UnsupportedFieldError where make(), the field's tensors made of what is held, gives others than were read."""
+def check_made_again(field: VectorField | GraphField, make: Callable[[], list[Tensor]]) -> None:
+    """Raises UnsupportedFieldError where make(), the field's tensors made of what is held, gives others than were
+    read."""
     remedy = "use the module uncompiled with sfk.odeint, which hands it to torchdiffeq"
     try:
         made = make()
@@ -205,8 +207,8 @@ def check_made_again(field: VectorField, make: Callable[[], list[Tensor]]) -> No
         size = 1.0 + (float(read.abs().max()) if read.numel() else 0.0)
         if bool(((again - read).abs() > 4000 * torch.finfo(read.dtype).eps * size).any()):
             raise UnsupportedFieldError(
-                f"compile: {name} of the field is computed from the module's parameters, and comes to something else when "
-                f"it is computed again; {remedy}"
+                f"compile: {name} of the field is computed from the module's parameters, and comes to something else "
+                f"when it is computed again; {remedy}"
             )
 
 

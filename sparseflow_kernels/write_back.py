@@ -16,7 +16,8 @@ from .trained import Held, Shares, without_zeros, write
 
 @torch.no_grad()
 def write_back(field: FieldParameters, module: nn.Module, like: State | None) -> None:
-    """`CompiledField.copy_to`, which says what is written and raised. like: an example of the state, where one is needed."""
+    """`CompiledField.copy_to`, which says what is written and raised. like: an example of the state, where one is
+    needed."""
     held, parameters = field.held(), dict(module.named_parameters())
     with without_zeros(parameters, held, field.shares.trained):
         original, origins = capture_with_origins(module, field.dim if field.layout is None else None, like)

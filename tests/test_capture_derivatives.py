@@ -277,7 +277,7 @@ LIVE = {
 def test_live_fields_of_unusual_tensors_and_modules(name: str) -> None:
     module, like = LIVE[name]()
     field, y = sfk.compile(module, like=like, live=True), state(like, 3)
-    for step in range(3):
+    for _step in range(3):
         torch.testing.assert_close(flat(field(T, y)), flat(module(T, given(y))), rtol=1e-10, atol=1e-10)
         with torch.no_grad():
             for p in module.parameters():

@@ -637,13 +637,13 @@ def test_a_masked_weight_that_is_read_without_its_module_being_called():
     class Read(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 3, bias=False)
+            self.a, self.b = nn.Linear(3, 8).double(), nn.Linear(8, 3, bias=False).double()
             prune.l1_unstructured(self.b, "weight", amount=0.5)
 
         def forward(self, t, y):
             return torch.tanh(self.a(y)) @ self.b.weight.t()
 
-    module, y = Read().double(), torch.randn(5, 3).double()
+    module, y = Read(), torch.randn(5, 3).double()
     field = sfk.compile(module)
     torch.testing.assert_close(field(0.0, y), module(0.0, y))
     field(0.0, y).sum().backward()

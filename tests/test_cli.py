@@ -2,6 +2,9 @@
 
 import inspect
 import json
+import re
+import subprocess
+import sys
 import typing
 
 import numpy as np
@@ -9,8 +12,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import sparseflow_kernels
 from sparseflow_kernels import data
 from sparseflow_kernels.cli import bench as bench_command
+from sparseflow_kernels.cli import console
 from sparseflow_kernels.cli import demo as demo_command
 from sparseflow_kernels.cli import paper as paper_command
 from sparseflow_kernels.cli import train as train_command
@@ -108,10 +113,10 @@ def test_the_numbers_that_were_asked_for_are_among_them():
 
 @pytest.mark.parametrize("words", [words for words, _ in commands()], ids=" ".join)
 def test_help_shows_every_default(words):
-    lines = run(*words, "--help").splitlines()
-    shown = [line for line in lines if line.startswith("│") and " --" in line and " --help " not in line]
+    options = re.split(r"^│ (?=\*? *--)", run(*words, "--help"), flags=re.MULTILINE)[1:]
+    shown = [option for option in options if "--help " not in option.split("\n")[0]]
     assert shown or words[0] == "data" or words[-1] == "list"
-    assert all("[default: " in line or "[required]" in line for line in shown), shown
+    assert all("[default: " in option or "[required]" in option for option in shown), shown
 
 
 def test_both_methods_have_one_word(monkeypatch, tmp_path):
@@ -211,3 +216,40 @@ def test_ctrl_c_says_how_to_go_on_everywhere(monkeypatch, tmp_path):
             printed = run(*arguments, code=130)
         assert kept in printed and "run the same command again:\n  sparseflow " in printed, printed
         assert printed.rstrip().endswith(" ".join(map(str, arguments))) and "Traceback" not in printed
+
+
+# --------------------------------------------------------------------------------------------------------- 80 columns
+
+
+@pytest.mark.parametrize("columns, rows", [
+    (("keep", "name"), [("1", "a" * 200)]),  # nothing can be folded between words
+    (("what", "value"), [("cpu.flags", " ".join(["-fno-trapping-math"] * 9)), ("cuda", "")]),
+    (("keep", "contender", "nnz", "NFE", "ms/step", "best ms", "us/NFE", "ratio", "ratio/NFE", "floor share", "gradient error"),
+     [("0.1", "torchdiffeq-adjoint", "8448", "38 + 56", "274.32", "265.06", "7219.0", "1.0", "1.0", "n/a", "2.1e-06")]),
+    (("flow", "NLL"), [("dense", "-79.9")]),
+])  # fmt: skip
+def test_tables_fit_80_columns(monkeypatch, capsys, columns, rows):
+    monkeypatch.setenv("COLUMNS", "80")
+    title = "a title that is longer than its table, and than a line: " + "words " * 10
+    console.show_table(title, columns, rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = "".join("".join(lines).split())
+    assert "…" not in shown and title.replace(" ", "") in shown
+    for cell in (*columns, *(cell for row in rows for cell in row)):
+        for piece in re.findall(r"[^\s/-]+", cell) if len(cell) < 80 else ():
+            assert piece in shown
+    assert shown.count("a") >= 200 or len(rows[0][1]) < 200
+
+
+def test_piped_tables_are_a_line_a_row(monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    console.show_table("title", ("name", "figure"), [("a" * 100, "-1.5"), ("b", "22")])
+    assert capsys.readouterr().out.splitlines()[2:] == ["a" * 100 + "    -1.5", "b" + " " * 105 + "22"]
+
+
+def test_version_and_completion():
+    assert run("--version").strip() == f"sparseflow_kernels {sparseflow_kernels.__version__}"
+    assert "--install-completion" in run("--help")
+    done = subprocess.run([sys.executable, "-m", "sparseflow_kernels", "--version"], capture_output=True, text=True)
+    assert done.stdout == run("--version")

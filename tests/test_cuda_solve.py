@@ -303,7 +303,7 @@ def test_records_are_the_solution():
     x, _ = states(9, 3)
     request = request_of(ours, x, times=(0.0, 0.4, 1.0), sign=-1, record=True)
     found = ours.solve(request)
-    for step, (t, dt) in enumerate(found.steps.tolist()):
+    for step, (t, _dt) in enumerate(found.steps.tolist()):
         close(found.derivatives[step], -reference.evaluate(-t, found.states[step]), 1e-8, f"derivative at {t}")
     # the slope of an interpolant at an output is about the field there
     close(found.slopes[0][1:], -torch.stack([reference.evaluate(-t, found.xs[i + 1]) for i, t in enumerate((0.4, 1.0))]), 1e-3)

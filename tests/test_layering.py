@@ -10,7 +10,7 @@ NAME = sparseflow_kernels.__name__
 
 # From the ground up. A file belongs to the entry that is the longest beginning of its name.
 FLOORS = [
-    ["devices", "files", "finite", "hooks", "memory", "threads", "warn"],
+    ["devices", "files", "finite", "hooks", "memory", "tables", "threads", "warn"],
     ["numerics", "field", "origin", "data", "masks", "build_info"],
     ["activations", "folding", "simplify", "trained", "divergence", "divergence_graph", "divergence_paths"],
     ["capture"],
@@ -18,12 +18,12 @@ FLOORS = [
     [
         "accelerate", "callables", "compiled_field", "counting", "divergence_field", "field_parameters", "gradients", "layer_parameters", "live",
         "live_attributes", "nonfinite", "odeint", "operators", "packing", "products", "reading", "report", "solution",
-        "solving", "sparse_linear", "write_back",
+        "solving", "sparse_conv", "sparse_layer", "sparse_linear", "sparsify", "write_back",
     ],
     ["pruning", "flows"],
     ["training"],
     ["analysis"],
-    ["cli", ""],  # "": the package's own face
+    ["cli", "__main__", ""],  # "": the package's own face
 ]  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 

@@ -71,11 +71,11 @@ def test_training_goes_as_on_dense_torch(make, prepare):
     assert set(mine.state_dict()) == set(theirs.state_dict())
     optimizers = [torch.optim.Adam(m.parameters(), lr=1e-2, weight_decay=1e-3) for m in (mine, theirs)]
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(2)).double()
-    for step in range(5):
+    for _step in range(5):
         for optimizer in optimizers:
             optimizer.zero_grad()
         losses = [sfk.odeint(field, x, T, **OPTIONS)[-1].square().mean(), torchdiffeq.odeint(theirs, x, T, **OPTIONS)[-1].square().mean()]
-        for loss, optimizer in zip(losses, optimizers):
+        for loss in losses:
             loss.backward()
         for p, q in zip(mine.parameters(), theirs.parameters()):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-10)
@@ -101,6 +101,25 @@ def test_other_masks_are_compiled_when_they_are_met():
     torch.testing.assert_close(sfk.odeint(field, x, T), torchdiffeq.odeint(theirs, x, T))
     mine.load_state_dict(pair(Residual, pruned)[0].state_dict(), strict=False)
     torch.testing.assert_close(field(T[1], x), mine(T[1], x))
+
+
+@pytest.mark.parametrize("ask", [
+    lambda field, x: field(T[1], x), lambda field, x: field(T[:1].expand(len(x)), x), lambda field, x: sfk.odeint(field, x, T),
+    lambda field, x: field.report(),
+])  # fmt: skip
+@pytest.mark.parametrize("like", [None, torch.zeros(2, 3).double()])
+def test_masks_may_come_and_go_between_calls(ask, like):
+    mine, x = Residual().double(), torch.randn(4, 3).double()
+    field = sfk.compile(mine, live=True, like=like)
+    dense = field.nnz
+    for change, expected in (
+        (lambda: sfk.prune_weights_(mine, 0.5, of="weights"), lambda nnz: nnz < dense),
+        (lambda: [prune.remove(layer, "weight") for layer in (mine.a, mine.b)], lambda nnz: nnz < dense),
+    ):
+        change()
+        ask(field, x)
+        torch.testing.assert_close(field(T[1], x), mine(T[1], x))
+        assert expected(field.nnz)
 
 
 def test_what_becomes_unreadable_is_said():

@@ -213,12 +213,70 @@ def test_a_wrong_cuda_switch_is_refused(build, monkeypatch):
         build.plan_cuda()
 
 
+def test_without_a_compiler_there_is_one_sentence(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(SystemExit, match=r"no C\+\+ compiler was found .*install GCC 12 or newer"):
+        build.check_platform()
+    monkeypatch.setenv("CXX", "no-such-c++ -m64")
+    with pytest.raises(SystemExit, match="CXX=no-such-c.. -m64 is no program"):
+        build.check_platform()
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match="runs on Linux and macOS; this is win32"):
+        build.check_platform()
+
+
+def test_a_build_of_baseline_kernels_alone_warns():
+    native = pytest.importorskip("sparseflow_kernels._cpu")
+    if native.best_isa() == "baseline":
+        pytest.skip("this processor has nothing better")
+    code = """
+import warnings
+from sparseflow_kernels import _cpu
+from sparseflow_kernels.engines import cpu
+_cpu.isa = lambda: "baseline"
+with warnings.catch_warnings(record=True) as found:
+    warnings.simplefilter("always")
+    cpu._native(), cpu._native()
+print(*(str(w.message) for w in found), sep=chr(10))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "SPARSEFLOW_ISA"}
+    for forced, warnings in (({}, 1), ({"SPARSEFLOW_ISA": "baseline"}, 0)):
+        done = subprocess.run([sys.executable, "-P", "-c", code], env={**environment, **forced}, capture_output=True, text=True)
+        assert done.stdout.count(f"no kernels for {native.best_isa()}") == warnings, done.stdout + done.stderr
+
+
 def test_constraints_pin_every_direct_dependency_but_the_peers():
     pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     project = PYPROJECT["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["demo"], *project["optional-dependencies"]["test"]]
-    names = {re.match(r"[\w.-]+", requirement).group().lower() for requirement in wanted}
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(line for name in extras if name != "bench" for line in extras[name])]
+    names = {re.match(r"[\w.-]+", requirement).group().lower() for requirement in wanted} - {"sparseflow_kernels"}
     assert names <= pinned, f"constraints.txt lacks {sorted(names - pinned)}"
+
+
+def test_solving_needs_no_command_line_and_the_command_line_names_its_extra():
+    code = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("typer", "rich"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import torch
+import sparseflow_kernels as sfk
+from sparseflow_kernels import data, flows, pruning, training
+
+field = sfk.compile(flows.mlp_field(2, (4,)))
+assert sfk.odeint(field, torch.randn(3, 2), torch.tensor([0.0, 1.0])).shape == (2, 3, 2)
+from sparseflow_kernels.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "needs typer" in done.stderr and "pip install 'sparseflow_kernels[cli]'" in done.stderr
 
 
 def tracked(folder: str, *suffixes: str) -> set[str]:

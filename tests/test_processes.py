@@ -248,7 +248,7 @@ def test_work_in_processes_returns_tells_and_fails_one_by_one():
 
 def sweeping(tmp_path):
     """A sweep with a worker for each of two seeds, and their lock files, when both train."""
-    process = start("-m", "sparseflow_kernels.cli.main", *SWEEP, cwd=tmp_path)
+    process = start("-m", "sparseflow_kernels", *SWEEP, cwd=tmp_path)
     locks = [tmp_path / "here" / f"seed_{seed}" / "dense" / "lock.json" for seed in range(2)]
     until(lambda: all(lock.with_name("cycle_00.running.safetensors").exists() for lock in locks), process)
     return process, locks
@@ -262,7 +262,7 @@ def test_ctrl_c_ends_a_sweep_and_says_how_to_go_on(tmp_path):
     assert len(errors.strip().splitlines()) == 2, errors[-3000:]
     words, again = errors.strip().splitlines()
     assert words == "stopped; every finished epoch is in here. To go on, run the same command again:"
-    assert again.split()[1:] == ["-P", "-m", "sparseflow_kernels.cli.main", *SWEEP]
+    assert again.split()[1:] == ["-P", "-m", "sparseflow_kernels", *SWEEP]
     assert not any(path.exists() for path in locks)
 
 

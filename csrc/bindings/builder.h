@@ -13,6 +13,7 @@
 #include "../tableau.h"
 #include "../validate.h"
 #include "arguments.h"
+#include "window.h"
 
 namespace sparseflow {
 
@@ -36,9 +37,11 @@ inline Operand operand(const Ref& r) {
 template <class T>
 class Builder {
  public:
-  int matrix(int rows, int cols, const py::array& row_ptr, const py::array& col, const Array<T>& values) {
+  int matrix(int rows, int cols, const py::array& row_ptr, const py::array& col, const Array<T>& values, const std::optional<py::tuple>& window) {
+    const Window w = window ? window_of(*window) : Window();
     Matrix<T>& m = add(rows, cols, row_ptr, col);
     m.values = copy(values);
+    m.window = w;
     return last();
   }
   int gated_matrix(int rows, int cols, const py::array& row_ptr, const py::array& col, const py::array& entry,
@@ -282,7 +285,8 @@ template <class T>
 py::class_<Builder<T>> bind_builder(py::module_& m, const char* name) {
   py::class_<Builder<T>> c(m, name, py::module_local(), "Collects the parts of a program (csrc/field.h); compiling checks them.");
   c.def(py::init<>())
-      .def("matrix", &Builder<T>::matrix, py::arg("rows"), py::arg("cols"), py::arg("row_ptr"), py::arg("col"), py::arg("values"))
+      .def("matrix", &Builder<T>::matrix, py::arg("rows"), py::arg("cols"), py::arg("row_ptr"), py::arg("col"), py::arg("values"),
+           py::arg("window") = py::none(), "with a window (window.h), a convolution")
       .def("gated_matrix", &Builder<T>::gated_matrix, py::arg("rows"), py::arg("cols"), py::arg("row_ptr"), py::arg("col"),
            py::arg("entry"), py::arg("gate"), py::arg("constant"), py::arg("modulation"))
       .def("external_matrix", &Builder<T>::external_matrix, py::arg("rows"), py::arg("cols"), py::arg("row_ptr"), py::arg("col"),

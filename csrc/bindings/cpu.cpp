@@ -10,6 +10,7 @@
 
 #include "../cpu/adjoint.h"
 #include "../cpu/cores.h"
+#include "../cpu/processor.h"
 #include "../cpu/solve.h"
 #include "builder.h"
 
@@ -400,12 +401,14 @@ double activation_rate(const py::object& id, const py::object& repeats) {
 
 }  // namespace
 
-void bind_linear(py::module_& m);    // linear.cpp
+void bind_linear(py::module_& m);       // linear.cpp
+void bind_convolution(py::module_& m);  // convolution.cpp
 void bind_snapshot(py::module_& m);  // snapshot.cpp
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The CPU engine: sparse vector fields, tile by tile.";
   m.def("isa", [] { return std::string(kernels().name); }, "the instruction set in use");
+  m.def("best_isa", [] { return std::string(best_isa()); }, "the best instruction set this processor runs, compiled or not");
   m.def("usable_cores", &usable_cores, "cores that this process may use: its affinity, or its control group's quota if that is less");
   m.def("force_threads", &force_threads, py::arg("on"),
         "for tests: every loop goes to all threads it allows, whatever its work and however busy the machine");
@@ -419,6 +422,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind<float>(m, "BuilderF32", "ProgramF32", "AdjointF32");
   bind<double>(m, "BuilderF64", "ProgramF64", "AdjointF64");
   bind_linear(m);
+  bind_convolution(m);
   bind_snapshot(m);
   m.attr("MOST_ROWS") = kMostRows;
   m.attr("MOST_ENTRIES") = kMostEntries;

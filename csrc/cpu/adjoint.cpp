@@ -107,7 +107,7 @@ class Reversal {
     }
     op_of_sum_.resize(program_.sums.size(), nullptr);
     for (const PackedOp<T>& op : packed_.reverse)
-      if (op.gradient) op_of_sum_[op.op->sum] = &op;
+      if (op.op->kind == OpKind::kGradient && op.repeats < 0) op_of_sum_[op.op->sum] = &op;
   }
 
   ProgramGradient<T> evaluate(double t, const T* x, const T* grad_f, const T* grad_trace, T* grad_x) {

@@ -8,6 +8,7 @@
 
 #include "../calls.h"
 #include "kernels.h"
+#include "processor.h"
 
 namespace sparseflow {
 
@@ -41,13 +42,10 @@ int find(Candidate* out) {
   out[n++] = {{"baseline", &baseline::kKernelsF32, &baseline::kKernelsF64}, baseline::fma_rate_sample};
 #endif
 #if defined(SPARSEFLOW_HAVE_AVX2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    out[n++] = {{"avx2", &avx2::kKernelsF32, &avx2::kKernelsF64}, avx2::fma_rate_sample};
+  if (runs_avx2()) out[n++] = {{"avx2", &avx2::kKernelsF32, &avx2::kKernelsF64}, avx2::fma_rate_sample};
 #endif
 #if defined(SPARSEFLOW_HAVE_AVX512)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl"))
-    out[n++] = {{"avx512", &avx512::kKernelsF32, &avx512::kKernelsF64}, avx512::fma_rate_sample};
+  if (runs_avx512()) out[n++] = {{"avx512", &avx512::kKernelsF32, &avx512::kKernelsF64}, avx512::fma_rate_sample};
 #endif
   return n;
 }

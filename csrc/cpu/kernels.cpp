@@ -137,6 +137,8 @@ constexpr void offer_adjoint(Kernels<T>& table, int index) {
 #undef X
   table.gradient[0][index] = gradient<T, NV>;
   table.gradient[1][index] = gradient<T, 2 * NV>;
+  table.plane_gradient[0][index] = plane_gradient<T, NV>;
+  table.plane_gradient[1][index] = plane_gradient<T, 2 * NV>;
 }
 
 template <class T>

@@ -59,6 +59,25 @@ struct PackedMatrix {
   int32_t n_rows;  // a padded row bears this number; nobody looks at what it sums up to
 };
 
+// The product of a convolution, or of its transpose: rows and columns of the matrix are pixels of planes, and one stream of
+// steps serves all pixels of a grid, since each reads the source at the same offsets from its own place. The source is
+// copied, a band of its rows at a time, with zeros around, so that it lies in a near cache and no pixel is a special one. Pixels
+// of the grid that are neighbours in a row read neighbours: columns of the band lie in `stride_x` groups, each of every
+// stride_x-th. A grid is one block of the packed matrix, with a step for every entry and a count for every target plane.
+struct PlaneGrid {
+  int32_t rows, columns;
+  int32_t first, row_step, column_step;  // pixel (m, n) is row first + m row_step + n column_step of a target plane
+};
+struct Planes {
+  int32_t source_planes, source_height, source_width, target_planes, target_area;
+  int32_t stride_y, stride_x;  // in the source, from pixel to pixel of a grid
+  int32_t first_y, first_x;    // of the source, for the pixel (0, 0) of a grid
+  int32_t band;                // rows of a grid done at a time
+  int32_t reach;               // rows of the source that a pixel reads besides its first
+  int32_t band_rows, band_columns;  // of the copy; columns of one group
+  const PlaneGrid* grids;
+};
+
 // The arguments of every row kernel. Pointers are into the workspace of one tile; strides are bytes per row.
 template <class T>
 struct RowArgs {
@@ -92,6 +111,9 @@ struct RowArgs {
   ptrdiff_t kept_stride, slope_cotangent_stride, value_stride;
   bool curvature, raw;
   bool slopes;                  // keep: d and c (or e) are kept
+  const Planes* planes;         // of a convolution; null: none
+  ptrdiff_t source_stride;      // of a convolution
+  char* scratch;                // of a convolution: for a band
 };
 
 // sums[e] += over samples of left[row] * right[column] for every entry e. First come dense blocks: all products of a few
@@ -114,6 +136,21 @@ struct GradientArgs {
   int32_t batches;
   const int32_t* runs_of_batch;  // [batches]
   T* sums;                       // [dense_blocks * lanes, row by row; then batches * kGradientBatch]
+};
+
+// sums[e] += over samples and pixels of left[pixel] * right[the pixel that the tap of entry e reads], for a convolution.
+template <class T>
+struct PlaneGradientArgs {
+  const Planes* planes;
+  const char* steps;      // as of a product; weights are not looked at
+  const int32_t* counts;
+  const char* left;       // rows of the target
+  const char* right;      // rows of the source
+  ptrdiff_t left_stride, right_stride;
+  char* scratch;          // a band, and behind it a vector for every entry
+  ptrdiff_t band_bytes;
+  int32_t entries;
+  T* sums;
 };
 
 // An expression over a tile. It runs strip by strip, a few rows long: one instruction over all of a strip, then the next.
@@ -175,6 +212,7 @@ struct Kernels {
   RowKernel<T> keep[2][kActivations][kWidths];
   RowKernel<T> pull[kSlopesFrom][2][kWidths];
   void (*gradient[2][kWidths])(const GradientArgs<T>&);
+  void (*plane_gradient[2][kWidths])(const PlaneGradientArgs<T>&);
   void (*pointwise)(const PointwiseArgs<T>&);
 
   // out = y + sum_j c[j] k[j] over n values

@@ -225,16 +225,14 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, Packed<T>& packed, 
   out.op = &op;
   const int lanes = packed.width * (op.tangent() ? 2 : 1);
   out.work = (int64_t(program.matrices[op.matrix].nnz()) + 4 * int64_t(program.matrices[op.matrix].rows)) * lanes;
+  const Matrix<T>& matrix = program.matrices[op.matrix];
   if (op.kind == OpKind::kGradient) {
-    pack_gradient(out, op, program, packed, kernels);
+    if (matrix.window.present()) pack_planes(out, op, program, packed, kernels);
+    else pack_gradient(out, op, program, packed, kernels);
     return out;
   }
-  const Matrix<T>& matrix = program.matrices[op.matrix];
-  const Entries m = entries_of(matrix, op.transposed);
   const int w = packed.width_index;
   const bool tangent = op.tangent();
-  const int R = tangent ? kernels.rows_in_flight_tangent[w] : kernels.rows_in_flight[w];
-  const int dense_rows = tangent ? kernels.dense_rows_tangent[w] : kernels.dense_rows[w];
   const ptrdiff_t slot_bytes = ptrdiff_t(packed.width) * ptrdiff_t(sizeof(T));
   auto address = [&](const Operand& o) {
     return o.buffer < 0 ? ptrdiff_t(-1) : packed.buffer_offset[o.buffer] + o.row * packed.row_bytes(program.buffers[o.buffer]) + o.slot * slot_bytes;
@@ -281,7 +279,15 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, Packed<T>& packed, 
   }
   if (out.kernel == nullptr) fail("this tile width has no adjoint kernels");
 
-  const ptrdiff_t source_stride = stride(op.source);
+  const ptrdiff_t source_stride = args.source_stride = stride(op.source);
+  if (matrix.window.present()) {
+    pack_planes(out, op, program, packed, kernels);
+    if (!matrix.dynamic()) set_weights(out, out.streams, matrix.values.data());
+    return out;
+  }
+  const Entries m = entries_of(matrix, op.transposed);
+  const int R = tangent ? kernels.rows_in_flight_tangent[w] : kernels.rows_in_flight[w];
+  const int dense_rows = tangent ? kernels.dense_rows_tangent[w] : kernels.dense_rows[w];
   const int per_block = columns_per_block<T>(m, op);
   const int n_blocks = std::max(1, (m.cols + per_block - 1) / per_block);
   out.places.resize(m.nnz());
@@ -520,6 +526,10 @@ void Stage<T>::run(const std::vector<PackedOp<T>>& ops, char* workspace, T* last
       run_pointwise(op, *packed_, *kernels_, vectors_, workspace);
       continue;
     }
+    if (op.plane_gradient) {
+      run_plane_gradient(op, *packed_, workspace, (program_->sums[op.op->sum].each_stage ? each_stage : lasting) + op.sums);
+      continue;
+    }
     if (op.gradient) {
       T* const sums = (program_->sums[op.op->sum].each_stage ? each_stage : lasting) + op.sums;
       const int32_t dense_blocks = static_cast<int32_t>(op.dense.size() / gradient_block_offsets(kernels_->lanes));
@@ -532,6 +542,7 @@ void Stage<T>::run(const std::vector<PackedOp<T>>& ops, char* workspace, T* last
     const Matrix<T>& matrix = program_->matrices[op.op->matrix];
     args.matrix = {blocks.data(), static_cast<int32_t>(blocks.size()), op.op->transposed ? matrix.cols : matrix.rows};
     auto at = [workspace](ptrdiff_t offset) { return offset < 0 ? nullptr : workspace + offset; };
+    if (matrix.window.present()) args.planes = &op.planes, args.scratch = workspace + packed_->scratch_offset;
     args.source = at(op.source);
     args.target = at(op.target);
     args.seed = at(op.seed);

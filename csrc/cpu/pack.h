@@ -69,6 +69,12 @@ struct PackedOp {
 
   PackedPointwise<T> pointwise;
 
+  // convolutions: a block for every grid
+  Planes planes{};
+  std::vector<PlaneGrid> grids;
+  ptrdiff_t band_bytes = 0;
+  void (*plane_gradient)(const PlaneGradientArgs<T>&) = nullptr;
+
   // gradients: dense blocks, runs of entries, and which entry of the matrix each sum is (-1: none)
   void (*gradient)(const GradientArgs<T>&) = nullptr;
   std::vector<uint32_t> dense;
@@ -113,6 +119,12 @@ template <class T>
 PackedOp<T> pack_pointwise(const Op& op, const Program<T>& program, Packed<T>& packed);
 template <class T>
 void run_pointwise(const PackedOp<T>& op, const Packed<T>& packed, const Kernels<T>& kernels, const std::vector<const T*>& vectors, char* workspace);
+
+// An operation with a convolution: its bands, steps and places (pack_planes.cpp), and how the gradient of one runs.
+template <class T>
+void pack_planes(PackedOp<T>& out, const Op& op, const Program<T>& program, Packed<T>& packed, const Kernels<T>& kernels);
+template <class T>
+void run_plane_gradient(const PackedOp<T>& op, const Packed<T>& packed, char* workspace, T* sums);
 
 // Weaves the values of a constant matrix anew, where it was packed before.
 template <class T>

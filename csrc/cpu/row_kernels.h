@@ -10,6 +10,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "plane_kernels.h"
 #include "vector_math.h"
 
 namespace sparseflow::SPARSEFLOW_ISA {
@@ -26,11 +27,6 @@ constexpr int dense_rows(int vectors) {
     if (rows * vectors + (rows < vectors ? rows : vectors) + 1 <= kRegisters) return rows;
   return 0;
 }
-
-template <class T, int NV>
-struct Row {
-  Vec<T> v[NV];
-};
 
 // The sums of a group, from its steps; the next group's begin where the result says.
 template <class T, int NV, int R>
@@ -111,6 +107,7 @@ inline constexpr int kRowsPerSum = 64;
 
 template <class T, int NV, class Finish>
 SF_INLINE void for_each_row(const RowArgs<T>& args, Finish& finish) {
+  if (args.planes != nullptr) return for_each_pixel<T, NV>(args, finish);
   constexpr bool kDense = dense_rows(NV) > 0;
   constexpr int R = rows_in_flight(NV), D = kDense ? dense_rows(NV) : R;
   static_assert(kRowsPerSum % R == 0 && D % R == 0);

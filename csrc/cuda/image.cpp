@@ -22,6 +22,8 @@ class Writer {
 
   Image<T> write() {
     validate(p_);
+    for (const Matrix<T>& m : p_.matrices)
+      if (m.window.present()) fail("there are no kernels for convolutions");
     refuse_graphs();
     if (p_.externals > 0) fail("a function of time that is neither a sigmoid gate nor linear runs in Python, which a kernel cannot call");
     for (const Matrix<T>& m : p_.matrices)

@@ -62,7 +62,7 @@ class Row:
     skipped: str | None = None
 
 
-def interleaved(runs: dict[Any, Callable[[], Any]], seconds: float, most: int) -> dict[str, list[float]]:
+def interleaved(runs: dict[Any, Callable[[], Any]], seconds: float, most: int) -> dict[Any, list[float]]:
     """Processor seconds of each run, taken in turns: at least two rounds, at most `most`, until `seconds` are spent.
 
     The first, untimed turn of every run is the caller's (it also warms up). A run that is quicker than TURN is repeated

@@ -97,7 +97,7 @@ class GraphWork:
         pairs = [(matrix, sides) for matrix, both in found.matrices.items() for sides in both]
         read = [*found.cotangents.values(), *(side for _, sides in pairs for side in sides)]
         work = _counted(read, per_sample)
-        return GraphWork(work.multiply_adds + sum(matrix.pattern.nnz for matrix, _ in pairs), work.instructions)
+        return GraphWork(work.multiply_adds + sum(matrix.multiply_adds for matrix, _ in pairs), work.instructions)
 
     def floor(self, samples: int) -> float | None:
         """Seconds per evaluation of `samples` samples on one core, float32; None where a rate cannot be measured."""
@@ -119,7 +119,7 @@ def _counted(outputs: Sequence[Node], per_sample: Callable[[Node], bool]) -> Gra
         if not per_sample(node):
             continue
         if node.kind == "linear":
-            multiply_adds += node.matrix.pattern.nnz
+            multiply_adds += node.matrix.multiply_adds
         elif node.elementwise and not _taken_along(node, per_sample):
             instructions[node.kind] = instructions.get(node.kind, 0) + node.rows
     return GraphWork(multiply_adds, instructions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Sequence
 
@@ -60,29 +61,32 @@ def plot_densities(
     """Data, then the density of every 2-D model over its samples.
 
     densities: title -> log_prob([n, 2]) -> [n].  samples: title -> [n, 2], same titles.  data: [n, 2], with its title;
-    below it as many of its points as the models have samples. Axes span [-extent, extent], colours the data's range of
-    densities; the models' are evaluated on resolution x resolution points.
+    below it as many of its points as the models have samples. Axes span [-extent, extent]; one scale of colours, by the
+    square root, so that what is a tenth as dense is seen; the models' are evaluated on resolution x resolution points.
     """
+    figure, axes = _figure(1 + len(densities), 2, 2.5, 2.6)
+    from matplotlib.colors import PowerNorm
+
     line = torch.linspace(-extent, extent, resolution, dtype=data.dtype)
     grid = torch.cartesian_prod(line, line)
-    window = {"range": [[-extent, extent]] * 2, "bins": 80, "cmap": "magma"}
-    figure, axes = _figure(1 + len(densities), 2, 2.5, 2.6)
-    *_, image = axes[0][0].hist2d(*data.T.numpy(), density=True, **window)
-    top = image.get_clim()[1]
+    bins = min(80, max(16, math.isqrt(len(data)) // 2))
+    found = torch.histogramdd(data, [bins, bins], range=[-extent, extent] * 2, density=True).hist
+    shown = {"origin": "lower", "extent": [-extent, extent] * 2, "cmap": "Blues"}
+    shown["norm"] = PowerNorm(0.5, vmin=0.0, vmax=float(found.max()))
+    axes[0][0].imshow(found.T.numpy(), **shown)
     count = min(len(data), *map(len, samples.values()))
     axes[0][0].set_title(title, fontsize=9)
-    axes[1][0].hist2d(*data[:count].T.numpy(), **window)
+    dots = {"s": 4 if count < 1000 else 1, "linewidths": 0, "alpha": 0.6, "color": "#08306b"}
+    axes[1][0].scatter(*data[:count].T.numpy(), **dots)
     axes[1][0].set_title(f"{count} points of it", fontsize=9)
     for column, (name, log_prob) in enumerate(densities.items(), 1):
         density = log_prob(grid).exp().reshape(resolution, resolution).T
-        axes[0][column].imshow(
-            density.numpy(), origin="lower", extent=[-extent, extent] * 2, cmap="magma", vmin=0, vmax=top,
-        )
+        axes[0][column].imshow(density.numpy(), **shown)
         axes[0][column].set_title(name, fontsize=9)
-        axes[1][column].hist2d(*samples[name][:count].T.numpy(), **window)
+        axes[1][column].scatter(*samples[name][:count].T.numpy(), **dots)
         axes[1][column].set_title(f"{count} samples", fontsize=9)
     for axis in axes.flat:
-        axis.set(xticks=[], yticks=[], aspect="equal")
+        axis.set(xticks=[], yticks=[], aspect="equal", xlim=(-extent, extent), ylim=(-extent, extent))
     return _save(figure, path)
 
 

@@ -251,6 +251,16 @@ class Elements:
         """Whether every line consists of consecutive rows, with at most three breaks."""
         return int((rows[:, 1:] - rows[:, :-1] != 1).sum(1).max() if rows.shape[1] > 1 else 0) <= 3
 
+    def planes_by_binding(self, planes: Tensor) -> list[Tensor]:
+        """Numbers of the planes of rows [planes, pixels] that are computed at the same time; planes of zeros are in none. A
+        plane of which some rows differ from sample to sample is one of these."""
+        zero = (planes == self.table.zero_row).all(1)
+        binding = self.table.bindings(planes)
+        binding = torch.where((binding & 1).bool() | (binding == 6), 1, binding)
+        mixed = binding.amin(1) != binding.amax(1)
+        binding = torch.where(mixed, 1, binding[:, 0])
+        return [(~zero & (binding == kind)).nonzero()[:, 0] for kind in binding[~zero].unique().tolist()]
+
     def _product(self, matrix: Constant, line: Tensor, name: str) -> Tensor:
         """The q new rows of a matrix [q, k] times rows [k]."""
         total, width = None, matrix.shape[0]

@@ -4,21 +4,26 @@ maps."""
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Sequence
 
 import torch
 from torch import Tensor
 
+from ..field import Window
 from .algebra import apply, sparse_weight
-from .elements import LARGEST, Elements, same_for_all, samples_of
+from .elements import LARGEST, Elements, merged, rows_of, same_for_all, samples_of
 from .functions import maximum, product, root
 from .graph_rules import grouped
+from .graph_table import distinct_lines
 from .operations import aten, base_name
 from .refusal import refuse
 from .registry import GRAPH, argument
+from .samples import STRIDE
 from .values import Constant, Opaque, StateValue
 
 rule = GRAPH.rule
+
+MOST_UNROLLED = 1 << 16  # entries of a convolution that is written out pixel by pixel
 
 
 def matmul(e: Elements, left: Any, right: Any) -> StateValue:
@@ -277,6 +282,61 @@ def _convolved(e: Elements, ids: Tensor, weight: Constant, stride, dilation, gro
     return made.view(batch, *places, groups * width).movedim(-1, 1)
 
 
+def _is_shared(weight: Constant, grid: Sequence[int]) -> bool:
+    """Whether a convolution of so many places is a matrix whose weights all pixels share. Few weights and pixels are written
+    out as a matrix like any other, which every engine runs. Zeros count, so that pruning does not change what it is."""
+    return len(grid) <= 2 and weight.value.numel() * math.prod(grid) > MOST_UNROLLED
+
+
+def _shared(
+    e: Elements, ids: Tensor, weight: Constant, geometry: tuple, groups: int, name: str, transposed: bool = False
+) -> Tensor:  # fmt: skip
+    """A convolution, or its transpose, of elements [b, channels, *space], as one matrix whose weights all pixels share: elements
+    [b, channels, *space]. weight: [out, in / groups, *kernel] of the convolution.  geometry: its source, target, stride,
+    padding and dilation."""
+    source, target, stride, padding, dilation = geometry
+    axes = len(source)
+    pair = lambda values, usual: (usual,) * (2 - axes) + tuple(values)
+    window = Window(
+        pair(source, 1), pair(target, 1), pair(weight.shape[2:], 1), pair(stride, 1), pair(padding, 0), pair(dilation, 1)
+    )  # fmt: skip
+    batch, taps = ids.shape[0], window.taps
+    out, inner = weight.shape[0], weight.shape[1]
+    made_channels, area = (inner * groups, window.source_area) if transposed else (out, window.target_area)
+    lines = ids.reshape(batch, -1)
+    samples = merged(samples_of(lines), 1)
+    rows, inverse = distinct_lines(rows_of(lines))
+    rows = rows_of(lines)[rows]
+    flat = apply(aten.reshape.default, weight, [-1])
+    entry = torch.arange(out * inner * taps)
+    o, i, tap = entry // (inner * taps), entry // taps % inner, entry % taps
+    i = o // (out // groups) * inner + i
+    read = o if transposed else i
+    results = []
+    for line in rows:
+        planes = line.view(ids.shape[1], -1)
+        total = None
+        for part in e.planes_by_binding(planes):
+            place = torch.full((len(planes),), -1)
+            place[part] = torch.arange(len(part))
+            own = (place[read] >= 0).nonzero()[:, 0]
+            channel = place[read[own]]
+            row, column = (channel, i[own]) if transposed else (o[own], channel)
+            sizes = (len(part), inner * groups * taps) if transposed else (out, len(part) * taps)
+            column = column * taps + tap[own]
+            picked = flat if own.numel() == entry.numel() else apply(
+                aten.index_select.default, flat, 0, Constant(own.to(e.table.device))
+            )  # fmt: skip
+            built = e.table.matrix(picked, row, column, sizes, name, window)
+            if built is not None:
+                read_rows = e.table.wide_node_of(planes[part].reshape(-1))
+                total = e.graph.add(total, e.graph.linear(built, read_rows, transposed))
+        count = made_channels * area
+        results.append(e.table.add(e.graph.zeros(count) if total is None else total, count))
+    made = samples[:, None] * STRIDE + torch.stack(results)[inverse]
+    return made.view(batch, made_channels, *(source if transposed else target))
+
+
 @rule("convolution", "_convolution", "mkldnn_convolution", "convolution_overrideable")
 def convolution(e: Elements, func, args, kwargs, out) -> Any:
     x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args[:9]
@@ -290,7 +350,11 @@ def convolution(e: Elements, func, args, kwargs, out) -> Any:
     single = ids.dim() == axes + 1
     ids = ids.unsqueeze(0) if single else ids
     name = e.matrix_name(weight)
-    if transposed:
+    grid = ids.shape[2:] if transposed else out.shape[-axes:]
+    if _is_shared(weight, grid):
+        source, target = (out.shape[-axes:], grid) if transposed else (ids.shape[2:], grid)
+        made = _shared(e, ids, weight, (source, target, stride, padding, dilation), groups, name, transposed)
+    elif transposed:
         made = _transposed(e, ids, weight, stride, padding, dilation, extra, groups, name)
     else:
         made = _convolved(e, padded(e, ids, [(p, p) for p in padding]), weight, stride, dilation, groups, name)
@@ -339,7 +403,11 @@ def convolution_backward(e: Elements, func, args, kwargs, out) -> Any:
     axes = len(weight.shape) - 2
     stride, padding, dilation = (_wide(v, axes) for v in (stride, padding, dilation))
     ids, name = e.ids(grad), e.matrix_name(weight)
-    if transposed:
+    inner, outer = out[0].shape[2:], ids.shape[2:]
+    if _is_shared(weight, inner if transposed else outer):
+        source, target = (outer, inner) if transposed else (inner, outer)
+        made = _shared(e, ids, weight, (source, target, stride, padding, dilation), groups, name, not transposed)
+    elif transposed:
         made = _convolved(e, padded(e, ids, [(p, p) for p in padding]), weight, stride, dilation, groups, name)
     else:
         size = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, s, p, d, k in zip(

@@ -8,7 +8,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from ..field import Graph, Matrix, Node, Part, Pattern
+from ..field import Convolution, Graph, Matrix, Node, Part, Pattern, Window
 from ..field.graph import SAMPLES
 from ..origin import Key, Origin
 from ..trained import Held, starts_at_zero
@@ -157,8 +157,11 @@ class GraphTable:
         self._finite(used, "a constant")
         return self.add(self.graph.constant(used), used.numel())[inverse]
 
-    def matrix(self, entries: Constant, row: Tensor, col: Tensor, shape: tuple[int, int], name: str) -> Matrix | None:
+    def matrix(
+        self, entries: Constant, row: Tensor, col: Tensor, shape: tuple[int, int], name: str, window: Window | None = None
+    ) -> Matrix | None:  # fmt: skip
         """The sparse matrix with entries [n] at the places (row, col), int64 [n], which differ. None where no entry is left.
+        With a window, the convolution of which this is the weight, [out, in * taps].
 
         Raises NotFinite for NaN and infinite values.
         """
@@ -172,13 +175,14 @@ class GraphTable:
         if not row.numel():
             return None
         pattern, order = Pattern.from_coo(shape, row, col)
-        if entries.source is None and bool((entries.value == 1).all()):
+        if window is None and entries.source is None and bool((entries.value == 1).all()):
             return self.graph.ones(pattern)
         if not torch.equal(order, torch.arange(order.numel())):
             entries = apply(aten.index.Tensor, entries, [self._index(order)])
-        key = (*self._content(entries), shape, pattern.row_ptr.numpy().tobytes(), pattern.col.numpy().tobytes())
+        key = (*self._content(entries), shape, pattern.row_ptr.numpy().tobytes(), pattern.col.numpy().tobytes(), window)
         if key not in self._known_parts:
-            self._known_parts[key] = Matrix(pattern, self._part(entries, pattern, name))
+            part = self._part(entries, pattern, name)
+            self._known_parts[key] = Matrix(pattern, part) if window is None else Convolution(pattern, part, window=window)
         return self._known_parts[key]
 
     def _index(self, index: Tensor) -> Constant:

@@ -78,7 +78,7 @@ def bench(
         Optional[str],
         typer.Option(
             help="comma-separated field names, or 'all'",
-            show_default=f"{','.join(SOLVE.fields)}; with --train {','.join(TRAIN.fields)}",
+            show_default=f"{', '.join(SOLVE.fields)}; with --train {', '.join(TRAIN.fields)}",
         ),
     ] = None,
     keeps: Annotated[
@@ -128,8 +128,8 @@ def bench(
     With --kernels, only print the rates of sparse products (spmm) and gradients of sparse matrices (sddmm) over this
     core's multiply-add rate.
 
-    --markdown fills the lines between NAME:begin and NAME:end; NAME is bench, train-bench or kernels, and graph-bench or
-    graph-train-bench for fields that are no flows.
+    --markdown fills the lines between NAME:begin and NAME:end; NAME is bench, train-bench or kernels, and graph-bench
+    or graph-train-bench for fields that are no flows.
     """
     if kernels:
         with stoppable("nothing is kept", _ANEW):
@@ -177,7 +177,7 @@ def _kernels(quick: bool, markdown_path: Path | None) -> None:
     if fma_rate() is None:
         raise fail("--kernels: the CPU extension is not built; `sparseflow info` says why")
     widths, densities = (KERNEL_WIDTHS[:1], KERNEL_DENSITIES[1:2]) if quick else (KERNEL_WIDTHS, KERNEL_DENSITIES)
-    shares = {}
+    shares: dict[tuple[str, int, float], float] = {}
     with progress("timing kernels", len(KERNELS) * len(widths)) as update:
         for kernel in KERNELS:
             for width in widths:
@@ -207,7 +207,7 @@ def _measure(
     rows: list[benchmark.Row] = []
     with one_thread():
         for spec in chosen:
-            here = []
+            here: list[benchmark.Row] = []
             with progress(f"timing {spec.name}", len(ratios)) as update:
                 for done, keep in enumerate(ratios, 1):
                     here += benchmark.bench([spec], [keep], rivals, min(seconds, 2.0) if quick else seconds, most, task)

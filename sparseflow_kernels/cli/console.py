@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shlex
 import sys
 from contextlib import contextmanager
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Callable, Iterator, ParamSpec, Sequence
 
 import typer
+from rich.box import HEAVY_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 from safetensors import SafetensorError
 
 from ..data.power import DownloadError
@@ -73,7 +76,7 @@ def _this_command() -> str:
     """As it can be typed again."""
     arguments = sys.argv[1:]
     if "LOCAL_WORLD_SIZE" in os.environ:
-        start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "sparseflow_kernels.cli.main"]
+        start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "sparseflow_kernels"]
     elif Path(sys.argv[0]).name == "sparseflow" or len(sys.orig_argv) <= len(arguments):
         start = ["sparseflow"]
     else:
@@ -82,22 +85,52 @@ def _this_command() -> str:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns of figures are right-aligned. A terminal too narrow for a drawn table gets plain lines too."""
+    """Columns of figures are right-aligned. On a terminal, or where COLUMNS is set, a table fits the width: with rules
+    where there is room, else without them and with cells folded; piped, a row is a line, however long."""
     numeric = [all(_is_figure(row[i]) for row in rows) for i in range(len(columns))]
-    out = console()
     widths = [max(len(cell) for cell in column) for column in zip(columns, *rows)]
-    if out.is_terminal and sum(widths) + 3 * len(widths) + 1 <= out.width:
-        table = Table(title=title, title_justify="left")
-        for name, right in zip(columns, numeric):
-            table.add_column(name, justify="right" if right else "left")
-        for row in rows:
-            table.add_row(*row)
-        out.print(table)
+    out = console()
+    if not out.is_terminal and not os.environ.get("COLUMNS"):
+        print(title)
+        for row in (columns, *rows):
+            cells = (cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric))
+            print("  ".join(cells).rstrip())
         return
-    print(title)
-    for row in (columns, *rows):
-        cells = (cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric))
-        print("  ".join(cells).rstrip())
+    gaps = len(widths) - 1
+    ruled = sum(widths) + 3 * gaps + 4 <= out.width
+    gap = 2 if sum(widths) + 2 * gaps <= out.width else 1
+    if gap == 1:
+        widths = _narrowed([columns, *rows], widths, out.width - gaps)
+    table = Table(box=HEAVY_HEAD if ruled else None, pad_edge=ruled, padding=(0, 1) if ruled else (0, gap, 0, 0))
+    for name, width, right in zip(columns, widths, numeric):
+        table.add_column(_folded(name, width), justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_folded(cell, width)) for cell, width in zip(row, widths)))
+    out.print(title, markup=False, overflow="fold")
+    out.print(table)
+
+
+_PIECE = re.compile(r".+?(?:\s+(?![+])|/|(?<=[a-z])-(?=[a-z])|$)")  # after which a cell may go on in a line of its own
+
+
+def _narrowed(lines: Sequence[Sequence[str]], widths: list[int], room: int) -> list[int]:
+    """Widths of the columns that come to `room` together, if cells can be folded so far between words."""
+    least = [
+        max(len(piece.rstrip()) for cell in column for piece in _PIECE.findall(cell) or [""]) for column in zip(*lines)
+    ]
+    widths = list(widths)
+    while sum(widths) > room and (slack := max(w - least[i] for i, w in enumerate(widths))):
+        widths[next(i for i, w in enumerate(widths) if w - least[i] == slack)] -= 1
+    return widths
+
+
+def _folded(cell: str, width: int) -> str:
+    lines = [""]
+    for piece in _PIECE.findall(cell):
+        if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _is_figure(cell: str) -> bool:
@@ -106,10 +139,17 @@ def _is_figure(cell: str) -> bool:
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Yields `update(done, text)`. On a terminal a bar with the latest text, elsewhere a line about every tenth part."""
+    """Yields `update(done, text)`. On a terminal a bar with the latest text, elsewhere a line about every tenth
+    part."""
     out = console()
     if out.is_terminal:
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[text]}")
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(16),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[text]}", table_column=Column(overflow="fold")),  # folded, where it is long
+        )
         # Drawn when told, not by a thread of its own: that thread's time would be counted in a benchmark's.
         with Progress(*columns, console=out, auto_refresh=False) as bar:
             task = bar.add_task(title, total=total, text="")

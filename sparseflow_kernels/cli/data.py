@@ -6,7 +6,7 @@ import typer
 
 from .. import data
 from ..data import maf, power, toy
-from .console import command, fail, say, show_table, stoppable
+from .console import command, console, fail, say, show_table, stoppable
 
 app = typer.Typer(no_args_is_help=True, help="List data sets, fetch POWER, say where cached data lies.")
 
@@ -42,9 +42,10 @@ def fetch(name: str = typer.Argument(help="data set to download; only 'power' ne
         if name in maf.SPLITS:
             raise fail(f"{name!r} is in {maf.SOURCE}, 817 MB: unpack it and name its folder by SPARSEFLOW_MAF")
         raise fail(f"{name!r} needs no download" if known else f"{name!r} is not one of {', '.join(data.LOADERS)}")
-    with stoppable("the cache is as it was before"):
+    with stoppable("the cache is as it was before"), console().status("fetching POWER and deriving its splits"):
         loaded = data.load("power", download=True)
-    say(f"power: {len(loaded.train)} train, {len(loaded.val)} val, {len(loaded.test)} test rows in {power.derived_path()}")
+    rows = f"{len(loaded.train)} train, {len(loaded.val)} val, {len(loaded.test)} test rows"
+    say(f"power: {rows} in {power.derived_path()}")
 
 
 @app.command()

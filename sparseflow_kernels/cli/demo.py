@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Callable
 
 import torch
 import typer
@@ -155,7 +155,7 @@ def _pictures(plan: Plan, folder: Path, path: Path, quick: bool) -> list[dict]:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         samples = {name: flow.sample(plan.test_rows) for name, flow in shown.items()}
-        densities = {name: flow.log_prob for name, flow in shown.items()}
+        densities: dict[str, Callable[[Tensor], Tensor]] = {name: flow.log_prob for name, flow in shown.items()}
         plot_densities(
             densities, samples, rows.train, path, f"data\nentropy {rows.floor:.3f} nats", extent=2.4,
             resolution=24 if quick else 160,
@@ -199,7 +199,8 @@ def _figures(plan: Plan, folder: Path, quick: bool) -> dict:
     say("")
 
     pruned, control = trained[-2:]
-    runs, outcomes = {}, {}
+    runs: dict[tuple[str, str], Callable[[], Any]] = {}
+    outcomes: dict[tuple[str, str], Any] = {}
     with one_thread():
         for one in (control, pruned):
             problem = _problem(one, plan, test)

@@ -22,7 +22,7 @@ def _text(entry: Any) -> str:
         return ", ".join(map(_text, entry))
     if isinstance(entry, dict):
         return f"({', '.join(f'{key} {_text(value)}' for key, value in entry.items())})"
-    return str(entry)
+    return ("no", "yes")[entry] if isinstance(entry, bool) else str(entry)
 
 
 def info(
@@ -39,7 +39,7 @@ def info(
     rows = []
     for part, value in facts.items():
         if not isinstance(value, dict):
-            rows.append((part, str(value)))
+            rows.append((part, _text(value)))
             continue
         rows += [(f"{part}.{key}", _text(entry)) for key, entry in value.items() if entry is not None]
     rows += [(f"rate.{name} (one core, float32)", _rate(rate)) for name, rate in rates.items()]

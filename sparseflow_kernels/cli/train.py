@@ -13,6 +13,7 @@ from typing import Annotated, Any, ContextManager, Iterator, Optional, Sequence
 import torch.distributed as dist
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from ..data.dataset import Dataset
 from ..files import sha256, write_json
@@ -84,7 +85,7 @@ def train(
 ) -> None:
     """Train an experiment's dense net. Interrupted, the same command goes on from the last finished epoch.
 
-    Under torchrun (torchrun --nproc-per-node 2 -m sparseflow_kernels.cli.main train ...) each process takes its share
+    Under torchrun (torchrun --nproc-per-node 2 -m sparseflow_kernels train ...) each process takes its share
     of every batch.
     """
     with _processes():
@@ -343,7 +344,9 @@ def _display(jobs: Sequence[Job]) -> Iterator[Any]:
     if not out.is_terminal:
         yield _Lines()
         return
-    columns = (TextColumn("{task.description}"), BarColumn(12), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
+    text = TextColumn("{task.fields[text]}", table_column=Column(overflow="fold"))
+    name = TextColumn("{task.description}", table_column=Column(no_wrap=True))
+    columns = (name, BarColumn(8), text, TimeElapsedColumn())
     with Progress(*columns, console=out, auto_refresh=False) as bars:
         tasks: dict[str, Any] = {}
         last = 0.0
@@ -355,7 +358,7 @@ def _display(jobs: Sequence[Job]) -> Iterator[Any]:
             if "finished" in facts:
                 done, text = facts["finished"]["cycle"] + 1, _finished_text(facts)
             else:
-                done, text = facts["cycle"] + facts["step"] / facts["steps"], _step_text(job, facts)
+                done, text = facts["cycle"] + facts["step"] / facts["steps"], _step_text(facts)
             now = time.monotonic()
             # Drawn when told, a few times a second: a thread of its own would take time from the training.
             draw = "finished" in facts or now - last > 0.2
@@ -376,22 +379,26 @@ class _Lines:
         if "finished" in facts:
             print(f"{job.name}: {_finished_text(facts)}", flush=True)
         elif now - self.last.setdefault(job.name, now) >= 10.0:
-            print(f"{job.name}: {_step_text(job, facts)}", flush=True)
+            print(f"{job.name}: {_step_text(facts)}", flush=True)
         else:
             return
         self.last[job.name] = now
 
 
-def _step_text(job: Job, facts: dict[str, Any]) -> str:
+def _cycle(keep: float) -> str:
+    return "dense" if keep == 1 else f"keep {keep:.3g}"
+
+
+def _step_text(facts: dict[str, Any]) -> str:
     nfe = "" if facts["nfe"] is None else f", NFE {facts['nfe']:.0f}"
     return (
-        f"cycle {facts['cycle']}/{len(job.keeps)} (keep {facts['keep']:.3g}), "
-        f"epoch {facts['epoch']}/{facts['epochs']}, NLL {facts['nll']:.3f}{nfe}, {facts['step_seconds'] * 1e3:.1f} ms/step"
+        f"{_cycle(facts['keep'])}, epoch {facts['epoch']}/{facts['epochs']}, NLL {facts['nll']:.3f}{nfe}, "
+        f"{facts['step_seconds'] * 1e3:.3g} ms/step"
     )
 
 
 def _finished_text(facts: dict[str, Any]) -> str:
     row = facts["finished"]
     nll = "n/a" if row["test_nll"] is None else f"{row['test_nll']:.4f}"
-    how = ", from its checkpoint" if facts["resumed"] else f", {row['seconds']:.1f} s"
-    return f"cycle {row['cycle']} done: keep {row['keep']:.3g}, {row['size']} parameters, test NLL {nll}{how}"
+    how = ", from its checkpoint" if facts["resumed"] else ""
+    return f"{_cycle(row['keep'])} done: {row['size']} parameters, test NLL {nll}{how}"

@@ -14,11 +14,13 @@ def load(*, seed: int = 0) -> Dataset:
 
     seed: of split and noise. Raises ImportError without scikit-learn.
     """
-    levels, labels = sklearn_datasets("digits").load_digits(return_X_y=True)
+    levels, digits = sklearn_datasets("digits").load_digits(return_X_y=True)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(levels))
     rows = torch.from_numpy(((levels + rng.random(levels.shape)) / 17.0).astype(np.float32)[order])
-    classes = torch.from_numpy(labels.astype(np.int64)[order])
+    classes = torch.from_numpy(digits.astype(np.int64)[order])
     held = len(rows) // 10
-    parts, label_parts = (tensor.split([len(rows) - 2 * held, held, held]) for tensor in (rows, classes))
-    return Dataset("digits", *parts, None, *label_parts)
+    sizes = [len(rows) - 2 * held, held, held]
+    train, val, test = rows.split(sizes)
+    labels = dict(zip(("train_labels", "val_labels", "test_labels"), classes.split(sizes)))
+    return Dataset("digits", train, val, test, **labels)

@@ -45,7 +45,8 @@ def load(*, seed: int = 0, rows: int | None = None) -> Dataset:
         if not 30 <= rows <= total:
             raise ValueError(f"rows must be between 30 and {total:,}, or None for all; got {rows}")
         parts = [part[rng.choice(len(part), max(1, len(part) * rows // total), replace=False)] for part in parts]
-    return Dataset("photos", *(_dequantise(part, rng) for part in parts))
+    train, val, test = (_dequantise(part, rng) for part in parts)
+    return Dataset("photos", train, val, test)
 
 
 def _dequantise(levels: np.ndarray, rng: np.random.Generator) -> Tensor:

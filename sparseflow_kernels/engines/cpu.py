@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from typing import Collection
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from ..divergence import DivergencePlan
 from ..field import GraphField, UnsupportedFieldError, VectorField
 from ..threads import get_num_threads
+from ..warn import warn
 from .adjoint import write_adjoint
 from .base import Gradient, SolveRequest, SolveResult
 from .native import (
@@ -31,9 +34,16 @@ _ADJOINT_SLOTS = 12
 _BUILDERS = {torch.float32: "BuilderF32", torch.float64: "BuilderF64"}
 
 
+@functools.cache
 def _native():
     from .. import _cpu  # late: a checkout without the extension can still import the package
 
+    if not os.environ.get("SPARSEFLOW_ISA") and _cpu.isa() == "baseline" != _cpu.best_isa():
+        warn(
+            f"this build of sparseflow_kernels holds no kernels for {_cpu.best_isa()}, which this processor runs: solves "
+            "take several times as long. Install it without SPARSEFLOW_CPU_ISAS=baseline (`sparseflow info` says what "
+            "was built), or set SPARSEFLOW_ISA=baseline if that is meant"
+        )
     return _cpu
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..divergence import DivergencePlan
-from ..field import GraphField, Node
+from ..field import Convolution, GraphField, Node
 from ..field.graph import STATE, order
 from . import shapes
 from .base import Gradient, SolveRequest, SolveResult
@@ -79,6 +79,8 @@ class GraphCudaEngine(GraphNativeEngine, CudaSolver):
                     f"{node.origin or 'some of what it reads of t'} is a function of time in Python, which a kernel cannot "
                     "call; the triton and reference engines can"
                 )
+            if isinstance(node.matrix, Convolution):
+                return f"{where} is a convolution, which the cuda engine has no kernels for"
             if node.rows > MOST_ROWS:
                 return f"{where} has {node.rows} rows, more than {MOST_ROWS}; the triton engine runs any width"
             if node.matrix is not None:

@@ -62,7 +62,7 @@ def code_of(
             return [*product.operands, next(o for o in node.operands if o is not product)]
         return list(node.operands)
 
-    for node in [*(operand for node in work for operand in operands_of(node)), *code.outputs, *totals]:
+    for node in [*(operand for done in work for operand in operands_of(done)), *code.outputs, *totals]:
         if node in inside or node.kind == "number":
             continue
         kind = code.vectors if is_vector(node) else code.inputs

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..activations import rule_and_params
-from ..field import GraphField, Matrix, Node, Pattern
+from ..field import Convolution, GraphField, Matrix, Node, Pattern
 from ..field.graph import CONTEXT, TIME, from_parts, order
 from ..field.transforms import adjoint
 from .fusion import Affine, Product
@@ -187,8 +187,8 @@ class GraphWriter:
         if matrix not in self._matrix or fresh:
             pattern = matrix.pattern
             number = self.builder.matrix(
-                *pattern.shape, pattern.row_ptr.to(torch.int32).numpy(), pattern.col.to(torch.int32).numpy(),
-                torch.ones(pattern.nnz).numpy(),
+                *matrix.shape, pattern.row_ptr.to(torch.int32).numpy(), pattern.col.to(torch.int32).numpy(),
+                torch.ones(pattern.nnz).numpy(), *((matrix.window.pairs,) if isinstance(matrix, Convolution) else ()),
             )
             self.matrices.append((number, matrix))
             if fresh:
@@ -497,7 +497,7 @@ class GraphWriter:
 
 def _is_trained(node: Node) -> bool:
     """Whether the node depends on parts of the field, on time or on the context."""
-    return node.kind != "input" and bool(node.binding) or from_parts([node])
+    return (node.kind != "input" or node.name == "time") and bool(node.binding) or from_parts([node])
 
 
 def _arrays(instructions: Iterable[tuple]) -> tuple:

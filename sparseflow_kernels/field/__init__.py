@@ -17,6 +17,7 @@ from .chain import (
     UnsupportedFieldError,
     VectorField,
 )
+from .convolution import Convolution, Window
 from .graph import Graph, Matrix, Node
 from .graph_field import GraphField, Part
 from .layout import Layout
@@ -25,6 +26,7 @@ __all__ = [
     "IDENTITY",
     "MOST_AXES",
     "Activation",
+    "Convolution",
     "Gate",
     "Graph",
     "GraphField",
@@ -40,4 +42,5 @@ __all__ = [
     "TimeFunction",
     "UnsupportedFieldError",
     "VectorField",
+    "Window",
 ]

@@ -8,12 +8,14 @@ node that is built a second time is the one that was built first, so equal expre
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .chain import Activation, Pattern
+from .convolution import Convolution
 from .nodes import CONTEXT, SAMPLES, STATE, TIME, Made, Matrix, Node, from_parts, order
 from .primitives import PRIMITIVES
 
@@ -116,7 +118,9 @@ class Graph:
             if x.kind == "neg":
                 return self.neg(self.linear(matrix, x.operands[0], transposed))
         if x.kind == "rows" and not transposed and len({operand.binding for operand in x.operands}) > 1:
-            return self._split(matrix, x)
+            area = matrix.window.source_area if isinstance(matrix, Convolution) else 1
+            if all(count % area == 0 for _, count in x.pieces):
+                return self._split(matrix, x)
         return self._intern(
             ("linear", id(matrix), transposed, id(x)),
             lambda: Node("linear", out, (x,), x.binding, matrix=matrix, transposed=transposed, origin=self.origin),
@@ -140,19 +144,23 @@ class Graph:
         return self.zeros(matrix.shape[0]) if total is None else total
 
     def columns(self, matrix: Matrix, index: Tensor) -> Matrix:
-        """The matrix of these columns alone. index: int64, ascending."""
+        """The matrix of these columns alone. index: int64, ascending; of a convolution whole channels."""
         key = (id(matrix), index.numpy().tobytes())
         if key not in self._matrices:
             pattern = matrix.pattern
-            place = torch.full((pattern.shape[1],), -1)
-            place[index] = torch.arange(index.numel())
-            own = (place[pattern.col] >= 0).nonzero().flatten()
-            row_ptr = torch.zeros_like(pattern.row_ptr)
-            torch.cumsum(torch.bincount(pattern.row[own], minlength=pattern.shape[0]), 0, out=row_ptr[1:])
-            narrow = Pattern((pattern.shape[0], index.numel()), row_ptr, place[pattern.col[own]])
+            if isinstance(matrix, Convolution):
+                area = matrix.window.source_area
+                narrow, own = matrix.of_channels(index[::area] // area)
+            else:
+                place = torch.full((pattern.shape[1],), -1)
+                place[index] = torch.arange(index.numel())
+                own = (place[pattern.col] >= 0).nonzero().flatten()
+                row_ptr = torch.zeros_like(pattern.row_ptr)
+                torch.cumsum(torch.bincount(pattern.row[own], minlength=pattern.shape[0]), 0, out=row_ptr[1:])
+                narrow = Pattern((pattern.shape[0], index.numel()), row_ptr, place[pattern.col[own]])
             entries = None if matrix.part is None else own if matrix.entries is None else matrix.entries[own]
             made = matrix.made and (lambda part, like: matrix.made(part, like)[own.to(like.device)])
-            self._matrices[key] = Matrix(narrow, matrix.part, entries, made)
+            self._matrices[key] = replace(matrix, pattern=narrow, entries=entries, made=made)
         return self._matrices[key]
 
     def select(self, x: Node, index: Tensor) -> Node:
@@ -401,8 +409,8 @@ def evaluate(
                 value = torch.stack([function(t) for t in inputs["time"].reshape(-1)])
             case "linear":
                 x = wide(operands[0], node.operands[0].rows)
-                if _is_large(node.matrix.pattern):
-                    value = _sparse_product(node.matrix, x, node.transposed, node.matrix.values(part, like))
+                if isinstance(node.matrix, Convolution) or _is_large(node.matrix.pattern):
+                    value = node.matrix.product(x, node.matrix.values(part, like), node.transposed)
                 else:
                     value = x @ (weight(node.matrix) if node.transposed else weight(node.matrix).T)
             case "rows":
@@ -421,10 +429,3 @@ def evaluate(
 def _is_large(pattern: Pattern) -> bool:
     """Whether a product entry by entry takes less memory and time than one with the dense matrix."""
     return pattern.shape[0] * pattern.shape[1] > max(1 << 20, 64 * pattern.nnz)
-
-
-def _sparse_product(matrix: Matrix, x: Tensor, transposed: bool, values: Tensor) -> Tensor:
-    row, col = (index.to(x.device) for index in (matrix.pattern.row, matrix.pattern.col))
-    row, col = (col, row) if transposed else (row, col)
-    out = matrix.shape[1] if transposed else matrix.shape[0]
-    return x.new_zeros(x.shape[0], out).index_add(1, row, x[:, col] * values)

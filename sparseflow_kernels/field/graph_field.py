@@ -75,7 +75,7 @@ class GraphField:
     def nnz(self) -> int:
         """Multiply-adds of the matrices, per sample and evaluation."""
         return sum(
-            node.matrix.pattern.nnz for node in order([self.output])
+            node.matrix.multiply_adds for node in order([self.output])
             if node.kind == "linear" and node.per_sample and not node.matrix.constant
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Callable, Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from .chain import Pattern
@@ -35,6 +36,22 @@ class Matrix:
     @property
     def shape(self) -> tuple[int, int]:
         return self.pattern.shape
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of a product, per sample."""
+        return self.pattern.nnz
+
+    @property
+    def places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """int64 (row, column, entry): where the values stand in the matrix, the number `entry` of them in each place."""
+        return self.pattern.row, self.pattern.col, torch.arange(self.pattern.nnz)
+
+    def product(self, x: Tensor, values: Tensor, transposed: bool = False) -> Tensor:
+        """This matrix times x [batch, in], or its transpose times x [batch, out], without making it."""
+        row, col = (index.to(x.device) for index in (self.pattern.row, self.pattern.col))
+        row, col = (col, row) if transposed else (row, col)
+        return x.new_zeros(x.shape[0], self.shape[1 if transposed else 0]).index_add(1, row, x[:, col] * values)
 
     @property
     def constant(self) -> bool:

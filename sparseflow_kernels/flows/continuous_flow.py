@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ..divergence_field import with_divergence
+from ..divergence import Kind
+from ..divergence_field import DivergenceField, Noise, with_divergence
 from ..solution import Stats
 from .batch_norm import MovingBatchNorm
 from .neural_ode import FlowStats, NeuralODE, one_of
@@ -48,9 +49,9 @@ class ContinuousFlow(NeuralODE):
         dim: int = 2,
         *,
         base: Distribution | None = None,
-        divergence: str = "exact",
-        eval_divergence: str | None = None,
-        noise: str = "gaussian",
+        divergence: Kind = "exact",
+        eval_divergence: Kind | None = None,
+        noise: Noise = "gaussian",
         batch_norm: float | None = None,
         penalties: dict[str, float] | None = None,
         **solver: Any,
@@ -159,7 +160,7 @@ class ContinuousFlow(NeuralODE):
     @torch.no_grad()
     def sample(self, shape: int | Sequence[int] = ()) -> Tensor:
         """Samples [*shape, dim] (an int n means (n,)), from torch's global generator; no gradient."""
-        sizes = (shape,) if isinstance(shape, numbers.Number) else tuple(shape)
+        sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
         if not all(isinstance(size, numbers.Integral) and size >= 0 for size in sizes):
             raise ValueError(f"shape must be an int or a sequence of ints, none below 0; got {shape!r}")
         shape = tuple(map(int, sizes))
@@ -170,7 +171,7 @@ class ContinuousFlow(NeuralODE):
 
     # ------------------------------------------------------------------------------------------------------- internal
 
-    def _with_divergence(self, index: int) -> nn.Module:
+    def _with_divergence(self, index: int) -> DivergenceField:
         kind = self.divergence if self.training or self.eval_divergence is None else self.eval_divergence
         return with_divergence(self.vector_fields[index], kind, noise=self.noise if kind == "hutchinson" else None)
 

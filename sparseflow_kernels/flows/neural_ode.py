@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Literal, Self, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -68,11 +68,11 @@ class NeuralODE(nn.Module):
         atol: float = 1e-5,
         method: str = "dopri5",
         options: dict | None = None,
-        gradient: str = "discrete",
+        gradient: Literal["discrete", "adjoint"] = "discrete",
     ) -> None:
         super().__init__()
         several = isinstance(odefunc, (nn.ModuleList, list, tuple))
-        fields = list(odefunc) if several else [odefunc]
+        fields: list[nn.Module] = list(odefunc) if several else [odefunc]  # type: ignore[arg-type, list-item]
         if not fields or not all(isinstance(f, nn.Module) for f in fields):
             raise TypeError("odefunc must be an nn.Module f(t, x), or a sequence of at least one such module")
         if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
@@ -109,7 +109,7 @@ class NeuralODE(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------- compiled
 
-    def compile(self, engine: str = "auto") -> "NeuralODE":  # noqa: A003 - nn.Module.compile is torch.compile's
+    def compile(self, engine: str = "auto") -> Self:  # type: ignore[override]  # torch's returns nothing
         """A new flow of the same settings over `sparseflow_kernels.compile`d fields; this one is left as it is. The
         parameters are copies; a field that is used several times is one field there too. Raises ValueError for
         different fields that share parameters. (This takes the place of nn.Module.compile; for that one call
@@ -148,7 +148,7 @@ class NeuralODE(nn.Module):
         if uncompiled:
             raise ValueError(f"copy_to: vector_fields[{uncompiled[0]}] is not compiled; use load_state_dict")
         for mine, theirs in zip(self.vector_fields, flow.vector_fields):
-            mine.copy_to(theirs)
+            mine.copy_to(theirs)  # type: ignore[operator]  # a CompiledField
         if self.sqrt_end_time is not None:
             for mine, theirs in zip(self.sqrt_end_time, flow.sqrt_end_time):
                 theirs.copy_(mine)
@@ -176,7 +176,7 @@ class NeuralODE(nn.Module):
     def _solve(self, field: nn.Module, state, times: Tensor, solves: list[Stats]):
         if (state[0] if isinstance(state, tuple) else state).shape[0] == 0:
             return state
-        settings = {"rtol": self.rtol, "atol": self.atol, "method": self.method, "options": self.options}
+        settings: dict[str, Any] = dict(rtol=self.rtol, atol=self.atol, method=self.method, options=self.options)
         if self.gradient == "adjoint" and torch.is_grad_enabled():
             ys = odeint_adjoint(field, state, times, gradient="adjoint", **settings)
         else:

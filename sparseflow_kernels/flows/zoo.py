@@ -48,7 +48,7 @@ def tabular_flow(name: str, **settings: Any) -> ContinuousFlow:
         raise ValueError(f"name must be one of {', '.join(TABULAR)}; got {name!r}")
     shape = TABULAR[name]
     fields = [mlp_field(shape.dim, shape.hidden, "concatsquash", shape.activation) for _ in range(shape.flows)]
-    defaults = {
+    defaults: dict[str, Any] = {
         "divergence": "hutchinson",
         "eval_divergence": "exact",
         "noise": "gaussian",

@@ -156,7 +156,8 @@ class _Solver:
         self.y, self.shift = y0, clock.origin
         self.f0 = f(clock.tell(times[0].item(), self.shift), y0)
         self.nfe = 1
-        self.ys, self.states = [y0], []
+        self.ys = [y0]
+        self.states: list[Tensor] = []
         self.suspects = [y0, self.f0]
         self.tried: _Step | None = None
         self.step: _Step | None = None

@@ -150,10 +150,16 @@ class Walk:
 
 
 def walk(
-    points: Sequence[float], dt: float, finite: bool, order: int, options: StepOptions, stops: StopPoints, stepper: Stepper
+    points: Sequence[float],
+    dt: float,
+    finite: bool,
+    order: int,
+    options: StepOptions,
+    stops: StopPoints,
+    stepper: Stepper,
 ) -> Walk:
-    """The control of an adaptive solve: steps from points[0] past every other output time, the first of size dt, and what
-    is accepted. finite: is the initial state?"""
+    """The control of an adaptive solve: steps from points[0] past every other output time, the first of size dt, and
+    what is accepted. finite: is the initial state?"""
     state = Walk(points[0], dt)
     for index, time in enumerate(points[1:], start=1):
         tried = 0

@@ -16,6 +16,17 @@ CPU_CLASSES = {torch.float32: "SparseLinearF32", torch.float64: "SparseLinearF64
 REMEDY = 'or ask for torch\'s own product with backend="torch"'
 
 
+def native(layer: str) -> Any:
+    """The CPU extension. layer: the name of the class that asks."""
+    try:
+        from .. import _cpu
+    except ImportError as error:
+        raise RuntimeError(
+            f"{layer}: the CPU extension is not built ({error}); install the package with pip, which compiles it, {REMEDY}"
+        ) from error
+    return _cpu
+
+
 class CpuMatrix:
     """The native products of one layer; the same calls as `engines.triton.matrix.TritonMatrix`."""
 
@@ -25,18 +36,12 @@ class CpuMatrix:
 
     def _of(self, dtype: torch.dtype) -> Any:
         if dtype not in self._native:
-            try:
-                from .. import _cpu
-            except ImportError as error:
-                raise RuntimeError(
-                    f"SparseLinear: the CPU extension is not built ({error}); install the package with pip, which "
-                    f"compiles it, {REMEDY}"
-                ) from error
+            _cpu = native("SparseLinear")
             rows, cols = self._pattern.shape
             if rows + cols + 2 > _cpu.MOST_ROWS or self._pattern.nnz > _cpu.MOST_ENTRIES:
                 raise ValueError(
-                    f"SparseLinear: {cols} and {rows} features with {self._pattern.nnz} weights are more than 32-bit offsets "
-                    f"reach ({_cpu.MOST_ROWS} features, {_cpu.MOST_ENTRIES} weights); prune it, {REMEDY}"
+                    f"SparseLinear: {cols} and {rows} features with {self._pattern.nnz} weights are more than 32-bit "
+                    f"offsets reach ({_cpu.MOST_ROWS} features, {_cpu.MOST_ENTRIES} weights); prune it, {REMEDY}"
                 )
             row_ptr, col = (index.to(torch.int32).numpy() for index in (self._pattern.row_ptr, self._pattern.col))
             self._native[dtype] = getattr(_cpu, CPU_CLASSES[dtype])(rows, cols, row_ptr, col)
@@ -82,6 +87,11 @@ def _triton_matrix(pattern: Pattern, device: torch.device) -> Any:
     return TritonMatrix(pattern, device)
 
 
+def rows_of(row_ptr: Tensor, col: Tensor) -> Tensor:
+    """int64 [nnz]: the row of every entry."""
+    return torch.repeat_interleave(row_ptr.diff(), output_size=col.shape[0])
+
+
 class Where(NamedTuple):
     """The arguments that say which layer an operation belongs to."""
 
@@ -98,16 +108,16 @@ class Where(NamedTuple):
 class Packed:
     """What is made of the index tensors of one layer: its pattern, and what the engines pack of it."""
 
-    def __init__(self, where: Where) -> None:
+    def __init__(self, where: Any) -> None:
         self.pattern = Pattern(where.shape, where.row_ptr.cpu(), where.col.cpu())
         self.stamp = _stamp(where.row_ptr, where.col)
-        self._matrices: dict[tuple[str, torch.device], Any] = {}
+        self.kept: dict[tuple, Any] = {}
 
     def matrix(self, backend: str, device: torch.device) -> Any:
         """Raises RuntimeError where the backend cannot run here."""
-        found = self._matrices.get((backend, device))
+        found = self.kept.get((backend, device))
         if found is None:
-            found = self._matrices[backend, device] = self._make(backend, device)
+            found = self.kept[backend, device] = self._make(backend, device)
         return found
 
     def _make(self, backend: str, device: torch.device) -> Any:
@@ -131,7 +141,8 @@ def _stamp(row_ptr: Tensor, col: Tensor) -> tuple:
 _packed = WeakTensorKeyDictionary()  # a layer's row_ptr -> Packed
 
 
-def packed_of(where: Where) -> Packed:
+def packed_of(where: Any) -> Packed:
+    """where: a NamedTuple with row_ptr, col and the shape of the pattern."""
     known = _packed.get(where.row_ptr)
     if known is None or known.stamp != _stamp(where.row_ptr, where.col):
         known = _packed[where.row_ptr] = Packed(where)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..masks import effective_parameters
+from ..tables import html_table
 from .matrices import weight_matrices
 
 
@@ -59,6 +60,13 @@ class SparsityReport:
     @property
     def total_weights(self) -> int:
         return sum(row.total for row in self.parameters if row.prunable)
+
+    def _repr_html_(self) -> str:
+        rows = [("parameter", "prunable", "live", "of", "share")]
+        for row in (*self.parameters, ParameterSize("all", False, self.live, self.total)):
+            share = f"{row.live / max(1, row.total):.1%}"
+            rows.append((row.path, "yes" if row.prunable else "", f"{row.live:,}", f"{row.total:,}", share))
+        return html_table(rows)
 
     def __str__(self) -> str:
         width = max(len(row.path) for row in self.parameters) + 2

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture import capture_graph
-from ..field import GraphField, UnsupportedFieldError
+from ..field import Convolution, GraphField, UnsupportedFieldError
 from ..field.graph import Node, order
 from ..field.primitives import PRIMITIVES
 from ..masks import check_maskable, effective, refresh_, set_mask_
@@ -383,8 +383,9 @@ def _padded(alive: Tensor) -> Tensor:
 
 
 def _entries(node: Node, parts: list[tuple[Tensor, Tensor, Tensor]]) -> Product:
-    matrix, n = node.matrix, node.matrix.pattern.nnz
-    row, column = matrix.pattern.row, matrix.pattern.col
+    matrix = node.matrix
+    row, column, entry = matrix.places
+    n = entry.numel()
     into, of = (column, row) if node.transposed else (row, column)
     if matrix.part is None:
         ones = torch.ones(n, dtype=torch.float64)
@@ -392,4 +393,6 @@ def _entries(node: Node, parts: list[tuple[Tensor, Tensor, Tensor]]) -> Product:
     chosen = parts[matrix.part]
     if matrix.entries is not None:
         chosen = tuple(values[matrix.entries] for values in chosen)
+    if isinstance(matrix, Convolution):
+        chosen = tuple(values[entry] for values in chosen)
     return Product(into, of, *chosen)

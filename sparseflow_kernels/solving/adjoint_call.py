@@ -110,7 +110,7 @@ def _of_what_arrived(times: Tensor, grads: Sequence[Tensor]) -> GradientError:
 def _of_the_solve() -> GradientError:
     return GradientError(
         "the gradient of a solve is not finite",
-        "It overflowed in the adjoint's solve backwards: look at the parameters; smaller weights, tighter tolerances or "
-        "float64 may help, and gradient='discrete' says where it happened.",
+        "It overflowed in the adjoint's solve backwards: look at the parameters; smaller weights, tighter tolerances "
+        "or float64 may help, and gradient='discrete' says where it happened.",
         None, None, None, (), 0,
     )  # fmt: skip

@@ -32,7 +32,10 @@ _RULES = {  # option -> (is it one?, what it has to be)
     "safety": (lambda v: 0.0 < v <= 1.0, "above 0 and at most 1: it makes a step smaller than the error asks for"),
     "ifactor": (lambda v: 1.0 <= v < math.inf, "a finite number, 1 or more: the most that a step may grow by"),
     "dfactor": (lambda v: 0.0 < v < 1.0, "between 0 and 1: a step that was rejected must shrink"),
-    "max_num_steps": (lambda v: 0.0 <= v <= _MOST_STEPS, "a number of steps from 0 to 2**31 - 1, the default and no limit"),
+    "max_num_steps": (
+        lambda v: 0.0 <= v <= _MOST_STEPS,
+        "a number of steps from 0 to 2**31 - 1, the default and no limit",
+    ),
 }
 
 
@@ -115,7 +118,9 @@ def upward(t: Tensor, device: torch.device) -> tuple[Tensor, int]:
     if t.device != device and t.device.type != "cpu":  # the host reads the times: the CPU is where they are best
         warn("t is not on the same device as y0. Coercing to y0.device.")
     if is_batchedtensor(t):
-        raise ValueError("t cannot be vmapped: all items share the times; put all of them in one t, and pick afterwards")
+        raise ValueError(
+            "t cannot be vmapped: all items share the times; put all of them in one t, and pick afterwards"
+        )
     t = t.to("cpu")
     values = t.detach().tolist()  # plain floats: a dozen tensor operations would cost as much as a small solve
     sign = -1 if len(values) > 1 and values[0] > values[1] else 1

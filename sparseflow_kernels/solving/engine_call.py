@@ -35,8 +35,8 @@ class EngineCall:
 
     @staticmethod
     def make(
-        func: CompiledField | DivergenceField, y0: State, t: Tensor, rtol: Any, atol: Any, method: str,
-        options: dict, step_control: str,
+        func: CompiledField | DivergenceField, y0: State, t: Tensor, rtol: Any, atol: Any,
+        method: str, options: dict, step_control: str,
     ) -> "EngineCall | str":  # fmt: skip
         parts = (y0,) if isinstance(y0, Tensor) else y0
         if not parts:
@@ -101,8 +101,8 @@ class EngineCall:
 
     @staticmethod
     def _make_of_layout(
-        field: CompiledField, func: CompiledField | DivergenceField, y0: State, t: Tensor, rtol: Any, atol: Any, method: str,
-        options: dict, step_control: str,
+        field: CompiledField, func: CompiledField | DivergenceField, y0: State, t: Tensor, rtol: Any, atol: Any,
+        method: str, options: dict, step_control: str,
     ) -> "EngineCall | str":  # fmt: skip
         """Of a field whose states are of a shape of their own."""
         state = y0[0] if isinstance(func, DivergenceField) else y0
@@ -112,8 +112,8 @@ class EngineCall:
         for part in parts:
             if part.dtype != field.dtype or part.device != field.device:
                 return (
-                    f"y0 is {part.dtype} on {part.device}, the compiled field {field.dtype} on {field.device}; convert one to "
-                    "the other to run it natively"
+                    f"y0 is {part.dtype} on {part.device}, the compiled field {field.dtype} on {field.device}; convert "
+                    "one to the other to run it natively"
                 )
         if isinstance(func, DivergenceField):
             samples = len(field.layout.flatten(state))

@@ -68,7 +68,7 @@ def _digest(state: dict[str, Tensor], facts: str) -> str:
     for name in sorted(state):
         tensor = state[name]
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

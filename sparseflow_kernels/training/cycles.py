@@ -15,13 +15,20 @@ from ..data.dataset import Dataset
 from ..field import UnsupportedFieldError
 from ..flows import NeuralODE
 from ..pruning import (
-    KEEP_RATIOS, check_can_be_pruned, copy_module, prune_neurons_, prune_weights_, prune_with_propagation_, size,
-)  # fmt: skip
+    KEEP_RATIOS,
+    check_can_be_pruned,
+    copy_module,
+    prune_neurons_,
+    prune_weights_,
+    prune_with_propagation_,
+    size,
+)
 from .checkpoint import load_checkpoint, read_state, save_checkpoint
 from .distributed import agree, broadcast_, rank
 from .evaluation import evaluate_or_nan
 from .lock import locked_folder
-from .loop import Progress, check_identity, fingerprint, fit, plain, solver_settings
+from .loop import OnEpoch, Progress, check_identity, fingerprint, fit, plain, solver_settings
+from .rows import Data, as_dataset, batch_of
 from .settings import TrainingSettings
 
 METHODS = ("weights", "neurons", "none")
@@ -63,7 +70,7 @@ class Cycle:
 
 def sparse_flow(
     flow: NeuralODE,
-    data: Dataset,
+    data: Data,
     keeps: str | Sequence[float] = "toy",
     *,
     method: str = "weights",
@@ -76,12 +83,14 @@ def sparse_flow(
     unpruned: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    on_epoch: OnEpoch | None = None,
     **training: Any,
 ) -> Iterator[Cycle]:
     """Train `flow` dense, then prune to each keep ratio and retrain, with a new optimizer and the schedule from its
     start; yields a Cycle after each. Weights are never rewound and pruned entries never return. `flow` is trained in
     place.
 
+    data: as in `train`. Without validation rows a cycle's nll is NaN, and dead="propagate" is refused.
     keeps: a name of `KEEP_RATIOS`, or ratios in (0, 1) that fall, relative to the dense number of all parameters; none
         for dense training alone.
     method: "weights" (WT, global magnitude), "neurons" (FT, whole neurons by l1 norm), or "none": retrain as often, and
@@ -100,6 +109,7 @@ def sparse_flow(
         they prune (method, dead, prune_options) may share: these are then trained once.
     seed: of the order of rows and the noise; cycle i draws from (seed, i).
     progress: called with each step's facts as in `train`, and "cycle", "keep", "control".
+    on_epoch: as in `train`; where it returns True, this cycle's training ends, and the next cycle begins.
     training: `TrainingSettings`: epochs or steps, batch, lr, optimizer, weight_decay, milestones, ...
 
     With torch.distributed initialised every rank must call this with the same arguments (see `train`); `folder` must be
@@ -118,15 +128,16 @@ def sparse_flow(
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     if dead not in DEAD:
         raise ValueError(f"dead must be 'simplify', 'propagate' or None, got {dead!r}")
-    if dead == "propagate" and len(data.val) < 2:
-        raise ValueError("dead='propagate' needs data with validation rows")
     if method != "none" and ratios:
         check_can_be_pruned(flow, (prune_options or {}).get("layers"))
-    settings = TrainingSettings(**training)
+    settings = TrainingSettings(**{**batch_of(data), **training})
+    rows = as_dataset(data)
+    if dead == "propagate" and len(rows.val) < 2:
+        raise ValueError("dead='propagate' needs data with validation rows")
     loop = _Loop(
-        flow, data, ratios, method, dead, dict(prune_options or {}), control, settings,
+        flow, rows, ratios, method, dead, dict(prune_options or {}), control, settings,
         settings.changed(**(retrain or {})), engine, None if folder is None else Path(folder),
-        None if unpruned is None else Path(unpruned), seed, progress,
+        None if unpruned is None else Path(unpruned), seed, progress, on_epoch,
     )  # fmt: skip
     return loop.cycles()
 
@@ -176,6 +187,7 @@ class _Loop:
     unpruned: Path | None
     seed: int
     progress: Progress | None
+    on_epoch: OnEpoch | None
 
     def cycles(self) -> Iterator[Cycle]:
         with locked_folder(self.folder), locked_folder(self.unpruned):
@@ -227,7 +239,7 @@ class _Loop:
             prune_cycle_(flow, keep, self.method, self.dead, self.data, **self.prune_options)
         history = fit(
             flow, self.data, self.retraining if index else self.settings, self.engine, (self.seed, index), running,
-            self._tell(index, keep, control), run,
+            self._tell(index, keep, control), run, self._hook(index, keep, control),
         )  # fmt: skip
         facts = self._measure(flow, history)
         if path is not None and rank() == 0:
@@ -250,6 +262,11 @@ class _Loop:
             "step_seconds": statistics.median(steps) if steps else None,
             "seconds": sum(entry["seconds"] for entry in history),
         }
+
+    def _hook(self, index: int, keep: float, control: bool) -> OnEpoch | None:
+        if self.on_epoch is None:
+            return None
+        return lambda epoch: self.on_epoch(dataclasses.replace(epoch, cycle=index, keep=keep, control=control))
 
     def _tell(self, index: int, keep: float, control: bool) -> Progress | None:
         if self.progress is None:

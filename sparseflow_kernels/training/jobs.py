@@ -151,7 +151,8 @@ def load_rows(name: str) -> Dataset:
     if any(array.ndim != 2 or array.shape[1] != arrays["train"].shape[-1] for array in arrays.values()):
         shapes = [list(array.shape) for array in arrays.values()]
         raise ValueError(f"{path}: train, val and test must be [n, dim], got {shapes}")
-    return Dataset(path.stem, *(_numbers(path, part, array) for part, array in arrays.items()))
+    train, val, test = (_numbers(path, part, arrays[part]) for part in _SPLITS)
+    return Dataset(path.stem, train, val, test)
 
 
 def _numbers(path: Path, part: str, array: np.ndarray) -> Tensor:

@@ -14,9 +14,11 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import logging
 import math
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -32,13 +34,38 @@ from ..pruning import copy_module
 from ..solution import GradientError
 from .checkpoint import CheckpointError, load_module_state, read_state, write_state
 from .direct import DirectGradient
-from .distributed import agree, broadcast_, rank, sum_gradients_, world_size
+from .distributed import agree, broadcast_, on_rank_0, rank, sum_gradients_, world_size
 from .evaluation import evaluate_or_nan
 from .flat import FlatParameters
 from .lock import locked_file
+from .rows import Data, as_dataset, batch_of
 from .settings import OPTIMIZERS, TrainingSettings
 
 Progress = Callable[[dict[str, Any]], None]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """A finished epoch, as `on_epoch` is told of it.
+
+    epoch, epochs: its number, counted from 1, and of how many.  metrics: the numbers of its entry in the history that
+        are
+    known: nll, nfe, val_nll (with select="best"), skipped, step_seconds, seconds, epoch.  flow: what is trained, the
+    compiled flow where there is an engine; may be evaluated, sampled and saved, not changed.
+    cycle, keep, control: of `sparse_flow`, which cycle this is, its keep ratio, and whether it is the control's.
+    """
+
+    epoch: int
+    epochs: int
+    metrics: dict[str, float]
+    flow: NeuralODE
+    cycle: int = 0
+    keep: float = 1.0
+    control: bool = False
+
+
+OnEpoch = Callable[[Epoch], object]
 
 
 class NonFiniteLossError(RuntimeError):
@@ -47,19 +74,22 @@ class NonFiniteLossError(RuntimeError):
 
 def train(
     flow: NeuralODE,
-    data: Dataset | Tensor,
+    data: Data,
     *,
     engine: str | None = None,
     seed: int | Sequence[int] = 0,
     checkpoint: str | Path | None = None,
     progress: Progress | None = None,
+    on_epoch: OnEpoch | None = None,
     **settings: Any,
 ) -> list[dict[str, Any]]:
     """Minimise the flow's mean negative log-likelihood in place; returns the history, one dict per epoch.
 
     flow: a ContinuousFlow, or a NeuralClassifier, whose likelihood is that of the labels (cross-entropy).
-    data: a Dataset (its `train` rows, and for select="best" its `val` rows; for a classifier with labels), or rows
-        [n, dim]. They are converted to the flow's dtype and device.
+    data: rows [n, dim], as a tensor, a numpy array, or a dataset or DataLoader of torch's (read once, `as_dataset`;
+        a loader's batch_size is the `batch`); a pair of these, (training rows, validation rows); or a Dataset (its
+        `train` rows, and for select="best" its `val` rows), which a classifier needs, with labels. They are converted
+        to the flow's dtype and device.
     engine: None trains the flow as it is, compiled or not; a name ("auto", "cpu", "reference") trains
         `flow.compile(engine)`, whose optimizer state is of the remaining weights only, and copies the result back.
         Weight decay then acts on the compiled field's parameters: a constant that simplify folded into a bias decays
@@ -68,7 +98,11 @@ def train(
     checkpoint: a file written after every epoch. If it is there already, training goes on from it, and comes to the
         same parameters, bit for bit, as if it had never stopped (same number of threads).
     progress: called with each step's {"epoch", "epochs", "step", "steps", "nll", "nfe", "step_seconds", "lr"}.
+    on_epoch: called after each epoch with an `Epoch`, on rank 0; where it returns True, the training ends there. What
+        it raises ends it too, and this epoch is not in the checkpoint.
     settings: those of `TrainingSettings`: epochs or steps, batch, lr, ...
+
+    Every epoch is also a line at level INFO of the logger "sparseflow_kernels.training".
 
     With torch.distributed initialised each rank takes its share of every batch and gradients are summed, so that a step
     is that of one process with the whole batch, up to each rank's own step sizes and noise. Rank 0 writes checkpoints.
@@ -81,22 +115,25 @@ def train(
     the last good step), CheckpointError for a checkpoint that is damaged or of another run, OSError if one cannot be
     written.
     """
-    made = TrainingSettings(**settings)
+    made = TrainingSettings(**{**batch_of(data), **settings})
     with locked_file(checkpoint):
-        return fit(flow, data, made, engine, seed, checkpoint, progress)
+        return fit(flow, data, made, engine, seed, checkpoint, progress, on_epoch=on_epoch)
 
 
 def fit(
     flow: NeuralODE,
-    data: Dataset | Tensor,
+    data: Data,
     settings: TrainingSettings,
     engine: str | None,
     seed: int | Sequence[int],
     checkpoint: str | Path | None = None,
     progress: Progress | None = None,
     run: dict[str, Any] | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> list[dict[str, Any]]:
     """`train` with settings made; `run` says more about what a checkpoint must be of."""
+    if not isinstance(data, Tensor):
+        data = as_dataset(data)
     rows, validation = (data.train, data.val) if isinstance(data, Dataset) else (data, None)
     if len(rows) == 0:
         raise ValueError("data has no rows to train on")
@@ -127,6 +164,7 @@ def fit(
         with torch.random.fork_rng(devices=[training.device] if training.device.type == "cuda" else []):
             while training.step < training.total:
                 training.run_epoch(progress)
+                training.tell(on_epoch)
                 if path is not None and rank() == 0:
                     write_state(path, *training.state(identity))
         training.finish()
@@ -238,6 +276,21 @@ class _Training:
                 self.best = (nll, {name: tensor.detach().clone() for name, tensor in self._selected().items()})
         self.history.append({**entry, "seconds": time.perf_counter() - started})
 
+    def tell(self, on_epoch: OnEpoch | None) -> None:
+        """Log the last epoch and call the hook, which may end the training."""
+        entry = self.history[-1]
+        metrics = {name: value for name, value in entry.items() if value is not None}
+        epochs = math.ceil(self.total / self.per_epoch)
+        if rank() == 0:
+            told = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items() if name != "epoch")
+            _log.info("epoch %d of %d: %s", entry["epoch"], epochs, told)
+        if on_epoch is None:
+            return
+        answer: list[object] = []
+        on_rank_0(lambda: answer.append(on_epoch(Epoch(entry["epoch"], epochs, metrics, self.model))))
+        if agree(bool(answer and answer[0] is True)):
+            self.total = self.step
+
     def _gradient(self, x: Tensor, labels: Tensor | None = None) -> tuple[float, float | None, str]:
         """(loss, nfe, ""), gradients in place; or (NaN or loss, nfe, what was wrong). Alike on every rank."""
         self._forget_gradient()
@@ -314,8 +367,8 @@ class _Training:
         if self.best is not None:
             tensors |= {f"best/{name}": tensor for name, tensor in self.best[1].items()}
         facts = {
-            "training": identity, "step": self.step, "failures": self.failures, "history": self.history,
-            "best": None if self.best is None else self.best[0],
+            "training": identity, "step": self.step, "total": self.total, "failures": self.failures,
+            "history": self.history, "best": None if self.best is None else self.best[0],
         }  # fmt: skip
         return tensors, facts
 
@@ -385,6 +438,7 @@ class _Training:
             training.model.load_state_dict(part("model"))
         training._load_optimizer_state(part("optimizer"))
         training.step, training.failures, training.history = facts["step"], facts["failures"], facts["history"]
+        training.total = facts.get("total", training.total)  # smaller where on_epoch ended it; 0.1.0 did not write it
         if facts["best"] is not None:
             training.best = (facts["best"], {name: t.to(training.device) for name, t in part("best").items()})
         return training
@@ -421,7 +475,7 @@ def fingerprint(data: Dataset | Tensor, labelled: bool = False) -> dict[str, Any
     labels = [data.train_labels, data.val_labels] if labelled else []
     digest = hashlib.sha256()
     for part in [*rows, *(known for known in labels if known is not None)]:
-        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     name = data.name if isinstance(data, Dataset) else None
     return {"name": name, "rows": [len(part) for part in rows], "sha256": digest.hexdigest()}
 

@@ -34,7 +34,10 @@ def run_in_processes(
     A KeyboardInterrupt, and any other error here, ends the processes.
     """
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in an unknown state
-    waiting, running, done, failed = list(range(len(tasks))), {}, {}, {}
+    waiting = list(range(len(tasks)))
+    running: dict[Any, tuple[Any, int]] = {}  # by the pipe that a process answers through
+    done: dict[int, Any] = {}
+    failed: dict[int, str] = {}
     try:
         while waiting or running:
             while waiting and len(running) < processes:
@@ -46,7 +49,8 @@ def run_in_processes(
                     process.start()
                 send.close()
                 running[receive] = (process, waiting.pop(0))
-            for pipe in multiprocessing.connection.wait(list(running), timeout=1.0):
+            answers: list[Any] = multiprocessing.connection.wait(list(running), timeout=1.0)
+            for pipe in answers:
                 process, index = running[pipe]
                 try:
                     kind, value = pipe.recv()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...divergence import DivergencePlan
-from ...field import GraphField
+from ...field import Convolution, GraphField
 from ...field.graph import STATE, order
 from ...field.primitives import PRIMITIVES
 from ..base import Gradient, SolveRequest, SolveResult
@@ -47,6 +47,11 @@ class GraphTritonEngine(HeldMemory, GraphNativeEngine):
                 return (
                     f"{node.origin or 'an operation'} is {node.kind!r}, which the triton engine has no instruction for: "
                     "use engine='reference'"
+                )
+            if isinstance(node.matrix, Convolution):
+                return (
+                    f"{node.origin or 'a product'} is a convolution, which the triton engine has no kernels for: use "
+                    "engine='reference'"
                 )
             if node.matrix is not None and node.matrix.pattern.nnz > MOST_COUNTED:
                 return (

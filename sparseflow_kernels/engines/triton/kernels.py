@@ -7,7 +7,6 @@ None. Strides are in elements; a "tangent" is the distance of slot 1 from slot 0
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from .elementwise import activate, sigmoid
