@@ -49,9 +49,8 @@ constexpr unsigned kWarp = 0xffffffffu;
 template <class T, int V, bool Shared>
 struct Block {
   static constexpr int kSamplesLog = V == 4 ? 2 : 0;
-  // Values, not references: `run` keeps what it needs of them in registers, and knows that shared memory is shared memory.
-  const DeviceProgram program;
-  const BlockPlan plan;
+  const DeviceProgram& program;  // a kernel's parameters: as long as nobody hands on their address, they stay in constant memory
+  const BlockPlan& plan;
   char* const global;  // of this block
   const int tile_log, lanes_log, split;
   const int lane, part, group, groups;  // of this thread; how many groups there are
@@ -148,28 +147,29 @@ struct Block {
 
   // ---- streams of weights
 
-  int ring_chunk[2] = {-1, -1};  // what its two places hold, or will
-  int ring_turn = 0;             // the place of the chunk in use
+  int ring_turn = 0;                // the place of the chunk in use, of two
+  int in_use = -1, in_other = -1;  // the chunks that this place and the other hold, or will
 
   SF_DEVICE void fetch(int place, int chunk) {
     const Chunk c = chunks()[chunk];
     char* const to = shared_memory() + plan.streams + size_t(place) * program.largest_chunk;
     for (int i = threadIdx.x; i < c.bytes / 16; i += blockDim.x) copy_async(to + 16 * size_t(i), program.image + c.offset + 16 * size_t(i));
     commit_copies();
-    ring_chunk[place] = chunk;
+  }
+  SF_DEVICE void turn_ring() {
+    const int held = in_use;
+    in_use = in_other, in_other = held;
+    ring_turn ^= 1;
   }
 
   // The chunk, ready to be read; the one that will probably be asked for next is on its way meanwhile.
   SF_DEVICE const char* acquire(int chunk, const Chunk& c, int next) {
     if (plan.resident) return shared_memory() + plan.streams + (c.offset - program.streams);
-    ring_turn ^= 1;
-    if (ring_chunk[ring_turn] != chunk) {
-      if (ring_chunk[ring_turn ^ 1] == chunk) ring_turn ^= 1;
-      else wait_for_copies(), sync(), fetch(ring_turn, chunk);  // nobody reads there any more
-    }
+    if (in_use != chunk) turn_ring();
+    if (in_use != chunk) wait_for_copies(), sync(), fetch(ring_turn, in_use = chunk);  // nobody reads there any more
     wait_for_copies();
     sync();  // all threads' copies are there, and all have left the other place
-    if (next >= 0 && next != chunk && ring_chunk[ring_turn ^ 1] != next) fetch(ring_turn ^ 1, next);
+    if (next >= 0 && next != chunk && in_other != next) fetch(ring_turn ^ 1, in_other = next);
     return shared_memory() + plan.streams + size_t(ring_turn) * program.largest_chunk;
   }
 
@@ -375,15 +375,9 @@ struct Block {
     sync();
   }
 
-  // A list of operations; `lasting` and `each_stage`: where gradients are added up. One copy of this for all who call it, on
-  // a copy of the block that can live in registers.
-  SF_CALLED void run(List list, T* lasting = nullptr, T* each_stage = nullptr) {
-    Block here(*this);
-    here.run_here(list, lasting, each_stage);
-    ring_chunk[0] = here.ring_chunk[0], ring_chunk[1] = here.ring_chunk[1];
-    ring_turn = here.ring_turn, red_turn = here.red_turn;
-  }
-  SF_DEVICE void run_here(List list, T* lasting, T* each_stage) {
+  // A list of operations; `lasting` and `each_stage`: where gradients are added up. A kernel calls it in one place, for it is
+  // most of its code.
+  SF_DEVICE void run(List list, T* lasting = nullptr, T* each_stage = nullptr) {
     const int begin = program.list[list], end = program.list[list + 1];
     for (int i = begin; i < end; ++i) {
       const DeviceOp& op = ops()[i];

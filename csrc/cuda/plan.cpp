@@ -94,7 +94,7 @@ Plan plan_for(const Image<T>& image, const Shape& shape, const Device& device, i
   b.ops = take(aligned(p.n_ops * sizeof(DeviceOp)) + p.n_chunks * sizeof(Chunk));
   b.modulation = take(2 * size_t(p.modulation_rows) * sizeof(T));
   // the trace and its parts, the parts of error norms, what the block knows in common (csrc/cuda/solve.cuh)
-  b.reduce = take(aligned(size_t(shape.tile) * (1 + 2 * (shape.threads / 32)) * sizeof(T)) + 2 * size_t(shape.threads) * sizeof(double) + sizeof(Common<T>));
+  b.reduce = take(aligned(size_t(shape.tile) * (1 + 2 * (shape.threads / 32)) * sizeof(T)) + size_t(shape.threads) * sizeof(double) + sizeof(Common<T>));
   const size_t limit = device.shared_per_block;
   const size_t work = size_t(p.workspace_rows) * shape.tile * sizeof(T), dynamic = size_t(p.dynamic_values) * sizeof(T);
   const size_t arrays = adjoint ? 3 * size_t(stages) + 3 : 5 + size_t(stages);

@@ -74,10 +74,9 @@ SF_CALLED T instruct(Instruct op, T a, T b, T c, T n) {
 
 // An expression, row by row: a thread keeps to one sample, because a block has a multiple of a tile's threads. Operands are
 // in the workspace (at an offset in shared memory, or in global memory), what is between them in registers of the thread's
-// own. Returns what the thread's rows add to the trace. A function of its own, so that its registers, which are numbered at
-// run time and therefore in memory, are not in the way of the loops over weights.
+// own, which are numbered at run time and therefore in memory. Returns what the thread's rows add to the trace.
 template <class T, bool Shared>
-SF_CALLED T pointwise_rows(const DeviceOp& op, const char* image, int offset, char* global, int tile_log) {
+SF_DEVICE T pointwise_rows(const DeviceOp& op, const char* image, int offset, char* global, int tile_log) {
   const DeviceInstruct* const code = reinterpret_cast<const DeviceInstruct*>(image + op.code);
   const DeviceRows* const operands = reinterpret_cast<const DeviceRows*>(image + op.operands);
   const DeviceRows* const vectors = reinterpret_cast<const DeviceRows*>(image + op.vectors);
@@ -102,6 +101,7 @@ SF_CALLED T pointwise_rows(const DeviceOp& op, const char* image, int offset, ch
       if (one.to & kRegister) registers[one.to & ~kRegister] = value;
       else *operand(one.to) = value;
     }
+#pragma unroll 1
     for (int i = 0; i < op.traces; ++i) trace_part += registers[traces[i]];
   }
   return trace_part;
