@@ -90,13 +90,17 @@ def floor_of(
     return launch + count * problem.x.shape[0] / (rate * (1.0 if problem.keep == 1.0 else SPARSE_SHARE))
 
 
-def tune(engine: Engine, request: SolveRequest, clock: Clock, seconds: float) -> tuple[list[dict[str, Any]], str]:
-    """The engine's own tuning: ([shape and seconds, the quickest first], a remark). A solve that is too long for it to be
-    tried in every shape is shortened, in time, first; the table then is of the shortened one."""
+def tune(
+    engine: Engine, request: SolveRequest, clock: Clock, seconds: float, kind: str = "forward"
+) -> tuple[list[dict[str, Any]], str]:
+    """The engine's own tuning of its solves, or of their gradients (kind="adjoint"): ([shape and seconds, the quickest
+    first], a remark). A solve that is too long for it to be tried in every shape is shortened, in time, first; the table
+    then is of the shortened one."""
     if not hasattr(engine, "tune"):
         return [], f"engine {engine.name!r} has no launch shapes to choose from"
-    shapes = len(engine.candidates(request.x.shape[0], len(request.tableau.b), "forward", request.step_control))
+    shapes = len(engine.candidates(request.x.shape[0], len(request.tableau.b), kind, request.step_control))
     _, one = warm(partial(engine.solve, request), clock, seconds / 8)
+    one *= 1 if kind == "forward" else 4  # about, where the workspace stays on the chip
     once = 2 * 3 * shapes * one  # warmed up, timed; and the favourite, timed just now, is quicker than the others
     repeats, fraction, remark = 3 if 2 * once < seconds else 1, min(1.0, seconds / once), ""
     if fraction < 0.05:  # a short solve still has a step or two
@@ -105,7 +109,7 @@ def tune(engine: Engine, request: SolveRequest, clock: Clock, seconds: float) ->
         begin, end = request.times.tolist()
         times = torch.tensor([begin, begin + fraction * (end - begin)], dtype=torch.float64)
         request, remark = dataclasses.replace(request, times=times), f"of the first {fraction:.0%} of the solve"
-    table = engine.tune(request, repeats=repeats)
+    table = engine.tune(request, repeats=repeats, kind=kind)
     return [{"shape": list(shape), "seconds": taken} for shape, taken in table], remark
 
 
@@ -160,9 +164,12 @@ def _tuned(setting: Setting, compiled: CompiledField, problem: Problem, seconds:
         request = request_to(compiled, x, l, problem.noise, {}, 1.0, tolerance=problem.rtol)
         if compiled.has_context:
             request = dataclasses.replace(request, context=compiled.context_of(len(x)))
-        with torch.no_grad():
-            shapes, remark = tune(packed, request, setting.clock, seconds)
-        return [{"shapes": shapes, "remark": remark}] if shapes or hasattr(packed, "tune") else []
+        found = []
+        for kind in ("forward", "adjoint") if hasattr(packed, "tune") else ():
+            with torch.no_grad():
+                shapes, remark = tune(packed, request, setting.clock, seconds / 2, kind)
+            found.append({"kind": kind, "shapes": shapes, "remark": remark})
+        return found
     except Exception as error:
         return [{"shapes": [], "failed": first_line(error)}]
 

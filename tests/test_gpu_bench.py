@@ -299,7 +299,7 @@ class FakeEngine:
     def solve(self, request):
         self.solved += 1
 
-    def tune(self, request, repeats):
+    def tune(self, request, repeats, kind):
         self.tuned = request.times.tolist(), repeats
         return [((16, 4, 1, 256), 0.5), ((32, 4, 1, 256), 1.0)]
 

@@ -115,6 +115,7 @@ class CudaDevice(NativeEngine):
         self._images: dict[str, DeviceImage] = {}
         self._streams: list[Any] = []
         self._tableaus: dict[int, tuple] = {}
+        self._events: tuple[Any, Any] | None = None  # between which a launch is timed
         self._points: tuple[tuple[float, ...], Tensor] = (), torch.empty(0)
         if self.device.type == "cuda":
             interrupter(self.device)
@@ -158,9 +159,23 @@ class CudaDevice(NativeEngine):
     def _launch(self, function: Any, *arguments: Any, **more: Any) -> None:
         self._on_this_stream()
         try:
+            if self._events is not None:
+                self._events[0].record()
             function(*arguments, **more)
+            if self._events is not None:
+                self._events[1].record()
         except RuntimeError as error:
             raise DeviceError(f"engine 'cuda': {error}") from error
+
+    def _launch_seconds(self, run: Callable[[], Any]) -> float:
+        """Of the launch that `run` makes, the last one, by the device's events."""
+        begin, end = self._events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+        try:
+            run()
+        finally:
+            self._events = None
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e-3
 
     def _read(self, memory: Tensor) -> Tensor:
         """Memory of the device, on the host. What went wrong in a kernel is heard of here."""

@@ -70,8 +70,7 @@ def dense_sums(
     """As sparse_sums, by matrix instructions over `weights` [positions, depth], whose columns are the `count` used ones."""
     acc = tl.zeros([ROWS, BATCH], dtype=weights.dtype.element_ty)
     acc_tangent = tl.zeros([ROWS, BATCH], dtype=weights.dtype.element_ty)
-    step = 0
-    while step < count:
+    for step in tl.range(0, count, DEPTH):  # loads of the next steps are on their way during a step's products
         k = step + tl.arange(0, DEPTH)
         here = k < count
         weight = tl.load(weights + position.to(tl.int64)[:, None] * depth + k[None, :])  # padded with zeros
@@ -85,7 +84,6 @@ def dense_sums(
             acc_tangent = tl.dot(
                 weight, read, acc_tangent, input_precision=PRECISION, out_dtype=weights.dtype.element_ty
             )
-        step += DEPTH
     return acc, acc_tangent
 
 
