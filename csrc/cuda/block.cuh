@@ -175,6 +175,25 @@ struct Block {
 
   // ---- rows
 
+  // The rows of a place that an operation reads at random, and the numbers from one slot to the next. From global memory
+  // they come in one piece, because a gather there reads a sector for every activation. Ends at a barrier where it copies.
+  SF_DEVICE const T* gathered(const Place& place, int n, int slots, int& slot) const {
+    slot = slot_of(place);
+    if (Shared || plan.gathered < 0) return rows_of(place);
+    constexpr int kAtOnce = 16 / sizeof(T);
+    const int size = n << tile_log;
+    for (int k = 0; k < slots; ++k) {
+      const T* const from = rows_of(place) + k * slot;
+      T* const to = in_shared<T>(plan.gathered) + k * size;
+      for (int i = threadIdx.x * kAtOnce; i < size; i += blockDim.x * kAtOnce) copy_async(to + i, from + i);
+    }
+    commit_copies();
+    wait_for_copies();
+    sync();
+    slot = size;
+    return in_shared<T>(plan.gathered);
+  }
+
   // sums over the entries first, first + step ... of a row, for V samples (and their tangents)
   template <bool Tangent, bool Indirect>
   SF_DEVICE void multiply(const void* weights, const ushort4* cols, const T* values, int first, int last, int step, const char* source, int tangent, T* sum) const {
@@ -229,8 +248,9 @@ struct Block {
 
   template <bool Layer, bool Tangent, bool Indirect>
   SF_DEVICE void run_rows(const DeviceOp& op) {
-    const char* const source = reinterpret_cast<const char*>(rows_of(op.source) + lane * V);
-    const int tangent = slot_of(op.source) * int(sizeof(T));
+    int tangent = 0;
+    const char* const source = reinterpret_cast<const char*>(gathered(op.source, op.cols, Tangent ? 2 : 1, tangent) + lane * V);
+    tangent *= int(sizeof(T));
     const T* const values = Indirect ? dynamic + op.values : nullptr;
     const bool reduces = op.flags & kReduces;
     T trace_part = T(0);
@@ -260,8 +280,9 @@ struct Block {
   template <bool Layer, bool Tangent>
   SF_DEVICE void run_dense(const DeviceOp& op) {
     constexpr int N = Tangent ? 2 * V : V;
-    const T* const source = rows_of(op.source) + lane * V;
-    const int stride = samples(), tangent = slot_of(op.source);
+    int tangent = 0;
+    const T* const source = gathered(op.source, op.cols, Tangent ? 2 : 1, tangent) + lane * V;
+    const int stride = samples();
     T trace_part = T(0);
     T sum[kQuad][N];
     for (int i = 0; i < op.chunks; ++i) {
@@ -326,34 +347,44 @@ struct Block {
   SF_DEVICE void add_to_trace(T mine) {
     for (int bit = lanes_log + split; bit < 5; ++bit) mine += __shfl_xor_sync(kWarp, mine, 1 << bit);
     const bool first_group = (threadIdx.x & 31) >> (lanes_log + split) == 0;
-    sum_into_trace(first_group && !stands_by(), sample_of_part(), mine);
+    sum_over_warps(first_group && !stands_by(), sample_of_part(), mine, trace(), true);
   }
-  // mine: of a thread that speaks for its warp's part of a sample
-  SF_DEVICE void sum_into_trace(bool speaks, int sample, T mine) {
-    T* const to = red() + (size_t(red_turn) * (blockDim.x / 32) << tile_log);
+  // The warps' parts of a sample's sum, in their order, into `sum` (+ what is there). mine: of a thread that speaks for its
+  // warp's part of a sample.
+  SF_DEVICE void sum_over_warps(bool speaks, int sample, T mine, T* sum, bool adds) {
+    T* const parts = red() + (size_t(red_turn) * (blockDim.x / 32) << tile_log);
     red_turn ^= 1;
-    if (speaks) to[(threadIdx.x / 32 << tile_log) + sample] = mine;
+    if (speaks) parts[(threadIdx.x / 32 << tile_log) + sample] = mine;
     sync();
     for (int s = threadIdx.x; s < samples(); s += blockDim.x) {
-      T sum = T(0);
-      for (int w = 0; w < int(blockDim.x) / 32; ++w) sum += to[(w << tile_log) + s];
-      trace()[s] += sum;  // always by the same thread; who else reads it waits at a barrier of its own
+      T total = T(0);
+      for (int w = 0; w < int(blockDim.x) / 32; ++w) total += parts[(w << tile_log) + s];
+      // always by the same thread; who else reads it waits at a barrier of its own
+      sum[s] = adds ? sum[s] + total : total;
     }
   }
 
   SF_DEVICE void run_pointwise(const DeviceOp& op) {
-    T trace_part = pointwise_rows<T, Shared>(op, program.image, Shared ? plan.work : 0, Shared ? nullptr : global + plan.work_global, tile_log);
-    if (!(op.flags & kReduces)) return sync();
-    for (int bit = samples(); bit < 32; bit <<= 1) trace_part += __shfl_xor_sync(kWarp, trace_part, bit);
-    const int in_warp = threadIdx.x & 31;
-    sum_into_trace(in_warp < samples(), in_warp, trace_part);
+    T trace_part = T(0), sums[kMostTotals];
+    pointwise_rows<T>(op, program.image, work() + (threadIdx.x & (samples() - 1)), tile_log, trace_part, sums);
+    const DeviceTotal* const totals = in_image<DeviceTotal>(op.totals);
+    const int traces = op.flags & kReduces ? 1 : 0, in_warp = threadIdx.x & 31;
+#pragma unroll 1
+    for (int i = -traces; i < op.n_totals; ++i) {
+      T mine = i < 0 ? trace_part : sums[i];
+      for (int bit = samples(); bit < 32; bit <<= 1) mine += __shfl_xor_sync(kWarp, mine, bit);
+      sum_over_warps(in_warp < samples(), in_warp, mine, i < 0 ? trace() : work() + (size_t(totals[i].row) << tile_log), i < 0);
+    }
+    if (op.n_totals > 0 || !traces) sync();  // the trace is read behind a barrier anyhow
   }
 
   // sums[e] += the inner product over samples of two rows, for every entry e, always by the same thread
   SF_DEVICE void run_gradient(const DeviceOp& op, T* sums) const {
     const uint32_t* const pairs = in_image<uint32_t>(op.pairs);
-    const T *const left = rows_of(op.factor), *const right = rows_of(op.source);
-    const int tangents = op.flags & kCarries ? 1 : 0, left_slot = slot_of(op.factor), right_slot = slot_of(op.source);
+    const int tangents = op.flags & kCarries ? 1 : 0, left_slot = slot_of(op.factor);
+    int right_slot = 0;
+    // a row's entries lie behind each other, and so does what their threads read of the left side
+    const T *const left = rows_of(op.factor), *const right = gathered(op.source, op.cols, 1 + tangents, right_slot);
     for (int e = threadIdx.x; e < op.entries; e += blockDim.x) {
       const uint32_t pair = pairs[e];
       Samples<T, V> sum = {};
