@@ -175,6 +175,13 @@ struct Block {
 
   // ---- rows
 
+  // read(source), for each of the memories it may be in a copy of the code that reads it.
+  template <class F>
+  SF_DEVICE void where_it_is(const T* source, F read) const {
+    if (Shared || plan.gathered < 0) read(source);
+    else read(in_shared<T>(plan.gathered));
+  }
+
   // The rows of a place that an operation reads at random, and the numbers from one slot to the next. From global memory
   // they come in one piece, because a gather there reads a sector for every activation. Ends at a barrier where it copies.
   SF_DEVICE const T* gathered(const Place& place, int n, int slots, int& slot) const {
@@ -249,8 +256,7 @@ struct Block {
   template <bool Layer, bool Tangent, bool Indirect>
   SF_DEVICE void run_rows(const DeviceOp& op) {
     int tangent = 0;
-    const char* const source = reinterpret_cast<const char*>(gathered(op.source, op.cols, Tangent ? 2 : 1, tangent) + lane * V);
-    tangent *= int(sizeof(T));
+    const T* const source = gathered(op.source, op.cols, Tangent ? 2 : 1, tangent);
     const T* const values = Indirect ? dynamic + op.values : nullptr;
     const bool reduces = op.flags & kReduces;
     T trace_part = T(0);
@@ -267,7 +273,10 @@ struct Block {
         const RowHead head = mine ? heads[base + group] : RowHead{0, 0};
         const int row = head.row_and_quads & 0xffff, count = head.row_and_quads >> 16;
         T sum[Tangent ? 2 * V : V] = {};
-        multiply<Tangent, Indirect>(weights, cols, values, int(head.first) + part, int(head.first) + count, 1 << split, source, tangent, sum);
+        where_it_is(source, [&](const T* x) {
+          multiply<Tangent, Indirect>(weights, cols, values, int(head.first) + part, int(head.first) + count, 1 << split, reinterpret_cast<const char*>(x + lane * V),
+                                      tangent * int(sizeof(T)), sum);
+        });
         const T value = meet(sum), its_tangent = Tangent ? meet(sum + (Tangent ? V : 0)) : T(0);
         if (mine && !stands_by()) finish<Layer, Tangent>(op, row, value, its_tangent, trace_part);
       }
@@ -281,7 +290,7 @@ struct Block {
   SF_DEVICE void run_dense(const DeviceOp& op) {
     constexpr int N = Tangent ? 2 * V : V;
     int tangent = 0;
-    const T* const source = gathered(op.source, op.cols, Tangent ? 2 : 1, tangent) + lane * V;
+    const T* const source = gathered(op.source, op.cols, Tangent ? 2 : 1, tangent);
     const int stride = samples();
     T trace_part = T(0);
     T sum[kQuad][N];
@@ -291,7 +300,6 @@ struct Block {
       const char* const at = acquire(chunk, c, i + 1 < op.chunks ? chunk + 1 : op.next_chunk);
       const RowHead* const heads = reinterpret_cast<const RowHead*>(at);
       const T* const weights = reinterpret_cast<const T*>(at + (c.rows * sizeof(RowHead) + 15) / 16 * 16);
-      const T* const x_begin = source + c.first_column * stride;
       for (int base = 0; base < c.rows; base += groups) {  // once, of a slab
         const bool mine = base + group < c.rows;
         if (c.first_column == 0) {
@@ -301,9 +309,10 @@ struct Block {
             for (int v = 0; v < N; ++v) sum[r][v] = T(0);
         }
         const T* const w = weights + size_t(base + group) * c.columns * kQuad;
-        if (mine) {
+        where_it_is(source, [&](const T* rows) {
+          const T* const x_begin = rows + c.first_column * stride + lane * V;
 #pragma unroll 2
-          for (int k = part; k < c.columns; k += 1 << split) {
+          for (int k = part; mine && k < c.columns; k += 1 << split) {
             const Quad<T> four = load_quad(w + k * kQuad);
             const Samples<T, V> x = load<T, V>(x_begin + k * stride);
 #pragma unroll
@@ -318,7 +327,7 @@ struct Block {
                 for (int v = 0; v < V; ++v) sum[r][V + v] += four.v[r] * p.v[v];
             }
           }
-        }
+        });
         if (!c.last) continue;
         const RowHead head = mine ? heads[base + group] : RowHead{0xffffffffu, 0xffffffffu};
 #pragma unroll 1

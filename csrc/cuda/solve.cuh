@@ -80,7 +80,7 @@ struct Integration {
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
       T sum = w[0] * first[i];
       const T* kj = inner + i;
-#pragma unroll 4
+#pragma unroll 2
       for (int j = 1; j < inner_terms; ++j, kj += n) sum += w[j] * *kj;
       if (from != nullptr) sum = from[i] + sum;
       if (last != nullptr) sum += w[inner_terms] * last[i];
@@ -473,24 +473,27 @@ struct Integration {
     const T x = T((time(index) - t0) / (t1 - t0)), dt = T(control.last_dt);
     const T in_b = -T(10) * x + T(42) * x * x - T(32) * x * x * x, in_mid = T(32) * x - T(96) * x * x + T(64) * x * x * x;
     const T in_fa = T(1) - T(8) * x + T(15) * x * x - T(8) * x * x * x, in_fb = T(2) * x - T(9) * x * x + T(8) * x * x * x;
-    const T *const a = y1(), *const b = y0(), *const m = mid(), *const fa = f1(), *const fb = f0();
+    // of the tile's arrays, by their distance from the first: fewer registers than five addresses
+    const T* const arrays = part(0);
+    const int n = size(), turn = common().turn, of_a = turn ? 0 : 2 * n, of_b = 2 * n - of_a;
 #pragma unroll 1
     for (int i = threadIdx.x; i < count() * rows(); i += blockDim.x) {
       const int s = i / rows(), c = i - s * rows(), j = c * S() + s;
       const size_t sample = size_t(index) * in.batch + first_sample() + s;
-      T value = b[j];
+      const T ya = arrays[of_a + j], yb = arrays[of_b + j];
+      T value = yb;
       if (!is_first && !tableau.adaptive) {
-        if (time(index) == t0) value = a[j];
-        else if (time(index) != t1) value = a[j] + x * (b[j] - a[j]);
+        if (time(index) == t0) value = ya;
+        else if (time(index) != t1) value = ya + x * (yb - ya);
       } else if (!is_first) {  // the quartic through y0, y1, mid, f0, f1, and its derivative
-        const T ya = a[j], yb = b[j], ym = m[j], da = dt * fa[j], db = dt * fb[j];
+        const T ym = arrays[4 * n + j], fa = arrays[of_a + n + j], fb = arrays[of_b + n + j], da = dt * fa, db = dt * fb;
         // Hairer's form: coefficients of the quartic in x
         const T c4 = T(2) * (db - da) - T(8) * (yb + ya) + T(16) * ym;
         const T c3 = T(5) * da - T(3) * db + T(18) * ya + T(14) * yb - T(32) * ym;
         const T c2 = db - T(4) * da - T(11) * ya - T(5) * yb + T(16) * ym;
         value = ya + x * (da + x * (c2 + x * (c3 + x * c4)));
         if (in.record) {
-          const T slope = (in_b * (yb - ya) + in_mid * (ym - ya)) / dt + in_fa * fa[j] + in_fb * fb[j];
+          const T slope = (in_b * (yb - ya) + in_mid * (ym - ya)) / dt + in_fa * fa + in_fb * fb;
           if (c < dim()) in.x_slopes[sample * dim() + c] = slope;
           else in.l_slopes[sample] = slope;
         }
