@@ -31,7 +31,7 @@ def main(
     out: Annotated[Optional[Path], typer.Option(help="folder for the results; default bench/results")] = None,
     only: Annotated[str, typer.Option(help="names of items or their beginnings, e.g. barrier,solve/power")] = "",
     minutes: Annotated[float, typer.Option(min=0.05, help="time for all of it")] = 8.0,
-    resume: Annotated[bool, typer.Option("--resume", help="go on in the result file that is there, if it is of these sources")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on in the result file, if it is of these sources")] = False,
     sanitize: Annotated[bool, typer.Option("--sanitize", help="keep time for compute-sanitizer")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="try the suite on the CPU, in small")] = False,
     until: Annotated[Optional[float], typer.Option(hidden=True, help="for the measuring process: when to end")] = None,

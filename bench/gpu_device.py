@@ -25,12 +25,12 @@ from sparseflow_kernels.flows import mlp_field
 
 
 def device_facts(setting: Setting, _: float = 0.0) -> Sections:
-    """Name, capability, versions, clocks, commit, date. The commit is git's, or SPARSEFLOW_COMMIT's where there is no .git."""
+    """Name, capability, versions, clocks, date, and the commit: git's, or SPARSEFLOW_COMMIT where there is no .git."""
+    commit = _said(["git", "-C", str(setting.repository), "rev-parse", "HEAD"]) or os.environ.get("SPARSEFLOW_COMMIT")
     facts: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "python": platform.python_version(),
         "system": platform.platform(), "processor": processor(), "torch": torch.__version__, "runtime": torch.version.cuda,
-        "commit": _said(["git", "-C", str(setting.repository), "rev-parse", "HEAD"]) or os.environ.get("SPARSEFLOW_COMMIT"),
-        "sources": source_trees(setting.repository),
+        "commit": commit, "sources": source_trees(setting.repository),
         "changed": bool(_said(["git", "-C", str(setting.repository), "status", "--porcelain", "--untracked-files=no"])),
         "build": build_info(), "name": device_name(setting.device),
     }  # fmt: skip
@@ -53,7 +53,7 @@ _BUILT = ("*.so", "*.pyc", "__pycache__", "_build.json")
 
 
 def source_trees(repository: Path) -> dict[str, str]:
-    """Git's ids of what these folders hold now, as `git rev-parse COMMIT:csrc` says them of a commit; .git is not asked."""
+    """Git's ids of what these folders hold now, as `git rev-parse COMMIT:csrc` says them; .git is not asked."""
     return {name: (_tree(repository / name) or b"").hex() for name in MEASURED}
 
 

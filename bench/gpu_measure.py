@@ -52,7 +52,8 @@ def training_run(compiled: CompiledField, problem: Problem) -> Callable[[], Step
 def forward_error(outcome: Outcome, reference: Outcome) -> float:
     rows = reference.x.shape[0]
     pairs = [(outcome.x, reference.x), *([] if reference.l is None else [(outcome.l, reference.l)])]
-    return float(torch.stack([(ours[:rows].double() - exact).abs().max() for ours, exact in pairs]).max())  # a NaN stays one
+    errors = [(ours[:rows].double() - exact).abs().max() for ours, exact in pairs]
+    return float(torch.stack(errors).max())  # a NaN stays one
 
 
 def gradient_error(setting: Setting, shop: Workshop, spec: FieldSpec, keep: float, engine: str) -> float | None:
@@ -93,9 +94,9 @@ def floor_of(
 def tune(
     engine: Engine, request: SolveRequest, clock: Clock, seconds: float, kind: str = "forward"
 ) -> tuple[list[dict[str, Any]], str]:
-    """The engine's own tuning of its solves, or of their gradients (kind="adjoint"): ([shape and seconds, the quickest
-    first], a remark). A solve that is too long for it to be tried in every shape is shortened, in time, first; the table
-    then is of the shortened one."""
+    """The engine's own tuning of its solves, or of their gradients (kind="adjoint"): ([shape and seconds, the
+    quickest first], a remark). A solve that is too long for it to be tried in every shape is shortened, in time,
+    first; the table then is of the shortened one."""
     if not hasattr(engine, "tune"):
         return [], f"engine {engine.name!r} has no launch shapes to choose from"
     shapes = len(engine.candidates(request.x.shape[0], len(request.tableau.b), kind, request.step_control))
@@ -175,10 +176,10 @@ def _tuned(setting: Setting, compiled: CompiledField, problem: Problem, seconds:
 
 
 def _timed(
-    setting: Setting, found: list[dict], about: dict[str, Any], seconds: float, task: str, contenders: dict[str, Callable],
-    judge: Callable[[str, Any], dict],
+    setting: Setting, found: list[dict], about: dict[str, Any], seconds: float, task: str,
+    contenders: dict[str, Callable], judge: Callable[[str, Any], dict],
 ) -> None:  # fmt: skip
-    """Adds a row for every contender (name -> what prepares its run), timed in turns; what fails is a row that says so."""
+    """Adds a row for every contender (name -> what prepares its run), timed in turns; what fails is a row too."""
     limit = 0.02 if setting.dry else min(max(seconds / 4, 0.2), 1.5)
     runs, firsts, rows = {}, {}, {}
     for name, prepare in contenders.items():
@@ -208,8 +209,8 @@ def _timed(
 
 
 def measure_graph(setting: Setting, spec: GraphSpec, keep: float, engine: str, seconds: float) -> Sections:
-    """As `measure_solve`, of a field that is a graph, its training step where the loss has a solve. The baseline of that
-    goes back through torchdiffeq's solve by autograd."""
+    """As `measure_solve`, of a field that is a graph, its training step where the loss has a solve. The baseline of
+    that goes back through torchdiffeq's solve by autograd."""
     problem = spec.problem(keep).on(setting.device)
     about = {"field": spec.name, "keep": keep, "batch": spec.batch}
     compiled = peers.compiled(problem, engine)

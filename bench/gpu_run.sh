@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A machine with a GPU for a few minutes: builds the package, runs the GPU tests, measures. Offline: nothing is downloaded
-# and nothing installed; what is missing is named. Safe to call again: objects are kept, results are gone on with.
+# A machine with a GPU for a few minutes: builds the package, runs the GPU tests, measures. Offline: nothing is
+# downloaded and nothing installed; what is missing is named. Safe to call again: objects are kept, results gone on with.
 #
 #     bench/gpu_run.sh build+cuda     compile in place, then the tests of the CUDA engines
 #     bench/gpu_run.sh bench          bench/gpu.py, within the time that is left
@@ -58,8 +58,8 @@ needs() {
 import importlib.util, sys
 missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]
 if missing:
-    sys.exit(f"{sys.executable} has no {', no '.join(missing)}: install it there (sparseflow_kernels: the part build), or name "
-             "another interpreter in PYTHON")
+    sys.exit(f"{sys.executable} has no {', no '.join(missing)}: install it there (sparseflow_kernels: the part build), "
+             "or name another interpreter in PYTHON")
 PYTHON
 }
 
@@ -85,7 +85,10 @@ tests() {  # NAME AT_MOST FILES...
   run "$name" "$limit" "$python" -P -m pytest -q --durations=10 "${workers[@]}" "$@"
 }
 
-part_cuda() { tests cuda 400 tests/test_cuda_engine.py tests/test_cuda_solve.py tests/test_cuda_gradients.py tests/test_cuda_graph.py; }
+part_cuda() {
+  tests cuda 400 tests/test_cuda_engine.py tests/test_cuda_streams.py tests/test_cuda_solve.py tests/test_cuda_gradients.py \
+    tests/test_cuda_graph.py
+}
 
 # Results go where they are committed from; copies lie beside the logs.
 bench() {  # NAME AT_MOST ARGUMENTS...
@@ -99,17 +102,21 @@ bench() {  # NAME AT_MOST ARGUMENTS...
 }
 
 # Its own budget ends before the time does: tables are written at the end.
-part_bench() { bench bench 570 --resume --minutes "$(awk -v s="$(left)" 'BEGIN { m = (s - 25) / 60; print (m > 8 ? 8 : m < 0.1 ? 0.1 : m) }')"; }
+part_bench() {
+  local minutes
+  minutes=$(awk -v s="$(left)" 'BEGIN { m = (s - 25) / 60; print (m > 8 ? 8 : m < 0.1 ? 0.1 : m) }')
+  bench bench 570 --resume --minutes "$minutes"
+}
 
 profile() {
   command -v ncu >/dev/null || { echo "== profile: ncu was not found, so there is none"; return 0; }
-  run profile 120 ncu --target-processes all --clock-control none --section SpeedOfLight --section WarpStateStats --section LaunchStats \
-    --kernel-name 'regex:solve_kernel|adjoint_kernel' --launch-count 4 "$python" bench/gpu_sanitized_case.py cuda
+  run profile 120 ncu --target-processes all --clock-control none \
+    --section SpeedOfLight --section WarpStateStats --section LaunchStats --kernel-name 'regex:solve_kernel|adjoint_kernel' --launch-count 4 "$python" bench/gpu_sanitized_case.py cuda
 }
 
 part_rest() {
-  tests triton 240 tests/test_triton_elementwise.py tests/test_triton_engine.py tests/test_triton_gradients.py tests/test_triton_graph.py \
-    tests/test_triton_matrix.py tests/test_triton_solve.py
+  tests triton 240 tests/test_triton_elementwise.py tests/test_triton_engine.py tests/test_triton_gradients.py \
+    tests/test_triton_graph.py tests/test_triton_matrix.py tests/test_triton_solve.py
   bench sanitize 220 --resume --only sanitize --sanitize --minutes 3
   profile
 }

@@ -54,8 +54,9 @@ class Setting:
     def of_gpu(quick: bool, sanitize: bool, repository: Path) -> "Setting":
         device = torch.device("cuda", torch.cuda.current_device())
         if quick:
-            return Setting(device, CudaClock(), specs(FIELD_NAMES[:2]), graph_specs(GRAPH_NAMES[:1]), (0.1, 1.0), BATCHES[:1],
-                           peers=False, sanitize=sanitize, repository=repository)  # fmt: skip
+            few = specs(FIELD_NAMES[:2]), graph_specs(GRAPH_NAMES[:1])
+            return Setting(device, CudaClock(), *few, (0.1, 1.0), BATCHES[:1], peers=False, sanitize=sanitize,
+                           repository=repository)  # fmt: skip
         return Setting(device, CudaClock(), specs(FIELD_NAMES), graph_specs(GRAPH_NAMES), sanitize=sanitize,
                        repository=repository)  # fmt: skip
 
@@ -67,8 +68,8 @@ class Setting:
             dataclasses.replace(GRAPHS[name], sizes=tuple(own.items()), shape=(16, own.get("dim", 2)))
             for name, own in sizes.items()
         ]  # fmt: skip
-        return Setting(torch.device("cpu"), HostClock(), tiny, graphs, (0.5, 1.0), (16, 33), ("cpu", "reference"), dry=True,
-                       repository=repository)  # fmt: skip
+        return Setting(torch.device("cpu"), HostClock(), tiny, graphs, (0.5, 1.0), (16, 33), ("cpu", "reference"),
+                       dry=True, repository=repository)  # fmt: skip
 
 
 def specs(names: Iterable[str]) -> list[FieldSpec]:

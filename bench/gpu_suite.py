@@ -279,8 +279,9 @@ def supervise(
 
 
 def _supervise(
-    command: Callable[[float], Sequence[str]], path: Path, budget: Budget, say: Callable[[str], None], poll: float, grace: float
-) -> int:
+    command: Callable[[float], Sequence[str]], path: Path, budget: Budget, say: Callable[[str], None], poll: float,
+    grace: float,
+) -> int:  # fmt: skip
     ended = False
     while True:
         process = subprocess.Popen(

@@ -54,7 +54,7 @@ def compare(field, kind, method="dopri5", *, engine=TestedEngine, batch=11, boun
 
 
 def compare_errors(field, kind, method, *, tolerance, **more):
-    """Against the exact solution, both are equally far from it: where rounding decides on steps, they need not be the same."""
+    """Both are equally far from the exact solution: where rounding decides on steps, these need not be the same."""
     ours, reference = engines(field, kind)
     x, noise = states(11, field.dim, seed=2)
     request = request_of(ours, x, noise, method, tolerance=tolerance, **more)

@@ -1,5 +1,5 @@
-"""The CUDA engine's part of streams, graphs and interruptions: by streams in pretence, which refuse what CUDA refuses, and
-on a GPU by a graph that is recorded."""
+"""The CUDA engine's part of streams, graphs and interruptions: by streams in pretence, which refuse what CUDA refuses,
+and on a GPU by a graph that is recorded."""
 
 from __future__ import annotations
 

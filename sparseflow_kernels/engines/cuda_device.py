@@ -255,8 +255,8 @@ class CudaDevice(NativeEngine):
 
 @lru_cache
 def interrupter(device: torch.device) -> tuple[Tensor, Any]:
-    """A word that ends a solve, where the copy engine reads it, and a stream of its own to send it by. Made before a kernel
-    runs: memory cannot be pinned beside one."""
+    """A word that ends a solve, where the copy engine reads it, and a stream of its own to send it by. Made before a
+    kernel runs: memory cannot be pinned beside one."""
     return torch.ones(4, dtype=torch.uint8).pin_memory(), torch.cuda.Stream(device)
 
 

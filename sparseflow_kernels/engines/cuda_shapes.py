@@ -79,8 +79,8 @@ class LaunchShapes(CudaDevice):
     def tune(
         self, request: SolveRequest, repeats: int = 3, kind: str = "forward"
     ) -> list[tuple[tuple[int, ...], float]]:
-        """Solve `request`, or with kind="adjoint" make its gradient, in every shape that fits, and use the quickest from then
-        on. Returns (shape, seconds), the quickest first. On a GPU only: elsewhere times mean nothing."""
+        """Solve `request`, or with kind="adjoint" make its gradient, in every shape that fits, and use the quickest from
+        then on. Returns (shape, seconds), the quickest first. On a GPU only: elsewhere times mean nothing."""
         if self.device.type != "cuda":
             raise ValueError(f"tune: times are taken on a GPU, and this engine is on {self.device}")
         return self._tune(request, repeats, kind, self._launch_seconds)
