@@ -86,8 +86,8 @@ tests() {  # NAME AT_MOST FILES...
 }
 
 part_cuda() {
-  tests cuda 400 tests/test_cuda_engine.py tests/test_cuda_streams.py tests/test_cuda_solve.py tests/test_cuda_gradients.py \
-    tests/test_cuda_graph.py
+  tests cuda 400 tests/test_cuda_engine.py tests/test_cuda_streams.py tests/test_cuda_solve.py \
+    tests/test_cuda_gradients.py tests/test_cuda_graph.py
 }
 
 # Results go where they are committed from; copies lie beside the logs.
@@ -111,7 +111,8 @@ part_bench() {
 profile() {
   command -v ncu >/dev/null || { echo "== profile: ncu was not found, so there is none"; return 0; }
   run profile 120 ncu --target-processes all --clock-control none \
-    --section SpeedOfLight --section WarpStateStats --section LaunchStats --kernel-name 'regex:solve_kernel|adjoint_kernel' --launch-count 4 "$python" bench/gpu_sanitized_case.py cuda
+    --section SpeedOfLight --section WarpStateStats --section LaunchStats \
+    --kernel-name 'regex:solve_kernel|adjoint_kernel' --launch-count 4 "$python" bench/gpu_sanitized_case.py cuda
 }
 
 part_rest() {

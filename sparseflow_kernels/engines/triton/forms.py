@@ -75,7 +75,7 @@ SPARSE_TILES = (Tile(4, 128, 4, 4), Tile(1, 128, 4, 1), Tile(8, 64, 2, 4), Tile(
 # Of a wide source few samples at a time: all its rows, of these, then stay in the first-level cache for 16 rows of a tile.
 WIDE_SPARSE_TILES = (SPARSE_TILES[-1], *SPARSE_TILES[:-1])
 WIDE_SOURCE = 128 << 10  # bytes of 128 samples of it
-DENSE_TILES = (Tile(64, 64, 32, 8), Tile(32, 64, 32, 4), Tile(32, 32, 32, 4), Tile(16, 64, 32, 2))
+DENSE_TILES = (Tile(64, 64, 16, 8), Tile(32, 64, 32, 4), Tile(32, 32, 32, 4), Tile(16, 64, 32, 2))
 DOUBLE_DENSE_TILES = (Tile(32, 32, 32, 4), Tile(16, 64, 16, 4), Tile(16, 32, 32, 2))  # larger ones run out of registers
 GRADIENT_TILES = (Tile(8, 128, 1, 4),)
 GRADIENT_EDGE = 32  # rows, columns and samples of a tile of a dense gradient

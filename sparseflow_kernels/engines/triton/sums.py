@@ -70,7 +70,8 @@ def dense_sums(
     """As sparse_sums, by matrix instructions over `weights` [positions, depth], whose columns are the `count` used ones."""
     acc = tl.zeros([ROWS, BATCH], dtype=weights.dtype.element_ty)
     acc_tangent = tl.zeros([ROWS, BATCH], dtype=weights.dtype.element_ty)
-    for step in tl.range(0, count, DEPTH):  # loads of the next steps are on their way during a step's products
+    # the loads of the next two steps are on their way during the products of one; longer steps run out of registers
+    for step in tl.range(0, count, DEPTH, num_stages=3):
         k = step + tl.arange(0, DEPTH)
         here = k < count
         weight = tl.load(weights + position.to(tl.int64)[:, None] * depth + k[None, :])  # padded with zeros
