@@ -401,7 +401,7 @@ def items(setting: Setting) -> list[Item]:
     pairs = [(tool, engine) for tool in gpu_sanitize.TOOLS for engine in setting.engines]
     found += [
         Item(f"sanitize/{tool}/{engine}", partial(gpu_sanitize.check, tool, engine, setting.dry), 8.0,
-             least=10.0 if setting.dry else 90.0 - 20.0 * place, reserve=25.0 if setting.sanitize else 0.0)
+             least=10.0 if setting.dry else max(30.0, 90.0 - 20.0 * place), reserve=25.0 if setting.sanitize else 0.0)
         for place, (tool, engine) in enumerate(pairs[:1] if setting.dry else pairs)
     ]  # fmt: skip
     return found

@@ -13,7 +13,7 @@ from typing import Any
 
 from gpu_suite import end_with_parent
 
-TOOLS = ("memcheck", "racecheck")
+TOOLS = ("memcheck", "racecheck", "synccheck")
 CASE = Path(__file__).with_name("gpu_sanitized_case.py")
 FOUND = 77  # exit code for errors found
 SUMMARY = re.compile(r"=+\s*((?:ERROR|RACECHECK) SUMMARY:.*)")

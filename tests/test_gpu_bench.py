@@ -487,7 +487,7 @@ def test_every_item_has_its_place():
         torch.device("cpu"), None, gpu_setting.specs(gpu_setting.FIELD_NAMES), gpu_setting.graph_specs(gpu_setting.GRAPH_NAMES)
     )
     names = [item.name for item in gpu_measure.items(setting)]
-    assert len(names) == len(set(names)) == 3 + 5 * 5 * 2 * 2 + 2 * 3 * 2 + 5 + 5 * 2 + 5 + 4
+    assert len(names) == len(set(names)) == 3 + 5 * 5 * 2 * 2 + 2 * 3 * 2 + 5 + 5 * 2 + 5 + 3 * 2
     solves = [name.split("/")[2] for name in names if name.startswith("solve/")]
     assert list(dict.fromkeys(solves)) == ["k0.1", "k1", "k0.02", "k0.5", "k0.2"]
     assert names.index("peer/miniboone/diffrax") < names.index("peer/toy/diffrax") < names.index("solve/toy/k0.02/b1000/cuda")
