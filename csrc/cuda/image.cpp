@@ -281,7 +281,22 @@ class Writer {
     return to;
   }
 
+  static bool has_kernel(OpKind kind) {
+    switch (kind) {  // a kind that is new is not run as another one
+      case OpKind::kProduct:
+      case OpKind::kReduction:
+      case OpKind::kAffine:
+      case OpKind::kKeep:
+      case OpKind::kPull:
+      case OpKind::kGradient:
+      case OpKind::kPointwise:
+        return true;
+    }
+    return false;
+  }
+
   DeviceOp describe(const Op& op) {
+    if (!has_kernel(op.kind)) fail("an operation of this kind runs on the CPU only");
     if (op.kind == OpKind::kPointwise) return describe_pointwise(op);
     const Matrix<T>& m = p_.matrices[op.matrix];
     DeviceOp to{};
