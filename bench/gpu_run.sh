@@ -21,6 +21,7 @@ readonly seconds=${GPU_RUN_SECONDS:-570}
 readonly logs=${GPU_RUN_LOGS:-build/gpu}
 readonly python=${PYTHON:-python3}
 readonly begin=$SECONDS
+readonly package='torch numpy torchdiffeq safetensors platformdirs sparseflow_kernels'  # and what it needs
 export SPARSEFLOW_CUDA=on SPARSEFLOW_CUDA_ARCHS=${SPARSEFLOW_CUDA_ARCHS:-90}
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONUNBUFFERED=1
 mkdir -p "$logs"
@@ -79,7 +80,7 @@ part_build() {
 tests() {  # NAME AT_MOST FILES...
   local name=$1 limit=$2 workers=()
   shift 2
-  needs torch pytest torchdiffeq sparseflow_kernels || { failed+=("$name: a package is missing"); return 1; }
+  needs $package pytest || { failed+=("$name: a package is missing"); return 1; }
   needs xdist 2>/dev/null && workers=(-n 12)
   # not the first failure only: what else fails is worth the seconds
   run "$name" "$limit" "$python" -P -m pytest -q --durations=10 "${workers[@]}" "$@"
@@ -94,7 +95,7 @@ part_cuda() {
 bench() {  # NAME AT_MOST ARGUMENTS...
   local name=$1 limit=$2 code
   shift 2
-  needs torch torchdiffeq typer rich sparseflow_kernels || { failed+=("$name: a package is missing"); return 1; }
+  needs $package typer rich || { failed+=("$name: a package is missing"); return 1; }
   run "$name" "$limit" "$python" bench/gpu.py "$@"
   code=$?
   cp bench/results/*.json bench/results/*.md bench/results/*.png "$logs" 2>/dev/null
