@@ -194,10 +194,18 @@ class GraphProblem(Problem):
 
     @property
     def times(self) -> Tensor:
-        return torch.linspace(0.0, 1.0, self.spec.outputs, dtype=self.x.dtype)
+        return torch.linspace(0.0, 1.0, self.spec.outputs, dtype=self.x.dtype, device=self.x.device)
 
     def state(self) -> Tensor | tuple[Tensor, Tensor]:
         return self.x if self.spec.divergence is None else super().state()
+
+    def on(self, device: torch.device, rows: int | None = None) -> "GraphProblem":
+        found = self.rows(0, self.x.shape[0] if rows is None else rows)
+        found.module.to(device)
+        if getattr(found.module, "context", None) is not None:
+            found.module.context = found.module.context.to(device)
+        parts = {name: getattr(found, name) for name in ("x", "noise", "target", "sample_times")}
+        return replace(found, **{name: part.to(device) for name, part in parts.items() if part is not None})
 
     def reference(self, rows: int) -> "GraphProblem":
         exact = replace(self.rows(0, rows), rtol=1e-10, atol=1e-10)
