@@ -19,18 +19,18 @@ PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
 class SparseConv2d(SparseLayer):
     """A convolution of images that has weights at the entries of a pattern only: a drop-in for a pruned nn.Conv2d.
 
-    pattern: where the weights are, in nn.Conv2d's weight as the matrix [out, in / groups * kernel height * kernel width].
+    pattern: where the weights are, in nn.Conv2d's weight as the matrix [out, in / groups * kernel height * width].
     kernel_size, stride, padding, dilation, groups, bias, padding_mode: as in nn.Conv2d; padding also "same" or "valid".
-    device, dtype: of the parameters, torch's defaults if None.  backend: who computes: "auto" and "cpu" are the kernels in
-    C++, for tensors on the CPU; "torch" is torch's convolution with the dense weight, for any device and dtype.
+    device, dtype: of the parameters, torch's defaults if None.  backend: who computes: "auto" and "cpu" are the kernels
+    in C++, for tensors on the CPU; "torch" is torch's convolution with the dense weight, for any device and dtype.
 
     values: Parameter [nnz], in the order of the pattern (CSR).  bias: Parameter [out] or None.  row_ptr, col: int64
-    buffers, the pattern. States, initial values, dtypes, autocast, derivatives of any order, torch.func, torch.compile and
-    torch.export are as in `SparseLinear`. Results do not depend on the number of threads. What comes out for an x in
+    buffers, the pattern. States, initial values, dtypes, autocast, derivatives of any order, torch.func, torch.compile
+    and torch.export are as in `SparseLinear`. Results do not depend on the number of threads. What comes out for an x in
     channels_last is in channels_last too.
 
-    Raises TypeError, ValueError for arguments that make no convolution, and in `forward`, for x of another size, dtype or
-    device; RuntimeError where the backend is not installed or cannot run on the device.
+    Raises TypeError, ValueError for arguments that make no convolution, and in `forward`, for x of another size, dtype
+    or device; RuntimeError where the backend is not installed or cannot run on the device.
     """
 
     _name = "SparseConv2d"
@@ -44,23 +44,26 @@ class SparseConv2d(SparseLayer):
     ) -> None:  # fmt: skip
         if not isinstance(pattern, Pattern):
             raise TypeError(
-                f"SparseConv2d: pattern must be a Pattern, not {type(pattern).__name__}; SparseConv2d.from_conv makes a "
-                "layer of a pruned nn.Conv2d"
+                f"SparseConv2d: pattern must be a Pattern, not {type(pattern).__name__}; SparseConv2d.from_conv makes "
+                "a layer of a pruned nn.Conv2d"
             )
         kernel, stride = _pair(kernel_size, "kernel_size", 1), _pair(stride, "stride", 1)
         dilation = _pair(dilation, "dilation", 1)
         taps = kernel[0] * kernel[1]
         if pattern.shape[1] % taps:
             raise ValueError(
-                f"SparseConv2d: the pattern has {pattern.shape[1]} columns, which are no whole kernels of {kernel[0]} x "
-                f"{kernel[1]} taps"
+                f"SparseConv2d: the pattern has {pattern.shape[1]} columns, which are no whole kernels of {kernel[0]} "
+                f"x {kernel[1]} taps"
             )
         if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or pattern.shape[0] % groups:
             raise ValueError(
-                f"SparseConv2d: groups must be a whole number that divides the {pattern.shape[0]} channels out, not {groups!r}"
+                f"SparseConv2d: groups must be a whole number that divides the {pattern.shape[0]} channels out, not "
+                f"{groups!r}"
             )
         if padding_mode not in PADDING_MODES:
-            raise ValueError(f"SparseConv2d: padding_mode must be one of {', '.join(PADDING_MODES)}, not {padding_mode!r}")
+            raise ValueError(
+                f"SparseConv2d: padding_mode must be one of {', '.join(PADDING_MODES)}, not {padding_mode!r}"
+            )
         super().__init__(pattern, bias, device, dtype, backend, BACKENDS)
         self.out_channels, self.in_channels = pattern.shape[0], pattern.shape[1] // taps * groups
         self.kernel_size, self.stride, self.dilation, self.groups = kernel, stride, dilation, groups
@@ -121,8 +124,8 @@ class SparseConv2d(SparseLayer):
 
     @property
     def weight(self) -> Tensor:
-        """Dense [out, in / groups, height, width], zeros where there is no weight; made anew at every call, differentiable
-        in `values`."""
+        """Dense [out, in / groups, height, width], zeros where there is no weight; made anew at every call,
+        differentiable in `values`."""
         return self._matrix().view(self.out_channels, -1, *self.kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,8 +140,8 @@ class SparseConv2d(SparseLayer):
         where = self._of_size(tuple(x.shape[-2:]), around)
         if min(where.target) < 1:
             raise ValueError(
-                f"SparseConv2d: images of {list(x.shape[-2:])} pixels with {list(around)} zeros above, below, left and right "
-                f"are smaller than the kernel {list(self.kernel_size)} of dilation {list(self.dilation)}"
+                f"SparseConv2d: images of {list(x.shape[-2:])} pixels with {list(around)} zeros above, below, left and "
+                f"right are smaller than the kernel {list(self.kernel_size)} of dilation {list(self.dilation)}"
             )
         if self.backend == "torch":
             x = F.pad(x, (*around[2:], *around[:2])) if any(around) else x

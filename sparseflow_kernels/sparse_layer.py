@@ -16,7 +16,8 @@ from .products.packed import CPU_CLASSES, REMEDY, packed_of, rows_of
 class SparseLayer(nn.Module):
     """A layer whose weight, as a matrix, has values at the entries of a pattern.
 
-    values: Parameter [nnz], in the order of the pattern (CSR).  bias: Parameter [rows] or None.  row_ptr, col: int64 buffers.
+    values: Parameter [nnz], in the order of the pattern (CSR).  bias: Parameter [rows] or None.  row_ptr, col: int64
+    buffers.
     """
 
     values: nn.Parameter
@@ -149,8 +150,8 @@ class SparseLayer(nn.Module):
             bias.shape != (len(self.row_ptr) - 1,) or bias.dtype != values.dtype or bias.device != values.device
         ):
             raise ValueError(
-                f"{self._name}: bias must be [{len(self.row_ptr) - 1}], {values.dtype} on {values.device} like the values, "
-                f"not {list(bias.shape)}, {bias.dtype} on {bias.device}"
+                f"{self._name}: bias must be [{len(self.row_ptr) - 1}], {values.dtype} on {values.device} like the "
+                f"values, not {list(bias.shape)}, {bias.dtype} on {bias.device}"
             )
         if where.col.device != values.device or where.row_ptr.device != values.device:
             raise ValueError(
