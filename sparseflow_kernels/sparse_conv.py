@@ -26,8 +26,8 @@ class SparseConv2d(SparseLayer):
 
     values: Parameter [nnz], in the order of the pattern (CSR).  bias: Parameter [out] or None.  row_ptr, col: int64
     buffers, the pattern. States, initial values, dtypes, autocast, derivatives of any order, torch.func, torch.compile
-    and torch.export are as in `SparseLinear`. Results do not depend on the number of threads. What comes out for an x in
-    channels_last is in channels_last too.
+    and torch.export are as in `SparseLinear`. Results do not depend on the number of threads. What comes out for an x
+    in channels_last is in channels_last too.
 
     Raises TypeError, ValueError for arguments that make no convolution, and in `forward`, for x of another size, dtype
     or device; RuntimeError where the backend is not installed or cannot run on the device.

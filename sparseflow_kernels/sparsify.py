@@ -15,7 +15,7 @@ _MAKERS = {nn.Linear: SparseLinear.from_linear, nn.Conv2d: SparseConv2d.from_con
 
 
 def sparsify_(model: nn.Module, below: float = 0.5, backend: str = "auto") -> dict[str, SparseLayer]:
-    """Replace, in place, every nn.Linear and nn.Conv2d of a model if at most the share `below` of its weights is not zero.
+    """Replace, in place, every nn.Linear and nn.Conv2d of which at most the share `below` of the weights is not zero.
 
     Masks and parametrizations are read as by `SparseLinear.from_linear`. Subclasses of the two stay as they are, and
     layers whose weight belongs to another layer as well. Hooks of replaced layers are lost. Make the optimizer
