@@ -8,7 +8,6 @@ PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt
 SOURCES := $(shell find sparseflow_kernels -type f -name '*.py') $(NATIVE_SOURCES) setup.py pyproject.toml constraints.txt
 PYTEST_ARGS ?=
-BENCH_ARGS ?=
 TESTS = native_tests
 
 # One thread per process: tests run in parallel processes, and timings are quoted per core.
@@ -38,19 +37,11 @@ bench: $(VENV)/.bench
 	$(BIN)/sparseflow bench --train --peers torchdiffeq-direct,diffrax
 	$(BIN)/pytest bench --benchmark-only
 
-# The GPU's tests and measurements. Where PYTHON already has a torch for the GPU, `make gpu SYSTEM=1` uses that one and
-# its packages: it downloads nothing and installs nothing but this package, into build/system.
-ifdef SYSTEM
-gpu: GPU_PYTHON = PYTHONPATH=$(CURDIR)/build/system $(PYTHON)
-gpu: build/system/.installed
-else
-gpu: GPU_PYTHON = $(BIN)/python
-gpu: $(VENV)/.gpu
-endif
+# The GPU's tests and measurements. Where PYTHON already has a torch for the GPU, bench/gpu_run.sh by itself takes that
+# one: it downloads and installs nothing.
 gpu: export SPARSEFLOW_CUDA = on
-gpu:
-	$(GPU_PYTHON) -P -m pytest $(wildcard tests/test_cuda_*.py tests/test_triton_*.py) $(PYTEST_ARGS)
-	$(GPU_PYTHON) bench/gpu.py $(BENCH_ARGS)
+gpu: $(VENV)/.gpu
+	PYTHON=$(BIN)/python GPU_RUN_SECONDS=1700 bench/gpu_run.sh cuda bench rest
 
 native-test: build/native/.built
 	$(BIN)/ctest --test-dir $$(cat build/native/.built) --output-on-failure --no-tests=error --parallel $(JOBS)
@@ -126,10 +117,6 @@ $(VENV)/.docs: EXTRAS = docs,demo
 $(VENV)/.%: EXTRAS = $*
 $(VENV)/.%: $(SOURCES) | $(VENV)/bin/python
 	$(PIP) '.[$(EXTRAS)]'
-	touch $@
-
-build/system/.installed: $(SOURCES)
-	$(PYTHON) -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps --no-index --upgrade --target build/system .
 	touch $@
 
 clean:

@@ -31,7 +31,7 @@ def main(
     out: Annotated[Optional[Path], typer.Option(help="folder for the results; default bench/results")] = None,
     only: Annotated[str, typer.Option(help="names of items or their beginnings, e.g. barrier,solve/power")] = "",
     minutes: Annotated[float, typer.Option(min=0.05, help="time for all of it")] = 8.0,
-    resume: Annotated[bool, typer.Option("--resume", help="go on in the result file that is there")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on in the result file, if it is of these sources")] = False,
     sanitize: Annotated[bool, typer.Option("--sanitize", help="keep time for compute-sanitizer")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="try the suite on the CPU, in small")] = False,
     until: Annotated[Optional[float], typer.Option(hidden=True, help="for the measuring process: when to end")] = None,
@@ -50,9 +50,16 @@ def main(
     name = gpu_device.device_name(setting.device)
     path = out / f"{gpu_suite.slug(name)}{'-quick' if quick and not dry_run else ''}.json"
     about = {"name": name, "dry_run": dry_run, "quick": quick}
+    sources = gpu_device.source_trees(HERE.parent)
     try:
         items = gpu_suite.chosen(gpu_measure.items(setting), [part for part in only.split(",") if part])
-        results = Results.open(path, bool(resume or only or until), about)
+        go_on = bool(resume or only or until)
+        if resume and path.exists() and Results.load(path).document.get("sources") != sources:
+            say(f"{path} was measured from other sources; a new one is begun")
+            go_on = False
+        results = Results.open(path, go_on, about)
+        results.document.setdefault("sources", sources)
+        results.save()
         if only and not resume and until is None:  # asked for by name: measured anew, in the file that is there
             results.forget(item.name for item in items)
     except (OSError, ValueError) as error:

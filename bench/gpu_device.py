@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import os
 import platform
 import statistics
 import subprocess
 from datetime import datetime, timezone
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +25,12 @@ from sparseflow_kernels.flows import mlp_field
 
 
 def device_facts(setting: Setting, _: float = 0.0) -> Sections:
-    """Name, capability, versions, clocks, commit, date."""
+    """Name, capability, versions, clocks, date, and the commit: git's, or SPARSEFLOW_COMMIT where there is no .git."""
+    commit = _said(["git", "-C", str(setting.repository), "rev-parse", "HEAD"]) or os.environ.get("SPARSEFLOW_COMMIT")
     facts: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "python": platform.python_version(),
         "system": platform.platform(), "processor": processor(), "torch": torch.__version__, "runtime": torch.version.cuda,
-        "commit": _said(["git", "-C", str(setting.repository), "rev-parse", "HEAD"]),
+        "commit": commit, "sources": source_trees(setting.repository),
         "changed": bool(_said(["git", "-C", str(setting.repository), "status", "--porcelain", "--untracked-files=no"])),
         "build": build_info(), "name": device_name(setting.device),
     }  # fmt: skip
@@ -42,6 +46,37 @@ def device_facts(setting: Setting, _: float = 0.0) -> Sections:
     if said:
         facts |= dict(zip(asked.split(","), (part.strip() for part in said.splitlines()[0].split(","))))
     return {"device": facts}
+
+
+MEASURED = ("csrc", "sparseflow_kernels")  # folders whose contents decide what is measured
+_BUILT = ("*.so", "*.pyc", "__pycache__", "_build.json")
+
+
+def source_trees(repository: Path) -> dict[str, str]:
+    """Git's ids of what these folders hold now, as `git rev-parse COMMIT:csrc` says them; .git is not asked."""
+    return {name: (_tree(repository / name) or b"").hex() for name in MEASURED}
+
+
+def _tree(folder: Path) -> bytes | None:
+    """None for a folder without sources, which git does not know."""
+    entries = []
+    for path in folder.iterdir():
+        if any(path.match(pattern) for pattern in _BUILT):
+            continue
+        if path.is_dir():
+            if (found := _tree(path)) is not None:
+                entries.append((path.name + "/", b"40000", found))
+        else:
+            mode = b"100755" if os.access(path, os.X_OK) else b"100644"
+            entries.append((path.name, mode, _object(b"blob", path.read_bytes())))
+    if not entries:
+        return None
+    body = b"".join(mode + b" " + name.rstrip("/").encode() + b"\0" + found for name, mode, found in sorted(entries))
+    return _object(b"tree", body)
+
+
+def _object(kind: bytes, body: bytes) -> bytes:
+    return hashlib.sha1(kind + b" %d\0" % len(body) + body).digest()
 
 
 def device_name(device: torch.device) -> str:

@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any, Callable, Sequence
 
-from gpu_suite import first_line
+from gpu_suite import end_with_parent, first_line
 
 from sparseflow_kernels.analysis.jax_field import JaxField
 from sparseflow_kernels.analysis.problems import FieldSpec, make_problem
@@ -44,7 +44,10 @@ def in_a_process(spec: FieldSpec, batches: Sequence[int], platform: str, seconds
     command = [sys.executable, __file__, json.dumps(task)]
     platforms = {"JAX_PLATFORMS": "cuda,cpu" if platform == "gpu" else "cpu"}
     try:
-        ran = subprocess.run(command, env={**os.environ, **ENVIRONMENT, **platforms}, capture_output=True, timeout=seconds)
+        ran = subprocess.run(
+            command, env={**os.environ, **ENVIRONMENT, **platforms}, capture_output=True, timeout=seconds,
+            preexec_fn=end_with_parent,
+        )  # fmt: skip
         said, complaint = ran.stdout, ran.stderr.decode(errors="replace").strip().splitlines()[-1:]
         reason = f"the process left with code {ran.returncode}: {' '.join(complaint)[:300]}"
         kind = "failed"

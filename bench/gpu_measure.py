@@ -16,8 +16,9 @@ from gpu_setting import REFERENCE_ROWS, Setting, Workshop, request_to
 from gpu_suite import Item, Sections, first_line
 from torch import Tensor
 
-from sparseflow_kernels.analysis import peers, training_peers
+from sparseflow_kernels.analysis import graph_training, peers, training_peers
 from sparseflow_kernels.analysis.floor import Work
+from sparseflow_kernels.analysis.graph_problems import GraphSpec
 from sparseflow_kernels.analysis.peers import Outcome
 from sparseflow_kernels.analysis.problems import FieldSpec, Problem
 from sparseflow_kernels.analysis.training_peers import StepOutcome, small_steps
@@ -50,8 +51,9 @@ def training_run(compiled: CompiledField, problem: Problem) -> Callable[[], Step
 
 def forward_error(outcome: Outcome, reference: Outcome) -> float:
     rows = reference.x.shape[0]
-    differences = (outcome.x[:rows].double() - reference.x).abs().max(), (outcome.l[:rows].double() - reference.l).abs().max()
-    return float(torch.stack(differences).max())  # a NaN stays one
+    pairs = [(outcome.x, reference.x), *([] if reference.l is None else [(outcome.l, reference.l)])]
+    errors = [(ours[:rows].double() - exact).abs().max() for ours, exact in pairs]
+    return float(torch.stack(errors).max())  # a NaN stays one
 
 
 def gradient_error(setting: Setting, shop: Workshop, spec: FieldSpec, keep: float, engine: str) -> float | None:
@@ -89,13 +91,17 @@ def floor_of(
     return launch + count * problem.x.shape[0] / (rate * (1.0 if problem.keep == 1.0 else SPARSE_SHARE))
 
 
-def tune(engine: Engine, request: SolveRequest, clock: Clock, seconds: float) -> tuple[list[dict[str, Any]], str]:
-    """The engine's own tuning: ([shape and seconds, the quickest first], a remark). A solve that is too long for it to be
-    tried in every shape is shortened, in time, first; the table then is of the shortened one."""
+def tune(
+    engine: Engine, request: SolveRequest, clock: Clock, seconds: float, kind: str = "forward"
+) -> tuple[list[dict[str, Any]], str]:
+    """The engine's own tuning of its solves, or of their gradients (kind="adjoint"): ([shape and seconds, the
+    quickest first], a remark). A solve that is too long for it to be tried in every shape is shortened, in time,
+    first; the table then is of the shortened one."""
     if not hasattr(engine, "tune"):
         return [], f"engine {engine.name!r} has no launch shapes to choose from"
-    shapes = len(engine.candidates(request.x.shape[0], len(request.tableau.b), "forward", request.step_control))
+    shapes = len(engine.candidates(request.x.shape[0], len(request.tableau.b), kind, request.step_control))
     _, one = warm(partial(engine.solve, request), clock, seconds / 8)
+    one *= 1 if kind == "forward" else 4  # about, where the workspace stays on the chip
     once = 2 * 3 * shapes * one  # warmed up, timed; and the favourite, timed just now, is quicker than the others
     repeats, fraction, remark = 3 if 2 * once < seconds else 1, min(1.0, seconds / once), ""
     if fraction < 0.05:  # a short solve still has a step or two
@@ -104,7 +110,7 @@ def tune(engine: Engine, request: SolveRequest, clock: Clock, seconds: float) ->
         begin, end = request.times.tolist()
         times = torch.tensor([begin, begin + fraction * (end - begin)], dtype=torch.float64)
         request, remark = dataclasses.replace(request, times=times), f"of the first {fraction:.0%} of the solve"
-    table = engine.tune(request, repeats=repeats)
+    table = engine.tune(request, repeats=repeats, kind=kind)
     return [{"shape": list(shape), "seconds": taken} for shape, taken in table], remark
 
 
@@ -113,50 +119,15 @@ def measure_solve(
 ) -> Sections:  # fmt: skip
     """Rows of an engine's solve and training step, and of torchdiffeq's, on the same problem and in turns; at keep 1 only
     for the training step. Tuned first; a part that fails is a row that says so."""
-    problem, clock = shop.problem(spec, keep, batch), setting.clock
+    problem = shop.problem(spec, keep, batch)
     about = {"field": spec.name, "keep": keep, "batch": batch}
     compiled = shop.compiled(spec, keep, engine)
-    found: Sections = {"rows": [], "tuning": []}
-    packed = compiled.packed(spec.divergence)
-    x, l = problem.state()  # noqa: E741
-    try:
-        request = request_to(compiled, x, l, problem.noise, {}, 1.0, tolerance=problem.rtol)
-        with torch.no_grad():
-            shapes, remark = tune(packed, request, clock, min(seconds / 3, 10.0))
-        if shapes or hasattr(packed, "tune"):
-            found["tuning"].append({**about, "engine": engine, "shapes": shapes, "remark": remark})
-    except Exception as error:
-        found["tuning"].append({**about, "engine": engine, "shapes": [], "failed": first_line(error)})
+    tuning = _tuned(setting, compiled, problem, min(seconds / 3, 10.0))
+    if any("failed" in entry for entry in tuning):
         compiled = shop.compiled(spec, keep, engine, anew=True)  # the shape that failed may still be in use
-        packed = compiled.packed(spec.divergence)
-    limit = 0.02 if setting.dry else min(max(seconds / 4, 0.2), 1.5)
-
-    def rows_of(task: str, contenders: dict[str, Callable], judge: Callable[[str, Any], dict]) -> None:
-        runs, firsts, rows = {}, {}, {}
-        for name, prepare in contenders.items():
-            row = rows[name] = {**about, "engine": name, "task": task, "nnz": compiled.nnz}
-            found["rows"].append(row)
-            try:
-                run = prepare()
-                outcome, firsts[name] = warm(run, clock, limit)
-                row["nfe"] = outcome.nfe
-                runs[name] = run
-                row |= judge(name, outcome)  # if that fails the times are still worth having
-            except Exception as error:
-                row["failed"] = first_line(error)
-        if not runs:
-            return
-        try:
-            rounds = in_turn(runs, firsts, clock, limit)
-        except Exception as error:
-            for name in runs:
-                rows[name]["failed"] = first_line(error)
-            return
-        for name in runs:
-            row = rows[name]
-            row |= figures(rounds, name, row["nfe"])
-            if row.get("floor"):
-                row["share"] = row["floor"] / row["best"]
+    packed = compiled.packed(spec.divergence)
+    found: Sections = {"rows": [], "tuning": [{**about, "engine": engine, **entry} for entry in tuning]}
+    rows_of = partial(_timed, setting, found["rows"], {**about, "nnz": compiled.nnz}, seconds)
 
     def judge_forward(name: str, outcome: Outcome) -> dict:
         error = {"error": forward_error(outcome, shop.reference(spec, keep))}
@@ -182,6 +153,85 @@ def measure_solve(
     rows_of("train", contenders, judge_training)
     for parameter in compiled.parameters():
         parameter.grad = None
+    return found
+
+
+def _tuned(setting: Setting, compiled: CompiledField, problem: Problem, seconds: float) -> list[dict[str, Any]]:
+    """What `tune` found, or that it failed; nothing for an engine without launch shapes."""
+    kind, state = problem.spec.divergence, problem.state()
+    packed = compiled.packed(kind)
+    x, l = state if kind is not None else (state, None)  # noqa: E741
+    try:
+        request = request_to(compiled, x, l, problem.noise, {}, 1.0, tolerance=problem.rtol)
+        if compiled.has_context:
+            request = dataclasses.replace(request, context=compiled.context_of(len(x)))
+        found = []
+        for kind in ("forward", "adjoint") if hasattr(packed, "tune") else ():
+            with torch.no_grad():
+                shapes, remark = tune(packed, request, setting.clock, seconds / 2, kind)
+            found.append({"kind": kind, "shapes": shapes, "remark": remark})
+        return found
+    except Exception as error:
+        return [{"shapes": [], "failed": first_line(error)}]
+
+
+def _timed(
+    setting: Setting, found: list[dict], about: dict[str, Any], seconds: float, task: str,
+    contenders: dict[str, Callable], judge: Callable[[str, Any], dict],
+) -> None:  # fmt: skip
+    """Adds a row for every contender (name -> what prepares its run), timed in turns; what fails is a row too."""
+    limit = 0.02 if setting.dry else min(max(seconds / 4, 0.2), 1.5)
+    runs, firsts, rows = {}, {}, {}
+    for name, prepare in contenders.items():
+        row = rows[name] = {**about, "engine": name, "task": task}
+        found.append(row)
+        try:
+            run = prepare()
+            outcome, firsts[name] = warm(run, setting.clock, limit)
+            row["nfe"] = outcome.nfe
+            runs[name] = run
+            row |= judge(name, outcome)  # if that fails the times are still worth having
+        except Exception as error:
+            row["failed"] = first_line(error)
+    if not runs:
+        return
+    try:
+        rounds = in_turn(runs, firsts, setting.clock, limit)
+    except Exception as error:
+        for name in runs:
+            rows[name]["failed"] = first_line(error)
+        return
+    for name in runs:
+        row = rows[name]
+        row |= figures(rounds, name, row["nfe"])
+        if row.get("floor"):
+            row["share"] = row["floor"] / row["best"]
+
+
+def measure_graph(setting: Setting, spec: GraphSpec, keep: float, engine: str, seconds: float) -> Sections:
+    """As `measure_solve`, of a field that is a graph, its training step where the loss has a solve. The baseline of
+    that goes back through torchdiffeq's solve by autograd."""
+    problem = spec.problem(keep).on(setting.device)
+    about = {"field": spec.name, "keep": keep, "batch": spec.batch}
+    compiled = peers.compiled(problem, engine)
+    tuning = _tuned(setting, compiled, problem, min(seconds / 3, 10.0))
+    if any("failed" in entry for entry in tuning):
+        compiled = peers.compiled(problem, engine)
+    found: Sections = {"rows": [], "tuning": [{**about, "engine": engine, **entry} for entry in tuning]}
+    rows_of = partial(_timed, setting, found["rows"], {**about, "nnz": compiled.nnz}, seconds)
+    reference = peers.float64_reference(problem, min(REFERENCE_ROWS, spec.batch))
+
+    def judge(name: str, outcome: Outcome) -> dict:
+        how = {"how": _how(compiled.packed(spec.divergence), spec.batch)} if name == engine else {}
+        return {"error": forward_error(outcome, reference), **how}
+
+    ours, base = partial(peers.run_of, compiled, problem), partial(peers.torchdiffeq_dense, problem)
+    rows_of("forward", {engine: ours, BASELINE: base}, judge)
+    if spec.loss != "matching":
+        steps = {engine: partial(graph_training.sparseflow_step, problem, engine)}
+        if keep == 1.0:
+            steps[BASELINE] = partial(graph_training.torchdiffeq_direct, problem)
+        rows_of("train", steps, lambda name, outcome: {})
     return found
 
 
@@ -320,11 +370,19 @@ def items(setting: Setting) -> list[Item]:
             for spec in setting.fields
         ]  # fmt: skip
 
+    def graphs(keep: float) -> list[Item]:
+        return [
+            Item(f"graph/{spec.name}/k{keep:g}/{engine}", partial(measure_graph, setting, spec, keep, engine), 1.5)
+            for spec in setting.graphs for engine in setting.engines
+        ]  # fmt: skip
+
     rivals = setting.peers
     wanted = ("miniboone", "bsds300", "hepmass", "power", "toy")
     by_want = sorted(setting.fields, key=lambda spec: wanted.index(spec.name) if spec.name in wanted else -1)
     for place, keep in enumerate(setting.keeps):
         found += solves(keep)
+        if place < 2:
+            found += graphs(keep)
         if rivals and place == 1:
             found += [
                 Item(f"peer/{spec.name}/diffrax", partial(measure_diffrax, setting, spec), 12.0,
@@ -343,7 +401,7 @@ def items(setting: Setting) -> list[Item]:
     pairs = [(tool, engine) for tool in gpu_sanitize.TOOLS for engine in setting.engines]
     found += [
         Item(f"sanitize/{tool}/{engine}", partial(gpu_sanitize.check, tool, engine, setting.dry), 8.0,
-             least=10.0 if setting.dry else 90.0 - 20.0 * place, reserve=25.0 if setting.sanitize else 0.0)
+             least=10.0 if setting.dry else max(30.0, 90.0 - 20.0 * place), reserve=25.0 if setting.sanitize else 0.0)
         for place, (tool, engine) in enumerate(pairs[:1] if setting.dry else pairs)
     ]  # fmt: skip
     return found

@@ -169,7 +169,7 @@ def markdown(document: Document, failures: Sequence[str], skipped: Sequence[str]
         if entry["shapes"] and "## Launch shapes" not in parts:
             parts += ["## Launch shapes", "The quickest and the slowest of each; all of them are in the JSON file."]
     tuned = [
-        [f"{e['field']}, keep {e['keep']:g}, batch {e['batch']}",
+        [f"{e['field']}, keep {e['keep']:g}, batch {e['batch']}, {e.get('kind', 'forward')}",
          *(word for s in (e["shapes"][0], e["shapes"][-1]) for word in (str(tuple(s["shape"])), f"{s['seconds'] * 1e3:.3g}")),
          str(len(e["shapes"])), e.get("remark") or "-"]
         for e in document.get("tuning", []) if e["shapes"]

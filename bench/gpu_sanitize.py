@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-TOOLS = ("memcheck", "racecheck")
+from gpu_suite import end_with_parent
+
+TOOLS = ("memcheck", "racecheck", "synccheck")
 CASE = Path(__file__).with_name("gpu_sanitized_case.py")
 FOUND = 77  # exit code for errors found
 SUMMARY = re.compile(r"=+\s*((?:ERROR|RACECHECK) SUMMARY:.*)")
@@ -36,7 +38,10 @@ def check(tool: str, engine: str, dry: bool, seconds: float, program: str | None
     # every tensor in an allocation of its own, so that what lies beyond its end is nobody's
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
-        ran = subprocess.run(case, env=environment, capture_output=True, text=True, errors="replace", timeout=seconds)
+        ran = subprocess.run(
+            case, env=environment, capture_output=True, text=True, errors="replace", timeout=seconds,
+            preexec_fn=end_with_parent,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return {"sanitizer": [{**entry, "skipped": f"time budget: not done after {seconds:.0f} s"}]}
     entry |= read(ran.returncode, ran.stdout + ran.stderr, dry)

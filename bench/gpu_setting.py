@@ -13,6 +13,7 @@ from gpu_clock import Clock, CudaClock, HostClock
 from torch import Tensor
 
 from sparseflow_kernels.analysis import peers
+from sparseflow_kernels.analysis.graph_problems import GRAPHS, GraphSpec
 from sparseflow_kernels.analysis.peers import Outcome
 from sparseflow_kernels.analysis.problems import FIELDS, FieldSpec, Problem, make_problem
 from sparseflow_kernels.compiled_field import CompiledField
@@ -22,6 +23,7 @@ from sparseflow_kernels.field import VectorField
 from sparseflow_kernels.solving.arguments import request_of
 
 FIELD_NAMES = ("toy", "power", "hepmass", "miniboone", "bsds300")
+GRAPH_NAMES = ("resnet", "gru", "cfm")  # sums of rows and a tangent, products, a context and features of time
 KEEPS = (0.1, 1.0, 0.02, 0.5, 0.2)  # the most wanted first
 BATCHES = (1000, 10000)
 ENGINES = ("cuda", "triton")
@@ -35,6 +37,7 @@ class Setting:
     device: torch.device
     clock: Clock
     fields: Sequence[FieldSpec]
+    graphs: Sequence[GraphSpec] = ()
     keeps: Sequence[float] = KEEPS
     batches: Sequence[int] = BATCHES
     engines: Sequence[str] = ENGINES
@@ -51,19 +54,31 @@ class Setting:
     def of_gpu(quick: bool, sanitize: bool, repository: Path) -> "Setting":
         device = torch.device("cuda", torch.cuda.current_device())
         if quick:
-            return Setting(device, CudaClock(), specs(FIELD_NAMES[:2]), (0.1, 1.0), BATCHES[:1], peers=False,
-                           sanitize=sanitize, repository=repository)  # fmt: skip
-        return Setting(device, CudaClock(), specs(FIELD_NAMES), sanitize=sanitize, repository=repository)
+            few = specs(FIELD_NAMES[:2]), graph_specs(GRAPH_NAMES[:1])
+            return Setting(device, CudaClock(), *few, (0.1, 1.0), BATCHES[:1], peers=False, sanitize=sanitize,
+                           repository=repository)  # fmt: skip
+        return Setting(device, CudaClock(), specs(FIELD_NAMES), graph_specs(GRAPH_NAMES), sanitize=sanitize,
+                       repository=repository)  # fmt: skip
 
     @staticmethod
     def of_dry_run(repository: Path) -> "Setting":
         tiny = [dataclasses.replace(spec, hidden=(6,) * len(spec.hidden)) for spec in specs(("toy", "power"))]
-        return Setting(torch.device("cpu"), HostClock(), tiny, (0.5, 1.0), (16, 33), ("cpu", "reference"), dry=True,
-                       repository=repository)  # fmt: skip
+        sizes = {"resnet": {"dim": 6, "width": 8, "blocks": 1}, "gru": {"dim": 6}, "cfm": {"width": 8, "context": 3}}
+        graphs = [
+            dataclasses.replace(GRAPHS[name], sizes=tuple(own.items()), shape=(16, own.get("dim", 2)))
+            for name, own in sizes.items()
+        ]  # fmt: skip
+        return Setting(torch.device("cpu"), HostClock(), tiny, graphs, (0.5, 1.0), (16, 33), ("cpu", "reference"),
+                       dry=True, repository=repository)  # fmt: skip
 
 
 def specs(names: Iterable[str]) -> list[FieldSpec]:
     return [FIELDS[name] for name in names]
+
+
+def graph_specs(names: Iterable[str]) -> list[GraphSpec]:
+    """In the batch that the flows have too."""
+    return [dataclasses.replace(GRAPHS[name], shape=(BATCHES[0], *GRAPHS[name].shape[1:])) for name in names]
 
 
 class Workshop:

@@ -4,20 +4,27 @@ result file that is whole after every item, and a supervisor that goes on behind
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
 import signal
 import subprocess
+import sys
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 FORMAT = 1
 LOST = 3  # exit code of a process that cannot go on, but whose successor can
 SETTLED = ("done", "hung", "crashed")  # a rerun leaves these alone: the last two would only happen again
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_DEATH_SIGNAL = 1  # Linux's PR_SET_PDEATHSIG
 
 Sections = dict[str, Any]  # parts of the result file: lists are added to, dicts are updated
 
@@ -233,19 +240,53 @@ def _summary(found: Sections) -> str:
     return "; ".join(words) or "done"
 
 
+def end_with_parent() -> None:
+    """In a child, before it becomes another program (`preexec_fn`): a parent that is killed takes it along."""
+    if _LIBC is not None:
+        _LIBC.prctl(_DEATH_SIGNAL, signal.SIGKILL)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """A request to end (SIGTERM, SIGHUP) is an exception within, so that what was started is ended too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread, and so do their handlers
+        return
+
+    def end(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def supervise(
     command: Callable[[float], Sequence[str]], path: Path, budget: Budget, say: Callable[[str], None],
     poll: float = 1.0, grace: float = 60.0,
 ) -> int:  # fmt: skip
     """Run a worker process that runs the items, and another one when it crashed, hung or lost its device. Returns the
-    exit code of the last one, 1 if one was ended.
+    exit code of the last one, 1 if one was ended. No worker outlives this process.
 
     command: the time (`time.time`) of the budget's end -> the worker's command line, which must resume.  path: the result file.
     grace: seconds beyond the budget until a worker is ended in any case.
     """
+    with _ended_by_signals():
+        return _supervise(command, path, budget, say, poll, grace)
+
+
+def _supervise(
+    command: Callable[[float], Sequence[str]], path: Path, budget: Budget, say: Callable[[str], None], poll: float,
+    grace: float,
+) -> int:  # fmt: skip
     ended = False
     while True:
-        process = subprocess.Popen(command(time.time() + budget.left()), start_new_session=True)
+        process = subprocess.Popen(
+            command(time.time() + budget.left()), start_new_session=True, preexec_fn=end_with_parent
+        )
         try:
             reason = None
             while reason is None:

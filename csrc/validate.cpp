@@ -22,12 +22,18 @@ void validate_window(const Matrix<T>& m, const std::string& name) {
     for (int size : {w.source[axis], w.target[axis], w.kernel[axis], w.stride[axis], w.dilation[axis]})
       if (size < 1 || size > kMost) fail(name + ": sizes, strides and dilations of a window lie from 1 to " + std::to_string(kMost));
     if (w.padding[axis] < -kMost || w.padding[axis] > kMost) fail(name + ": a window's padding lies within " + std::to_string(kMost));
-    if (int64_t(w.kernel[axis]) * w.dilation[axis] > kMost) fail(name + ": a window reaches further than " + std::to_string(kMost));
+    if (int64_t(w.kernel[axis]) * w.dilation[axis] > kMost || int64_t(w.target[axis]) * w.stride[axis] > 64 * kMost)
+      fail(name + ": a window reaches further than " + std::to_string(kMost));
   }
   const int64_t taps = int64_t(w.kernel[0]) * w.kernel[1], from = int64_t(w.source[0]) * w.source[1], to = int64_t(w.target[0]) * w.target[1];
   if (taps > kMostRows || from > kMostRows || to > kMostRows) fail(name + ": a window of more pixels than 32-bit offsets reach");
   if (m.rows < 0 || m.cols < 0 || m.rows % to != 0 || m.cols % from != 0) fail(name + ": rows and columns must be whole planes");
   if (m.dynamic()) fail(name + ": a convolution does not depend on time");
+  // the rows of all source planes, or of all target planes, that one row of pixels reads, in the widest tile with tangents
+  const int64_t reach[2] = {int64_t(w.kernel[0]) * w.dilation[0], int64_t(w.kernel[1]) * w.dilation[1]};
+  const int64_t forward = (m.cols / from) * (int64_t(w.target[1]) * w.stride[1] + reach[1]) * reach[0];
+  const int64_t back = (m.rows / to) * (int64_t(w.source[1]) + reach[1]) * reach[0];
+  if (std::max(forward, back) > (int64_t(1) << 31) / 1024) fail(name + ": a convolution's rows are too long for 32-bit offsets");
 }
 
 template <class T>

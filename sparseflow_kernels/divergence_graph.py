@@ -93,7 +93,8 @@ def _trace_by_columns(field: GraphField, term: Node) -> tuple[Node, int, int]:
 
 def inner_product(g: Graph, fixed: Node, dot: Node) -> Node:
     """The node [1] of fixed . dot. As `fixed` is constant during a solve, so is its product with a transposed matrix: a
-    matrix in front of `dot` is moved to it, and is not applied at every evaluation. What other nodes of dot read is
+    matrix in front of `dot` is moved to it, and is not applied at every evaluation; but not a convolution to fewer rows,
+    whose few multiply-adds take less than a product of all the rows that it reads. What other nodes of dot read is
     computed in any case, and is multiplied as it is."""
     readers = Counter(operand for node in order([dot]) for operand in set(node.operands))
     total, waiting = None, [(fixed, dot, 1.0)]
@@ -109,7 +110,7 @@ def inner_product(g: Graph, fixed: Node, dot: Node) -> Node:
         if right.kind == "neg":
             waiting.append((left, right.operands[0], -sign))
             continue
-        if right.kind == "linear" and not right.matrix.constant:
+        if right.kind == "linear" and not right.matrix.constant and not _narrows(right):
             left, right = g.linear(right.matrix, left, not right.transposed), right.operands[0]
             left = g.spread(left, right.rows)
         elif right.kind == "rows" and len(right.operands) > 1:
@@ -121,6 +122,10 @@ def inner_product(g: Graph, fixed: Node, dot: Node) -> Node:
             continue
         total = g.add(total, g.scaled(g.total(g.mul(left, right)), sign))
     return g.number(0.0) if total is None else total
+
+
+def _narrows(node: Node) -> bool:
+    return isinstance(node.matrix, Convolution) and node.rows < node.operands[0].rows
 
 
 def _multiply_adds(outputs: list[Node]) -> int:

@@ -52,10 +52,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """The value as JSON with a last newline, whole or not at all."""
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """The value as JSON with a last newline, whole or not at all; indent None: on one line."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.write_text(json.dumps(value, indent=indent) + "\n")
 
 
 def read_json(path: Path, remedy: str) -> Any:

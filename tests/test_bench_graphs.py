@@ -34,6 +34,7 @@ TINY = {
         _tiny("hnn", (6, 4), dim=4, width=8),
         _tiny("latent", (6, 3), dim=3, width=8),
         _tiny("points", (4, 3, 3), width=8),
+        _tiny("images", (4, 16), width=3, side=4),
     )
 }
 each = pytest.mark.parametrize("name", TINY)
@@ -59,7 +60,8 @@ def test_every_kind_of_field_has_a_small_one():
 def test_pruning_keeps_the_share_of_all_and_the_norm_of_each_matrix(name):
     dense, sparse = TINY[name].problem(1.0), TINY[name].problem(0.3)
     assert torch.equal(dense.x, sparse.x)
-    linears = [[part.weight for part in p.module.modules() if isinstance(part, nn.Linear)] for p in (dense, sparse)]
+    kinds = nn.Linear, nn.Conv2d
+    linears = [[part.weight.flatten(1) for part in p.module.modules() if isinstance(part, kinds)] for p in (dense, sparse)]
     left, whole = (sum(int(weight.count_nonzero()) for weight in weights) for weights in linears[::-1])
     assert left == pytest.approx(0.3 * whole, abs=len(linears[0]))
     for before, after in zip(*linears):

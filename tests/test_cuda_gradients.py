@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cuda_cases import (  # noqa: F401
-    DEVICE, F32, F64, T, TestedEngine, close, dense_above, engine_on, field_of, kernels_field, poison, request_of,
+    DEVICE, F32, F64, ON_GPU, T, TestedEngine, close, dense_above, engine_on, field_of, kernels_field, poison, request_of,
     same_bits, states,
 )  # fmt: skip
 from engine_fields import PlainField
@@ -16,7 +16,7 @@ from test_cpu_engine import forms
 from sparseflow_kernels import divergence
 from sparseflow_kernels.activations import ACTIVATIONS
 from sparseflow_kernels.divergence_field import with_divergence
-from sparseflow_kernels.engines import cuda_solve
+from sparseflow_kernels.engines import cuda_solve, shapes as shapes_of
 from sparseflow_kernels.engines.reference import ReferenceEngine
 from sparseflow_kernels.field import Activation
 from sparseflow_kernels.numerics.step_control import StepOptions
@@ -359,3 +359,30 @@ def test_a_cotangent_that_is_not_finite_stays_in_its_row():
         same_bits(found[good], wanted[good])
         assert found[7].isnan().any()
         same_bits(ours.evaluate_backward(T, x, probe, f, trace, ("x",)).x, wanted)
+
+
+@pytest.mark.parametrize("kind", ["forward", "adjoint"])
+def test_tuning_uses_the_quickest_shape_and_remembers_it(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEFLOW_CACHE", str(tmp_path))
+    engine = TestedEngine(field_of((3, 8, 3)))
+    x, noise = states(19, 3)
+    request = request_of(engine, x, noise, times=(0.0, 0.4))
+    shapes = [plan.shape for plan in engine.candidates(19, 7, kind)]
+    wanted, seen = sorted(shapes)[len(shapes) // 2], []
+
+    def clock(run):
+        run()
+        seen.append(engine.plan_for(19, 7, kind)[0].shape)
+        return 1.0 if seen[-1] == wanted else 2.0
+
+    table = engine._tune(request, 1, kind, clock)
+    assert table[0] == (wanted, 1.0) and sorted(shape for shape, _ in table) == sorted(seen) == sorted(shapes)
+    for one in (engine, TestedEngine(field_of((3, 8, 3)))):  # and another process's
+        assert one.plan_for(19, 7, kind)[0].shape == wanted
+    other = {"forward": "adjoint", "adjoint": "forward"}[kind]
+    assert shapes_of.tuned(engine._limits["name"], engine._signature(other, 19, 7, "shared")) is None
+    if not ON_GPU:
+        with pytest.raises(ValueError, match="on a GPU"):
+            engine.tune(request, kind=kind)
+    with pytest.raises(ValueError, match="no gradient of its own"):
+        engine._tune(replace(request, step_control="per_tile"), 1, "adjoint", clock)

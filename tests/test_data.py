@@ -9,7 +9,7 @@ import torch
 
 from sparseflow_kernels import data
 from sparseflow_kernels import files
-from sparseflow_kernels.data import power, toy
+from sparseflow_kernels.data import maf, mixture, power, toy
 from sparseflow_kernels.engines import shapes
 
 torch.set_num_threads(1)
@@ -297,3 +297,119 @@ def test_power_from_the_real_cache():
     sets = data.load("power")
     assert (len(sets.train), len(sets.val), len(sets.test)) == (1_659_900, 184_433, 204_925)
     assert float(sets.train.std()) == pytest.approx(1.0, abs=0.01)
+
+
+# ------------------------------------------------------------------------------------------- tables from MAF's files
+
+
+@pytest.fixture
+def maf_folder(monkeypatch, tmp_path):
+    maf._load.cache_clear()
+    monkeypatch.setenv("SPARSEFLOW_MAF", str(tmp_path))
+    rows = {"power": (6, 81, 9, 10), "miniboone": (43, 81, 9, 10), "hepmass": (2, 45, 5, 40), "gas": (8, 81, 9, 10),
+            "bsds300": (63, 7, 2, 3)}  # fmt: skip
+    monkeypatch.setattr(maf, "SPLITS", rows)
+    for name in ("power", "miniboone", "hepmass", "gas", "BSDS300"):
+        (tmp_path / name).mkdir()
+    yield tmp_path
+    maf._load.cache_clear()
+
+
+def test_miniboone_and_power_from_mafs_files(maf_folder):
+    rng = np.random.RandomState(0)
+    table = 3.0 + 2.0 * rng.randn(100, 43)
+    np.save(maf_folder / "miniboone" / "data.npy", table)
+    loaded = data.load("miniboone")
+    both = torch.cat((loaded.train, loaded.val)).double()
+    assert torch.allclose(both.mean(0), torch.zeros(43).double(), atol=1e-6) and len(loaded.test) == 10
+    assert torch.allclose(both.std(0, correction=0), torch.ones(43).double(), atol=1e-5)
+    expected = (table[90] - table[:90].mean(0)) / table[:90].std(0)
+    assert torch.allclose(loaded.test[0], torch.from_numpy(expected).float())
+    minutes = rng.rand(100, 8) * 100
+    np.save(maf_folder / "power" / "data.npy", minutes)
+    loaded = data.load("power", folder=maf_folder)
+    shuffled = minutes.copy()
+    np.random.RandomState(42).shuffle(shuffled)
+    kept = shuffled[:, [0, 2, 4, 5, 6, 7]]  # the last column is time, which has no noise
+    expected = (kept[:81, 5] - kept[:90, 5].mean()) / kept[:90, 5].std()
+    assert loaded.train[:, 5].tolist() == pytest.approx(expected, abs=1e-5)
+    np.save(maf_folder / "miniboone" / "data.npy", table[:50])
+    maf._load.cache_clear()
+    with pytest.raises(data.DamagedFileError, match=r"come to \[\[41, 43\].*cut short"):
+        data.load("miniboone")
+    (maf_folder / "miniboone" / "data.npy").write_bytes(b"\x93NUMPY\x01\x00broken")
+    with pytest.raises(data.DamagedFileError, match="zenodo"):
+        data.load("miniboone")
+
+
+def test_hepmass_keeps_the_signal_and_drops_what_is_discrete(maf_folder):
+    rng = np.random.RandomState(0)
+    header = "# label,f0,f1,f2"
+    labels = rng.permutation(np.repeat([1.0, 0.0], 50))
+    train = np.column_stack((labels, rng.randn(100), rng.randint(3, size=100), rng.randn(100)))
+    test = np.column_stack((np.repeat([1.0, 0.0], 40), rng.randn(80, 1), rng.randint(3, size=80), rng.randn(80, 2)))
+    np.savetxt(maf_folder / "hepmass" / "1000_train.csv", train, delimiter=",", header=header, comments="")
+    np.savetxt(maf_folder / "hepmass" / "1000_test.csv", test, delimiter=",", header=header + ",mass", comments="")
+    loaded = data.load("hepmass")
+    signal = train[train[:, 0] == 1][:, [1, 3]]
+    expected = (signal - signal.mean(0)) / signal.std(0, ddof=1)
+    assert torch.allclose(loaded.train, torch.from_numpy(expected[:45]).float(), atol=1e-5)
+    of_test = (test[0, [1, 3]] - signal.mean(0)) / signal.std(0, ddof=1)
+    assert torch.allclose(loaded.test[0], torch.from_numpy(of_test).float(), atol=1e-5)
+    (maf_folder / "hepmass" / "1000_train.csv").write_text(header + "\n1.0,2.0\n")
+    maf._load.cache_clear()
+    with pytest.raises(data.DamagedFileError, match="not a table of 4 numbers a row"):
+        data.load("hepmass")
+
+
+def test_gas_and_bsds300_say_what_they_need(maf_folder, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="GAS needs gas/ethylene_CO.pickle in .*zenodo.*SPARSEFLOW_MAF"):
+        data.load("gas")
+    needed = ("gas", "gas/ethylene_CO.pickle", "pandas"), ("bsds300", "BSDS300/BSDS300.hdf5", "h5py")
+    for name, file, library in needed:
+        (maf_folder / file).write_bytes(b"x")
+        monkeypatch.setitem(__import__("sys").modules, library, None)
+        monkeypatch.setitem(__import__("sys").modules, "pandas.compat.pickle_compat", None)
+        with pytest.raises(ImportError, match=f"pip install {library}"):
+            data.load(name)
+
+
+def test_gas_drops_what_correlates(maf_folder, monkeypatch):
+    rng = np.random.RandomState(0)
+    table = rng.randn(100, 13)
+    table[:, 4] = table[:, 3] + 0.01 * rng.randn(100)  # the first of a pair goes, then the first of the next
+    table[:, 12] = table[:, 11] + 0.01 * rng.randn(100)
+    names = ["Time", "Meth", "Eth", *map(str, range(10))]
+
+    class Frame:
+        def drop(self, columns):
+            kept = [names.index(name) for name in names if name not in columns]
+            return type("Kept", (), {"to_numpy": lambda self, dtype: table[:, kept].astype(dtype)})()
+
+    monkeypatch.setattr(maf, "_frame", lambda path: Frame())
+    (maf_folder / "gas" / "ethylene_CO.pickle").write_bytes(b"x")
+    kept = table[:, [4, 5, 6, 7, 8, 9, 10, 12]]
+    expected = (kept - kept.mean(0)) / kept.std(0, ddof=1)
+    assert torch.allclose(data.load("gas").train, torch.from_numpy(expected[:81]).float(), atol=1e-5)
+
+
+def test_a_pickle_that_runs_code_is_not_read(maf_folder):
+    pytest.importorskip("pandas")
+    ran = maf_folder / "ran"
+    call = b"cos\nsystem\n(S'touch " + str(ran).encode() + b"'\ntR."
+    (maf_folder / "gas" / "ethylene_CO.pickle").write_bytes(call)
+    with pytest.raises(data.DamagedFileError, match="no part of a table of numbers"):
+        data.load("gas")
+    assert not ran.exists()
+
+
+def test_a_mixtures_floor_is_its_density():
+    loaded = mixture.load(3, rows=(20_000, 100, 20_000), seed=1)
+    assert (loaded.name, loaded.dim) == ("mixture3", 3)
+    # of any density's entropy a Gaussian of the same covariance is a bound from above, and here not a tight one
+    gaussian = 0.5 * float(torch.logdet(2 * math.pi * math.e * torch.cov(loaded.train.double().T)))
+    assert loaded.floor < gaussian - 0.2
+    distances = torch.cdist(loaded.test[:1000].double(), loaded.train.double())  # a nearest-neighbour estimate
+    volume = 4 / 3 * math.pi * distances.topk(20, largest=False).values[:, -1] ** 3
+    estimate = float((math.log(len(loaded.train)) + volume.log()).mean()) - float(torch.digamma(torch.tensor(20.0)))
+    assert loaded.floor == pytest.approx(estimate, abs=0.1)

@@ -3,9 +3,12 @@ function once on the CPU, in small."""
 
 import json
 import os
+import re
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -194,6 +197,37 @@ def test_the_supervisor_goes_on_behind_a_crash_and_a_hang(tmp_path):
     assert said[1:] == ["going on in a new process", "second: hung: no end after 0 s", "going on in a new process"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a parent's death is heard of on Linux")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_its_supervisor(tmp_path, number):
+    told = tmp_path / "pid"
+    worker = f"import os, time; open({str(told)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    supervisor = (
+        "import sys\nfrom pathlib import Path\nfrom gpu_suite import Budget, supervise\n"
+        f"supervise(lambda until: [sys.executable, '-c', {worker!r}], Path({str(tmp_path / 'x.json')!r}), Budget(60), print)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", supervisor], cwd=SCRIPT.parent)
+    try:
+        watch = Budget(30)
+        while not (told.exists() and told.read_text()) and watch.left() > 0:
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.wait(30) == (128 + number if number == signal.SIGTERM else -number)
+        while _runs(int(told.read_text())) and watch.left() > 0:
+            time.sleep(0.02)
+        assert not _runs(int(told.read_text()))
+    finally:
+        process.kill()
+
+
+def _runs(pid):
+    """Whether the process is there, and not merely waiting to be asked for its exit code."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def test_the_supervisor_ends_what_outlives_the_budget(tmp_path):
     path = tmp_path / "x.json"
     results_at(path).begin("long", 1000.0)
@@ -265,7 +299,7 @@ class FakeEngine:
     def solve(self, request):
         self.solved += 1
 
-    def tune(self, request, repeats):
+    def tune(self, request, repeats, kind):
         self.tuned = request.times.tolist(), repeats
         return [((16, 4, 1, 256), 0.5), ((32, 4, 1, 256), 1.0)]
 
@@ -413,13 +447,23 @@ def invoke(*arguments):
 def test_every_measuring_function_runs_on_the_cpu(tmp_path):
     pytest.importorskip("sparseflow_kernels._cpu", reason="the CPU extension is not built")
     setting = gpu_setting.Setting.of_dry_run(SCRIPT.parents[1])
-    only = ["device", "rates", "barrier", "solve/power/k1/b16", "solve/toy/k0.5/b33/cpu", "launches/power"]
+    only = ["device", "rates", "barrier", "solve/power/k1/b16", "solve/toy/k0.5/b33/cpu", "launches/power",
+            "graph/resnet/k1/cpu", "graph/gru/k0.5/cpu", "graph/cfm/k0.5/cpu"]  # fmt: skip
     items = gpu_suite.chosen(gpu_measure.items(setting), only)
     results = results_at(tmp_path / "x.json")
     _, statuses, lines = run_all(items, results, Budget(100.0))
-    assert set(statuses.values()) == {"done"} and len(items) == 7, results.document["items"]
+    assert set(statuses.values()) == {"done"} and len(items) == 7 + 3, results.document["items"]
     assert any("NFE" in line for _, line in lines)
     found = json.loads((tmp_path / "x.json").read_text())
+    graphs = [r for r in found["rows"] if r["item"].startswith("graph/")]
+    found["rows"] = [r for r in found["rows"] if r not in graphs]
+    assert [(r["field"], r["engine"], r["task"]) for r in graphs] == [
+        ("gru", "cpu", "forward"), ("gru", "torchdiffeq", "forward"), ("gru", "cpu", "train"),
+        ("cfm", "cpu", "forward"), ("cfm", "torchdiffeq", "forward"),
+        ("resnet", "cpu", "forward"), ("resnet", "torchdiffeq", "forward"),
+        ("resnet", "cpu", "train"), ("resnet", "torchdiffeq", "train"),
+    ]  # fmt: skip
+    assert all(r["error"] < 5e-3 for r in graphs if r["task"] == "forward")
     both = [(engine, task, 1.0) for engine in ("cpu", "reference", "torchdiffeq") for task in ("forward", "train")]
     assert {(r["engine"], r["task"], r["keep"]) for r in found["rows"]} == {
         *both, ("cpu", "forward", 0.5), ("cpu", "train", 0.5), ("torchdiffeq", "forward", 0.5),
@@ -439,12 +483,91 @@ def test_every_measuring_function_runs_on_the_cpu(tmp_path):
 
 
 def test_every_item_has_its_place():
-    names = [item.name for item in gpu_measure.items(gpu_setting.Setting(torch.device("cpu"), None, gpu_setting.specs(gpu_setting.FIELD_NAMES)))]
-    assert len(names) == len(set(names)) == 3 + 5 * 5 * 2 * 2 + 5 + 5 * 2 + 5 + 4
+    setting = gpu_setting.Setting(
+        torch.device("cpu"), None, gpu_setting.specs(gpu_setting.FIELD_NAMES), gpu_setting.graph_specs(gpu_setting.GRAPH_NAMES)
+    )
+    names = [item.name for item in gpu_measure.items(setting)]
+    assert len(names) == len(set(names)) == 3 + 5 * 5 * 2 * 2 + 2 * 3 * 2 + 5 + 5 * 2 + 5 + 3 * 2
     solves = [name.split("/")[2] for name in names if name.startswith("solve/")]
     assert list(dict.fromkeys(solves)) == ["k0.1", "k1", "k0.02", "k0.5", "k0.2"]
     assert names.index("peer/miniboone/diffrax") < names.index("peer/toy/diffrax") < names.index("solve/toy/k0.02/b1000/cuda")
     assert names[-1].startswith("sanitize/") and names.index("launches/toy") > names.index("peer/bsds300/b10000/torch.compile")
+
+
+def test_the_sources_are_told_as_git_does(tmp_path):
+    for name, text in (("csrc/a.h", "one"), ("csrc/cuda/b.cu", "two"), ("csrc/cuda.h", ""), ("sparseflow_kernels/run", "x")):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (tmp_path / "sparseflow_kernels" / "run").chmod(0o755)
+
+    def git(*words):
+        return subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    git("add", ".")
+    (tmp_path / "csrc" / "_cuda.so").write_text("built")
+    (tmp_path / "csrc" / "__pycache__").mkdir()
+    (tmp_path / "csrc" / "empty" / "__pycache__").mkdir(parents=True)
+    tree = git("write-tree")
+    wanted = {name: git("rev-parse", f"{tree}:{name}") for name in ("csrc", "sparseflow_kernels")}
+    assert gpu_device.source_trees(tmp_path) == wanted
+    (tmp_path / "csrc" / "a.h").write_text("another")
+    assert gpu_device.source_trees(tmp_path)["csrc"] != wanted["csrc"]
+
+
+def test_the_commit_is_told_where_git_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEFLOW_COMMIT", "abc")
+    for name in gpu_device.MEASURED:
+        (tmp_path / name).mkdir()
+    setting = gpu_setting.Setting(torch.device("cpu"), None, [], repository=tmp_path)
+    assert gpu_device.device_facts(setting)["device"]["commit"] == "abc"
+
+
+def test_other_sources_are_not_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_suite, "supervise", lambda *_: 0)  # what is left is not measured
+    arguments = ("--dry-run", "--minutes", "1", "--out", str(tmp_path), "--only", "device", "--resume")
+    assert invoke(*arguments).exit_code == 0
+    path = tmp_path / "cpu-dry-run.json"
+    results = Results.load(path)
+    results.document["items"]["barrier"] = {"status": "done"}
+    results.save()
+    assert invoke(*arguments).exit_code == 0 and Results.load(path).settled("barrier")
+    results = Results.load(path)
+    results.document["sources"]["csrc"] = "0" * 40
+    results.save()
+    ran = invoke(*arguments)
+    assert "from other sources" in ran.output and not Results.load(path).settled("barrier")
+
+
+RUN = SCRIPT.with_name("gpu_run.sh")
+
+
+def run_parts(folder, *parts, python, **more):
+    python_file = folder / "python"
+    python_file.write_text("#!/bin/sh\n" + python)
+    python_file.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python_file), "GPU_RUN_LOGS": str(folder / "logs"), **more}
+    return subprocess.run([RUN, *parts], env=environment, capture_output=True, text=True)
+
+
+def test_a_failing_part_is_told_and_the_next_one_runs(tmp_path):
+    python = 'echo "$@"; echo "$SPARSEFLOW_CUDA_ARCHS"; case "$*" in *"-m pytest"*) exit 3;; esac'
+    ran = run_parts(tmp_path, "build+cuda", "bench", python=python)
+    assert ran.returncode == 1 and "failed: cuda: exit code 3" in ran.stdout
+    logs = {path.stem: path.read_text() for path in (tmp_path / "logs").glob("*.log")}
+    assert set(logs) == {"build", "cuda", "bench"} and "setup.py build_ext --inplace" in logs["build"]
+    assert "-n 12" in logs["cuda"] and "tests/test_cuda_graph.py" in logs["cuda"] and "\n90\n" in logs["cuda"]
+    assert re.search(r"bench/gpu.py --resume --minutes [78]", logs["bench"])
+
+
+def test_parts_end_in_time_and_what_is_missing_is_named(tmp_path):
+    ran = run_parts(tmp_path, "bench", "cuda", python='[ "$2" = - ] || exec sleep 60', GPU_RUN_SECONDS="6")
+    assert ran.returncode == 1 and "failed: bench: exit code 124, out of time" in ran.stdout
+    assert "failed: cuda: not begun" in ran.stdout
+    ran = run_parts(tmp_path, "cuda", python='[ "$2" = - ] && echo "no torchdiffeq" && exit 1')
+    assert ran.returncode == 1 and "no torchdiffeq" in ran.stdout and "failed: cuda: a package is missing" in ran.stdout
+    assert run_parts(tmp_path, "dance", python="").returncode == run_parts(tmp_path, python="").returncode == 2
 
 
 def test_the_case_for_the_sanitizer_runs(capsys):

@@ -271,6 +271,7 @@ def test_presets_are_the_experiments():
     assert facts == {
         "gaussians": (29, 3, 100), "gaussians_spiral": (29, 3, 100), "spirals2": (29, 3, 100), "power": (8, 1, 100),
         "gas": (8, 1, 30), "hepmass": (12, 1, 400), "miniboone": (16, 3, 400), "bsds300": (8, 1, 100),
+        "moons": (29, 3, 50), "concentric": (29, 3, 50), "spirals": (29, 3, 100),
     }
     assert dense_size(PRESETS["gaussians"].flow("l2_h128")) == 642 and dense_size(PRESETS["spirals2"].flow()) == 8642
     assert dense_size(PRESETS["power"].flow()) == 43_325
@@ -510,7 +511,7 @@ def test_jobs_run_in_processes_and_a_failure_is_told(tmp_path):
 
 @pytest.mark.parametrize("arguments, word", [
     (["train", "cifar"], "preset must be one of gaussians"),
-    (["train", "gas"], "no loader for 'gas'"),
+    (["train", "gas", "--data", "no.npz"], "no.npz does not exist"),
     (["train", "gaussians", "--net", "resnet"], "net must look like"),
     (["train", "gaussians", "--epochs", "0"], "epochs must be a whole number >= 1"),
     (["train", "gaussians", "--engine", "warp"], "engine"),

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from sparseflow_kernels.data.dataset import Dataset
-from sparseflow_kernels.flows import ContinuousFlow, mlp_field, toy_field
-from sparseflow_kernels.pruning import copy_module, dense_size, prune_weights_, size
+from sparseflow_kernels.flows import ContinuousFlow, NeuralClassifier, mlp_field, toy_field
+from sparseflow_kernels.pruning import copy_module, dense_size, prune_neurons_, prune_weights_, size
 from sparseflow_kernels.solution import GradientError
 from sparseflow_kernels.training import (
     CheckpointError,
@@ -18,6 +18,7 @@ from sparseflow_kernels.training import (
     save_checkpoint,
     train,
 )
+from sparseflow_kernels.training.direct import DirectGradient
 
 torch.set_num_threads(1)
 
@@ -178,6 +179,71 @@ def test_train_goes_on_from_its_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match=r"another run \(differing: flow\)"):
         train(ContinuousFlow(toy_field("l2_h16"), rtol=1e-4), rows(), epochs=3, engine="auto", checkpoint=path, **FAST)
     assert all(torch.equal(before[name], tensor) for name, tensor in resumed.state_dict().items())
+
+
+@pytest.mark.parametrize("model", ["hutchinson", "exact", "chain of two", "rk4", "classifier"])
+@pytest.mark.parametrize("prune", [prune_weights_, prune_neurons_])
+def test_the_direct_gradient_is_autograds(model, prune):
+    torch.manual_seed(0)
+    fields = [toy_field("l3_h8", "tanh") for _ in range(2 if model == "chain of two" else 1)]
+    settings = {"rtol": 1e-5, "atol": 1e-5}
+    if model == "rk4":
+        settings |= {"method": "rk4", "options": {"step_size": 0.1}}
+    if model == "classifier":
+        flow = NeuralClassifier(fields, **settings)
+    else:
+        flow = ContinuousFlow(fields, divergence="exact" if model == "exact" else "hutchinson", **settings)
+    prune(flow, 0.5)  # leaves constants that are folded, made anew from parameters at every step
+    compiled = flow.compile("cpu").train()
+    x, labels = rows(64), torch.arange(64) % 2
+    torch.manual_seed(3)
+    loss = compiled.row_nll(x, labels).mean()
+    loss.backward()
+    expected = [p.grad.clone() for p in compiled.parameters()]
+    for p in compiled.parameters():
+        p.grad.zero_()
+    torch.manual_seed(3)
+    value, nfe = DirectGradient.of(compiled)(x, labels)
+    assert value == pytest.approx(loss.item(), abs=1e-5) and nfe == compiled.stats.nfe
+    for p, gradient in zip(compiled.parameters(), expected):
+        assert torch.allclose(p.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_what_only_autograd_can_differentiate_is_left_to_it():
+    field = toy_field("l2_h4")
+    assert DirectGradient.of(ContinuousFlow(field)) is None  # not compiled
+    others = {"train_end_time": True}, {"gradient": "adjoint"}, {"penalties": {"kinetic": 1.0}}, {"batch_norm": 0.0}
+    for settings in others:
+        assert DirectGradient.of(ContinuousFlow(field, **settings).compile("cpu")) is None, settings
+    assert DirectGradient.of(ContinuousFlow(field).compile("reference")) is None
+
+
+def test_a_classifier_learns_its_labels_and_goes_on_from_its_checkpoint(tmp_path):
+    x = torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
+    labels = (x[:, 0] > x[:, 1] ** 2 - 0.5).long()
+    data = Dataset("parabola", x, x[:0], x[:0], train_labels=labels)
+    settings = {"batch": 100, "lr": 0.05, "optimizer": "adam", "weight_decay": 1e-4, "engine": "auto"}
+
+    def made():
+        torch.manual_seed(0)
+        return NeuralClassifier(toy_field("l2_h16", "tanh"), rtol=1e-4, atol=1e-4)
+
+    whole, parts, path = made(), made(), tmp_path / "c.safetensors"
+    history = train(whole, data, epochs=20, **settings)
+    assert (whole.predict(x) == labels).float().mean() > 0.9 and history[-1]["nll"] < 0.5 * history[0]["nll"]
+    assert evaluate_nll(whole, x, labels) == pytest.approx(whole.row_nll(x, labels).mean().item(), rel=1e-4)
+
+    def stop(facts):
+        if facts["epoch"] == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(parts, data, epochs=20, checkpoint=path, progress=stop, **settings)
+    train(parts, data, epochs=20, checkpoint=path, **settings)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), parts.parameters()))
+    for bad, word in ((None, "the data has none"), (labels.float(), "int64"), (labels + 1, "they go from 1 to 2")):
+        with pytest.raises(ValueError, match=word):
+            train(made(), Dataset("bad", x, x[:0], x[:0], train_labels=bad), epochs=1, **settings)
 
 
 def test_clipping_bounds_the_step():

@@ -170,7 +170,7 @@ def test_what_is_kept_outlives_inference_mode():
 
 
 def test_forms_are_chosen_by_density_and_explained(monkeypatch):
-    thin, full = (Pattern.from_mask(torch.rand(40, 50) < density) for density in (0.1, 0.9))
+    thin, full = (Pattern.from_mask(torch.rand(400, 500) < density) for density in (0.02, 0.9))
     small = Pattern.from_mask(torch.ones(3, 50, dtype=torch.bool))
     assert choose_form(thin, F32).name == "sparse" and choose_form(full, F32).name == "dense"
     assert choose_form(small, F32).name == "sparse" and choose_form(full, F32, fixed=False).name == "sparse"

@@ -56,6 +56,8 @@ const std::vector<double>& CompiledProgram<T>::seconds() {
 template <class T>
 int CompiledProgram<T>::choose_width(int batch, int threads, int evaluations, double total) {
   if (forced_ >= 0) return forced_;
+  // A convolution's weight serves many pixels in the narrowest tile too, whose planes lie in the nearest cache.
+  if (std::any_of(program_.matrices.begin(), program_.matrices.end(), [](const Matrix<T>& m) { return m.window.present(); })) return 0;
   const std::vector<double>& seconds = this->seconds();
   int best = 0;
   double least = std::numeric_limits<double>::infinity();

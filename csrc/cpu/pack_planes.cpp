@@ -62,12 +62,14 @@ void pack_planes(PackedOp<T>& out, const Op& op, const Program<T>& program, Pack
   p.reach = down.reach;
   p.first_y = down.first, p.first_x = along.first;
   const int rows = *std::max_element(down.sizes.begin(), down.sizes.end()), columns = *std::max_element(along.sizes.begin(), along.sizes.end());
-  p.band_columns = divided_up(along.stride * (columns - 1) + along.reach + 1, along.stride);
+  p.band_columns = columns - 1 + divided_up(along.reach + 1, along.stride);
   const int64_t pixel = int64_t(packed.width) * int64_t(sizeof(T)) * (op.tangent() ? 2 : 1);
   const int64_t line = int64_t(p.source_planes) * along.stride * p.band_columns * pixel;
   auto lines = [&](int64_t of) { return down.stride * (of - 1) + down.reach + 1; };
   const int64_t fit = (kBandBytes / std::max<int64_t>(1, line) - down.reach - 1) / down.stride + 1;
-  const int most = static_cast<int>(std::clamp<int64_t>(std::max<int64_t>(fit, kRowsPerOverlap * down.reach / down.stride), 1, std::max(1, rows)));
+  const int64_t wanted = std::max<int64_t>(fit, int64_t(kRowsPerOverlap) * down.reach / down.stride);
+  const int64_t reached = ((int64_t(1) << 31) / std::max<int64_t>(1, line) - down.reach - 1) / down.stride + 1;  // by offsets
+  const int most = static_cast<int>(std::clamp<int64_t>(std::min(wanted, reached), 1, std::max(1, rows)));
   p.band = divided_up(std::max(1, rows), divided_up(std::max(1, rows), most));
   if (lines(p.band) * line > std::numeric_limits<uint32_t>::max()) fail("a convolution's rows are too long for 32-bit offsets");
   p.band_rows = static_cast<int32_t>(lines(p.band));

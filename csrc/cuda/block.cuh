@@ -49,9 +49,8 @@ constexpr unsigned kWarp = 0xffffffffu;
 template <class T, int V, bool Shared>
 struct Block {
   static constexpr int kSamplesLog = V == 4 ? 2 : 0;
-  // Values, not references: `run` keeps what it needs of them in registers, and knows that shared memory is shared memory.
-  const DeviceProgram program;
-  const BlockPlan plan;
+  const DeviceProgram& program;  // a kernel's parameters: as long as nobody hands on their address, they stay in constant memory
+  const BlockPlan& plan;
   char* const global;  // of this block
   const int tile_log, lanes_log, split;
   const int lane, part, group, groups;  // of this thread; how many groups there are
@@ -148,32 +147,59 @@ struct Block {
 
   // ---- streams of weights
 
-  int ring_chunk[2] = {-1, -1};  // what its two places hold, or will
-  int ring_turn = 0;             // the place of the chunk in use
+  int ring_turn = 0;                // the place of the chunk in use, of two
+  int in_use = -1, in_other = -1;  // the chunks that this place and the other hold, or will
 
   SF_DEVICE void fetch(int place, int chunk) {
     const Chunk c = chunks()[chunk];
     char* const to = shared_memory() + plan.streams + size_t(place) * program.largest_chunk;
     for (int i = threadIdx.x; i < c.bytes / 16; i += blockDim.x) copy_async(to + 16 * size_t(i), program.image + c.offset + 16 * size_t(i));
     commit_copies();
-    ring_chunk[place] = chunk;
+  }
+  SF_DEVICE void turn_ring() {
+    const int held = in_use;
+    in_use = in_other, in_other = held;
+    ring_turn ^= 1;
   }
 
   // The chunk, ready to be read; the one that will probably be asked for next is on its way meanwhile.
   SF_DEVICE const char* acquire(int chunk, const Chunk& c, int next) {
     if (plan.resident) return shared_memory() + plan.streams + (c.offset - program.streams);
-    ring_turn ^= 1;
-    if (ring_chunk[ring_turn] != chunk) {
-      if (ring_chunk[ring_turn ^ 1] == chunk) ring_turn ^= 1;
-      else wait_for_copies(), sync(), fetch(ring_turn, chunk);  // nobody reads there any more
-    }
+    if (in_use != chunk) turn_ring();
+    if (in_use != chunk) wait_for_copies(), sync(), fetch(ring_turn, in_use = chunk);  // nobody reads there any more
     wait_for_copies();
     sync();  // all threads' copies are there, and all have left the other place
-    if (next >= 0 && next != chunk && ring_chunk[ring_turn ^ 1] != next) fetch(ring_turn ^ 1, next);
+    if (next >= 0 && next != chunk && in_other != next) fetch(ring_turn ^ 1, in_other = next);
     return shared_memory() + plan.streams + size_t(ring_turn) * program.largest_chunk;
   }
 
   // ---- rows
+
+  // read(source), for each of the memories it may be in a copy of the code that reads it.
+  template <class F>
+  SF_DEVICE void where_it_is(const T* source, F read) const {
+    if (Shared || plan.gathered < 0) read(source);
+    else read(in_shared<T>(plan.gathered));
+  }
+
+  // The rows of a place that an operation reads at random, and the numbers from one slot to the next. From global memory
+  // they come in one piece, because a gather there reads a sector for every activation. Ends at a barrier where it copies.
+  SF_DEVICE const T* gathered(const Place& place, int n, int slots, int& slot) const {
+    slot = slot_of(place);
+    if (Shared || plan.gathered < 0) return rows_of(place);
+    constexpr int kAtOnce = 16 / sizeof(T);
+    const int size = n << tile_log;
+    for (int k = 0; k < slots; ++k) {
+      const T* const from = rows_of(place) + k * slot;
+      T* const to = in_shared<T>(plan.gathered) + k * size;
+      for (int i = threadIdx.x * kAtOnce; i < size; i += blockDim.x * kAtOnce) copy_async(to + i, from + i);
+    }
+    commit_copies();
+    wait_for_copies();
+    sync();
+    slot = size;
+    return in_shared<T>(plan.gathered);
+  }
 
   // sums over the entries first, first + step ... of a row, for V samples (and their tangents)
   template <bool Tangent, bool Indirect>
@@ -229,8 +255,8 @@ struct Block {
 
   template <bool Layer, bool Tangent, bool Indirect>
   SF_DEVICE void run_rows(const DeviceOp& op) {
-    const char* const source = reinterpret_cast<const char*>(rows_of(op.source) + lane * V);
-    const int tangent = slot_of(op.source) * int(sizeof(T));
+    int tangent = 0;
+    const T* const source = gathered(op.source, op.cols, Tangent ? 2 : 1, tangent);
     const T* const values = Indirect ? dynamic + op.values : nullptr;
     const bool reduces = op.flags & kReduces;
     T trace_part = T(0);
@@ -247,7 +273,10 @@ struct Block {
         const RowHead head = mine ? heads[base + group] : RowHead{0, 0};
         const int row = head.row_and_quads & 0xffff, count = head.row_and_quads >> 16;
         T sum[Tangent ? 2 * V : V] = {};
-        multiply<Tangent, Indirect>(weights, cols, values, int(head.first) + part, int(head.first) + count, 1 << split, source, tangent, sum);
+        where_it_is(source, [&](const T* x) {
+          multiply<Tangent, Indirect>(weights, cols, values, int(head.first) + part, int(head.first) + count, 1 << split, reinterpret_cast<const char*>(x + lane * V),
+                                      tangent * int(sizeof(T)), sum);
+        });
         const T value = meet(sum), its_tangent = Tangent ? meet(sum + (Tangent ? V : 0)) : T(0);
         if (mine && !stands_by()) finish<Layer, Tangent>(op, row, value, its_tangent, trace_part);
       }
@@ -260,8 +289,9 @@ struct Block {
   template <bool Layer, bool Tangent>
   SF_DEVICE void run_dense(const DeviceOp& op) {
     constexpr int N = Tangent ? 2 * V : V;
-    const T* const source = rows_of(op.source) + lane * V;
-    const int stride = samples(), tangent = slot_of(op.source);
+    int tangent = 0;
+    const T* const source = gathered(op.source, op.cols, Tangent ? 2 : 1, tangent);
+    const int stride = samples();
     T trace_part = T(0);
     T sum[kQuad][N];
     for (int i = 0; i < op.chunks; ++i) {
@@ -270,7 +300,6 @@ struct Block {
       const char* const at = acquire(chunk, c, i + 1 < op.chunks ? chunk + 1 : op.next_chunk);
       const RowHead* const heads = reinterpret_cast<const RowHead*>(at);
       const T* const weights = reinterpret_cast<const T*>(at + (c.rows * sizeof(RowHead) + 15) / 16 * 16);
-      const T* const x_begin = source + c.first_column * stride;
       for (int base = 0; base < c.rows; base += groups) {  // once, of a slab
         const bool mine = base + group < c.rows;
         if (c.first_column == 0) {
@@ -280,9 +309,10 @@ struct Block {
             for (int v = 0; v < N; ++v) sum[r][v] = T(0);
         }
         const T* const w = weights + size_t(base + group) * c.columns * kQuad;
-        if (mine) {
+        where_it_is(source, [&](const T* rows) {
+          const T* const x_begin = rows + c.first_column * stride + lane * V;
 #pragma unroll 2
-          for (int k = part; k < c.columns; k += 1 << split) {
+          for (int k = part; mine && k < c.columns; k += 1 << split) {
             const Quad<T> four = load_quad(w + k * kQuad);
             const Samples<T, V> x = load<T, V>(x_begin + k * stride);
 #pragma unroll
@@ -297,7 +327,7 @@ struct Block {
                 for (int v = 0; v < V; ++v) sum[r][V + v] += four.v[r] * p.v[v];
             }
           }
-        }
+        });
         if (!c.last) continue;
         const RowHead head = mine ? heads[base + group] : RowHead{0xffffffffu, 0xffffffffu};
 #pragma unroll 1
@@ -326,34 +356,44 @@ struct Block {
   SF_DEVICE void add_to_trace(T mine) {
     for (int bit = lanes_log + split; bit < 5; ++bit) mine += __shfl_xor_sync(kWarp, mine, 1 << bit);
     const bool first_group = (threadIdx.x & 31) >> (lanes_log + split) == 0;
-    sum_into_trace(first_group && !stands_by(), sample_of_part(), mine);
+    sum_over_warps(first_group && !stands_by(), sample_of_part(), mine, trace(), true);
   }
-  // mine: of a thread that speaks for its warp's part of a sample
-  SF_DEVICE void sum_into_trace(bool speaks, int sample, T mine) {
-    T* const to = red() + (size_t(red_turn) * (blockDim.x / 32) << tile_log);
+  // The warps' parts of a sample's sum, in their order, into `sum` (+ what is there). mine: of a thread that speaks for its
+  // warp's part of a sample.
+  SF_DEVICE void sum_over_warps(bool speaks, int sample, T mine, T* sum, bool adds) {
+    T* const parts = red() + (size_t(red_turn) * (blockDim.x / 32) << tile_log);
     red_turn ^= 1;
-    if (speaks) to[(threadIdx.x / 32 << tile_log) + sample] = mine;
+    if (speaks) parts[(threadIdx.x / 32 << tile_log) + sample] = mine;
     sync();
     for (int s = threadIdx.x; s < samples(); s += blockDim.x) {
-      T sum = T(0);
-      for (int w = 0; w < int(blockDim.x) / 32; ++w) sum += to[(w << tile_log) + s];
-      trace()[s] += sum;  // always by the same thread; who else reads it waits at a barrier of its own
+      T total = T(0);
+      for (int w = 0; w < int(blockDim.x) / 32; ++w) total += parts[(w << tile_log) + s];
+      // always by the same thread; who else reads it waits at a barrier of its own
+      sum[s] = adds ? sum[s] + total : total;
     }
   }
 
   SF_DEVICE void run_pointwise(const DeviceOp& op) {
-    T trace_part = pointwise_rows<T, Shared>(op, program.image, Shared ? plan.work : 0, Shared ? nullptr : global + plan.work_global, tile_log);
-    if (!(op.flags & kReduces)) return sync();
-    for (int bit = samples(); bit < 32; bit <<= 1) trace_part += __shfl_xor_sync(kWarp, trace_part, bit);
-    const int in_warp = threadIdx.x & 31;
-    sum_into_trace(in_warp < samples(), in_warp, trace_part);
+    T trace_part = T(0), sums[kMostTotals];
+    pointwise_rows<T>(op, program.image, work() + (threadIdx.x & (samples() - 1)), tile_log, trace_part, sums);
+    const DeviceTotal* const totals = in_image<DeviceTotal>(op.totals);
+    const int traces = op.flags & kReduces ? 1 : 0, in_warp = threadIdx.x & 31;
+#pragma unroll 1
+    for (int i = -traces; i < op.n_totals; ++i) {
+      T mine = i < 0 ? trace_part : sums[i];
+      for (int bit = samples(); bit < 32; bit <<= 1) mine += __shfl_xor_sync(kWarp, mine, bit);
+      sum_over_warps(in_warp < samples(), in_warp, mine, i < 0 ? trace() : work() + (size_t(totals[i].row) << tile_log), i < 0);
+    }
+    if (op.n_totals > 0 || !traces) sync();  // the trace is read behind a barrier anyhow
   }
 
   // sums[e] += the inner product over samples of two rows, for every entry e, always by the same thread
   SF_DEVICE void run_gradient(const DeviceOp& op, T* sums) const {
     const uint32_t* const pairs = in_image<uint32_t>(op.pairs);
-    const T *const left = rows_of(op.factor), *const right = rows_of(op.source);
-    const int tangents = op.flags & kCarries ? 1 : 0, left_slot = slot_of(op.factor), right_slot = slot_of(op.source);
+    const int tangents = op.flags & kCarries ? 1 : 0, left_slot = slot_of(op.factor);
+    int right_slot = 0;
+    // a row's entries lie behind each other, and so does what their threads read of the left side
+    const T *const left = rows_of(op.factor), *const right = gathered(op.source, op.cols, 1 + tangents, right_slot);
     for (int e = threadIdx.x; e < op.entries; e += blockDim.x) {
       const uint32_t pair = pairs[e];
       Samples<T, V> sum = {};
@@ -375,15 +415,9 @@ struct Block {
     sync();
   }
 
-  // A list of operations; `lasting` and `each_stage`: where gradients are added up. One copy of this for all who call it, on
-  // a copy of the block that can live in registers.
-  SF_CALLED void run(List list, T* lasting = nullptr, T* each_stage = nullptr) {
-    Block here(*this);
-    here.run_here(list, lasting, each_stage);
-    ring_chunk[0] = here.ring_chunk[0], ring_chunk[1] = here.ring_chunk[1];
-    ring_turn = here.ring_turn, red_turn = here.red_turn;
-  }
-  SF_DEVICE void run_here(List list, T* lasting, T* each_stage) {
+  // A list of operations; `lasting` and `each_stage`: where gradients are added up. A kernel calls it in one place, for it is
+  // most of its code.
+  SF_DEVICE void run(List list, T* lasting = nullptr, T* each_stage = nullptr) {
     const int begin = program.list[list], end = program.list[list + 1];
     for (int i = begin; i < end; ++i) {
       const DeviceOp& op = ops()[i];

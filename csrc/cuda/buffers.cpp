@@ -29,6 +29,7 @@ std::vector<int32_t> place_buffers(const Program<T>& p, int32_t& rows) {
       touch(which, at, *o);
     for (const auto& input : op.inputs) touch(which, at, input.rows);
     for (const Operand& output : op.outputs) touch(which, at, output);
+    for (const Op::Total& total : op.totals) touch(which, at, total.target);
   };
   int at = 0;
   for (const Op& op : p.body) visit(op, 0, at++);
@@ -42,6 +43,7 @@ std::vector<int32_t> place_buffers(const Program<T>& p, int32_t& rows) {
     outlives(op.source), outlives(op.target), outlives(op.addend);
     for (const auto& input : op.inputs) outlives(input.rows);
     for (const Operand& output : op.outputs) outlives(output);
+    for (const Op::Total& total : op.totals) outlives(total.target);
   }
   for (int id : {p.input, p.output, p.noise, p.ones, p.cotangent, p.trace_cotangent, p.state_cotangent, p.context, p.context_cotangent})
     if (id >= 0) always[id] = 1;

@@ -44,9 +44,9 @@ struct DeviceOp {
   int32_t factor_row, factor2_row;  // byte offsets; -1: the row itself
   int32_t pairs;              // gradient: byte offset of (row << 16 | column), one per entry
   int32_t sums;               // gradient: its first sum among those of a stage or of all time
-  // pointwise: byte offsets of its instructions, operands and row vectors; how many instructions and traces. The traces'
-  // registers lie behind the row vectors.
-  int32_t code, operands, vectors, instructions, n_vectors, traces;
+  // pointwise: byte offsets of its instructions, operands, row vectors and totals; how many of them. The traces' registers lie
+  // behind the row vectors.
+  int32_t code, operands, vectors, instructions, n_vectors, traces, totals, n_totals, reserved[2];
   Place source, target, seed, weight, factor, factor2, addend, kept, slope_cotangent, value;
   double a, b;                // activation parameters
 };
@@ -59,6 +59,11 @@ struct DeviceInstruct {
 };
 inline constexpr int kRegister = 0x8000;
 inline constexpr int kRegisters = 24;  // of a thread, at most
+
+// The rows of a place (as an instruction's) are summed up into one row of the workspace.
+struct DeviceTotal {
+  int32_t place, row;
+};
 
 // Rows of the workspace, or numbers of the image, that a pointwise operation works on. step: 0 where one serves all rows.
 struct DeviceRows {
@@ -109,6 +114,7 @@ struct DeviceProgram {
   int32_t n_ops = 0, n_chunks = 0, n_modulations = 0, n_gated = 0;
   int32_t list[kLists + 1] = {0, 0, 0, 0, 0};  // where the lists of operations begin; the last: where they end
   int32_t modulation_rows = 0, dynamic_values = 0, workspace_rows = 0, dynamic_modulations = 0;
+  int32_t gathered_rows = 0;  // that an operation reads at random, at most, slots counted
   int32_t lasting_sums = 0, stage_sums = 0, totals = 0;  // of a block; totals follow the lasting sums, the last one is of t
   int32_t streams = 0, stream_bytes = 0, largest_chunk = 0, slabs = 0;  // the chunks lie together; dense ones are slabs
   Place input, output, noise, ones, cotangent, trace_cotangent, state_cotangent;
@@ -126,6 +132,7 @@ struct BlockPlan {
   int32_t threads = 256;
   int32_t resident = 1;   // all streams are in shared memory; else they come through a ring of two chunks
   int32_t ops = 0, modulation = 0, dynamic = 0, reduce = 0, work = 0, state = 0, streams = 0;
+  int32_t gathered = -1;  // where the workspace is in global memory: a copy of the rows that an operation reads at random
   int32_t shared_bytes = 0;
   int64_t work_global = 0, state_global = 0, dynamic_global = 0, global_bytes = 0;
 };

@@ -1,5 +1,6 @@
 #include "image.h"
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <numeric>
@@ -50,12 +51,12 @@ class Writer {
     for (const auto* list : p_.adjoint() ? std::vector<const std::vector<Op>*>{&p_.keep, &p_.reverse} : std::vector<const std::vector<Op>*>{&p_.body})
       for (const Op& op : *list) {
         if (op.kind == OpKind::kPointwise) {
-          out_.work.push_back({double(op.rows), 0, 1, false, false, double(p_.expressions[op.expression].code.size())});
+          out_.work.push_back({double(op.rows), 0, 0, 1, false, false, double(p_.expressions[op.expression].code.size())});
           continue;
         }
         const Matrix<T>& m = p_.matrices[op.matrix];
         const bool whole = dense(op.matrix) && op.kind != OpKind::kGradient, gradient = op.kind == OpKind::kGradient;
-        out_.work.push_back({double(op.transposed ? m.cols : m.rows), (whole ? double(m.rows) * m.cols : double(m.nnz())) / kQuad, op.tangent() ? 2.0 : 1.0, whole, gradient});
+        out_.work.push_back({double(op.transposed ? m.cols : m.rows), double(op.transposed ? m.rows : m.cols), (whole ? double(m.rows) * m.cols : double(m.nnz())) / kQuad, op.tangent() ? 2.0 : 1.0, whole, gradient});
       }
     place_streams();
     d.n_chunks = static_cast<int32_t>(streams_.chunks.size());
@@ -226,7 +227,6 @@ class Writer {
   // ---- operations
 
   DeviceOp describe_pointwise(const Op& op) {
-    if (!op.totals.empty()) fail("pointwise operations of CUDA have no totals");
     const Expression& e = p_.expressions[op.expression];
     DeviceOp to{};
     to.kind = int(op.kind);
@@ -274,10 +274,29 @@ class Writer {
     if (!vectors.empty()) std::memcpy(both.data(), vectors.data(), vectors.size() * sizeof(DeviceRows));
     if (!traces.empty()) std::memcpy(both.data() + vectors.size() * sizeof(DeviceRows), traces.data(), traces.size() * sizeof(uint16_t));
     to.vectors = append(both);
+    std::vector<DeviceTotal> totals;
+    for (const Op::Total& total : op.totals) totals.push_back({where[total.place], place(total.target).row});
+    to.totals = append(totals);
+    to.n_totals = static_cast<int32_t>(totals.size());
     return to;
   }
 
+  static bool has_kernel(OpKind kind) {
+    switch (kind) {  // a kind that is new is not run as another one
+      case OpKind::kProduct:
+      case OpKind::kReduction:
+      case OpKind::kAffine:
+      case OpKind::kKeep:
+      case OpKind::kPull:
+      case OpKind::kGradient:
+      case OpKind::kPointwise:
+        return true;
+    }
+    return false;
+  }
+
   DeviceOp describe(const Op& op) {
+    if (!has_kernel(op.kind)) fail("an operation of this kind runs on the CPU only");
     if (op.kind == OpKind::kPointwise) return describe_pointwise(op);
     const Matrix<T>& m = p_.matrices[op.matrix];
     DeviceOp to{};
@@ -294,6 +313,7 @@ class Writer {
     to.rows = op.transposed ? m.cols : m.rows;
     to.cols = op.transposed ? m.rows : m.cols;
     to.entries = m.nnz();
+    out_.program.gathered_rows = std::max(out_.program.gathered_rows, to.cols * (op.tangent() ? 2 : 1));
     to.source = place(op.source), to.target = place(op.target), to.seed = place(op.seed), to.weight = place(op.weight);
     to.factor = place(op.factor), to.factor2 = place(op.factor2), to.addend = place(op.addend), to.kept = place(op.kept);
     to.slope_cotangent = place(op.slope_cotangent), to.value = place(op.value);

@@ -37,7 +37,7 @@ struct Image {
 
   // What a cost estimate asks for, by operation of the body, or of keep and reverse together.
   struct Work {
-    double rows = 0, quads = 0, lanes = 1;  // lanes: 2 with a tangent
+    double rows = 0, cols = 0, quads = 0, lanes = 1;  // lanes: 2 with a tangent
     bool dense = false, gradient = false;
     double instructions = 0;  // of a pointwise operation
   };

@@ -1,6 +1,8 @@
 // Launching a kernel of one parameter block, with CUDA or on the host.
 #pragma once
 
+#include <mutex>
+
 #include "launch.h"
 #include "platform.h"
 
@@ -48,14 +50,23 @@ class OnDevice {
   bool changed_ = false;
 };
 
-// As much shared memory as there is, whatever this launch takes: another thread may be launching the same kernel.
+// A kernel's attributes are the process's: nobody else changes them between here and the launch that they are for.
+inline std::mutex& attributes_mutex() {
+  static std::mutex mutex;
+  return mutex;
+}
+
+// As much shared memory to a block as there is, and of the multiprocessor what `blocks` take; 0: all of it.
 template <class P>
-int allow_shared(void (*kernel)(P), int device) {
-  int most = 0;
+int allow_shared(void (*kernel)(P), int device, int blocks, int shared_bytes) {
+  int most = 0, multiprocessors = 0, together = 0;
   if (const int code = cleared(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))) return code;
+  if (const int code = cleared(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device))) return code;
+  if (const int code = cleared(cudaDeviceGetAttribute(&together, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device))) return code;
   const void* const function = reinterpret_cast<const void*>(kernel);
   if (const int code = cleared(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most))) return code;
-  return cleared(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  const int percent = blocks == 0 ? int(cudaSharedmemCarveoutMaxShared) : carveout(blocks, multiprocessors, shared_bytes, together);
+  return cleared(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, percent));
 }
 
 template <class P>
@@ -63,7 +74,8 @@ int launch_kernel(void (*kernel)(P), const P& params, int threads, int shared_by
   static_assert(sizeof(P) <= 4096, "kernel parameters are limited to 4 KB");
   const OnDevice on(launch.device);
   if (on.code) return on.code;
-  if (const int code = allow_shared(kernel, launch.device)) return code;
+  const std::lock_guard<std::mutex> alone(attributes_mutex());
+  if (const int code = allow_shared(kernel, launch.device, launch.blocks, shared_bytes)) return code;
   P copy = params;
   void* arguments[] = {&copy};
   const dim3 grid(launch.blocks), block(threads);
@@ -76,7 +88,8 @@ template <class P>
 int occupancy_of(void (*kernel)(P), int device, int threads, int shared_bytes, int& blocks) {
   const OnDevice on(device);
   if (on.code) return on.code;
-  if (const int code = allow_shared(kernel, device)) return code;
+  const std::lock_guard<std::mutex> alone(attributes_mutex());
+  if (const int code = allow_shared(kernel, device, 0, shared_bytes)) return code;
   return cleared(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, reinterpret_cast<const void*>(kernel), threads, size_t(shared_bytes)));
 }
 

@@ -22,6 +22,14 @@ struct Launch {
   bool cooperative = false;  // all blocks at once, or an error
 };
 
+// Percent of a multiprocessor's shared memory that its share of the blocks takes: what is left of it is first-level cache.
+// The device keeps 1 KB of every block for itself.
+inline int carveout(int blocks, int multiprocessors, int shared_bytes, int shared_per_multiprocessor) {
+  const long long here = (blocks + multiprocessors - 1) / multiprocessors, wanted = here * (shared_bytes + 1024LL);
+  const long long percent = (100 * wanted + shared_per_multiprocessor - 1) / shared_per_multiprocessor;
+  return percent < 100 ? int(percent) : 100;
+}
+
 template <class T>
 int launch_solve(const SolveParams<T>& params, Instance instance, const Launch& launch);
 template <class T>

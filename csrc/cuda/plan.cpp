@@ -35,24 +35,26 @@ struct Cost {
   double latency = 0, busy = 0;
 };
 template <class T>
-Cost cost_of_tile(const Image<T>& image, const Shape& s, bool work_in_shared, bool resident, int blocks) {
+Cost cost_of_tile(const Image<T>& image, const Shape& s, bool work_in_shared, bool gathered, bool resident, int blocks) {
   constexpr double kBarrier = 60, kRowLatency = 250, kQuadLatency = 60, kRowInstructions = 90, kQuadInstructions = 39, kTangentInstructions = 24, kPerInstruction = 30,
                    kSharedRate = 128, kMemoryRate = 24, kSlowMemoryRate = 12, kCache = 40e6;
   // the parts of a warp read different rows at once, from different banks where the row has a choice (csrc/cuda/image.cpp)
   const double lanes = double(s.tile) / s.per_thread, conflicts = s.per_thread == 1 || lanes >= 8 ? 1.0 : lanes == 4 ? 1.1 : lanes == 2 ? 1.2 : 1.45;
   const double groups = s.threads / (lanes * s.parts), warps = s.threads / 32.0;
   const double sums = double(image.program.lasting_sums + image.program.totals) * sizeof(T) * blocks;
-  double instructions = 0, shared = 0, memory = 0, latency = 2 * kBarrier;
+  double instructions = 0, shared = 0, memory = 0, passed = 0, latency = 2 * kBarrier;  // passed: rows as they lie, once each
   for (const auto& w : image.work) {
     if (w.instructions > 0) {  // every thread reads its operands and is told what to do, number by number
       const double passes = std::ceil(w.rows * s.tile / s.threads);
       instructions += passes * warps * w.instructions * kPerInstruction;
       shared += w.rows * s.tile * w.instructions * sizeof(T);
+      passed += w.rows * s.tile * w.instructions * sizeof(T);
       latency += kBarrier + passes * w.instructions * kPerInstruction * 4;
       continue;
     }
     if (w.gradient) {  // an inner product for every entry, and its sum read and written
       const double entries = w.quads * kQuad;
+      passed += (w.cols + w.rows) * s.tile * sizeof(T) * w.lanes;
       shared += 2 * entries * s.tile * sizeof(T) * w.lanes * 1.5;
       instructions += entries / 32 * (30 + 8.0 * lanes * w.lanes);
       memory += entries * (2 * sizeof(T) + 4) * (sums > kCache ? kMemoryRate / kSlowMemoryRate : 1);
@@ -63,12 +65,13 @@ Cost cost_of_tile(const Image<T>& image, const Shape& s, bool work_in_shared, bo
     latency += kBarrier + passes * (kRowLatency * (w.dense ? 2 : 1) + quads * kQuadLatency);
     const double per_quad = kQuadInstructions + kTangentInstructions * (w.lanes - 1);
     instructions += passes * warps * (kRowInstructions * (w.dense ? kQuad : 1) + quads * per_quad * (w.dense ? 0.55 : 1));
+    passed += (w.cols + 4 * w.rows) * s.tile * sizeof(T) * w.lanes;  // what a layer keeps, or reads of what was kept
     const double products = w.quads * kQuad * s.tile * w.lanes;
     shared += (w.dense ? products / kQuad / 2 : products * conflicts) * sizeof(T) + w.quads * kQuad * (sizeof(T) + 2.0) + w.rows * s.tile * sizeof(T);
   }
   if (!resident) memory += image.program.stream_bytes, latency += 60.0 * image.program.n_chunks;
-  if (!work_in_shared) memory += shared, latency *= 2;
-  return {latency, std::max({instructions / 4, work_in_shared ? shared / kSharedRate : 0, memory / kMemoryRate})};
+  if (!work_in_shared) memory += gathered ? passed : shared, latency *= gathered ? 1.5 : 2;
+  return {latency, std::max({instructions / 4, work_in_shared || gathered ? shared / kSharedRate : 0, memory / kMemoryRate})};
 }
 
 }  // namespace
@@ -94,7 +97,7 @@ Plan plan_for(const Image<T>& image, const Shape& shape, const Device& device, i
   b.ops = take(aligned(p.n_ops * sizeof(DeviceOp)) + p.n_chunks * sizeof(Chunk));
   b.modulation = take(2 * size_t(p.modulation_rows) * sizeof(T));
   // the trace and its parts, the parts of error norms, what the block knows in common (csrc/cuda/solve.cuh)
-  b.reduce = take(aligned(size_t(shape.tile) * (1 + 2 * (shape.threads / 32)) * sizeof(T)) + 2 * size_t(shape.threads) * sizeof(double) + sizeof(Common<T>));
+  b.reduce = take(aligned(size_t(shape.tile) * (1 + 2 * (shape.threads / 32)) * sizeof(T)) + size_t(shape.threads) * sizeof(double) + sizeof(Common<T>));
   const size_t limit = device.shared_per_block;
   const size_t work = size_t(p.workspace_rows) * shape.tile * sizeof(T), dynamic = size_t(p.dynamic_values) * sizeof(T);
   const size_t arrays = adjoint ? 3 * size_t(stages) + 3 : 5 + size_t(stages);
@@ -121,6 +124,12 @@ Plan plan_for(const Image<T>& image, const Shape& shape, const Device& device, i
     return false;
   };
   out.work_in_shared = place(work, b.work, b.work_global);
+  if (!out.work_in_shared) {  // there is no other place for it: without one, rows are read where they are
+    int64_t nowhere = 0;
+    const int64_t before = b.global_bytes;
+    place(size_t(p.gathered_rows) * shape.tile * sizeof(T), b.gathered, nowhere);
+    b.global_bytes = before;
+  }
   place(state, b.state, b.state_global);
   place(dynamic, b.dynamic, b.dynamic_global);
   b.resident = at + all <= limit;
@@ -141,11 +150,12 @@ Plan plan_for(const Image<T>& image, const Shape& shape, const Device& device, i
   const int most = out.blocks_per_multiprocessor * device.multiprocessors;
   out.blocks = std::max(1, std::min(out.tiles, most));
   const double per_sm = std::ceil(double(out.tiles) / device.multiprocessors), beside = std::min<double>(out.blocks_per_multiprocessor, per_sm);
-  const Cost tile = cost_of_tile(image, shape, out.work_in_shared, b.resident, out.blocks);
+  const Cost tile = cost_of_tile(image, shape, out.work_in_shared, b.gathered >= 0, b.resident, out.blocks);
   out.cycles = std::max(per_sm * tile.busy, std::ceil(per_sm / beside) * tile.latency);
   if (!per_tile && out.tiles > most) out.cycles *= 1.1;  // states come and go
   out.reason = std::to_string(shape.tile) + " samples to a tile, " + std::to_string(shape.threads) + " threads, " + std::to_string(shape.parts) +
-               (shape.parts == 1 ? " part" : " parts") + " to a row; activations in " + (out.work_in_shared ? "shared" : "global") + " memory, weights " +
+               (shape.parts == 1 ? " part" : " parts") + " to a row; activations in " + (out.work_in_shared ? "shared" : "global") + " memory" +
+               (b.gathered >= 0 ? ", an operation's sources in shared" : "") + ", weights " +
                (b.resident ? "resident there" : "streamed through it") + " (" + std::to_string(all) + " bytes), " + std::to_string(b.shared_bytes) +
                " bytes of shared memory a block";
   fits = true;

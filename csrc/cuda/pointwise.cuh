@@ -73,19 +73,19 @@ SF_CALLED T instruct(Instruct op, T a, T b, T c, T n) {
 }
 
 // An expression, row by row: a thread keeps to one sample, because a block has a multiple of a tile's threads. Operands are
-// in the workspace (at an offset in shared memory, or in global memory), what is between them in registers of the thread's
-// own. Returns what the thread's rows add to the trace. A function of its own, so that its registers, which are numbered at
-// run time and therefore in memory, are not in the way of the loops over weights.
-template <class T, bool Shared>
-SF_CALLED T pointwise_rows(const DeviceOp& op, const char* image, int offset, char* global, int tile_log) {
+// in the workspace (`own`, at the thread's sample), what is between them in registers of the thread's own, which are numbered
+// at run time and therefore in memory. trace: what the thread's rows add to the trace.  sums: of every total.
+template <class T>
+SF_DEVICE void pointwise_rows(const DeviceOp& op, const char* image, T* own, int tile_log, T& trace, T* sums) {
   const DeviceInstruct* const code = reinterpret_cast<const DeviceInstruct*>(image + op.code);
   const DeviceRows* const operands = reinterpret_cast<const DeviceRows*>(image + op.operands);
   const DeviceRows* const vectors = reinterpret_cast<const DeviceRows*>(image + op.vectors);
   const uint16_t* const traces = reinterpret_cast<const uint16_t*>(vectors + op.n_vectors);
-  const int sample = threadIdx.x & ((1 << tile_log) - 1), step = blockDim.x >> tile_log;
-  T* const own = reinterpret_cast<T*>(Shared ? shared_memory() + offset : global) + sample;
-  T registers[kRegisters], trace_part = T(0);
-  for (int row = threadIdx.x >> tile_log; row < op.rows; row += step) {
+  const DeviceTotal* const totals = reinterpret_cast<const DeviceTotal*>(image + op.totals);
+  T registers[kRegisters];
+#pragma unroll 1
+  for (int i = 0; i < op.n_totals; ++i) sums[i] = T(0);
+  for (int row = threadIdx.x >> tile_log; row < op.rows; row += blockDim.x >> tile_log) {
     auto operand = [&](int place) -> T* {
       const DeviceRows rows = operands[place];
       return own + (size_t(rows.at + row * rows.step) << tile_log);
@@ -102,9 +102,11 @@ SF_CALLED T pointwise_rows(const DeviceOp& op, const char* image, int offset, ch
       if (one.to & kRegister) registers[one.to & ~kRegister] = value;
       else *operand(one.to) = value;
     }
-    for (int i = 0; i < op.traces; ++i) trace_part += registers[traces[i]];
+#pragma unroll 1
+    for (int i = 0; i < op.traces; ++i) trace += registers[traces[i]];
+#pragma unroll 1
+    for (int i = 0; i < op.n_totals; ++i) sums[i] += read(totals[i].place);
   }
-  return trace_part;
 }
 
 }  // namespace sparseflow::cuda

@@ -72,12 +72,39 @@ struct SolveParams {
 inline constexpr int kWeightsB = kMaxStages * (kMaxStages - 1) / 2, kWeightsMid = kWeightsB + kMaxStages, kWeightsError = kWeightsMid + kMaxStages,
                      kWeights = kWeightsError + kMaxStages;
 
+// What a block does next with its tiles.
+enum class Pass : int {
+  kEvaluation,  // of the field, and nothing else
+  kLoad,        // the first state, for a grid
+  kStart,       // that, and its derivative
+  kTrial,       // a derivative to choose the first step's size by
+  kStep,        // of an adaptive method
+  kCount,       // samples that are not finite
+  kJump,        // the derivative anew, at t0
+  kGrid,        // a step of a fixed grid
+  kDone
+};
+struct Task {
+  Pass pass;
+  int stages, measures, sums;  // evaluations of a tile, norms of it, totals that the blocks add up then
+  int with_mid;                // outputs will be read off the step
+  double t0, dt, t1;
+};
+
 // What a block knows in common, in shared memory behind the trace and the threads' parts of error norms.
 template <class T>
 struct Common {
   double totals[kSums];      // of the tile, the block, then of all blocks
-  int proposal, accepted;    // said by the thread that decides
-  int stop, next_tile;
+  Task task;
+  int turn;                  // which of y0, y1 (f0, f1) is the old one
+  int index;                 // of the next output
+  int checked, all_finite;   // whether anybody looked at it, and what was found
+  int jump;                  // the last step ended at one
+  int moved, first_output, last_output;  // a step was accepted; outputs that are known since
+  Status status;
+  int next_tile;
+  double nfe, accepted, rejected, h0, d1;
+  unsigned long long barriers;
   StepController control;
   T weights[kWeights];       // of the stages in a step of the present size
 };

@@ -75,7 +75,25 @@ def _points(w: Weights, t, x):
     return _mlp(w, "net", jnp.concatenate((x, mean), -1), jnp.tanh)
 
 
-_FIELDS = {"cfm": _cfm, "resnet": _resnet, "gru": _gru, "hnn": _hnn, "latent": _latent, "points": _points}
+def _images(w: Weights, t, x):
+    import jax
+    import jax.numpy as jnp
+
+    shape, channels = x.shape, w["layers.0.weight"].shape[1] - 1
+    side = round((shape[1] / channels) ** 0.5)
+    x = x.reshape(-1, channels, side, side)
+    for number in range(sum(key.endswith(".weight") for key in w)):
+        x = jax.nn.softplus(x) if number else x
+        x = jnp.concatenate((jnp.full_like(x[:, :1], 1.0) * t, x), 1)
+        x = jax.lax.conv_general_dilated(x, w[f"layers.{number}.weight"], (1, 1), "SAME")
+        x = x + w[f"layers.{number}.bias"][:, None, None]
+    return x.reshape(shape)
+
+
+_FIELDS = {
+    "cfm": _cfm, "resnet": _resnet, "gru": _gru, "hnn": _hnn, "latent": _latent, "points": _points,
+    "images": _images,
+}  # fmt: skip
 
 
 class JaxGraph(JaxField):

@@ -111,10 +111,28 @@ class PointsField(nn.Module):
         return self.net(torch.cat((x, mean), -1))
 
 
+class ImageField(nn.Module):
+    """FFJORD's field of square images (Grathwohl et al. 2019): four 3 x 3 convolutions with time as a channel, softplus. The
+    state is the image's numbers [batch, channels * side * side]."""
+
+    def __init__(self, channels: int = 1, width: int = 64, side: int = 28) -> None:
+        super().__init__()
+        self.image = channels, side, side
+        sizes = (channels, width, width, width, channels)
+        self.layers = nn.ModuleList(nn.Conv2d(a + 1, b, 3, padding=1) for a, b in zip(sizes, sizes[1:]))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        x = x.view(-1, *self.image)
+        for number, layer in enumerate(self.layers):
+            x = functional.softplus(x) if number else x
+            x = layer(torch.cat((torch.ones_like(x[:, :1]) * t, x), 1))
+        return x.flatten(1)
+
+
 # Fields by name. Arguments are sizes, so that a small one of each kind can be made.
 MODULES = {
     "cfm": ConditionalVelocity, "resnet": ResidualField, "gru": GruField, "hnn": HamiltonianField, "latent": LatentField,
-    "points": PointsField,
+    "points": PointsField, "images": ImageField,
 }  # fmt: skip
 
 
@@ -171,6 +189,7 @@ GRAPHS = {
         _spec("gru", "GRU-ODE of 64", (256, 64), 4.0),
         _spec("hnn", "gradient of a Hamiltonian 4-2x200-1 tanh", (512, 4), 3.0),
         _spec("latent", "4-2x20-4 elu, 100 output times", (64, 4), 2.0, outputs=100),  # as the example observes its spirals
+        _spec("images", "1 x 28 x 28, 4 convolutions 3 x 3 of 64, softplus", (32, 784), 1.0, "hutchinson", "likelihood"),
         _spec("points", "16 points of 3, shared 3x64 tanh, mean of the cloud", (64, 16, 3), 2.5),
     )
 }
@@ -194,10 +213,18 @@ class GraphProblem(Problem):
 
     @property
     def times(self) -> Tensor:
-        return torch.linspace(0.0, 1.0, self.spec.outputs, dtype=self.x.dtype)
+        return torch.linspace(0.0, 1.0, self.spec.outputs, dtype=self.x.dtype, device=self.x.device)
 
     def state(self) -> Tensor | tuple[Tensor, Tensor]:
         return self.x if self.spec.divergence is None else super().state()
+
+    def on(self, device: torch.device, rows: int | None = None) -> "GraphProblem":
+        found = self.rows(0, self.x.shape[0] if rows is None else rows)
+        found.module.to(device)
+        if getattr(found.module, "context", None) is not None:
+            found.module.context = found.module.context.to(device)
+        parts = {name: getattr(found, name) for name in ("x", "noise", "target", "sample_times")}
+        return replace(found, **{name: part.to(device) for name, part in parts.items() if part is not None})
 
     def reference(self, rows: int) -> "GraphProblem":
         exact = replace(self.rows(0, rows), rtol=1e-10, atol=1e-10)
@@ -230,9 +257,14 @@ def densities(shapes: Sequence[tuple[int, int]], keep: float) -> list[float]:
     return [scale * sum(s) / math.prod(s) if number in free else 1.0 for number, s in enumerate(shapes)]
 
 
-def _prune_(linear: nn.Linear, keep: float) -> None:
+def _matrix(layer: nn.Module) -> Tensor:
+    """The weight of a layer as a matrix; of a convolution with a column for every channel and tap."""
+    return layer.weight.flatten(1)
+
+
+def _prune_(layer: nn.Module, keep: float) -> None:
     """The largest entries stay, and the spectral norm with them: a sparser field is not to be a tamer one."""
-    weight = linear.weight
+    weight = _matrix(layer)
     norm = torch.linalg.matrix_norm(weight, 2)
     gone = weight.abs().flatten().argsort(stable=True)[: weight.numel() - max(1, round(keep * weight.numel()))]
     weight.view(-1)[gone] = 0.0
@@ -245,8 +277,8 @@ def make_graph_problem(spec: GraphSpec, keep: float, seed: int = 0) -> GraphProb
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = spec.build().float().requires_grad_(False)
-    linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
-    for linear, density in zip(linears, densities([linear.weight.shape for linear in linears], keep)):
+    linears = [part for part in module.modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
+    for linear, density in zip(linears, densities([_matrix(linear).shape for linear in linears], keep)):
         linear.weight.mul_(spec.gain)
         if density < 1.0:
             _prune_(linear, density)

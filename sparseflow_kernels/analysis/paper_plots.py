@@ -10,7 +10,7 @@ import numpy
 
 from ..files import read_arrays
 from .paper import picture_path
-from .paper_report import CLAIMED_KEEP, at_threshold
+from .paper_report import CLAIMED_KEEP, at_threshold, by_title, is_classification
 from .plots import _figure, _save
 
 Documents = Sequence[dict[str, Any]]
@@ -27,7 +27,9 @@ def draw(documents: Documents, folder: str | Path) -> list[Path]:
     if not documents:
         return []
     plots = folder / "plots"
-    drawn = [plot_nll(documents, plots / "nll.png"), plot_cost(documents, plots / "cost.png")]
+    drawn = [plot_score(documents, plots / "nll.png"), plot_cost(documents, plots / "cost.png")]
+    if all(map(is_classification, documents)):
+        drawn.append(plot_score(documents, plots / "error.png", "error"))
     if any(record["modes"] for document in documents for record in document["cycles"]):
         drawn.append(plot_modes(documents, plots / "modes.png"))
     if any(record["hessian"] for document in documents for record in document["cycles"]):
@@ -36,13 +38,6 @@ def draw(documents: Documents, folder: str | Path) -> list[Path]:
         picture = plot_flows(document, folder, plots / f"{document['name']}.png")
         drawn += [picture] if picture is not None else []
     return drawn
-
-
-def _groups(documents: Documents) -> dict[str, list[dict[str, Any]]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for document in documents:
-        groups.setdefault(document["title"], []).append(document)
-    return groups
 
 
 def _series(documents: Documents, get: Get) -> list[tuple[float, float, float, float]]:
@@ -79,23 +74,24 @@ def _legend(figure, lines: dict, columns: int) -> None:
     figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=across, fontsize=8)
 
 
-def plot_nll(documents: Documents, path: str | Path) -> Path:
-    """Test NLL against prune ratio, one panel per experiment, mean and range over seeds, the entropy drawn in. What
-    collapses beyond a prune ratio of 0.8 is cut off."""
-    groups, lines = _groups(documents), {}
+def plot_score(documents: Documents, path: str | Path, score: str = "nll") -> Path:
+    """Test NLL (or `score` "error", of classifiers) against prune ratio, one panel per experiment, mean and range over
+    seeds, the entropy drawn in. An NLL that collapses beyond a prune ratio of 0.8 is cut off."""
+    groups, lines = by_title(documents), {}
     rows = -(-len(groups) // 3)
     columns = -(-len(groups) // rows)
     figure, axes = _figure(columns, rows, 3.8, 3.1)
     for axis, (title, here) in zip(axes.flat, groups.items()):
-        lines |= _line(axis, here, lambda r: r["nll"], "pruned", PRUNED)
-        lines |= _line(axis, here, _control(lambda r: r["nll"]), "unpruned control, as many epochs", CONTROL)
-        seen = [one for get in (lambda r: r["nll"], _control(lambda r: r["nll"])) for one in _series(here, get)]
+        lines |= _line(axis, here, lambda r: r[score], "pruned", PRUNED)
+        lines |= _line(axis, here, _control(lambda r: r[score]), "unpruned control, as many epochs", CONTROL)
+        seen = [one for get in (lambda r: r[score], _control(lambda r: r[score])) for one in _series(here, get)]
         dense = [one[1] for one in seen if one[0] == 0]
         bottom = min((one[2] for one in seen), default=0.0)
-        top = max([one[3] for one in seen if one[0] <= 1 - CLAIMED_KEEP + 1e-9], default=bottom + 1.0)
+        shown = [one[3] for one in seen if score == "error" or one[0] <= 1 - CLAIMED_KEEP + 1e-9]
+        top = max(shown, default=bottom + 1.0)
         if dense:
             lines["dense, where both started"] = axis.axhline(dense[0], color="gray", linestyle=":", linewidth=1)
-        if here[0]["entropy"] is not None:
+        if here[0]["entropy"] is not None and score == "nll":
             bottom = min(bottom, here[0]["entropy"])
             lines["entropy of the data"] = axis.axhline(here[0]["entropy"], color="black", linestyle="--", linewidth=1)
         margin = 0.08 * (top - bottom) + 1e-3
@@ -104,7 +100,7 @@ def plot_nll(documents: Documents, path: str | Path) -> Path:
         axis.grid(alpha=0.3)
     _blank(axes, len(groups))
     figure.supxlabel("prune ratio", fontsize=10)
-    figure.supylabel("test NLL, nats", fontsize=10)
+    figure.supylabel("test NLL, nats" if score == "nll" else "test error", fontsize=10)
     _legend(figure, lines, columns)
     return _save(figure, path)
 
@@ -116,7 +112,7 @@ def _blank(axes, used: int) -> None:
 
 def _grid(documents: Documents, rows: Sequence[tuple[str, Get, bool]], path: str | Path, torch_steps: bool) -> Path:
     """One column per experiment, one row per (label, figure, logarithmic): pruned against control."""
-    groups, lines = _groups(documents), {}
+    groups, lines = by_title(documents), {}
     figure, axes = _figure(len(groups), len(rows), 3.0, 2.2)
     for column, (title, here) in enumerate(groups.items()):
         axes[0][column].set_title(title, fontsize=8)
@@ -143,11 +139,14 @@ def _grid(documents: Documents, rows: Sequence[tuple[str, Get, bool]], path: str
 
 
 def plot_cost(documents: Documents, path: str | Path) -> Path:
-    """Live size, evaluations per solve and time per training step against prune ratio."""
+    """Live size, evaluations per solve, time per training step, Lipschitz estimate and least step against prune
+    ratio."""
     rows = (
         ("live size", lambda r: r["live_size"], False),
         ("NFE of a test solve", lambda r: r["nfe"], False),
         ("ms per training step", lambda r: r["step_seconds"] * 1e3, False),
+        ("largest |df/dx|", lambda r: r["dynamics"]["lipschitz"], True),
+        ("least step", lambda r: r["dynamics"]["least_step"], True),
     )
     return _grid(documents, rows, path, torch_steps=True)
 
@@ -186,6 +185,8 @@ def plot_flows(document: dict[str, Any], folder: str | Path, path: str | Path) -
     if len(shown) > MOST_COLUMNS:
         picked = numpy.linspace(0, len(shown) - 1, MOST_COLUMNS).round().astype(int)
         shown = [shown[index] for index in picked]
+    if is_classification(document):
+        return _plot_classifier(document, shown, path)
     figure, axes = _figure(len(shown), 3, 2.0, 2.1)
     brightest = None
     for column, (record, picture) in enumerate(shown):
@@ -207,6 +208,41 @@ def plot_flows(document: dict[str, Any], folder: str | Path, path: str | Path) -
         for axis in axes[:, column]:
             axis.set(xlim=(-side, side), ylim=(-side, side), xticks=[], yticks=[], aspect="equal")
     for row, label in enumerate(("density", "samples", "from base (orange)\nto data (blue)")):
+        axes[row][0].set_ylabel(label, fontsize=8)
+    figure.suptitle(document["name"], fontsize=9)
+    return _save(figure, path)
+
+
+def _plot_classifier(document: dict[str, Any], shown: Sequence[tuple[dict, Path]], path: str | Path) -> Path:
+    """Decision boundary over the probability of class 1, and the vector field with where it carries test points."""
+    figure, axes = _figure(len(shown), 2, 2.0, 2.1)
+    names = ("extent", "points", "labels", "probability", "vectors", "ends")
+    for column, (record, picture) in enumerate(shown):
+        arrays = read_arrays(picture, names, "delete it, and run again")
+        side, points, colors = float(arrays["extent"]), arrays["points"], numpy.where(arrays["labels"], CONTROL, PRUNED)
+        error = "n/a" if record["error"] is None else f"{100 * record['error']:.1f} %"
+        axes[0][column].set_title(
+            f"PR {record['prune_ratio']:.2f}, {record['size']} parameters\nerror {error}", fontsize=8
+        )
+        if arrays["probability"].size:
+            square, where = [-side, side, -side, side], numpy.linspace(-side, side, len(arrays["probability"]))
+            axes[0][column].imshow(
+                arrays["probability"], origin="lower", extent=square, cmap="PuOr_r", vmin=0, vmax=1, alpha=0.7
+            )
+            axes[0][column].contour(where, where, arrays["probability"], levels=[0.5], colors="black", linewidths=0.8)
+        axes[0][column].scatter(*points.T, s=1.0, c=colors)
+        if arrays["vectors"].size:
+            grid = numpy.linspace(-side, side, len(arrays["vectors"]))
+            axes[1][column].quiver(grid, grid, *arrays["vectors"].transpose(2, 0, 1), width=0.006, color="tab:gray")
+        if arrays["ends"].size:
+            reach = max(side, 1.05 * float(numpy.abs(arrays["ends"]).max()))
+            axes[1][column].axline((0, 0), slope=1, color="black", linewidth=0.6)  # where the logits are equal
+            axes[1][column].scatter(*arrays["ends"].T, s=1.5, c=colors, zorder=3)
+            axes[1][column].set(xlim=(-reach, reach), ylim=(-reach, reach))
+        axes[0][column].set(xlim=(-side, side), ylim=(-side, side))
+        for axis in axes[:, column]:
+            axis.set(xticks=[], yticks=[], aspect="equal")
+    for row, label in enumerate(("decision boundary", "field, and test points\nat its end")):
         axes[row][0].set_ylabel(label, fontsize=8)
     figure.suptitle(document["name"], fontsize=9)
     return _save(figure, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from .. import data
-from ..data import power, toy
+from ..data import maf, power, toy
 from .console import command, console, fail, say, show_table, stoppable
 
 app = typer.Typer(no_args_is_help=True, help="List data sets, fetch POWER, say where cached data lies.")
@@ -17,6 +17,12 @@ def _origin(name: str) -> tuple[str, str]:
         return "2", "generated"
     if name == "power":
         return "6", "cached" if power.derived_path().exists() else "not fetched: sparseflow data fetch power (19.7 MB)"
+    if name.startswith("mixture"):
+        return name.removeprefix("mixture"), "generated"
+    if name in maf.SPLITS:
+        folder = maf.default_folder()
+        there = all((folder / file).is_file() for file in maf.FILES[name])
+        return str(maf.SPLITS[name][0]), f"in {folder}" if there else f"not there: {maf.SOURCE}, SPARSEFLOW_MAF"
     return {"digits": "64", "photos": "63"}[name], "comes with scikit-learn"
 
 
@@ -33,6 +39,8 @@ def fetch(name: str = typer.Argument(help="data set to download; only 'power' ne
     """Download a data set into the cache; one that is there and whole stays, a damaged one is written anew."""
     if name != "power":
         known = name in data.LOADERS
+        if name in maf.SPLITS:
+            raise fail(f"{name!r} is in {maf.SOURCE}, 817 MB: unpack it and name its folder by SPARSEFLOW_MAF")
         raise fail(f"{name!r} needs no download" if known else f"{name!r} is not one of {', '.join(data.LOADERS)}")
     with stoppable("the cache is as it was before"), console().status("fetching POWER and deriving its splits"):
         loaded = data.load("power", download=True)

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ContextManager, Iterator, Optional, Sequence
 
-import torch
 import torch.distributed as dist
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -18,7 +17,7 @@ from rich.table import Column
 
 from ..data.dataset import Dataset
 from ..files import sha256, write_json
-from ..flows import ContinuousFlow
+from ..flows import NeuralODE
 from ..pruning import KEEP_RATIOS, copy_module, dense_size, size
 from ..training import PRESETS, CheckpointError, live_size, load_checkpoint, prune_cycle_, save_checkpoint
 from ..training.distributed import rank
@@ -195,19 +194,19 @@ def prune(
         elsewhere = folder.resolve() != source.parent.resolve()
         if elsewhere and (folder / "run.json").exists() and Job.read(folder / "run.json") != job:
             raise CheckpointError(f"{folder} holds another run; choose another folder for --out, or delete it")
-        lines = [_figures("as it was", start, rows.test, engine_or_none)]
+        lines = [_figures("as it was", start, rows, engine_or_none)]
         for ratio in ratios:
             flow = copy_module(start)
             options = job.definition().prune_options(method)
             prune_cycle_(flow, ratio, method, dead_or_none, rows, **options)
-            lines.append(_figures(f"keep {ratio:g}", flow, rows.test, engine_or_none))
+            lines.append(_figures(f"keep {ratio:g}", flow, rows, engine_or_none))
             target = folder / f"pruned_{method}_{ratio:g}.safetensors"
             if retrain:
                 settings = job.training().changed(epochs=retrain, milestones=(), lr_end=None)
                 running = target.with_name(f"{target.stem}.running.safetensors")
                 of = {"from": str(source.resolve()), "sha256": sha256(source), "dead": dead}
                 fit(flow, rows, settings, engine_or_none, (job.seed, 1), running, run=of)
-                lines.append(_figures(f"keep {ratio:g}, retrained", flow, rows.test, engine_or_none))
+                lines.append(_figures(f"keep {ratio:g}, retrained", flow, rows, engine_or_none))
             facts = {"from": str(source), "keep": ratio, "method": method, "retrain": retrain}
             save_checkpoint(target, flow, facts)
             if retrain:
@@ -263,13 +262,14 @@ def _find_checkpoint(path: Path) -> Path:
 
 def _check_data(source: Path, facts: dict[str, Any], job: Job, rows: Dataset) -> None:
     """Raises CheckpointError where the checkpoint was trained on other rows than the data set's name now gives."""
-    found, now = facts.get("run", {}).get("data"), fingerprint(rows)
+    found, now = facts.get("run", {}).get("data"), fingerprint(rows, job.definition().classifies)
     if found is not None and found != now:
         raise another_run(f"{source} is not of these data", ["data"], {"data": found}, {"data": now})
 
 
-def _figures(name: str, flow: ContinuousFlow, test: torch.Tensor, engine: str | None) -> tuple[str, ...]:
-    result = evaluate_or_nan(flow if engine is None else flow.compile(engine), test)
+def _figures(name: str, flow: NeuralODE, rows: Dataset, engine: str | None) -> tuple[str, ...]:
+    labels = rows.test_labels if flow.supervised else None
+    result = evaluate_or_nan(flow if engine is None else flow.compile(engine), rows.test, labels)
     live = live_size(flow)
     return (
         name, str(size(flow)), str(dense_size(flow)), "n/a" if live is None else str(live), f"{result.nll:.4f}",

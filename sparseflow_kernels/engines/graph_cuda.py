@@ -28,7 +28,7 @@ class CudaGraphWriter(GraphWriter):
     """registers: that a thread has for what lies between the instructions of a pointwise operation."""
 
     def __init__(self, builder: Any, field: GraphField, registers: int) -> None:
-        super().__init__(builder, field, state_bindings(field, field.time))
+        super().__init__(builder, field, state_bindings(field, field.time), totals=True)
         self._registers = registers
 
     def _pointwise(
@@ -36,10 +36,10 @@ class CudaGraphWriter(GraphWriter):
         totals: Sequence[tuple[Node, Place]] = (),
     ) -> None:  # fmt: skip
         """In halves where there are too few registers: what the second half reads of the first has rows meanwhile."""
-        assert not totals, "sums of rows are products here"
-        code = code_of(nodes, [node for node, _ in stored], traced, lambda node: node in self._vector)
+        summed = [node for node, _ in totals]
+        code = code_of(nodes, [node for node, _ in stored], traced, lambda node: node in self._vector, summed)
         if len(nodes) < 2 or code.registers + len(traced) <= self._registers:
-            return super()._pointwise(rows, nodes, stored, traced)
+            return super()._pointwise(rows, nodes, stored, traced, totals)
         half = len(nodes) // 2
         first, second = set(nodes[:half]), nodes[half:]
         kept = {node for node, _ in stored}
@@ -51,10 +51,12 @@ class CudaGraphWriter(GraphWriter):
                 buffers.append((node.rows, 1, self._buffer(node.rows)))
                 between.append((node, (buffers[-1][2], 0, 0)))
         stored_first = [*((node, place) for node, place in stored if node in first), *between]
-        self._pointwise(rows, nodes[:half], stored_first, [node for node in traced if node in first])
+        first_totals = [(node, place) for node, place in totals if node in first]
+        self._pointwise(rows, nodes[:half], stored_first, [node for node in traced if node in first], first_totals)
         self._places.update(between)
         stored_second = [(node, place) for node, place in stored if node not in first]
-        self._pointwise(rows, second, stored_second, [node for node in traced if node not in first])
+        second_totals = [(node, place) for node, place in totals if node not in first]
+        self._pointwise(rows, second, stored_second, [node for node in traced if node not in first], second_totals)
         self._free += buffers
         return None
 

@@ -65,9 +65,10 @@ class Externals:
 
 def numpy_array(tensor: Tensor) -> np.ndarray:
     """What a builder in C++ takes. One in Python may have a function `array` of its own, to keep tensors where they are."""
-    ready = tensor.detach().to("cpu").contiguous()
-    # `Tensor.numpy` fixes the size of the memory it lends for good; a parameter's is not ours to fix (FSDP frees it)
-    return (ready.clone() if ready.data_ptr() == tensor.data_ptr() else ready).numpy()
+    if tensor.device.type == "cpu" and tensor.is_contiguous():
+        # `Tensor.numpy` fixes the size of the memory it lends for good; a parameter's is not ours to fix (FSDP frees it)
+        return tensor.detach().clone().numpy()
+    return tensor.detach().to("cpu").contiguous().numpy()
 
 
 Values = Callable[[VectorField], Tensor]  # the values of a matrix, from the field it belongs to

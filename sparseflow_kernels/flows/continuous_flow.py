@@ -8,37 +8,21 @@ from __future__ import annotations
 
 import math
 import numbers
-from dataclasses import dataclass
-from typing import Any, Iterator, Literal, Sequence
+from typing import Any, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ..compiled_field import CompiledField
-from ..compiled_field import compile as compile_field
 from ..divergence import Kind
-from ..divergence_field import Noise, with_divergence
-from ..engines.reference import is_autocast_enabled
-from ..finite import refuse_not_finite
-from ..numerics.host import plain
-from ..odeint import odeint_adjoint, solve
+from ..divergence_field import DivergenceField, Noise, with_divergence
 from ..solution import Stats
+from .batch_norm import MovingBatchNorm
+from .neural_ode import FlowStats, NeuralODE, one_of
+from .regularised import RegularisedSolves, checked_penalties
 
 
-@dataclass(frozen=True)
-class FlowStats:
-    """How the last call's solves went, one entry per vector field in the order they were solved."""
-
-    solves: tuple[Stats, ...]
-
-    @property
-    def nfe(self) -> int:
-        """Evaluations of all vector fields together."""
-        return sum(stats.nfe for stats in self.solves)
-
-
-class ContinuousFlow(nn.Module):
+class ContinuousFlow(NeuralODE):
     """A density on R^dim given by one vector field, or a chain of them.
 
     odefunc: a module f(t, x) with t 0-d and x [batch, dim], or a sequence of such: data goes through the first one
@@ -47,14 +31,17 @@ class ContinuousFlow(nn.Module):
     divergence: "exact" or "hutchinson"; eval_divergence: the same for eval mode, None for no difference (FFJORD trains
         with "hutchinson" and reports "exact").  noise: Hutchinson's probe, "gaussian" or "rademacher", drawn once per
         solve from torch's global generator.
-    t0, t1: the interval of every field.  train_end_time: give each field a parameter `sqrt_end_time`, T = its square,
-        starting at t1 - t0; it has a true gradient here.
-    rtol, atol, method, options: the solver's, as in `odeint`.
-    gradient: "discrete" (through the steps taken) or "adjoint" (`odeint_adjoint`, no statistics).
+    batch_norm: a MovingBatchNorm before the first field and after each, of this lag; None for none.
+    penalties: "kinetic", "jacobian", "directional" (`regularised`) -> weight: `row_nll` in training mode adds the
+        integrals times their weights, and the solves that make them take the place of the others. `stats.penalties` has
+        their means.
+    solver: the rest is NeuralODE's: t0, t1, train_end_time, rtol, atol, method, options, gradient.
 
     `stats` (FlowStats, or None) tells of the last call. Tensors are checked: shape [n, dim], the parameters' dtype and
     device, finite.
     """
+
+    SETTINGS = ("base", "divergence", "eval_divergence", "noise", "penalties", *NeuralODE.SETTINGS)
 
     def __init__(
         self,
@@ -65,49 +52,35 @@ class ContinuousFlow(nn.Module):
         divergence: Kind = "exact",
         eval_divergence: Kind | None = None,
         noise: Noise = "gaussian",
-        t0: float = 0.0,
-        t1: float = 1.0,
-        train_end_time: bool = False,
-        rtol: float = 1e-5,
-        atol: float = 1e-5,
-        method: str = "dopri5",
-        options: dict | None = None,
-        gradient: Literal["discrete", "adjoint"] = "discrete",
+        batch_norm: float | None = None,
+        penalties: dict[str, float] | None = None,
+        **solver: Any,
     ) -> None:
-        super().__init__()
-        several = isinstance(odefunc, (nn.ModuleList, list, tuple))
-        fields: list[nn.Module] = list(odefunc) if several else [odefunc]  # type: ignore[arg-type, list-item]
-        if not fields or not all(isinstance(f, nn.Module) for f in fields):
-            raise TypeError("odefunc must be an nn.Module f(t, x), or a sequence of at least one such module")
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-            raise ValueError(f"dim must be an int, at least 1, the size of x; got {dim!r}")
-        for name, value, known in (
-            ("divergence", divergence, ("exact", "hutchinson")),
-            ("eval_divergence", eval_divergence, (None, "exact", "hutchinson")),
-            ("noise", noise, ("gaussian", "rademacher")),
-            ("gradient", gradient, ("discrete", "adjoint")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
+        super().__init__(odefunc, dim, **solver)
+        one_of("divergence", divergence, ("exact", "hutchinson"))
+        one_of("eval_divergence", eval_divergence, (None, "exact", "hutchinson"))
+        one_of("noise", noise, ("gaussian", "rademacher"))
         if base is not None and tuple(base.event_shape) != (dim,):
             raise ValueError(
                 f"base must be a distribution over vectors, event_shape ({dim},); it has {tuple(base.event_shape)} "
                 "(torch.distributions.Independent turns batch dimensions into event dimensions)"
             )
-        if t0 == t1 or (train_end_time and not t0 < t1):
-            raise ValueError(f"t0 and t1 must differ, and t0 < t1 with train_end_time; got t0={t0}, t1={t1}")
-        self.vector_fields = nn.ModuleList(fields)
-        self.dim, self.base = dim, base
+        self.base = base
         self.divergence, self.eval_divergence, self.noise = divergence, eval_divergence, noise
-        self.t0, self.t1 = float(t0), float(t1)
-        self.rtol, self.atol, self.method, self.options = rtol, atol, method, options
-        self.gradient = gradient
-        self.sqrt_end_time: nn.ParameterList | None = None
-        if train_end_time:
+        self.penalties = checked_penalties(penalties)
+        if self.penalties and self.gradient != "discrete":
+            raise ValueError("penalties: have the discrete gradient; leave gradient='adjoint' out")
+        self._penalised: dict[tuple, RegularisedSolves] = {}
+        if batch_norm is not None:
             like = next(self.vector_fields.parameters())
-            start = torch.tensor(math.sqrt(t1 - t0), dtype=like.dtype, device=like.device)
-            self.sqrt_end_time = nn.ParameterList(nn.Parameter(start.clone()) for _ in fields)
-        self.stats: FlowStats | None = None
+            norms = (MovingBatchNorm(dim, lag=batch_norm) for _ in range(1 + len(self.vector_fields)))
+            self.norms = nn.ModuleList(norms).to(like)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_penalised": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"penalties": {}, "_penalised": {}, **state})  # earlier versions had none
 
     # ------------------------------------------------------------------------------------------------------ densities
 
@@ -116,9 +89,21 @@ class ContinuousFlow(nn.Module):
         z, logdet = self.transform(x)
         if x.shape[0] == 0:  # which torch's distributions do not take
             return logdet
+        return self._base_term(z) + logdet
+
+    def _base_term(self, z: Tensor) -> Tensor:
         if self.base is None:  # the standard normal: torch's own class takes a dozen operations for it
-            return logdet - 0.5 * (z.square().sum(1) + self.dim * math.log(2.0 * math.pi))
-        return self._base_log_prob(z) + logdet
+            return -0.5 * (z.square().sum(1) + self.dim * math.log(2.0 * math.pi))
+        return self._base_log_prob(z)
+
+    def row_nll(self, x: Tensor, labels: None = None) -> Tensor:
+        """-log p(x), nats, what training minimises the mean of, in training mode with the penalties: x [n, dim] ->
+        [n]."""
+        if not (self.training and self.penalties):
+            return -self.log_prob(x)
+        z, logdet, sums = self._transform(x, tuple(self.penalties))
+        weights = torch.tensor(list(self.penalties.values()), dtype=sums.dtype, device=sums.device)
+        return sums @ weights - (self._base_term(z) + logdet)
 
     def forward(self, x: Tensor) -> Tensor:
         """`log_prob`, so that a flow can be called and wrapped (DistributedDataParallel) as any module."""
@@ -126,20 +111,49 @@ class ContinuousFlow(nn.Module):
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Data to base: x [n, dim] -> (z [n, dim], log|det dz/dx| [n])."""
+        return self._transform(x, ())[:2]
+
+    def _transform(self, x: Tensor, penalties: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """`transform`, and the integrals of the penalties by name [n, names]."""
         x = self._checked(x, "x")
         change = x.new_zeros(x.shape[0])  # l = -log|det dz/dx|
+        sums = x.new_zeros(x.shape[0], len(penalties))
         solves: list[Stats] = []
+        x, change = self._normed(0, x, change)
         for index in range(len(self.vector_fields)):
-            x, change = self._solve(self._with_divergence(index), (x, change), self._times(index, x), solves)
-        self.stats = FlowStats(tuple(solves)) if solves else None
-        return x, -change
+            field, times = self._with_divergence(index), self._times(index, x)
+            if penalties and len(x):
+                settings = {"rtol": self.rtol, "atol": self.atol, "method": self.method, "options": self.options}
+                solver = self._solver_with(index, field.kind, penalties)
+                x, change, more, stats = solver(x, change, field.begin_solve(x), times, settings)
+                sums, solves = sums + more, [*solves, stats]
+            else:
+                x, change = self._solve(field, (x, change), times, solves)
+            x, change = self._normed(index + 1, x, change)
+        self.stats = FlowStats(tuple(solves), tuple(sums.detach().mean(0).tolist())) if solves else None
+        return x, -change, sums
+
+    def _solver_with(self, index: int, kind: str, penalties: tuple[str, ...]) -> RegularisedSolves:
+        field = self.vector_fields[index]
+        key = (id(field), kind, penalties)
+        if key not in self._penalised:
+            self._penalised[key] = RegularisedSolves(field, kind, penalties)
+        return self._penalised[key]
+
+    def _normed(self, index: int, x: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+        if self.norms is None or not len(x):
+            return x, change
+        x, logdet = self.norms[index](x)
+        return x, change - logdet
 
     def inverse(self, z: Tensor) -> Tensor:
         """Base to data: z [n, dim] -> x [n, dim], without densities."""
         z = self._checked(z, "z")
         solves: list[Stats] = []
         for index in reversed(range(len(self.vector_fields))):
+            z = z if self.norms is None else self.norms[index + 1].inverse(z)
             z = self._solve(self.vector_fields[index], z, self._times(index, z).flip(0), solves)
+        z = z if self.norms is None else self.norms[0].inverse(z)
         self.stats = FlowStats(tuple(solves)) if solves else None
         return z
 
@@ -155,95 +169,11 @@ class ContinuousFlow(nn.Module):
         z = self._base(like).sample((n,)).to(like)
         return self.inverse(z).view(*shape, self.dim)
 
-    # ------------------------------------------------------------------------------------------------------- compiled
-
-    def compile(self, engine: str = "auto") -> "ContinuousFlow":  # type: ignore[override]  # torch's returns nothing
-        """A new flow of the same settings over `sparseflow_kernels.compile`d fields; this one is left as it is. The
-        parameters are copies; a field that is used several times is one field there too. Raises ValueError for
-        different fields that share parameters. (This takes the place of nn.Module.compile; for that one call
-        torch.compile(flow).)"""
-        compiled: dict[int, nn.Module] = {}
-        owners: dict[int, int] = {}
-        for number, field in enumerate(self.vector_fields):
-            if id(field) in compiled:
-                continue
-            for name, parameter in field.named_parameters():
-                owner = owners.setdefault(id(parameter), number)
-                if owner != number:
-                    raise ValueError(
-                        f"compile: vector_fields[{number}] shares its parameter {name!r} with vector_fields[{owner}], "
-                        "and compiled fields share nothing. Use one and the same field in both places, or give each "
-                        "parameters of its own"
-                    )
-            compiled[id(field)] = compile_field(field, engine=engine, dim=self.dim)
-        flow = ContinuousFlow(
-            [compiled[id(field)] for field in self.vector_fields],
-            self.dim,
-            base=self.base,
-            divergence=self.divergence,
-            eval_divergence=self.eval_divergence,
-            noise=self.noise,
-            t0=self.t0,
-            t1=self.t1,
-            rtol=self.rtol,
-            atol=self.atol,
-            method=self.method,
-            options=self.options,
-            gradient=self.gradient,
-        )
-        if self.sqrt_end_time is not None:
-            flow.sqrt_end_time = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in self.sqrt_end_time)
-        return flow.train(self.training)
-
-    @torch.no_grad()
-    def copy_to(self, flow: "ContinuousFlow") -> None:
-        """Write a compiled flow's current values into the flow it was compiled from (`CompiledField.copy_to`).
-
-        Raises ValueError where that flow is of another make, has other masks, or lacks a parameter that changed.
-        """
-        if len(flow.vector_fields) != len(self.vector_fields) or (flow.sqrt_end_time is None) != (
-            self.sqrt_end_time is None
-        ):
-            raise ValueError("copy_to: the other flow has another number of fields, or of end times")
-        uncompiled = [i for i, field in enumerate(self.vector_fields) if not isinstance(field, CompiledField)]
-        if uncompiled:
-            raise ValueError(f"copy_to: vector_fields[{uncompiled[0]}] is not compiled; use load_state_dict")
-        for mine, theirs in zip(self.vector_fields, flow.vector_fields):
-            mine.copy_to(theirs)  # type: ignore[operator]  # a CompiledField
-        if self.sqrt_end_time is not None:
-            for mine, theirs in zip(self.sqrt_end_time, flow.sqrt_end_time):
-                theirs.copy_(mine)
-
-    def extra_repr(self) -> str:
-        solver = f"method={self.method!r}, rtol={self.rtol}, atol={self.atol}"
-        return f"dim={self.dim}, divergence={self.divergence!r}, {solver}"
-
     # ------------------------------------------------------------------------------------------------------- internal
 
-    def _times(self, index: int, like: Tensor) -> Tensor:
-        if self.sqrt_end_time is None:
-            # an engine is told the times by the host; torchdiffeq wants them where the state is
-            hosted = isinstance(self.vector_fields[index], CompiledField) and self.gradient == "discrete"
-            device = torch.device("cpu") if hosted else like.device
-            return torch.tensor([self.t0, self.t1], dtype=like.dtype, device=device)
-        end = self.t0 + self.sqrt_end_time[index] ** 2
-        return torch.stack([torch.full_like(end, self.t0), end])
-
-    def _with_divergence(self, index: int) -> nn.Module:
+    def _with_divergence(self, index: int) -> DivergenceField:
         kind = self.divergence if self.training or self.eval_divergence is None else self.eval_divergence
         return with_divergence(self.vector_fields[index], kind, noise=self.noise if kind == "hutchinson" else None)
-
-    def _solve(self, field: nn.Module, state, times: Tensor, solves: list[Stats]):
-        if (state[0] if isinstance(state, tuple) else state).shape[0] == 0:
-            return state
-        settings: dict[str, Any] = dict(rtol=self.rtol, atol=self.atol, method=self.method, options=self.options)
-        if self.gradient == "adjoint" and torch.is_grad_enabled():
-            ys = odeint_adjoint(field, state, times, gradient="adjoint", **settings)
-        else:
-            solution = solve(field, state, times, **settings)
-            solves.append(solution.stats)
-            ys = solution.ys
-        return tuple(part[-1] for part in ys) if isinstance(state, tuple) else ys[-1]
 
     def _base_log_prob(self, z: Tensor) -> Tensor:
         try:
@@ -263,28 +193,5 @@ class ContinuousFlow(nn.Module):
         normal = torch.distributions.Normal(like.new_zeros(self.dim), like.new_ones(self.dim), validate_args=False)
         return torch.distributions.Independent(normal, 1, validate_args=False)
 
-    def _tensors(self) -> Iterator[Tensor]:
-        yield from self.parameters()
-        yield from (buffer for buffer in self.buffers() if buffer.is_floating_point())
-        yield torch.empty(0)
-
-    def _checked(self, x: Tensor, name: str) -> Tensor:
-        """x; under torch.autocast, which makes other dtypes, in that of the parameters."""
-        if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != self.dim:
-            got = f"of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be a tensor [n, {self.dim}], one sample per row; got {got}")
-        like = next(self._tensors())
-        if x.dtype != like.dtype and x.is_floating_point() and is_autocast_enabled(x):
-            x = x.to(like.dtype)
-        if x.dtype != like.dtype or x.device != like.device:
-            to = [(str(mine), str(theirs)) for mine, theirs in ((x.dtype, like.dtype), (x.device, like.device))]
-            mine, theirs = next(pair for pair in to if pair[0] != pair[1])
-            if x.dtype == like.dtype:
-                mine, theirs = f"{mine!r}", f"{theirs!r}"
-            raise TypeError(
-                f"{name} is {x.dtype} on {x.device}, the flow's parameters are {like.dtype} on {like.device}; "
-                f"move one of them, for example {name}.to({theirs}) or flow.to({mine})"
-            )
-        if not torch.compiler.is_compiling() and plain(x) is x:  # a question about values, which torch.func hides
-            refuse_not_finite(x, name)
-        return x
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, divergence={self.divergence!r}"

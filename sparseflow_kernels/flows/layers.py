@@ -90,12 +90,57 @@ class ConcatSquashLinear(nn.Module):
         return self.linear(x) * gate + self.time_bias(t.view(1, 1))
 
 
+class BlendLinear(nn.Module):
+    """(W_0 x + b_0) + t (W_1 x + b_1 - W_0 x - b_0): one map at t = 0, another at t = 1."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(in_features, out_features)
+        self.last = nn.Linear(in_features, out_features)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        first = self.first(x)
+        return first + (self.last(x) - first) * t
+
+
+class HyperLinear(nn.Module):
+    """W(t) x + b(t), both affine in `hidden` functions h_k(t) = tanh(g_k t + g0_k):
+    W(t) = W_0 + sum_k h_k(t) W_k, and b(t) alike.
+
+    That is FFJORD's hypernetwork, whose last layer is linear, written as its products with x: `linear` stacks
+    (W_0, b_0) .. (W_hidden, b_hidden), so that every entry is a weight that can be pruned.
+    """
+
+    hidden = 8
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.out_features = out_features
+        self.time_net = nn.Linear(1, self.hidden)
+        self.linear = nn.Linear(in_features, (1 + self.hidden) * out_features)
+        with torch.no_grad():  # near a layer without time, as FFJORD starts
+            self.linear.weight[out_features:] *= 0.1
+            self.linear.bias[out_features:] *= 0.1
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        factors = torch.tanh(self.time_net(t.view(1, 1)))
+        parts = self.linear(x)
+        y = parts[:, : self.out_features]
+        for k in range(self.hidden):
+            start = (k + 1) * self.out_features
+            y = y + parts[:, start : start + self.out_features] * factors[:, k : k + 1]
+        return y
+
+
 LAYERS: dict[str, type[nn.Module]] = {
     "ignore": IgnoreLinear,
     "concat": ConcatLinear,
     "concat_v2": ConcatLinearV2,
     "squash": SquashLinear,
     "concatsquash": ConcatSquashLinear,
+    "concatcoord": ConcatLinear,  # coordinates are of pixels; a linear layer has none, and FFJORD takes concat for it
+    "blend": BlendLinear,
+    "hyper": HyperLinear,
 }
 """FFJORD's names of the layer kinds."""
 

@@ -1,4 +1,5 @@
-"""The flows of the Sparse Flows experiments (arXiv 2106.12718), shape for shape and parameter for parameter."""
+"""The flows of the Sparse Flows experiments (arXiv 2106.12718) and FFJORD's, shape for shape and parameter for
+parameter."""
 
 from __future__ import annotations
 
@@ -56,3 +57,17 @@ def tabular_flow(name: str, **settings: Any) -> ContinuousFlow:
         "atol": 1e-8,
     }
     return ContinuousFlow(fields, shape.dim, **(defaults | settings))
+
+
+def ffjord_flow(name: str = "toy", **settings: Any) -> ContinuousFlow:
+    """FFJORD's own flow for "toy" or a tabular data set of `TABULAR`.
+
+    toy: 2-d, one concatsquash field of 3x64, tanh, the interval [0, 0.5] with a trained end, the exact trace, dopri5 at
+    1e-5.  settings: ContinuousFlow's, over these. Raises ValueError for other names.
+    """
+    if name in TABULAR:
+        return tabular_flow(name, **settings)
+    if name != "toy":
+        raise ValueError(f"name must be one of toy, {', '.join(TABULAR)}; got {name!r}")
+    defaults = {"divergence": "exact", "t1": 0.5, "train_end_time": True, "rtol": 1e-5, "atol": 1e-5}
+    return ContinuousFlow(mlp_field(2, (64, 64, 64), "concatsquash", "tanh"), 2, **(defaults | settings))

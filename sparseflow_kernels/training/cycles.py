@@ -13,7 +13,7 @@ import torch
 
 from ..data.dataset import Dataset
 from ..field import UnsupportedFieldError
-from ..flows import ContinuousFlow
+from ..flows import NeuralODE
 from ..pruning import (
     KEEP_RATIOS,
     check_can_be_pruned,
@@ -52,7 +52,7 @@ class Cycle:
 
     index: int
     keep: float
-    flow: ContinuousFlow
+    flow: NeuralODE
     size: int
     live_size: int | None
     nll: float
@@ -60,7 +60,7 @@ class Cycle:
     history: list[dict[str, Any]]
     step_seconds: float | None
     seconds: float
-    control_flow: ContinuousFlow | None = None
+    control_flow: NeuralODE | None = None
     control_nll: float | None = None
     control_nfe: float | None = None
     control_history: list[dict[str, Any]] | None = None
@@ -69,7 +69,7 @@ class Cycle:
 
 
 def sparse_flow(
-    flow: ContinuousFlow,
+    flow: NeuralODE,
     data: Data,
     keeps: str | Sequence[float] = "toy",
     *,
@@ -80,6 +80,7 @@ def sparse_flow(
     retrain: dict[str, Any] | None = None,
     engine: str | None = "auto",
     folder: str | Path | None = None,
+    unpruned: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     on_epoch: OnEpoch | None = None,
@@ -104,6 +105,8 @@ def sparse_flow(
     engine: which engine trains the compiled flow ("auto", "cpu", "reference"); None trains the module through torch.
     folder: checkpoints, one file per finished cycle and one for the running epoch. A later call with the same arguments
         (keeps may be longer) goes on from there and comes to the same parameters bit for bit (same number of threads).
+    unpruned: another folder for the checkpoints of the dense flow and of the control, which calls that differ by what
+        they prune (method, dead, prune_options) may share: these are then trained once.
     seed: of the order of rows and the noise; cycle i draws from (seed, i).
     progress: called with each step's facts as in `train`, and "cycle", "keep", "control".
     on_epoch: as in `train`; where it returns True, this cycle's training ends, and the next cycle begins.
@@ -133,14 +136,14 @@ def sparse_flow(
         raise ValueError("dead='propagate' needs data with validation rows")
     loop = _Loop(
         flow, rows, ratios, method, dead, dict(prune_options or {}), control, settings,
-        settings.changed(**(retrain or {})), engine, None if folder is None else Path(folder), seed, progress,
-        on_epoch,
+        settings.changed(**(retrain or {})), engine, None if folder is None else Path(folder),
+        None if unpruned is None else Path(unpruned), seed, progress, on_epoch,
     )  # fmt: skip
     return loop.cycles()
 
 
 def prune_cycle_(
-    flow: ContinuousFlow, keep: float, method: str, dead: str | None, data: Dataset | None = None, **options: Any
+    flow: NeuralODE, keep: float, method: str, dead: str | None, data: Dataset | None = None, **options: Any
 ) -> None:
     """One pruning of the loop: `flow` in place to the keep ratio, dead parameters as `dead` says (`sparse_flow`)."""
     if method == "none":
@@ -159,7 +162,7 @@ def prune_cycle_(
 _HELD_OUT = 146  # the paper's number of points for its toy nets
 
 
-def live_size(flow: ContinuousFlow) -> int | None:
+def live_size(flow: NeuralODE) -> int | None:
     """Non-zero parameters of the flow after exact simplification; None where it cannot be compiled."""
     try:
         compiled = flow.compile("reference")
@@ -170,7 +173,7 @@ def live_size(flow: ContinuousFlow) -> int | None:
 
 @dataclass
 class _Loop:
-    flow: ContinuousFlow
+    flow: NeuralODE
     data: Dataset
     ratios: tuple[float, ...]
     method: str
@@ -181,12 +184,13 @@ class _Loop:
     retraining: TrainingSettings
     engine: str | None
     folder: Path | None
+    unpruned: Path | None
     seed: int
     progress: Progress | None
     on_epoch: OnEpoch | None
 
     def cycles(self) -> Iterator[Cycle]:
-        with locked_folder(self.folder):
+        with locked_folder(self.folder), locked_folder(self.unpruned):
             yield from self._cycles()
 
     def _cycles(self) -> Iterator[Cycle]:
@@ -194,7 +198,7 @@ class _Loop:
             "settings": plain(dataclasses.asdict(self.settings)),
             "engine": self.engine,
             "seed": self.seed,
-            "data": fingerprint(self.data),
+            "data": fingerprint(self.data, self.flow.supervised),
             "flow": solver_settings(self.flow),
         }
         pruning = {"method": self.method, "dead": self.dead, "prune_options": plain(self.prune_options)}
@@ -218,11 +222,12 @@ class _Loop:
             yield cycle
 
     def _cycle(
-        self, flow: ContinuousFlow, index: int, keep: float, run: dict[str, Any], control: bool = False
+        self, flow: NeuralODE, index: int, keep: float, run: dict[str, Any], control: bool = False
     ) -> tuple[dict[str, Any], bool]:
         """Bring `flow` from the cycle before to the end of this one: (facts of a Cycle, whether from a checkpoint)."""
         name = f"cycle_{index:02d}" + ("_control" if control else "")
-        path = None if self.folder is None else self.folder / f"{name}.safetensors"
+        folder = self.unpruned if self.unpruned is not None and (index == 0 or control) else self.folder
+        path = None if folder is None else folder / f"{name}.safetensors"
         running = None if path is None else path.with_name(f"{name}.running.safetensors")
         if path is not None and agree(path.exists()):
             _, facts = read_state(path)
@@ -242,10 +247,11 @@ class _Loop:
             _remove_stale(path, running)
         return facts, False
 
-    def _measure(self, flow: ContinuousFlow, history: list[dict[str, Any]]) -> dict[str, Any]:
+    def _measure(self, flow: NeuralODE, history: list[dict[str, Any]]) -> dict[str, Any]:
         evaluated = None
         if len(self.data.val):
-            evaluated = evaluate_or_nan(flow if self.engine is None else flow.compile(self.engine), self.data.val)
+            model = flow if self.engine is None else flow.compile(self.engine)
+            evaluated = evaluate_or_nan(model, self.data.val, self.data.val_labels if flow.supervised else None)
         steps = [entry["step_seconds"] for entry in history if entry["step_seconds"] is not None]
         return {
             "size": size(flow),

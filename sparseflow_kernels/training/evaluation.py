@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..finite import refuse_not_finite
-from ..flows import ContinuousFlow
+from ..flows import ContinuousFlow, NeuralODE
 
 
 @dataclass(frozen=True)
@@ -22,42 +22,51 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(flow: ContinuousFlow, x: Tensor, *, exact: bool = True, batch: int = 4096) -> Evaluation:
-    """The flow's mean negative log-likelihood on rows x [n, dim], solved in batches, in eval mode, without gradient.
+def evaluate(
+    model: NeuralODE, x: Tensor, labels: Tensor | None = None, *, exact: bool = True, batch: int = 4096
+) -> Evaluation:
+    """The model's mean negative log-likelihood on rows x [n, dim], solved in batches, in eval mode, without gradient:
+    of the rows, by a flow; of their labels int64 [n], by a classifier.
 
     exact: with the exact divergence whatever the flow trains with; False: as the flow does it in eval mode (one
     Hutchinson draw per batch, from torch's global generator, is a noisy estimate).
-    The NLL is NaN or infinite if the model's density is; nothing is hidden. Raises ValueError for no rows, SolverError
-    for a solve that cannot go on.
+    The NLL is NaN or infinite if the model's density is; nothing is hidden. Raises ValueError for no rows and for
+    labels that are none, SolverError for a solve that cannot go on.
     """
     if len(x) == 0:
         raise ValueError("x has no rows to evaluate")
     refuse_not_finite(x, "x")
-    like = next(flow.parameters())
-    was_training, was_divergence = flow.training, flow.eval_divergence
-    flow.eval()
-    if exact:
-        flow.eval_divergence = "exact"
+    like = next(model.parameters())
+    was_training = model.training
+    was_divergence = getattr(model, "eval_divergence", None)
+    model.eval()
+    if exact and isinstance(model, ContinuousFlow):
+        model.eval_divergence = "exact"
     total, nfes = 0.0, []
     try:
-        for part in x.split(batch):
-            total += float(flow.log_prob(part.to(like)).double().sum())
-            if flow.stats is not None:
-                nfes.append(flow.stats.nfe)
+        for start in range(0, len(x), batch):
+            part = slice(start, start + batch)
+            told = None if labels is None else labels[part].to(like.device)
+            total += float(model.row_nll(x[part].to(like), told).double().sum())
+            if model.stats is not None:
+                nfes.append(model.stats.nfe)
     finally:
-        flow.train(was_training)
-        flow.eval_divergence = was_divergence
-    return Evaluation(-total / len(x), sum(nfes) / len(nfes) if nfes else None)
+        model.train(was_training)
+        if isinstance(model, ContinuousFlow):
+            model.eval_divergence = was_divergence
+    return Evaluation(total / len(x), sum(nfes) / len(nfes) if nfes else None)
 
 
-def evaluate_nll(flow: ContinuousFlow, x: Tensor, *, exact: bool = True, batch: int = 4096) -> float:
+def evaluate_nll(
+    model: NeuralODE, x: Tensor, labels: Tensor | None = None, *, exact: bool = True, batch: int = 4096
+) -> float:
     """`evaluate`'s nll."""
-    return evaluate(flow, x, exact=exact, batch=batch).nll
+    return evaluate(model, x, labels, exact=exact, batch=batch).nll
 
 
-def evaluate_or_nan(flow: ContinuousFlow, x: Tensor) -> Evaluation:
-    """`evaluate`, with NaN for a flow whose solve fails."""
+def evaluate_or_nan(model: NeuralODE, x: Tensor, labels: Tensor | None = None) -> Evaluation:
+    """`evaluate`, with NaN for a model whose solve fails."""
     try:
-        return evaluate(flow, x)
+        return evaluate(model, x, labels)
     except AssertionError:  # SolverError, and torchdiffeq's own
         return Evaluation(math.nan, None)

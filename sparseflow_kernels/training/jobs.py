@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import data
 from ..data.dataset import Dataset
 from ..files import DamagedFileError, atomic_write, read_arrays, read_json, write_json
-from ..flows import ContinuousFlow
+from ..flows import NeuralODE
 from ..pruning import dense_size
 from .cycles import Cycle, sparse_flow
 from .distributed import on_rank_0, rank
@@ -77,7 +77,7 @@ class Job:
     def training(self) -> TrainingSettings:
         return self.definition().training.changed(**self.settings)
 
-    def flow(self) -> ContinuousFlow:
+    def flow(self) -> NeuralODE:
         """The net as it starts, drawn with the job's seed."""
         tolerance = {} if self.tolerance is None else {"rtol": self.tolerance, "atol": self.tolerance}
         with torch.random.fork_rng(devices=[]):
@@ -144,10 +144,6 @@ def load_rows(name: str) -> Dataset:
     """
     path = Path(name)
     if path.suffix != ".npz":
-        if name not in data.LOADERS and name in PRESETS:
-            raise ValueError(
-                f"this package has no loader for {name!r}; give its rows as an .npz file with arrays train, val, test"
-            )
         if name not in data.LOADERS and path.suffix:
             raise ValueError(f"data must be an .npz file or one of {', '.join(data.LOADERS)}; got {name!r}")
         return data.load(name)
@@ -172,10 +168,11 @@ def _numbers(path: Path, part: str, array: np.ndarray) -> Tensor:
 
 def limited(rows: Dataset, train: int | None, held_out: int | None) -> Dataset:
     """The first so many rows of each part (loaders have them in random order)."""
-    val, test = rows.val[:held_out], rows.test[:held_out]
-    return dataclasses.replace(
-        rows, train=rows.train[:train], val=val, test=test, train_labels=None, val_labels=None, test_labels=None
-    )
+    most = {"train": train, "val": held_out, "test": held_out}
+    parts = {part: getattr(rows, part)[:count] for part, count in most.items()}
+    labels = {f"{part}_labels": getattr(rows, f"{part}_labels") for part in most}
+    cut = {name: None if kept is None else kept[: most[name.removesuffix("_labels")]] for name, kept in labels.items()}
+    return dataclasses.replace(rows, **parts, **cut)
 
 
 def sweep_jobs(
@@ -238,7 +235,8 @@ def _run_locked(job: Job, rows: Dataset, report: Report | None) -> list[dict[str
 
 def _row(job: Job, cycle: Cycle, rows: Dataset) -> dict[str, Any]:
     flow = cycle.flow if job.engine is None else cycle.flow.compile(job.engine)
-    tested = evaluate_or_nan(flow, rows.test) if len(rows.test) else None
+    told = rows.test_labels if flow.supervised else None
+    tested = evaluate_or_nan(flow, rows.test, told) if len(rows.test) else None
     total = dense_size(cycle.flow)
     return {
         "seed": job.seed,

@@ -1,4 +1,4 @@
-"""Maximum likelihood training of a flow.
+"""Maximum likelihood training: of a flow, or of a classifier on its labels.
 
 Training runs on the compiled flow: its parameters are the weights that remain, so forward, backward and optimizer cost
 what they cost. Without an engine the flow itself is trained, through torch; masks need no care there either, as a
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -27,12 +28,15 @@ from torch import Tensor
 
 from ..data.dataset import Dataset
 from ..finite import refuse_not_finite
-from ..flows import ContinuousFlow
+from ..flows import NeuralODE
+from ..flows.classifier import check_labels
 from ..pruning import copy_module
 from ..solution import GradientError
 from .checkpoint import CheckpointError, load_module_state, read_state, write_state
+from .direct import DirectGradient
 from .distributed import agree, broadcast_, on_rank_0, rank, sum_gradients_, world_size
 from .evaluation import evaluate_or_nan
+from .flat import FlatParameters
 from .lock import locked_file
 from .rows import Data, as_dataset, batch_of
 from .settings import OPTIMIZERS, TrainingSettings
@@ -55,7 +59,7 @@ class Epoch:
     epoch: int
     epochs: int
     metrics: dict[str, float]
-    flow: ContinuousFlow
+    flow: NeuralODE
     cycle: int = 0
     keep: float = 1.0
     control: bool = False
@@ -69,7 +73,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 def train(
-    flow: ContinuousFlow,
+    flow: NeuralODE,
     data: Data,
     *,
     engine: str | None = None,
@@ -81,9 +85,11 @@ def train(
 ) -> list[dict[str, Any]]:
     """Minimise the flow's mean negative log-likelihood in place; returns the history, one dict per epoch.
 
+    flow: a ContinuousFlow, or a NeuralClassifier, whose likelihood is that of the labels (cross-entropy).
     data: rows [n, dim], as a tensor, a numpy array, or a dataset or DataLoader of torch's (read once, `as_dataset`;
         a loader's batch_size is the `batch`); a pair of these, (training rows, validation rows); or a Dataset (its
-        `train` rows, and for select="best" its `val` rows). They are converted to the flow's dtype and device.
+        `train` rows, and for select="best" its `val` rows), which a classifier needs, with labels. They are converted
+        to the flow's dtype and device.
     engine: None trains the flow as it is, compiled or not; a name ("auto", "cpu", "reference") trains
         `flow.compile(engine)`, whose optimizer state is of the remaining weights only, and copies the result back.
         Weight decay then acts on the compiled field's parameters: a constant that simplify folded into a bias decays
@@ -115,7 +121,7 @@ def train(
 
 
 def fit(
-    flow: ContinuousFlow,
+    flow: NeuralODE,
     data: Data,
     settings: TrainingSettings,
     engine: str | None,
@@ -136,20 +142,23 @@ def fit(
         check_rows(validation, "data's validation rows", flow.dim)
     if settings.select == "best" and (validation is None or len(validation) == 0):
         raise ValueError("select='best' needs data with validation rows: give a Dataset that has them")
+    labels = [getattr(data, f"{part}_labels", None) if flow.supervised else None for part in ("train", "val")]
+    if flow.supervised:
+        check_labels(labels[0], len(rows), flow.dim)
     path = None if checkpoint is None else Path(checkpoint)
     identity = {
         "settings": plain(dataclasses.asdict(settings)),
         "engine": engine,
         "seed": plain(seed),
-        "data": fingerprint(data),
+        "data": fingerprint(data, flow.supervised),
         "flow": solver_settings(flow),
         **plain(run or {}),
     }
     training = None
     if path is not None and agree(path.exists()):
-        training = _Training.resumed(path, identity, flow, rows, validation, settings, engine, seed)
+        training = _Training.resumed(path, identity, flow, rows, validation, settings, engine, seed, labels)
     if training is None:
-        training = _Training(flow, rows, validation, settings, engine, seed)
+        training = _Training(flow, rows, validation, settings, engine, seed, labels)
     was_training = flow.training
     try:
         with torch.random.fork_rng(devices=[training.device] if training.device.type == "cuda" else []):
@@ -170,13 +179,15 @@ class _Training:
 
     def __init__(
         self,
-        flow: ContinuousFlow,
+        flow: NeuralODE,
         rows: Tensor,
         validation: Tensor | None,
         settings: TrainingSettings,
         engine: str | None,
         seed: int | Sequence[int],
+        labels: Sequence[Tensor | None] = (None, None),
     ) -> None:
+        """labels: of the rows and of the validation rows, for a classifier."""
         self.settings, self.flow, self.validation = settings, flow, validation
         self.seeds = tuple(seed) if isinstance(seed, Sequence) else (seed,)
         broadcast_(flow.state_dict().values())
@@ -189,13 +200,22 @@ class _Training:
         self.parameters = [named[name] for name in self.names]
         self.device = self.parameters[0].device
         self.rows = rows.to(self.parameters[0])
+        self.labels, self.validation_labels = (None if known is None else known.to(self.device) for known in labels)
         self.batch = n = min(settings.batch, len(rows))
         rest = len(rows) % n
         self.per_epoch = max(1, len(rows) // n + (0 < rest and rest >= (n + 1) // 2))
         self.total = settings.steps if settings.steps is not None else settings.epochs * self.per_epoch
+        # A sparse flow has many small parameters. Those of a compiled copy, which is ours, are made one: a step is then
+        # one call and not one per parameter; others are stepped fused. Ranks add their gradients up one by one.
+        self.ranks = world_size()
+        single = engine is not None and self.ranks == 1 and FlatParameters.fit(self.parameters)
+        self.flat = FlatParameters(self.parameters) if single else None
+        self.direct = DirectGradient.of(self.model) if single else None
         self.optimizer = OPTIMIZERS[settings.optimizer](
-            self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
-        )  # a sparse flow has many small parameters: fused, a step is one call and not one per parameter
+            self.parameters if self.flat is None else [self.flat.tensor], lr=settings.lr,
+            weight_decay=settings.weight_decay, fused=True,
+        )  # fmt: skip
+        self._take_step = optimizer_step(self.optimizer)
         self.step = self.failures = 0
         self.history: list[dict[str, Any]] = []
         self.best: tuple[float, dict[str, Tensor]] | None = None
@@ -206,7 +226,11 @@ class _Training:
         epoch = len(self.history)
         order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(_mix(*self.seeds, epoch, 0)))
         order = order.to(self.device)
-        torch.manual_seed(_mix(*self.seeds, epoch, 1 + rank()))  # Hutchinson noise: each rank's own
+        noise = _mix(*self.seeds, epoch, 1 + rank())  # Hutchinson's: each rank's own
+        if self.device.type == "cpu":  # torch.manual_seed would ask every kind of device, which takes as long as steps
+            torch.default_generator.manual_seed(noise)
+        else:
+            torch.manual_seed(noise)
         started, nlls, nfes, times, skipped = time.perf_counter(), [], [], [], 0
         self.model.train()
         for index in range(min(self.per_epoch, self.total - self.step)):
@@ -214,12 +238,14 @@ class _Training:
             lr = self.settings.learning_rate(epoch, self.step, self.total)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            x = self.rows[order[index * self.batch : (index + 1) * self.batch]]
-            nll, nfe, problem = self._gradient(x)
+            chosen = order[index * self.batch : (index + 1) * self.batch]
+            nll, nfe, problem = self._gradient(
+                self.rows[chosen], None if self.labels is None else self.labels[chosen]
+            )
             self.step += 1
             if problem:
                 self.failures, skipped = self.failures + 1, skipped + 1
-                self.optimizer.zero_grad(set_to_none=True)
+                self._forget_gradient()
                 if self.failures >= self.settings.max_failures:
                     raise NonFiniteLossError(
                         f"{self.failures} training steps in a row failed, the last, step {self.step}, because "
@@ -227,7 +253,7 @@ class _Training:
                     )
             else:
                 self.failures = 0
-                self.optimizer.step()
+                self._take_step()
                 nlls.append(nll)
                 times.append(time.perf_counter() - began)
                 if nfe is not None:
@@ -245,9 +271,9 @@ class _Training:
             "step_seconds": statistics.median(times) if times else None,
         }
         if self.settings.select == "best":
-            entry["val_nll"] = nll = evaluate_or_nan(self.model, self.validation).nll
+            entry["val_nll"] = nll = evaluate_or_nan(self.model, self.validation, self.validation_labels).nll
             if math.isfinite(nll) and (self.best is None or nll < self.best[0]):
-                self.best = (nll, {name: p.detach().clone() for name, p in zip(self.names, self.parameters)})
+                self.best = (nll, {name: tensor.detach().clone() for name, tensor in self._selected().items()})
         self.history.append({**entry, "seconds": time.perf_counter() - started})
 
     def tell(self, on_epoch: OnEpoch | None) -> None:
@@ -265,13 +291,19 @@ class _Training:
         if agree(bool(answer and answer[0] is True)):
             self.total = self.step
 
-    def _gradient(self, x: Tensor) -> tuple[float, float | None, str]:
+    def _gradient(self, x: Tensor, labels: Tensor | None = None) -> tuple[float, float | None, str]:
         """(loss, nfe, ""), gradients in place; or (NaN or loss, nfe, what was wrong). Alike on every rank."""
-        self.optimizer.zero_grad(set_to_none=True)
-        share, problem, value, nfe = x.tensor_split(world_size())[rank()], "", 0.0, None
+        self._forget_gradient()
+        share, told, problem, value, nfe = x, labels, "", 0.0, None
+        if self.ranks > 1:
+            share = x.tensor_split(self.ranks)[rank()]
+            told = None if labels is None else labels.tensor_split(self.ranks)[rank()]
         try:
-            if len(share):
-                loss = -self.model.log_prob(share).sum() / len(x)
+            if self.direct is not None:
+                value, nfe = self.direct(x, labels)
+                problem = "" if math.isfinite(value) else f"the loss is {value}"
+            elif len(share):
+                loss = self.model.row_nll(share, told).sum() / len(x)
                 value = float(loss.detach())
                 if math.isfinite(value):
                     loss.backward()
@@ -282,19 +314,33 @@ class _Training:
             value, problem = math.nan, f"the solve failed: {error}"
         except GradientError as error:
             problem = str(error)
-        if problem and world_size() > 1:
-            self.optimizer.zero_grad(set_to_none=True)
+        if problem and self.ranks > 1:
+            self._forget_gradient()
         value, failed = sum_gradients_(self.parameters, [value if math.isfinite(value) else 0.0, float(bool(problem))])
         if failed:
-            return math.nan, nfe, problem or f"{failed:.0f} of {world_size()} ranks could not compute theirs"
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        total_norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+            return math.nan, nfe, problem or f"{failed:.0f} of {self.ranks} ranks could not compute theirs"
+        if self.flat is not None:
+            total_norm = torch.linalg.vector_norm(self.flat.tensor.grad)
+        else:
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            total_norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
         norm = float(total_norm)
         if not math.isfinite(norm):
             return value, nfe, f"the gradient's norm is {norm}"
         if self.settings.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, total_norm)
         return value, nfe, ""
+
+    def _selected(self) -> dict[str, Tensor]:
+        """What the best epoch is remembered by: parameters, and the running estimates of norms."""
+        running = {name: buffer for name, buffer in self.model.named_buffers() if name.startswith("norms.")}
+        return dict(zip(self.names, self.parameters)) | running
+
+    def _forget_gradient(self) -> None:
+        if self.flat is not None:
+            self.flat.tensor.grad.zero_()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -304,8 +350,8 @@ class _Training:
                 raise NonFiniteLossError(
                     f"none of the {len(self.history)} epochs had a finite validation NLL; lower lr, or set clip"
                 )
-            for name, parameter in zip(self.names, self.parameters):
-                parameter.copy_(self.best[1][name])
+            for name, tensor in self._selected().items():
+                tensor.copy_(self.best[1][name])
         if self.model is not self.flow:
             self.model.copy_to(self.flow)
 
@@ -316,10 +362,8 @@ class _Training:
         tensors = {f"flow/{name}": tensor for name, tensor in self.flow.state_dict().items()}
         if self.model is not self.flow:
             tensors |= {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
-        for name, parameter in zip(self.names, self.parameters):
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer/{key}/{name}"] = value
+        for name, parts in zip(self.names, self._optimizer_state()):
+            tensors |= {f"optimizer/{key}/{name}": value for key, value in parts.items() if isinstance(value, Tensor)}
         if self.best is not None:
             tensors |= {f"best/{name}": tensor for name, tensor in self.best[1].items()}
         facts = {
@@ -328,17 +372,47 @@ class _Training:
         }  # fmt: skip
         return tensors, facts
 
+    def _optimizer_state(self) -> list[dict[str, Any]]:
+        """By parameter."""
+        if self.flat is None:
+            return [self.optimizer.state.get(parameter, {}) for parameter in self.parameters]
+        parts: list[dict[str, Any]] = [{} for _ in self.parameters]
+        for key, value in self.optimizer.state.get(self.flat.tensor, {}).items():
+            whole = isinstance(value, Tensor) and value.shape == self.flat.tensor.shape
+            values = self.flat.split(value) if whole else [value] * len(parts)
+            for part, one in zip(parts, values):
+                part[key] = one
+        return parts
+
+    def _load_optimizer_state(self, tensors: dict[str, Tensor]) -> None:
+        """tensors: by "key/parameter's name"."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            kind, name = key.split("/", 1)
+            state.setdefault(self.names.index(name), {})[kind] = tensor
+        if self.flat is not None and state:
+            shapes = self.flat.shapes
+            kinds = {kind: [state[number][kind] for number in range(len(self.names))] for kind in state[0]}
+            state = {0: {
+                kind: torch.cat([part.reshape(-1) for part in parts])
+                if [part.shape for part in parts] == shapes and kind != "step" else parts[0]
+                for kind, parts in kinds.items()
+            }}  # fmt: skip
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
     @classmethod
     def resumed(
         cls,
         path: Path,
         identity: dict[str, Any],
-        flow: ContinuousFlow,
+        flow: NeuralODE,
         rows: Tensor,
         validation: Tensor | None,
         settings: TrainingSettings,
         engine: str | None,
         seed: int | Sequence[int],
+        labels: Sequence[Tensor | None] = (None, None),
     ) -> "_Training":
         """The training whose state is in `path`; `flow` becomes what it was at that training's start. Raises
         CheckpointError, and leaves the flow alone, where it is of another one."""
@@ -359,15 +433,10 @@ class _Training:
                     "it to train this cycle anew"
                 )
         load_module_state(flow, part("flow"), str(path))
-        training = cls(flow, rows, validation, settings, engine, seed)
+        training = cls(flow, rows, validation, settings, engine, seed, labels)
         if engine is not None:
             training.model.load_state_dict(part("model"))
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in part("optimizer").items():
-            kind, name = key.split("/", 1)
-            state.setdefault(training.names.index(name), {})[kind] = tensor
-        groups = training.optimizer.state_dict()["param_groups"]
-        training.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        training._load_optimizer_state(part("optimizer"))
         training.step, training.failures, training.history = facts["step"], facts["failures"], facts["history"]
         training.total = facts.get("total", training.total)  # smaller where on_epoch ended it; 0.1.0 did not write it
         if facts["best"] is not None:
@@ -376,6 +445,18 @@ class _Training:
 
 
 # --------------------------------------------------------------------------------------------- what a run is known by
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """optimizer.step() without the wrappers that torch puts around it, for profilers and hooks, which take as long as
+    the step of a small net."""
+    plain_step = inspect.unwrap(type(optimizer).step)
+
+    def step() -> None:
+        with torch.no_grad():
+            plain_step(optimizer)
+
+    return step
 
 
 def _mix(*numbers: int) -> int:
@@ -388,20 +469,23 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=repr))
 
 
-def fingerprint(data: Dataset | Tensor) -> dict[str, Any]:
-    """Name, number and sha256 of the training and validation rows."""
+def fingerprint(data: Dataset | Tensor, labelled: bool = False) -> dict[str, Any]:
+    """Name, number and sha256 of the training and validation rows; labelled: and of their labels."""
     rows = [data.train, data.val] if isinstance(data, Dataset) else [data]
+    labels = [data.train_labels, data.val_labels] if labelled else []
     digest = hashlib.sha256()
-    for part in rows:
+    for part in [*rows, *(known for known in labels if known is not None)]:
         digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     name = data.name if isinstance(data, Dataset) else None
     return {"name": name, "rows": [len(part) for part in rows], "sha256": digest.hexdigest()}
 
 
-def solver_settings(flow: ContinuousFlow) -> dict[str, Any]:
+def solver_settings(flow: NeuralODE) -> dict[str, Any]:
     """What of a flow is not in its state dict and decides how it trains."""
     names = ("divergence", "noise", "t0", "t1", "rtol", "atol", "method", "options", "gradient")
-    return plain({name: getattr(flow, name) for name in names})
+    later = ("penalties",)  # what flows of earlier versions had not: told where it is there
+    found = {name: getattr(flow, name) for name in names if hasattr(flow, name)}
+    return plain(found | {name: value for name in later if (value := getattr(flow, name, None))})
 
 
 def check_identity(path: Path, found: dict[str, Any] | None, wanted: dict[str, Any]) -> None:

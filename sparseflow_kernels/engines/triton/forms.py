@@ -15,10 +15,11 @@ from ...field import Pattern
 FORM_VARIABLE = "SPARSEFLOW_TRITON_FORM"
 FORMS = ("auto", "sparse", "dense")
 
-# Densities of the compacted matrix above which matrix instructions should win: a roofline of an H100 (fused 3xTF32 at
-# 65 TFLOP/s and fp64 FMA at 60 % of peak against a sparse loop at 22 % of fp32, 18 % of fp64 peak). Not yet measured on a
-# GPU.
-CROSSOVER = {torch.float32: 0.22, torch.float64: 0.30}
+# Densities of the compacted matrix above which matrix instructions should win: a roofline of an H100. A sparse loop
+# gathers a number for every multiply-add from the second-level cache, whose 5.5 TB/s feed 1.4 T/s in float32, 0.7 T/s in
+# float64, and a little more where the first level helps; fused 3xTF32 makes 32 T/s, float64 at 60 % of its peak 10 T/s.
+# Not yet measured on a GPU.
+CROSSOVER = {torch.float32: 0.05, torch.float64: 0.08}
 SMALLEST_DENSE = 16  # rows and columns a tile of matrix instructions has at least
 
 # Plain TF32 rounds operands to 10 bits, which an adaptive solver sees as local error below a tolerance of about 1e-4.
@@ -71,14 +72,18 @@ class Tile:
 
 # Candidates by form, best guess first; timing chooses among those that fit, on a GPU.
 SPARSE_TILES = (Tile(4, 128, 4, 4), Tile(1, 128, 4, 1), Tile(8, 64, 2, 4), Tile(2, 256, 4, 4), Tile(16, 32, 2, 4))
-DENSE_TILES = (Tile(64, 64, 32, 8), Tile(32, 64, 32, 4), Tile(32, 32, 32, 4), Tile(16, 64, 32, 2))
+# Of a wide source few samples at a time: all its rows, of these, then stay in the first-level cache for 16 rows of a tile.
+WIDE_SPARSE_TILES = (SPARSE_TILES[-1], *SPARSE_TILES[:-1])
+WIDE_SOURCE = 128 << 10  # bytes of 128 samples of it
+DENSE_TILES = (Tile(64, 64, 16, 8), Tile(32, 64, 32, 4), Tile(32, 32, 32, 4), Tile(16, 64, 32, 2))
 DOUBLE_DENSE_TILES = (Tile(32, 32, 32, 4), Tile(16, 64, 16, 4), Tile(16, 32, 32, 2))  # larger ones run out of registers
 GRADIENT_TILES = (Tile(8, 128, 1, 4),)
 GRADIENT_EDGE = 32  # rows, columns and samples of a tile of a dense gradient
 STEP_TILES = (Tile(2, 256, 1, 4),)
 POINTWISE_TILES = (Tile(2, 256, 1, 4),)
 INTERPRETED = {  # the interpreter's time goes by the program
-    "sparse": Tile(16, 32, 1, 1), "dense": Tile(16, 32, 16, 1), "double dense": Tile(16, 32, 16, 1),
+    "sparse": Tile(16, 32, 1, 1), "wide sparse": Tile(16, 32, 1, 1),
+    "dense": Tile(16, 32, 16, 1), "double dense": Tile(16, 32, 16, 1),
     "gradient": Tile(64, 32, 1, 1), "step": Tile(4, 32, 1, 1),
     "pointwise": Tile(16, 32, 1, 1),
 }  # fmt: skip
@@ -90,14 +95,15 @@ def power_of_two(n: int) -> int:
 
 
 def tiles(form: str, rows: int, batch: int, interpreted: bool) -> tuple[Tile, ...]:
-    """The tiles that fit `rows` rows over `batch` samples, best guess first. form: a matrix's ("double dense": of float64),
-    or "gradient" (rows are its entries), or "step" (rows are the state's), or "pointwise"."""
+    """The tiles that fit `rows` rows over `batch` samples, best guess first. form: a matrix's ("wide sparse": of a
+    source of WIDE_SOURCE or more, "double dense": of float64), or "gradient" (rows are its entries), or "step" (rows
+    are the state's), or "pointwise"."""
     if interpreted:
         return (INTERPRETED[form],)
     least = 16 if form.endswith("dense") else 1
     table = {
-        "sparse": SPARSE_TILES, "dense": DENSE_TILES, "double dense": DOUBLE_DENSE_TILES, "gradient": GRADIENT_TILES,
-        "step": STEP_TILES, "pointwise": POINTWISE_TILES,
+        "sparse": SPARSE_TILES, "wide sparse": WIDE_SPARSE_TILES, "dense": DENSE_TILES,
+        "double dense": DOUBLE_DENSE_TILES, "gradient": GRADIENT_TILES, "step": STEP_TILES, "pointwise": POINTWISE_TILES,
     }[form]  # fmt: skip
     found = []
     for tile in table:

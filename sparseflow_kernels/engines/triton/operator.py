@@ -73,7 +73,10 @@ class Operator:
 
     def candidates(self, batch: int) -> tuple[Tile, ...]:
         """Tiles of programs over this many samples, best guess first."""
-        form = "sparse" if not self.dense else "dense" if self.dtype == torch.float32 else "double dense"
+        if self.dense:
+            form = "dense" if self.dtype == torch.float32 else "double dense"
+        else:
+            form = "wide sparse" if self.cols * 128 * self.dtype.itemsize >= forms.WIDE_SOURCE else "sparse"
         return forms.tiles(form, self.rows, batch, interpreted())
 
     def tune(self, kernel: Any, store: int | None, batch: int, run: Callable[[], None]) -> None:

@@ -70,8 +70,8 @@ def dense_sums(
     """As sparse_sums, by matrix instructions over `weights` [positions, depth], whose columns are the `count` used ones."""
     acc = tl.zeros([ROWS, BATCH], dtype=weights.dtype.element_ty)
     acc_tangent = tl.zeros([ROWS, BATCH], dtype=weights.dtype.element_ty)
-    step = 0
-    while step < count:
+    # the loads of the next two steps are on their way during the products of one; longer steps run out of registers
+    for step in tl.range(0, count, DEPTH, num_stages=3):
         k = step + tl.arange(0, DEPTH)
         here = k < count
         weight = tl.load(weights + position.to(tl.int64)[:, None] * depth + k[None, :])  # padded with zeros
@@ -85,7 +85,6 @@ def dense_sums(
             acc_tangent = tl.dot(
                 weight, read, acc_tangent, input_precision=PRECISION, out_dtype=weights.dtype.element_ty
             )
-        step += DEPTH
     return acc, acc_tangent
 
 

@@ -1,0 +1,160 @@
+"""A training step of a compiled model without autograd between its solves.
+
+For nets of some hundred weights most of a step was Python: autograd's bookkeeping, arguments checked anew and wrappers
+made for every solve, and values compared with those that were packed. Here the request of a solve is made once, engines
+of its own take the parameters over at every step, their solves and gradients are called one after the other, and the
+loss at the end of the interval is differentiated by its formula. What is computed is what
+`row_nll(...).backward()` computes; a model that this does not fit is trained that way.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..compiled_field import CompiledField
+from ..devices import factories_on_cpu
+from ..divergence_field import DivergenceField
+from ..engines import choose
+from ..engines.base import Engine, SolveRequest, SolveResult
+from ..field import GraphField, VectorField
+from ..flows import ContinuousFlow, NeuralClassifier, NeuralODE
+from ..solution import SolverError
+from ..solving.arguments import upward
+from ..solving.engine_call import EngineCall, request_of
+
+
+@dataclass
+class _Solved:
+    engine: Engine
+    tensors: list[Tensor]
+    request: SolveRequest
+    result: SolveResult
+
+
+class DirectGradient:
+    """The mean loss of a model and its gradient, which is added to the `grad` of the parameters (these must be
+    there)."""
+
+    def __init__(self, model: NeuralODE, template: SolveRequest, engines: list[Engine]) -> None:
+        self.model, self.template, self.engines = model, template, engines
+        self.kind = model.divergence if isinstance(model, ContinuousFlow) else None
+        noise = model.noise if self.kind == "hutchinson" else None
+        self.probes = [
+            None if self.kind is None else DivergenceField(field, self.kind, noise) for field in model.vector_fields
+        ]
+        self.made: list[tuple] = [(None, []) for _ in model.vector_fields]  # a field, its tensors
+
+    @classmethod
+    @factories_on_cpu
+    def of(cls, model: NeuralODE) -> "DirectGradient | None":
+        """None for a model that only autograd can differentiate: fields that are not compiled for an engine with
+        gradients of its own, end times or bases of their own, callables among the solver's options, the adjoint's
+        gradient."""
+        flow = isinstance(model, ContinuousFlow)
+        if not (flow or isinstance(model, NeuralClassifier)) or model.gradient != "discrete":
+            return None
+        if model.sqrt_end_time is not None or model.norms is not None or (flow and (model.base or model.penalties)):
+            return None
+        fields = list(model.vector_fields)
+        if not all(isinstance(field, CompiledField) for field in fields) or len(set(map(id, fields))) < len(fields):
+            return None
+        if any(field.live or field.layout is not None or field.has_context or field._masked for field in fields):
+            return None
+        like = next(model.parameters())
+        if like.device.type != "cpu":  # a GPU's step waits for other things than Python
+            return None
+        x = torch.zeros(1, model.dim, dtype=like.dtype, device=like.device)
+        state = (x, x[:, 0]) if flow else x
+        t = torch.tensor([model.t0, model.t1], dtype=like.dtype)
+        kind, engines = model.divergence if flow else None, []
+        for field in fields:
+            func = DivergenceField(field, kind) if flow else field
+            method = "dopri5" if model.method is None else model.method
+            call = EngineCall.make(func, state, t, model.rtol, model.atol, method, dict(model.options or {}), "shared")
+            if isinstance(call, str) or call.options.get("grid_constructor") is not None:
+                return None
+            times, sign = upward(t, like.device)
+            template = request_of(
+                x, x[:, 0] if flow else None, None, t, times, sign, call.rtol, call.atol, call.method, call.options
+            )
+            template = replace(template, record=True)
+            engine = _packed(field, kind, field._live_field())
+            engines.append(engine)
+            if engine.differentiable or engine.no_gradient(("x", "l", "tensors"), template) is not None:
+                return None
+        return cls(model, template, engines)
+
+    @factories_on_cpu
+    def __call__(self, x: Tensor, labels: Tensor | None = None) -> tuple[float, int]:
+        """(mean loss of the rows x [n, dim], evaluations of the fields). Raises SolverError for a solve that cannot go
+        on; gradients are then as they were, and so they are for a loss that is not finite."""
+        with torch.no_grad():
+            solved: list[_Solved] = []
+            change = None if self.kind is None else x.new_zeros(len(x))
+            for number, (field, probe) in enumerate(zip(self.model.vector_fields, self.probes)):
+                with torch.enable_grad():  # what is made of parameters
+                    engine, tensors = self._engine(number, field)
+                noise = None if probe is None else probe.begin_solve(x)
+                request = replace(self.template, x=x, l=change, noise=noise)
+                result = engine.solve(request)
+                if result.status != "ok":
+                    parts = (result.xs,) if result.ls is None else (result.xs, result.ls)
+                    raise SolverError.of(result, request, parts, change is not None)
+                solved.append(_Solved(engine, tensors, request, result))
+                x, change = result.xs[-1], None if change is None else result.ls[-1]
+            value, grad_x, grad_l = self._loss(x, change, labels)
+            nfe = sum(one.result.nfe for one in solved)
+            if math.isfinite(value):
+                for one in reversed(solved):
+                    grad_x, grad_l = _backward(one, grad_x, grad_l)
+            return value, nfe
+
+    def _engine(self, number: int, field: CompiledField) -> tuple[Engine, list[Tensor]]:
+        """(an engine that holds the present values, the field's tensors, with a graph where they are made of
+        others)."""
+        made = field._live_field()  # with a graph of its own where tensors are derived
+        engine = self.engines[number]
+        if not engine.update(made):
+            engine = self.engines[number] = _packed(field, self.kind, made)
+        if made is not self.made[number][0]:
+            self.made[number] = made, [tensor for _, tensor in made.tensors()]
+        return engine, self.made[number][1]
+
+    def _loss(
+        self, x: Tensor, change: Tensor | None, labels: Tensor | None
+    ) -> tuple[float, Tensor, Tensor | None]:
+        """(mean loss, its gradient by the state's end [n, dim], and by the log-density channel [n])."""
+        n = len(x)
+        if change is not None:  # 0.5 |z|^2 + dim/2 log 2 pi + l
+            value = float(0.5 * x.square().sum() + change.sum()) / n
+            return value + 0.5 * self.model.dim * math.log(2.0 * math.pi), x / n, torch.full_like(change, 1.0 / n)
+        logs = x.log_softmax(1)
+        chosen = labels.unsqueeze(1)
+        gradient = logs.exp() / n
+        gradient.scatter_add_(1, chosen, gradient.new_full((n, 1), -1.0 / n))
+        return -float(logs.gather(1, chosen).sum()) / n, gradient, None
+
+
+@torch.no_grad()
+def _packed(field: CompiledField, kind: str | None, made: VectorField | GraphField) -> Engine:
+    """An engine of this step's own: it takes values over without asking whether they changed."""
+    plan = None if kind is None else field.divergence_plan(kind)
+    return choose(made, field.requested)[0](made, plan)
+
+
+def _backward(one: _Solved, grad_x: Tensor, grad_l: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Add the gradient of a solve to the parameters'; (the cotangents of its start)."""
+    grad_xs = torch.stack((torch.zeros_like(grad_x), grad_x))
+    grad_ls = None if grad_l is None else torch.stack((torch.zeros_like(grad_l), grad_l))
+    found = one.engine.solve_backward(one.request, one.result, grad_xs, grad_ls, frozenset(("x", "l", "tensors")))
+    trained = [(tensor, gradient) for tensor, gradient in zip(one.tensors, found.tensors) if tensor.requires_grad]
+    own = [(tensor.grad, gradient) for tensor, gradient in trained if tensor.is_leaf]
+    if own:
+        torch._foreach_add_(*map(list, zip(*own)))
+    if len(own) < len(trained):
+        torch.autograd.backward(*zip(*(pair for pair in trained if not pair[0].is_leaf)))
+    return found.x, found.l
