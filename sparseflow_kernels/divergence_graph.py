@@ -93,9 +93,9 @@ def _trace_by_columns(field: GraphField, term: Node) -> tuple[Node, int, int]:
 
 def inner_product(g: Graph, fixed: Node, dot: Node) -> Node:
     """The node [1] of fixed . dot. As `fixed` is constant during a solve, so is its product with a transposed matrix: a
-    matrix in front of `dot` is moved to it, and is not applied at every evaluation; but not a convolution to fewer rows,
-    whose few multiply-adds take less than a product of all the rows that it reads. What other nodes of dot read is
-    computed in any case, and is multiplied as it is."""
+    matrix in front of `dot` is moved to it, and is not applied at every evaluation; but not a convolution to fewer
+    rows, whose few multiply-adds take less than a product of all the rows that it reads. What other nodes of dot read
+    is computed in any case, and is multiplied as it is."""
     readers = Counter(operand for node in order([dot]) for operand in set(node.operands))
     total, waiting = None, [(fixed, dot, 1.0)]
     while waiting:
