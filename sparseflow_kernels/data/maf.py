@@ -180,8 +180,8 @@ _ALLOWED = {
     "numpy": {"ndarray", "dtype", "_reconstruct", "_frombuffer", "scalar"},
     "pandas": {
         "DataFrame", "BlockManager", "Index", "Int64Index", "Float64Index", "RangeIndex", "_new_Index",
-        "_unpickle_block", "FloatBlock", "IntBlock", "NumericBlock", "BlockPlacement", "__pyx_unpickle_BlockPlacement", "StringDtype",
-        "ArrowStringArray", "StringArray", "ObjectBlock", "__pyx_unpickle_NDArrayBacked",
+        "_unpickle_block", "FloatBlock", "IntBlock", "NumericBlock", "BlockPlacement", "__pyx_unpickle_BlockPlacement",
+        "StringDtype", "ArrowStringArray", "StringArray", "ObjectBlock", "__pyx_unpickle_NDArrayBacked",
     },
     "builtins": {"slice", "object"}, "copyreg": {"_reconstructor"}, "copy_reg": {"_reconstructor"},
     "_codecs": {"encode"}, "__builtin__": {"slice", "object"},

@@ -7,7 +7,7 @@ import dataclasses
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Generic, Iterator, Sequence, TypeVar
 
 import torch
 
@@ -31,12 +31,14 @@ from .loop import OnEpoch, Progress, check_identity, fingerprint, fit, plain, so
 from .rows import Data, as_dataset, batch_of
 from .settings import TrainingSettings
 
+_Model = TypeVar("_Model", bound=NeuralODE)
+
 METHODS = ("weights", "neurons", "none")
 DEAD = ("simplify", "propagate", None)
 
 
 @dataclass
-class Cycle:
+class Cycle(Generic[_Model]):
     """One finished cycle of the loop.
 
     index: 0 for the dense one.  keep: the target keep ratio, 1.0 for the dense one.
@@ -52,7 +54,7 @@ class Cycle:
 
     index: int
     keep: float
-    flow: NeuralODE
+    flow: _Model
     size: int
     live_size: int | None
     nll: float
@@ -60,7 +62,7 @@ class Cycle:
     history: list[dict[str, Any]]
     step_seconds: float | None
     seconds: float
-    control_flow: NeuralODE | None = None
+    control_flow: _Model | None = None
     control_nll: float | None = None
     control_nfe: float | None = None
     control_history: list[dict[str, Any]] | None = None
@@ -69,7 +71,7 @@ class Cycle:
 
 
 def sparse_flow(
-    flow: NeuralODE,
+    flow: _Model,
     data: Data,
     keeps: str | Sequence[float] = "toy",
     *,
@@ -85,7 +87,7 @@ def sparse_flow(
     progress: Progress | None = None,
     on_epoch: OnEpoch | None = None,
     **training: Any,
-) -> Iterator[Cycle]:
+) -> Iterator[Cycle[_Model]]:
     """Train `flow` dense, then prune to each keep ratio and retrain, with a new optimizer and the schedule from its
     start; yields a Cycle after each. Weights are never rewound and pruned entries never return. `flow` is trained in
     place.
