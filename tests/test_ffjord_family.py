@@ -50,7 +50,7 @@ def test_moving_batch_norm_moves_by_its_batch_and_is_inverted():
     torch.manual_seed(0)
     norm, x = MovingBatchNorm(2, decay=0.25), 3.0 + 2.0 * torch.randn(500, 2)
     y, logdet = norm(x)  # the running estimates before the step: mean 0, variance 1
-    assert torch.allclose(y, x / math.sqrt(1 + 1e-4)) and float(logdet) == pytest.approx(-math.log(1 + 1e-4), abs=1e-6)
+    assert torch.allclose(y, x / math.sqrt(1 + 1e-4)) and logdet.item() == pytest.approx(-math.log(1 + 1e-4), abs=1e-6)
     assert torch.allclose(norm.running_mean, 0.25 * x.mean(0)) and norm.step == 1
     assert torch.allclose(norm.running_var, 0.75 + 0.25 * x.var(0))
     norm.eval()
