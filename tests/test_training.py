@@ -216,6 +216,9 @@ def test_what_only_autograd_can_differentiate_is_left_to_it():
     for settings in others:
         assert DirectGradient.of(ContinuousFlow(field, **settings).compile("cpu")) is None, settings
     assert DirectGradient.of(ContinuousFlow(field).compile("reference")) is None
+    hooked = ContinuousFlow(field).compile("cpu")
+    hooked.vector_fields[0].register_forward_hook(lambda part, inputs, output: None)
+    assert DirectGradient.of(hooked) is None
 
 
 def test_a_classifier_learns_its_labels_and_goes_on_from_its_checkpoint(tmp_path):

@@ -22,6 +22,7 @@ from ..engines import choose
 from ..engines.base import Engine, SolveRequest, SolveResult
 from ..field import GraphField, VectorField
 from ..flows import ContinuousFlow, NeuralClassifier, NeuralODE
+from ..hooks import GLOBAL_HOOKS, is_hooked
 from ..solution import SolverError
 from ..solving.arguments import upward
 from ..solving.engine_call import EngineCall, request_of
@@ -63,6 +64,8 @@ class DirectGradient:
         if not all(isinstance(field, CompiledField) for field in fields) or len(set(map(id, fields))) < len(fields):
             return None
         if any(field.live or field.layout is not None or field.has_context or field._masked for field in fields):
+            return None
+        if is_hooked(model) or any(GLOBAL_HOOKS):  # which would not be called
             return None
         like = next(model.parameters())
         if like.device.type != "cpu":  # a GPU's step waits for other things than Python
