@@ -49,10 +49,10 @@ _log = logging.getLogger(__name__)
 class Epoch:
     """A finished epoch, as `on_epoch` is told of it.
 
-    epoch, epochs: its number, counted from 1, and of how many.  metrics: the numbers of its entry in the history that
-        are
-    known: nll, nfe, val_nll (with select="best"), skipped, step_seconds, seconds, epoch.  flow: what is trained, the
-    compiled flow where there is an engine; may be evaluated, sampled and saved, not changed.
+    epoch, epochs: its number, counted from 1, and of how many.
+    metrics: the numbers of its entry in the history that are known: nll, nfe, val_nll (with select="best"), skipped,
+        step_seconds, seconds, epoch.
+    flow: what is trained, the compiled flow where there is an engine; may be evaluated, sampled and saved, not changed.
     cycle, keep, control: of `sparse_flow`, which cycle this is, its keep ratio, and whether it is the control's.
     """
 
