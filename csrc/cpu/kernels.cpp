@@ -112,12 +112,15 @@ constexpr void offer_width(Kernels<T>& table, int index) {
   table.rows_in_flight_tangent[index] = rows_in_flight(2 * NV);
   table.dense_rows[index] = dense_rows(NV);
   table.dense_rows_tangent[index] = dense_rows(2 * NV);
-#define X(NAME)                                                                              \
-  table.affine[static_cast<int>(Activation::NAME)][index] = affine<T, NV, Activation::NAME>; \
-  table.affine_tangent[static_cast<int>(Activation::NAME)][index] = affine_tangent<T, NV, Activation::NAME>;
+#define X(NAME)                                                                                               \
+  table.affine[0][static_cast<int>(Activation::NAME)][index] = affine<T, NV, Activation::NAME, false>;        \
+  table.affine[1][static_cast<int>(Activation::NAME)][index] = affine<T, NV, Activation::NAME, true>;         \
+  table.affine_tangent[0][static_cast<int>(Activation::NAME)][index] = affine_tangent<T, NV, Activation::NAME, false>; \
+  table.affine_tangent[1][static_cast<int>(Activation::NAME)][index] = affine_tangent<T, NV, Activation::NAME, true>;
   SF_FOR_EACH_ACTIVATION(X)
 #undef X
-  table.product[index] = product<T, NV>;
+  table.product[0][index] = product<T, NV, false>;
+  table.product[1][index] = product<T, NV, true>;
   table.reduction[index] = reduction<T, NV>;
 }
 

@@ -204,9 +204,10 @@ struct Kernels {
   int dense_rows[kWidths];              // 0: no dense groups at this width
   int dense_rows_tangent[kWidths];
 
-  RowKernel<T> affine[kActivations][kWidths];          // by activation; primal only
-  RowKernel<T> affine_tangent[kActivations][kWidths];  // the source rows carry a tangent in slot 1
-  RowKernel<T> product[kWidths];
+  // index [1] is of convolutions, in kernels of their own: a choice within one slows its other half
+  RowKernel<T> affine[2][kActivations][kWidths];          // by activation; primal only
+  RowKernel<T> affine_tangent[2][kActivations][kWidths];  // the source rows carry a tangent in slot 1
+  RowKernel<T> product[2][kWidths];
   RowKernel<T> reduction[kWidths];
   // the adjoint's; index [1] carries a tangent. Null for the widths they are not offered for.
   RowKernel<T> keep[2][kActivations][kWidths];

@@ -269,9 +269,11 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, Packed<T>& packed, 
   args.factor_row = op.factor_row.empty() ? nullptr : op.factor_row.data();
   args.factor2_row = op.factor2_row.empty() ? nullptr : op.factor2_row.data();
   const int activation = static_cast<int>(op.activation);
+  const bool planes = matrix.window.present();
+  if (planes && op.kind != OpKind::kAffine && op.kind != OpKind::kProduct) fail("a convolution has no kernel for this operation");
   switch (op.kind) {
-    case OpKind::kAffine: out.kernel = tangent ? kernels.affine_tangent[activation][w] : kernels.affine[activation][w]; break;
-    case OpKind::kProduct: out.kernel = kernels.product[w]; break;
+    case OpKind::kAffine: out.kernel = (tangent ? kernels.affine_tangent : kernels.affine)[planes][activation][w]; break;
+    case OpKind::kProduct: out.kernel = kernels.product[planes][w]; break;
     case OpKind::kReduction: out.kernel = kernels.reduction[w]; break;
     case OpKind::kKeep: out.kernel = kernels.keep[op.carries][activation][w]; break;
     case OpKind::kPull: out.kernel = kernels.pull[op.slope_from][op.carries][w]; break;
@@ -280,7 +282,7 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, Packed<T>& packed, 
   if (out.kernel == nullptr) fail("this tile width has no adjoint kernels");
 
   const ptrdiff_t source_stride = args.source_stride = stride(op.source);
-  if (matrix.window.present()) {
+  if (planes) {
     pack_planes(out, op, program, packed, kernels);
     if (!matrix.dynamic()) set_weights(out, out.streams, matrix.values.data());
     return out;

@@ -105,9 +105,9 @@ __attribute__((noinline)) const char* multiply_dense(const char* steps, int coun
 // `finish.pause()` is called after every kRowsPerSum rows and at the end. Sums of unfinished rows wait in the target.
 inline constexpr int kRowsPerSum = 64;
 
-template <class T, int NV, class Finish>
+template <class T, int NV, bool Planes = false, class Finish>
 SF_INLINE void for_each_row(const RowArgs<T>& args, Finish& finish) {
-  if (args.planes != nullptr) return for_each_pixel<T, NV>(args, finish);
+  if constexpr (Planes) return for_each_pixel<T, NV>(args, finish);
   constexpr bool kDense = dense_rows(NV) > 0;
   constexpr int R = rows_in_flight(NV), D = kDense ? dense_rows(NV) : R;
   static_assert(kRowsPerSum % R == 0 && D % R == 0);
@@ -187,7 +187,7 @@ SF_INLINE const Vec<T>* at_row(const char* base, int row, ptrdiff_t stride) {
 }
 
 // h = act(scale * (W source) + shift); what becomes of the slope is `store`.
-template <class T, int NV, Activation A>
+template <class T, int NV, Activation A, bool Planes>
 void affine(const RowArgs<T>& args) {
   const T a = args.a, b = args.b, inverse_a = args.inverse_a;
   const Store store = args.store;
@@ -200,7 +200,7 @@ void affine(const RowArgs<T>& args) {
         activate<T, A>(sum[v] * scale + shift, a, b, inverse_a, out[v], slope);
       }
     }};
-    return for_each_row<T, NV>(args, rows);
+    return for_each_row<T, NV, Planes>(args, rows);
   }
   Reduction<T, NV> reduction{reinterpret_cast<Vec<T>*>(args.reduce)};
   RowsWithSum rows{[&](int row, const Vec<T>* sum) {
@@ -223,11 +223,11 @@ void affine(const RowArgs<T>& args) {
       for (int v = 0; v < NV; ++v) reduction.add(v, weight[v] * (slope[v] * seed[v]));
     }
   }, reduction};
-  for_each_row<T, NV>(args, rows);
+  for_each_row<T, NV, Planes>(args, rows);
 }
 
 // The same with a tangent in slot 1 of every source row: one stream of weights serves both.
-template <class T, int NV, Activation A>
+template <class T, int NV, Activation A, bool Planes>
 void affine_tangent(const RowArgs<T>& args) {
   const T a = args.a, b = args.b, inverse_a = args.inverse_a;
   const bool store = args.store == Store::kTangent;
@@ -248,11 +248,11 @@ void affine_tangent(const RowArgs<T>& args) {
       for (int v = 0; v < NV; ++v) reduction.add(v, weight[v] * tangent[v]);
     }
   }, reduction};
-  for_each_row<T, 2 * NV>(args, rows);
+  for_each_row<T, 2 * NV, Planes>(args, rows);
 }
 
 // target[row] = factor[row, or factor_row[row]] * (W source) + addend[row]; if second, slot 1 = factor2[...] * (W source)
-template <class T, int NV>
+template <class T, int NV, bool Planes>
 void product(const RowArgs<T>& args) {
   char* const target = args.target;
   const ptrdiff_t stride = args.target_stride;
@@ -261,7 +261,7 @@ void product(const RowArgs<T>& args) {
       Vec<T>* const out = reinterpret_cast<Vec<T>*>(target + row * stride);
       for (int v = 0; v < NV; ++v) out[v] = sum[v];
     }};
-    return for_each_row<T, NV>(args, rows);
+    return for_each_row<T, NV, Planes>(args, rows);
   }
   Rows rows{[=, &args](int row, const Vec<T>* sum) {
     Vec<T>* const out = reinterpret_cast<Vec<T>*>(target + row * stride);
@@ -285,7 +285,7 @@ void product(const RowArgs<T>& args) {
     }
     for (int v = 0; v < NV; ++v) out[v] = first[v];
   }};
-  for_each_row<T, NV>(args, rows);
+  for_each_row<T, NV, Planes>(args, rows);
 }
 
 // reduce += coefficient[row] * factor[row] * factor2[row] * (W source), summed over rows; a target is needed only where
