@@ -21,7 +21,7 @@ demo: $(VENV)/.demo
 
 test: export SPARSEFLOW_CUDA_HOST = $(CURDIR)/build/native/_cuda_host.so
 test: $(VENV)/.test native-test
-	$(BIN)/pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 # Style and types, as pyproject.toml says.
 lint: $(VENV)/.test

@@ -631,24 +631,3 @@ def test_the_pseudo_inverse_of_a_square_matrix_is_its_inverse():
             return (torch.linalg.pinv(matrix) @ y[..., None])[..., 0]
 
     check(Masses().double(), torch.randn(5, 2).double(), True)
-
-
-def test_a_masked_weight_that_is_read_without_its_module_being_called():
-    class Read(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(3, 8).double(), nn.Linear(8, 3, bias=False).double()
-            prune.l1_unstructured(self.b, "weight", amount=0.5)
-
-        def forward(self, t, y):
-            return torch.tanh(self.a(y)) @ self.b.weight.t()
-
-    module, y = Read(), torch.randn(5, 3).double()
-    field = sfk.compile(module)
-    torch.testing.assert_close(field(0.0, y), module(0.0, y))
-    field(0.0, y).sum().backward()
-    assert {name for name, parameter in field.named_parameters() if parameter.grad is not None}
-    with torch.no_grad():
-        module.b.weight_orig.mul_(2)
-    with pytest.raises(sfk.UnsupportedFieldError, match="made of 'b.weight_orig' before"):
-        sfk.compile(module, like=y)

@@ -299,9 +299,8 @@ def test_source_distribution_is_complete_and_builds(tmp_path):
     unwanted = {name for name in files if name.endswith((".so", ".pyc", "_build.json")) or "/build/" in name}
     assert not unwanted
 
-    # What was unpacked, and nothing else, must be enough for a wheel; one instruction set and one GPU keep it quick.
-    cuda = bool(shutil.which("nvcc") and tracked("csrc", ".cu"))
-    environment = {"SPARSEFLOW_CPU_ISAS": "baseline", "SPARSEFLOW_CUDA": "on" if cuda else "off", "SPARSEFLOW_CUDA_ARCHS": "90"}
+    # What was unpacked, and nothing else, must be enough for a wheel; one instruction set and no GPU keep it quick.
+    environment = {"SPARSEFLOW_CPU_ISAS": "baseline", "SPARSEFLOW_CUDA": "off"}
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path / "wheel"), str(tree)]
     subprocess.run(command, env={**os.environ, **environment}, check=True)
     (wheel,) = (tmp_path / "wheel").glob("*.whl")
@@ -313,5 +312,4 @@ def test_source_distribution_is_complete_and_builds(tmp_path):
                             capture_output=True, text=True, check=True)
     info = json.loads(result.stdout)
     assert info["cpu"]["built"] and info["cpu"]["isas"] == ["baseline"] and info["cpu"]["isa"] == "baseline"
-    assert info["cuda"]["built"] == cuda and not info["cuda"].get("reason", "").startswith("it does not load"), info["cuda"]
-    assert not cuda or info["cuda"]["archs"] == ["90"]
+    assert not info["cuda"]["built"]

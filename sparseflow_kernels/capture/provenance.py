@@ -129,14 +129,6 @@ class ParameterNumbers:
             if parameter.numel() and parameter.layout == torch.strided:
                 self._memory.setdefault(parameter.untyped_storage()._cdata, number)
             start += parameter.numel()
-        # What torch.nn.utils.prune computes of a parameter when its module is called, and others may read as it is.
-        self._masked: dict[int, tuple[str, Tensor]] = {}
-        for path, part in module.named_modules():
-            for key, mask in part._buffers.items():
-                leaf = key.removesuffix("_mask")
-                made = part.__dict__.get(leaf)
-                if leaf != key and isinstance(made, Tensor) and f"{leaf}_orig" in part._parameters:
-                    self._masked[id(made)] = f"{path}.{leaf}_orig".lstrip("."), mask
 
     def constant(self, tensor: Tensor) -> Constant:
         """A tensor that the trace meets for the first time."""
@@ -154,15 +146,6 @@ class ParameterNumbers:
             return Constant(
                 tensor.detach(), torch.full(tensor.shape, NOT_PLAIN), None, Node(aten.detach.default, (node,))
             )  # fmt: skip
-        if id(tensor) in self._masked:
-            name, mask = self._masked[id(tensor)]
-            own = self.by_name(name)
-            if not torch.equal(tensor.detach(), own.value * mask):
-                refuse(
-                    f"the masked tensor that torch.nn.utils.prune made of {name!r} before that was changed",
-                    "Call the module that it belongs to in forward: this makes it anew",
-                )
-            return Constant(tensor.detach(), *_product(own, Constant(mask)), Node(aten.mul.Tensor, (Leaf(name), mask)))
         if tensor.requires_grad:
             refuse(
                 f"a tensor of shape {list(tensor.shape)} that requires a gradient and is no parameter of the module",

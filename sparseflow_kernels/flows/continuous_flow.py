@@ -130,7 +130,8 @@ class ContinuousFlow(NeuralODE):
             else:
                 x, change = self._solve(field, (x, change), times, solves)
             x, change = self._normed(index + 1, x, change)
-        self.stats = FlowStats(tuple(solves), tuple(sums.detach().mean(0).tolist())) if solves else None
+        means = tuple(sums.detach().mean(0).tolist()) if penalties else ()  # asking a GPU for nothing would wait for it
+        self.stats = FlowStats(tuple(solves), means) if solves else None
         return x, -change, sums
 
     def _solver_with(self, index: int, kind: str, penalties: tuple[str, ...]) -> RegularisedSolves:
