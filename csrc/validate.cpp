@@ -118,6 +118,8 @@ void validate_op(const Op& op, const Program<T>& p, const std::string& name) {
   auto slots = [&](const Operand& o, int count, const char* role) {
     if (rows_of(o, role), p.buffers[o.buffer].slots < o.slot + count) fail(name + ": the " + role + " buffer has too few slots");
   };
+  const bool of_graphs = op.kind == OpKind::kAffine || op.kind == OpKind::kProduct || op.kind == OpKind::kGradient;
+  if (p.matrices[op.matrix].window.present() && !of_graphs) fail(name + ": this operation has no kernels for convolutions");
   if (op.kind == OpKind::kGradient) {
     need(op.factor, rows, "factor");
     if (op.transposed) fail(name + ": a gradient has the matrix as it is");

@@ -270,7 +270,6 @@ PackedOp<T> pack_op(const Op& op, const Program<T>& program, Packed<T>& packed, 
   args.factor2_row = op.factor2_row.empty() ? nullptr : op.factor2_row.data();
   const int activation = static_cast<int>(op.activation);
   const bool planes = matrix.window.present();
-  if (planes && op.kind != OpKind::kAffine && op.kind != OpKind::kProduct) fail("a convolution has no kernel for this operation");
   switch (op.kind) {
     case OpKind::kAffine: out.kernel = (tangent ? kernels.affine_tangent : kernels.affine)[planes][activation][w]; break;
     case OpKind::kProduct: out.kernel = kernels.product[planes][w]; break;
