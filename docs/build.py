@@ -25,9 +25,11 @@ def main() -> None:
         extras = ",".join(sorted(set(missing.values())))
         sys.exit(f"docs/build.py: {', '.join(missing)} not installed: pip install 'sparseflow_kernels[{extras}]'")
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    tests = [sys.executable, "-m", "pytest", "-q", str(DOCS.parent / "tests" / "test_docs.py")]
+    # -P: the installed package, and not the sources beside it, which lack the native module
+    tests = [sys.executable, "-P", "-m", "pytest", "-q", str(DOCS.parent / "tests" / "test_docs.py")]
     site = [
         sys.executable,
+        "-P",
         "-m",
         "sphinx",
         "-W",
