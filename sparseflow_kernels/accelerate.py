@@ -191,7 +191,7 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
         if not isinstance(function, PYTHONS):
             function = function.__call__  # type: ignore[operator]  # of an object
         parts = parts_of(function)
-        key += tuple(map(id, parts))
+        key += tuple((id(part), part.training) for part in parts)
         with self._lock:
             found = self._functions.pop(key, None)
             if found is None:

@@ -67,11 +67,23 @@ class Attributes:
             stamps += (name, type(value), value if value == value else None)
         elif type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
             stamps += (name, value.tobytes() if value.nbytes < 1 << 16 else value.shape)
-        elif depth and not isinstance(value, (nn.Module, type, types.ModuleType)):
+        else:
+            stamps += (name, _which(value))
+            if not depth or isinstance(value, (nn.Module, type, types.ModuleType)):
+                return
             items = list(items_of(value)) or list(getattr(value, "__dict__", {}).items())
-            stamps += (name, type(value), len(items))
+            stamps.append(len(items))
             for key, item in items if len(items) <= LONGEST else ():
                 self._stamp(f"{name}/{key}", item, depth - 1, stamps, tensors)
+
+
+def _which(value: Any) -> Any:
+    """What tells an object from another one that holds the same: a function's code, what has no parts itself, else the
+    type."""
+    if isinstance(value, (types.FunctionType, types.MethodType)):
+        return getattr(value, "__code__", value)  # a method may be of a function that is not Python's
+    whole = isinstance(value, (nn.Module, type, types.ModuleType))
+    return value if whole or (callable(value) and not hasattr(value, "__dict__")) else type(value)
 
 
 def _written_by(function: Any) -> frozenset[str]:

@@ -385,3 +385,12 @@ def test_what_is_another_at_every_solve_is_handed_on():
             module.number = number
             odeint(module, y, times, method="rk4")
         assert "handed on to torchdiffeq (what it holds beside parameters was another" in accelerated.report()
+
+
+def test_functions_of_one_code_over_other_functions_are_told_apart():
+    y, times = torch.randn(3, 2).double(), torch.tensor([0.0, 1.0]).double()
+    inner = (torch.sin, torch.cos, nn.functional.softplus, lambda y: 2 * y, lambda y: -y)
+    solve = lambda act: odeint(lambda t, y: act(NET(y)), y, times, method="rk4")  # noqa: E731
+    wanted = [solve(act) for act in inner]
+    with accelerate():
+        torch.testing.assert_close([solve(act) for act in inner], wanted, rtol=1e-9, atol=1e-9)

@@ -51,12 +51,14 @@ def items_of(value: Any) -> Iterator[tuple[str, Any]]:
         if not isinstance(value.__self__, nn.Module):  # whose parts are looked at anyway
             yield "self", value.__self__
     elif isinstance(value, types.FunctionType):
+        if (value.__module__ or "").startswith(("torch.", "numpy.", "sparseflow_kernels.")):
+            return  # nothing of the user's is in there
         cells = zip(value.__code__.co_freevars, value.__closure__ or ())
         yield from ((name, cell.cell_contents) for name, cell in cells if cell != types.CellType())
         yield from ((f"default{i}", item) for i, item in enumerate(value.__defaults__ or ()))
         yield from (value.__kwdefaults__ or {}).items()
         read = ((name, value.__globals__.get(name)) for name in _globals_of(value.__code__))
-        yield from ((name, item) for name, item in read if _is_users(item))
+        yield from ((name, item) for name, item in read if not isinstance(item, (types.NoneType, types.ModuleType)))
     elif hasattr(value, "func") and hasattr(value, "keywords"):  # functools.partial
         yield from (("func", value.func), ("args", value.args), ("keywords", value.keywords))
 
@@ -69,13 +71,6 @@ def _globals_of(code: types.CodeType) -> tuple[str, ...]:
         if isinstance(constant, types.CodeType):
             names += _globals_of(constant)
     return tuple(dict.fromkeys(names))
-
-
-def _is_users(value: Any) -> bool:
-    """A global that forward may depend on, other than what it imports."""
-    if isinstance(value, types.FunctionType):
-        return not (value.__module__ or "").startswith(("torch.", "numpy.", "sparseflow_kernels."))
-    return value is not None and not isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType))
 
 
 def _inside(name: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
