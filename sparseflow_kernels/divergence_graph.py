@@ -143,7 +143,8 @@ def structure(output: Node, state: Node) -> Tensor:
         if all(mask is None for mask in read):
             masks[node] = None
         elif node.kind == "linear":
-            pattern, ones = node.matrix.pattern, torch.ones(node.matrix.pattern.nnz)
+            pattern = node.matrix.pattern
+            ones = torch.ones(pattern.nnz, dtype=torch.float32)  # whatever torch's default is
             if isinstance(node.matrix, Convolution):
                 masks[node] = (node.matrix.product(read[0].T.float(), ones, node.transposed) > 0.5).T
             else:
