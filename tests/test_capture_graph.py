@@ -618,16 +618,3 @@ def test_masks_as_wide_as_the_batch_are_no_context() -> None:
     field, origins = capture_with_origins(module, 3)
     assert field.context.rows == 2
     assert not any(origin.computed for origin in origins.values())
-
-
-def test_the_pseudo_inverse_of_a_square_matrix_is_its_inverse():
-    class Masses(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Linear(2, 4)
-
-        def forward(self, t, y):
-            matrix = torch.tanh(self.net(y)).view(-1, 2, 2) + 2 * torch.eye(2, dtype=y.dtype)
-            return (torch.linalg.pinv(matrix) @ y[..., None])[..., 0]
-
-    check(Masses().double(), torch.randn(5, 2).double(), True)

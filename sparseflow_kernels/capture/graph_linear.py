@@ -205,16 +205,6 @@ def inverse(e: Elements, func, args, kwargs, out) -> Any:
     return [made, Opaque(out[1].shape, "a check of a matrix")] if isinstance(out, (tuple, list)) else made
 
 
-@rule("linalg_pinv")
-def pseudo_inverse(e: Elements, func, args, kwargs, out) -> Any:
-    """Of a square matrix of full rank, which it has but for single points; a field whose matrices never have is found out
-    when it is compared with its module."""
-    ids = e.ids(args[0])
-    if ids.shape[-1] != ids.shape[-2]:
-        refuse(f"the pseudo-inverse of matrices {list(ids.shape[-2:])}")
-    return StateValue(_inverse(e, ids, func))
-
-
 @rule("_linalg_solve_ex", "linalg_solve_ex", "linalg_solve")
 def solve(e: Elements, func, args, kwargs, out) -> Any:
     if not argument(args, kwargs, 2, "left", True):
