@@ -266,9 +266,7 @@ def _subpattern(pattern: Pattern, kept: Tensor) -> tuple[Pattern, Tensor]:
     index = kept.nonzero().flatten()
     if index.numel() == pattern.nnz:
         return pattern, index
-    row_ptr = torch.zeros_like(pattern.row_ptr)
-    torch.cumsum(torch.bincount(pattern.row[index], minlength=pattern.shape[0]), 0, out=row_ptr[1:])
-    return Pattern(pattern.shape, row_ptr, pattern.col[index]), index
+    return pattern.of_entries(index, pattern.col[index], pattern.shape[1]), index
 
 
 def _blocks(count: int, width: int) -> Iterator[slice]:

@@ -71,6 +71,12 @@ class Pattern:
         torch.cumsum(torch.bincount(row, minlength=shape[0]), 0, out=row_ptr[1:])
         return Pattern(tuple(shape), row_ptr, col[order]), order
 
+    def of_entries(self, own: Tensor, col: Tensor, width: int) -> "Pattern":
+        """The pattern [out, width] of some of the entries (int64, ascending), in these columns."""
+        row_ptr = torch.zeros_like(self.row_ptr)
+        torch.cumsum(torch.bincount(self.row[own], minlength=self.shape[0]), 0, out=row_ptr[1:])
+        return Pattern((self.shape[0], width), row_ptr, col)
+
     @property
     def nnz(self) -> int:
         return self.col.numel()

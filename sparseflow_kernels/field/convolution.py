@@ -118,7 +118,5 @@ class Convolution(Matrix):
         place[channels] = torch.arange(len(channels))
         now = place[self.pattern.col // window.taps]
         own = (now >= 0).nonzero()[:, 0]
-        row_ptr = torch.zeros_like(self.pattern.row_ptr)
-        torch.cumsum(torch.bincount(self.pattern.row[own], minlength=self.pattern.shape[0]), 0, out=row_ptr[1:])
         col = now[own] * window.taps + self.pattern.col[own] % window.taps
-        return Pattern((self.pattern.shape[0], len(channels) * window.taps), row_ptr, col), own
+        return self.pattern.of_entries(own, col, len(channels) * window.taps), own

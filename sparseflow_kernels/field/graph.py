@@ -155,9 +155,7 @@ class Graph:
                 place = torch.full((pattern.shape[1],), -1)
                 place[index] = torch.arange(index.numel())
                 own = (place[pattern.col] >= 0).nonzero().flatten()
-                row_ptr = torch.zeros_like(pattern.row_ptr)
-                torch.cumsum(torch.bincount(pattern.row[own], minlength=pattern.shape[0]), 0, out=row_ptr[1:])
-                narrow = Pattern((pattern.shape[0], index.numel()), row_ptr, place[pattern.col[own]])
+                narrow = pattern.of_entries(own, place[pattern.col[own]], index.numel())
             entries = None if matrix.part is None else own if matrix.entries is None else matrix.entries[own]
             made = matrix.made and (lambda part, like: matrix.made(part, like)[own.to(like.device)])
             self._matrices[key] = replace(matrix, pattern=narrow, entries=entries, made=made)
