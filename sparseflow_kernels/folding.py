@@ -3,6 +3,7 @@ parameters."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Callable, Iterator, Mapping, Sequence
 
@@ -107,7 +108,7 @@ class Folding:
                 for name, origin in step.own.items()
             }
             if "shift.slope" not in step.to:
-                z = sum(parts.values()) if parts else weights.new_zeros(neurons.numel())
+                z = functools.reduce(torch.add, parts.values()) if parts else weights.new_zeros(neurons.numel())
                 parts = {"bias": activations.apply(step.activation, z)}
             for name, value in parts.items():  # of affine neurons each part goes to its like
                 to = step.layer + 1, name

@@ -3,6 +3,7 @@ so that what is written can be told from how it is run."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 
 import numpy as np
@@ -90,17 +91,23 @@ class Builder:
     compile_adjoint = compile
 
 
+def numbers_at(address: int, count: int) -> torch.Tensor:
+    number = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}[Builder.dtype]
+    return torch.tensor((number * count).from_address(address), dtype=Builder.dtype)
+
+
 class Program:
     def __init__(self, builder):
         self.b, self.time, self.refresh = builder, None, None
 
-    def set_values(self, number, values):
-        assert len(values) == len(self.b.matrices[number]["values"])
-        self.b.matrices[number]["values"] = torch.tensor(values, dtype=Builder.dtype)
-
-    def set_vector(self, number, values):
-        assert len(values) == self.b.vectors[number]["n"] and self.b.vectors[number]["row"] < 0
-        self.b.vectors[number]["values"] = torch.tensor(values, dtype=Builder.dtype)
+    def renew(self, matrices, vectors, modulations):
+        assert not modulations
+        for number, (address, count) in matrices:
+            assert count == len(self.b.matrices[number]["values"])
+            self.b.matrices[number]["values"] = numbers_at(address, count)
+        for number, (address, count) in vectors:
+            assert count == self.b.vectors[number]["n"] and self.b.vectors[number]["row"] < 0
+            self.b.vectors[number]["values"] = numbers_at(address, count)
 
     def set_time(self, program):
         self.time = program

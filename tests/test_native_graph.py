@@ -62,6 +62,10 @@ COPY, NUMBER, ROW, ADD_NUMBER, MUL_NUMBER, POW_NUMBER, WHERE, FMA, ROW_MUL, ROW_
 SIN, TANH, MUL, ADD, SUB, SQUARE, COS = 21, 24, 5, 3, 4, 44, 22
 
 
+def renew_vector(program, number: int, values: torch.Tensor) -> None:
+    program.renew([], [(number, (values.data_ptr(), values.numel()))], [])
+
+
 class Graph:
     """A builder of graph programs in one precision, with expressions as lists of (op, to, a, b, c, number)."""
 
@@ -374,12 +378,12 @@ class TestFields:
         with torch.no_grad():
             example.parameters["b"].add_(0.25)
             example.parameters["time_b"].add_(0.5)
-        program.set_vector(2, example.parameters["b"].detach().numpy())
-        time.set_vector(1, example.parameters["time_b"].detach().numpy())
+        renew_vector(program, 2, example.parameters["b"])
+        renew_vector(time, 1, example.parameters["time_b"])
         found = graph.values(program, x, example.dim, t=0.3, context=c)
         assert torch.allclose(found, example.f(torch.tensor(0.3, dtype=dtype), x, c), **self.tolerance(dtype))
         with pytest.raises(ValueError, match="row vector 0: not as many values"):
-            program.set_vector(0, np.zeros(20))
+            renew_vector(program, 0, torch.zeros(20, dtype=torch.float64))
 
     def test_gradients_of_an_evaluation(self, dtype):
         example = Example(dtype)

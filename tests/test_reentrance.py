@@ -59,7 +59,7 @@ INNER = {
     "evaluate": lambda f: f(0.1, torch.randn(300, 2)),
     "backward": lambda f: f(0.1, torch.randn(300, 2).requires_grad_()).sum().backward(),
     "widths": lambda f: f.packed().program.force_width(1),
-    "values": lambda f: f.packed().program.set_values(0, torch.zeros(16).numpy()),
+    "values": lambda f: f.packed().program.renew([(0, (torch.zeros(16).data_ptr(), 16))], [], []),
     "measure": lambda f: f.packed().program.tile_seconds(),
 }
 

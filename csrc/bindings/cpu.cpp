@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <chrono>
 #include <random>
 
@@ -177,33 +178,41 @@ py::dict solve(CompiledProgram<T>& self, uintptr_t x, uintptr_t l, uintptr_t noi
 // What CompiledProgram and CompiledAdjoint have in common.
 template <class T, class C, class... Holder>
 void bind_common(py::class_<C, Holder...>& c) {
-  using Optional = std::optional<Array<T>>;
-  c.def("set_values", [](C& self, int matrix, const Array<T>& values) {
-      std::vector<T> numbers = copy(values);
-      // without the interpreter, which a solve that holds the program may be waiting for
-      interruptible([&] { self.set_values(matrix, std::move(numbers)); }); }, py::arg("matrix"), py::arg("values"),
-        "new values of a matrix, or path constants of a gated one");
-  c.def("set_vector", [](C& self, int number, const Array<T>& values) {
-      std::vector<T> numbers = copy(values);
-      interruptible([&] { self.set_vector(number, std::move(numbers)); }); }, py::arg("number"), py::arg("values"), "new values of a constant row vector");
+  using Numbers = std::pair<uintptr_t, py::ssize_t>;  // an address, and how many lie there
+  c.def("renew", [](C& self, const std::vector<std::pair<int, Numbers>>& matrices, const std::vector<std::pair<int, Numbers>>& vectors,
+                    const std::vector<std::pair<int, std::array<Numbers, 5>>>& modulations) {
+      // Copied first, while nobody else can change them: a solve that holds the program may be waiting for the interpreter.
+      std::vector<std::vector<T>> copies;
+      auto copy = [&](const Numbers& n) {
+        const T* const from = address<T>(n.first, "renew", n.second > 0);
+        copies.emplace_back(from, from + n.second);
+      };
+      for (const auto& one : matrices) copy(one.second);
+      for (const auto& one : vectors) copy(one.second);
+      for (const auto& one : modulations)
+        for (const Numbers& part : one.second) copy(part);
+      interruptible([&] {
+        auto next = [at = copies.begin()]() mutable { return std::move(*at++); };
+        for (const auto& one : matrices) self.set_values(one.first, next());
+        for (const auto& one : vectors) self.set_vector(one.first, next());
+        for (const auto& one : modulations) {
+          std::vector<T> parts[5];
+          for (std::vector<T>& part : parts) part = next();
+          self.set_modulation(one.first, std::move(parts[0]), std::move(parts[1]), std::move(parts[2]), std::move(parts[3]), std::move(parts[4]));
+        }
+      }); },
+    py::arg("matrices"), py::arg("vectors"), py::arg("modulations"),
+    "new numbers, each as (its number in the program, (address, count)): the values of matrices, or path constants of gated ones; constant row "
+    "vectors; of modulations bias, gate_slope, gate_offset, shift_slope and shift_offset, (0, 0) for one that there is not");
   c.def("set_time", [](C& self, std::shared_ptr<CompiledProgram<T>> program) {
       interruptible([&] { self.set_time(std::move(program)); }); }, py::arg("program"), "the program that gives the time answer, from the times as its batch");
   c.def("set_refresh", [](C& self, py::function function) {
       RefreshCallback<T> callback = callback_of<T>(std::move(function));
       interruptible([&] { self.set_refresh(std::move(callback)); }); }, py::arg("function"),
         "function(times) -> for every time a sequence of arrays, one per external of the program");
-  c.def("set_modulation", [](C& self, int modulation, const Array<T>& bias, const Optional& gate_slope, const Optional& gate_offset,
-                             const Optional& shift_slope, const Optional& shift_offset, int, int) {
-      std::vector<T> parts[] = {copy(bias), copy(gate_slope), copy(gate_offset), copy(shift_slope), copy(shift_offset)};
-      interruptible([&] {
-        self.set_modulation(modulation, std::move(parts[0]), std::move(parts[1]), std::move(parts[2]), std::move(parts[3]), std::move(parts[4]));
-      }); },
-    py::arg("modulation"), py::arg("bias"), py::arg("gate_slope") = py::none(), py::arg("gate_offset") = py::none(), py::arg("shift_slope") = py::none(),
-    py::arg("shift_offset") = py::none(), py::arg("external_gate") = -1, py::arg("external_shift") = -1, "as Builder.modulation; externals stay")
-      .def("force_width", [](C& self, const py::object& index) {
-             const int number = static_cast<int>(whole(index, "index", INT_MIN, INT_MAX));
-             interruptible([&] { self.force_width(number); });
-           }, py::arg("index"), "use this width from now on; -1: choose it anew for every batch");
+  c.def("force_width", [](C& self, const py::object& index) {
+      const int number = static_cast<int>(whole(index, "index", INT_MIN, INT_MAX));
+      interruptible([&] { self.force_width(number); }); }, py::arg("index"), "use this width from now on; -1: choose it anew for every batch");
 }
 
 template <class T>

@@ -17,6 +17,7 @@ from .adjoint import write_adjoint
 from .base import Gradient, SolveRequest, SolveResult
 from .native import (
     NativeEngine,
+    Renewal,
     address,
     field_gradients,
     native_options,
@@ -100,6 +101,7 @@ class CpuEngine(NativeEngine):
         builder = getattr(_native(), _BUILDERS[field.dtype])()
         self._writer = write_program(builder, field, plan)
         self.program = builder.compile()
+        self._writer.array = Tensor.detach  # from now on numbers are read where they are
         externals, dtype = self._writer.externals, field.dtype
         if externals.functions:
             self.program.set_refresh(lambda times: externals.answer(times, dtype))
@@ -110,10 +112,11 @@ class CpuEngine(NativeEngine):
             return False
         self._field = field
         self.stamp += 1
-        self._writer.renew(self.program, field)
-        if self._adjoint is not None:
-            program, writer = self._adjoint
-            writer.renew(program, field)
+        forward = self.program, self._writer
+        for program, writer in (forward,) if self._adjoint is None else (forward, self._adjoint):
+            renewal = Renewal()
+            writer.renew(renewal, field)
+            renewal.send(program)
         return True
 
     def evaluate(self, t: Tensor | float, y: Tensor) -> Tensor:
@@ -169,6 +172,7 @@ class CpuEngine(NativeEngine):
             builder = getattr(_native(), _BUILDERS[self.dtype])()
             writer = write_adjoint(builder, self._field, self.plan)
             self._adjoint = builder.compile_adjoint(), writer
+            writer.array = Tensor.detach
         return self._adjoint
 
     def evaluate_backward(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Collection
+from typing import Any, Collection
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from .base import Gradient, SolveRequest, SolveResult
 from .cpu import _BUILDERS, STAGE_BYTES, _native, unready
 from .graph_native import GraphNativeEngine, GraphProgram, ProgramSums, summands
 from .lower import COTANGENT, TRACE_COTANGENT, GraphWriter, state_bindings, time_bindings
-from .native import address, native_options, native_tableau, solve_result, times_gradient
+from .native import Renewal, address, native_options, native_tableau, solve_result, times_gradient
 
 
 class GraphCpuEngine(GraphNativeEngine):
@@ -83,7 +82,7 @@ class GraphCpuEngine(GraphNativeEngine):
         timed = program.writer.timed
         if program.writer.time_in_python:
             program.native.set_refresh(
-                lambda times: [[self._array(row)] for row in self._answer_in_torch(timed, times)]
+                lambda times: [[row.numpy()] for row in self._answer_in_torch(timed, times).contiguous()]
             )
             return
         builder = getattr(_native(), _BUILDERS[self.dtype])()
@@ -100,9 +99,10 @@ class GraphCpuEngine(GraphNativeEngine):
         self.stamp += 1
         return True
 
-    @staticmethod
-    def _array(values: Tensor) -> np.ndarray:
-        return values.detach().contiguous().numpy()
+    def _tell(self, program: GraphProgram, numbers: Any) -> None:
+        renewal = Renewal()
+        super()._tell(program, renewal)
+        renewal.send(numbers)
 
     # ---- evaluations and solves
 

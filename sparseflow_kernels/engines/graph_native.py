@@ -21,7 +21,7 @@ from .native import NativeEngine
 class GraphProgram:
     """A compiled program, its writer, and the program that answers for what depends on time.
 
-    plain: (native number, part) of the row vectors that are a part of the field.  constant: (native number, node) of those
+    matrices: (native number, matrix) of those whose values may change.  plain: (native number, part) of the row vectors that are a part of the field.  constant: (native number, node) of those
     that no part has a say in.  computed: of all others."""
 
     native: Any
@@ -30,6 +30,7 @@ class GraphProgram:
     stamp: int = -1  # of the engine, when the numbers were those that the program holds
 
     def __post_init__(self) -> None:
+        self.matrices = [(number, matrix) for number, matrix in self.writer.matrices if not matrix.constant]
         self.plain = [(number, node.part) for number, node in self.writer.vectors if node.kind == "vector"]
         others = [(number, node) for number, node in self.writer.vectors if node.kind != "vector"]
         self.computed = [(number, node) for number, node in others if from_parts([node])]
@@ -55,6 +56,7 @@ class GraphNativeEngine(NativeEngine):
 
     def __init__(self, field: GraphField, plan: DivergencePlan | None = None) -> None:
         super().__init__(field, plan)
+        self._values: list[Tensor] = []
         self._take(field)
 
     # ---- the field's numbers
@@ -63,7 +65,12 @@ class GraphNativeEngine(NativeEngine):
         """The field's numbers of now. A copy: the program of a gradient is packed when one is asked for, and the field's
         own may have changed by then."""
         self._field = field
-        self._values = [part.values.detach().clone() for part in field.parts]
+        present = [part.values.detach() for part in field.parts]
+        with torch.inference_mode(False), torch.no_grad():  # memory that is written again outside of it too
+            if self._values:
+                torch._foreach_copy_(self._values, present)
+            else:
+                self._values = [values.clone(memory_format=torch.contiguous_format) for values in present]
 
     def _takes_over(self, field: GraphField) -> bool:
         if field.graph is not self._field.graph or field.output is not self._field.output:
@@ -73,24 +80,22 @@ class GraphNativeEngine(NativeEngine):
     @torch.no_grad()
     def _renew(self, program: GraphProgram) -> None:
         """Tells a program the present numbers of the field's parts."""
-        like, of_part = torch.empty(0, dtype=self.dtype, device=self.device), self._values.__getitem__
-        for number, matrix in program.writer.matrices:
-            if not matrix.constant:
-                program.native.set_values(number, self._array(matrix.values(of_part, like)))
-        for number, part in program.plain:
-            program.native.set_vector(number, self._array(of_part(part)))
-        changed = program.computed if program.stamp >= 0 else [*program.computed, *program.constant]
-        values = evaluate([node for _, node in changed], {}, of_part, like=like) if changed else ()
-        for (number, _), value in zip(changed, values):
-            program.native.set_vector(number, self._array(value[0]))
+        self._tell(program, program.native)
         if program.time is not None:
             self._renew(program.time)
         program.stamp = self.stamp
 
-    @staticmethod
-    def _array(values: Tensor) -> Any:
-        """As the native program takes numbers."""
-        return values.detach()
+    def _tell(self, program: GraphProgram, numbers: Any) -> None:
+        """numbers: what takes them, by `set_values` and `set_vector`."""
+        like, of_part = torch.empty(0, dtype=self.dtype, device=self.device), self._values.__getitem__
+        for number, matrix in program.matrices:
+            numbers.set_values(number, matrix.values(of_part, like))
+        for number, part in program.plain:
+            numbers.set_vector(number, of_part(part))
+        changed = program.computed if program.stamp >= 0 else [*program.computed, *program.constant]
+        values = evaluate([node for _, node in changed], {}, of_part, like=like) if changed else ()
+        for (number, _), value in zip(changed, values):
+            numbers.set_vector(number, value[0])
 
     # ---- what comes with a call
 

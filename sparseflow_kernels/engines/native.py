@@ -58,6 +58,38 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=OneCaller._free_all)
 
 
+_MODULATION = ("bias", "gate_slope", "gate_offset", "shift_slope", "shift_offset")
+
+
+class Renewal:
+    """New numbers for a program in C++, which takes them over in one call (`send`): calls for each tensor would take longer
+    than what small fields compute."""
+
+    def __init__(self) -> None:
+        self._held: list[Tensor] = []  # whose addresses these are
+        self._matrices: list[tuple] = []
+        self._vectors: list[tuple] = []
+        self._modulations: list[tuple] = []
+
+    def set_values(self, matrix: int, values: Tensor) -> None:
+        self._matrices.append((matrix, self._memory(values)))
+
+    def set_vector(self, vector: int, values: Tensor) -> None:
+        self._vectors.append((vector, self._memory(values)))
+
+    def set_modulation(self, modulation: int, **parts: Tensor) -> None:
+        memory = tuple(self._memory(parts[name]) if name in parts else (0, 0) for name in _MODULATION)
+        self._modulations.append((modulation, memory))
+
+    def send(self, program) -> None:
+        program.renew(self._matrices, self._vectors, self._modulations)
+
+    def _memory(self, values: Tensor) -> tuple[int, int]:
+        values = values.contiguous()
+        self._held.append(values)
+        return values.data_ptr(), values.numel()
+
+
 class NativeEngine(Engine):
     """An engine that runs programs (`program.py`, `adjoint.py`) over raw memory."""
 
