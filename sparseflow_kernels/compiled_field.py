@@ -430,8 +430,8 @@ class CompiledField(FieldParameters):
         field = self.vector_field
         if isinstance(field, GraphField):
             before, rows, after = describe_graph(field)
-            return Report(before, rows, [*after, "", *self._engine_lines(field), *field.notes])
-        before, rows, after = describe_chain(field)
+        else:
+            before, rows, after = describe_chain(field)
         lines = [*after, "", *self._engine_lines(field)]
         if self._simplification:
             lines += ["", self._simplification]

@@ -14,6 +14,7 @@ from .field.layout import State
 from .field_parameters import FieldParameters
 from .origin import Key, Origin
 from .simplify import simplify
+from .simplify_graph import simplify_graph
 from .trained import Held, zeros_to_keep
 
 
@@ -27,9 +28,10 @@ class Reading:
     told: str = ""
 
     def simplified(self) -> "Reading":
-        """The field as it is packed; a graph was simplified when it was built."""
+        """The field as it is packed."""
         if isinstance(self.field, GraphField):
-            return self
+            graph, origins, told = simplify_graph(self.field, self.origins)
+            return Reading(graph, origins, self.held, told)
         field, report = simplify(self.field, self.origins, zeros_to_keep(self.origins, self.held))
         return Reading(field, report.origins, self.held, str(report))
 

@@ -8,7 +8,10 @@ from sparseflow_kernels.field import Activation, Graph, GraphField, Matrix, Part
 UNARY = ("tanh", "sigmoid", "sin", "softplus", "abs", "square", "erf", "neg", "relu", "silu", "elu", "cube", "gelu")
 
 
-def random_graph(seed: int, dtype: torch.dtype = torch.float64, nodes: int = 14) -> GraphField:
+def random_graph(
+    seed: int, dtype: torch.dtype = torch.float64, nodes: int = 14, gaps: bool = False
+) -> GraphField:  # fmt: skip
+    """gaps: matrices have rows and columns without entries."""
     rng = torch.Generator().manual_seed(seed)
     pick = lambda n: int(torch.randint(n, (1,), generator=rng))
     g, parts = Graph(), []
@@ -17,6 +20,8 @@ def random_graph(seed: int, dtype: torch.dtype = torch.float64, nodes: int = 14)
 
     def matrix(rows: int, cols: int) -> Matrix:
         mask = torch.rand(rows, cols, generator=rng) < 0.3 + 0.6 * torch.rand(1, generator=rng)
+        if gaps:
+            mask &= (torch.rand(rows, 1, generator=rng) < 0.7) & (torch.rand(cols, generator=rng) < 0.7)
         pattern = Pattern.from_mask(mask)
         values = torch.randn(pattern.nnz, generator=rng, dtype=torch.float64) / max(1, cols) ** 0.5
         parts.append(Part(values.to(dtype), pattern, f"m{len(parts)}"))

@@ -12,7 +12,7 @@ NAME = sparseflow_kernels.__name__
 FLOORS = [
     ["devices", "files", "finite", "hooks", "memory", "tables", "threads", "warn"],
     ["numerics", "field", "origin", "data", "masks", "build_info"],
-    ["activations", "folding", "simplify", "trained", "divergence", "divergence_graph", "divergence_paths"],
+    ["activations", "folding", "simplify", "simplify_graph", "trained", "divergence", "divergence_graph", "divergence_paths"],
     ["capture"],
     ["engines"],
     [

@@ -65,14 +65,15 @@ class GraphCpuEngine(GraphNativeEngine):
     def _write(self, adjoint: bool, more: tuple[Node, ...], without: tuple[Node, ...]) -> GraphProgram:
         field, g = self._field, self._field.graph
         trace = None if self.plan is None else self.plan.form.trace
+        output = field.single if field.single is not None and more and trace is None else field.output
         builder = getattr(_native(), _BUILDERS[field.dtype])()
         writer = GraphWriter(builder, field, state_bindings(field, *more), totals=True, tangents=True)
         if adjoint:
             names = {COTANGENT: g.input(COTANGENT, field.dim, STATE), TRACE_COTANGENT: g.input(TRACE_COTANGENT, 1, STATE)}
-            writer.write_adjoint(field.output, trace, names, without)
+            writer.write_adjoint(output, trace, names, without)
             program = GraphProgram(builder.compile_adjoint(), writer)
         else:
-            writer.write(field.output, [] if trace is None else summands(trace))
+            writer.write(output, [] if trace is None else summands(trace))
             program = GraphProgram(builder.compile(), writer)
         if writer.timed:
             self._answer_times(program)

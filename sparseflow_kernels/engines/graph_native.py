@@ -21,7 +21,8 @@ from .native import NativeEngine
 class GraphProgram:
     """A compiled program, its writer, and the program that answers for what depends on time.
 
-    matrices: (native number, matrix) of those whose values may change.  plain: (native number, part) of the row vectors that are a part of the field.  constant: (native number, node) of those
+    matrices: (native number, matrix) of those whose values may change.  plain: (native number, part,
+    entries) of the row vectors that are values of a part.  constant: (native number, node) of those
     that no part has a say in.  computed: of all others."""
 
     native: Any
@@ -31,7 +32,7 @@ class GraphProgram:
 
     def __post_init__(self) -> None:
         self.matrices = [(number, matrix) for number, matrix in self.writer.matrices if not matrix.constant]
-        self.plain = [(number, node.part) for number, node in self.writer.vectors if node.kind == "vector"]
+        self.plain = [(number, node.part, node.tensor) for number, node in self.writer.vectors if node.kind == "vector"]
         others = [(number, node) for number, node in self.writer.vectors if node.kind != "vector"]
         self.computed = [(number, node) for number, node in others if from_parts([node])]
         self.constant = [(number, node) for number, node in others if not from_parts([node])]
@@ -90,8 +91,8 @@ class GraphNativeEngine(NativeEngine):
         like, of_part = torch.empty(0, dtype=self.dtype, device=self.device), self._values.__getitem__
         for number, matrix in program.matrices:
             numbers.set_values(number, matrix.values(of_part, like))
-        for number, part in program.plain:
-            numbers.set_vector(number, of_part(part))
+        for number, part, entries in program.plain:
+            numbers.set_vector(number, of_part(part) if entries is None else of_part(part)[entries.to(self.device)])
         changed = program.computed if program.stamp >= 0 else [*program.computed, *program.constant]
         values = evaluate([node for _, node in changed], {}, of_part, like=like) if changed else ()
         for (number, _), value in zip(changed, values):
@@ -198,9 +199,9 @@ class GraphNativeEngine(NativeEngine):
                 made.append((matrix, grad.to(dtype)))
             else:
                 give(matrix.part, grad, matrix.entries)
-        for number, part in program.plain:
+        for number, part, entries in program.plain:
             if number in sums.vectors:
-                give(part, sums.vectors[number])
+                give(part, sums.vectors[number], entries)
         of_vector = [(node, sums.vectors[number]) for number, node in program.computed if number in sums.vectors]
         named, of_time = {}, 0.0
         if made or of_vector or writer.timed or grad_rows is not None:

@@ -57,9 +57,10 @@ class Graph:
         """An input by name: "state", "time", "context", or a cotangent or seed (binding STATE)."""
         return self._intern(("input", name, rows), lambda: Node("input", rows, binding=binding, name=name))
 
-    def vector(self, part: int, rows: int) -> Node:
-        """The values of part `part` of the field, one per row."""
-        return self._intern(("vector", part), lambda: Node("vector", rows, part=part, origin=self.origin))
+    def vector(self, part: int, rows: int, entries: Tensor | None = None) -> Node:
+        """The values of part `part` of the field, one per row. entries: int64 [rows], which of them; None: all."""
+        key = ("vector", part, None if entries is None else entries.numpy().tobytes())
+        return self._intern(key, lambda: Node("vector", rows, part=part, tensor=entries, origin=self.origin))
 
     def number(self, value: float) -> Node:
         """A number of the code, one row."""
@@ -395,7 +396,8 @@ def evaluate(
             case "input":
                 value = inputs[node.name]
             case "vector":
-                value = part(node.part)[None]
+                value = part(node.part)
+                value = (value if node.tensor is None else value[node.tensor.to(value.device)])[None]
             case "number":
                 value = like.new_full((1, 1), node.value)
             case "constant":

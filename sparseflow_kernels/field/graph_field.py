@@ -32,7 +32,8 @@ class GraphField:
     graph: the builder that made the nodes, and makes further ones.  state, time, context: the nodes of the inputs; context
     is None for a field that reads none.  output: the node of the derivative [dim].  parts: the tensors that nodes name by
     number.  device, dtype: of the parts, and of a field without parts too.  notes, refused_axes: as in VectorField.
-    layout: how the user's state lies in y; None: [batch, dim].  read_context: gives the present context [batch, context]
+    single: the same derivative for a single evaluation with a time or a context per sample, where that has another form
+    (`simplify_graph`).  layout: how the user's state lies in y; None: [batch, dim].  read_context: gives the present context [batch, context]
     of the module that was read, differentiable where the module's numbers are; None where there is no context, or where it
     comes with every call.
     """
@@ -49,6 +50,7 @@ class GraphField:
     refused_axes: dict[int, str] = dataclass_field(default_factory=dict)
     layout: Layout | None = None
     read_context: Callable[[], Tensor] | None = None
+    single: Node | None = None
 
     def __post_init__(self) -> None:
         if self.layout is None:
