@@ -122,8 +122,8 @@ class DivergenceField(nn.Module):
         return self.begin_solve(x)
 
     def forward(self, t: Tensor | float, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """(dx/dt shaped like x, dl/dt shaped like l) at state (x [..., dim], l [...] or [..., 1]). Where l is [batch] or
-        [batch, 1] and x [batch, ...] has more axes, the divergence is over all numbers of a sample.
+        """(dx/dt shaped like x, dl/dt shaped like l) at state (x [..., dim], l [...] or [..., 1]). Where x [batch, ...]
+        has more axes and l is [batch] or [batch, 1], the divergence is over all numbers of a sample.
 
         Differentiable in t, x and the parameters; l does not enter.
         """

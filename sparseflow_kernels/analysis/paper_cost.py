@@ -20,16 +20,19 @@ _WORK = 2e7  # weights times rows of a step that is timed, at most; what is time
 
 
 def step_seconds(experiment: Experiment) -> float:
-    """Of a training step of the untrained net on rows of a standard normal, in time of the processor, which other work
+    """Of a training step of the untrained net on rows of a standard normal, of images on grey levels at random, in time of the processor, which other work
     on the machine is not in: the median of some steps after the first, which makes its programs."""
     flow, settings = experiment.flow(), experiment.training()[0]
     weights = sum(parameter.numel() for parameter in flow.parameters())
     batch = int(min(settings.batch, max(32, _WORK / weights)))
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(batch, flow.dim, generator=generator)
+    if experiment.of_images:  # a weight is used at every pixel
+        batch = min(batch, 8)
+        rows = torch.randint(flow.levels, (batch, flow.dim), generator=generator).float()
     labels = torch.arange(batch) % flow.dim
     data = Dataset("rows", rows, rows[:0], rows[:0], train_labels=labels)
-    steps = 4 if weights > 100_000 else 20
+    steps = 3 if experiment.of_images else 4 if weights > 100_000 else 20
     made = dataclasses.replace(settings, batch=batch, epochs=None, steps=steps, milestones=(), select="last")
     ends = []
     train(

@@ -1,5 +1,5 @@
-"""Data sets by name: generated toys and mixtures, what comes with scikit-learn, POWER and MNIST on request, MAF's tables,
-Fashion-MNIST and CIFAR-10 from files."""
+"""Data sets by name: generated toys and mixtures, what comes with scikit-learn, POWER and MNIST on request, MAF's
+tables, Fashion-MNIST and CIFAR-10 from files."""
 
 from __future__ import annotations
 

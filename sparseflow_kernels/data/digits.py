@@ -25,7 +25,7 @@ def load(*, seed: int = 0) -> Dataset:
 
 
 def load_images(*, seed: int = 0) -> Dataset:
-    """The same split, of 1,797 images 1x8x8 as rows of whole levels 0 to 16, for a flow that dequantises them itself."""
+    """The same split of the images, 1x8x8, as rows of whole levels 0 to 16, for a flow that dequantises them itself."""
     levels, digits, order, _ = _drawn(seed)
     found = _split("digits_images", levels.astype(np.float32), digits, order)
     return replace(found, shape=(1, 8, 8), levels=LEVELS)

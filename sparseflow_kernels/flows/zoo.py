@@ -114,13 +114,13 @@ def image_flow(name: str, **settings: Any) -> ImageFlow:
     """The flow for a set of images of `IMAGES`, in torch's default initialisation, one trained end time per field
     included in its size: 800,646 parameters for "mnist", 1,358,882 for "cifar10".
 
-    settings: ImageFlow's, over the experiment's: Hutchinson's trace with Gaussian noise, dopri5.
+    settings: ImageFlow's and `multiscale_flow`'s, over the experiment's: Hutchinson's trace, Gaussian noise, dopri5.
     """
     if name not in IMAGES:
         raise ValueError(f"name must be one of {', '.join(IMAGES)}; got {name!r}")
     image = IMAGES[name]
     defaults: dict[str, Any] = {
-        "levels": image.levels, "alpha": image.alpha, "flip": image.flip, "train_end_time": True,
-        "rtol": image.tolerance, "atol": image.tolerance,
+        "hidden": image.hidden, "levels": image.levels, "alpha": image.alpha, "flip": image.flip,
+        "train_end_time": True, "rtol": image.tolerance, "atol": image.tolerance,
     }  # fmt: skip
-    return multiscale_flow(image.shape, image.hidden, **(defaults | settings))
+    return multiscale_flow(image.shape, **(defaults | settings))

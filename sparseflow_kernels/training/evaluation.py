@@ -29,7 +29,7 @@ def evaluate(
     of the rows, by a flow; of their labels int64 [n], by a classifier.
 
     exact: with the exact divergence whatever the flow trains with, but for images, whose dimension forbids it; False:
-    as the flow does it in eval mode (one Hutchinson draw per batch, from torch's global generator, is a noisy estimate).
+    as the flow does it in eval mode (one Hutchinson draw per batch, from torch's global generator: a noisy estimate).
     batch: rows that are solved at once, None for the model's `evaluation_rows`.
     The NLL is NaN or infinite if the model's density is; nothing is hidden. Raises ValueError for no rows and for
     labels that are none, SolverError for a solve that cannot go on.
