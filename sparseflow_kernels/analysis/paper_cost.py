@@ -16,6 +16,7 @@ from .paper_experiments import Experiment, total_steps
 # A trained field takes more evaluations a solve than an untrained one, and a pruned net less time an evaluation. Over
 # whole runs of 29 prune ratios with their control a step took so many times as long as the untrained net's.
 GROWTH = 2.0
+_WORK_OF_IMAGES = 3e9  # the same with the numbers of an image, as a weight is used at every pixel
 _WORK = 2e7  # weights times rows of a step that is timed, at most; what is timed on fewer rows is scaled up
 
 
@@ -27,12 +28,12 @@ def step_seconds(experiment: Experiment) -> float:
     batch = int(min(settings.batch, max(32, _WORK / weights)))
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(batch, flow.dim, generator=generator)
-    if experiment.of_images:  # a weight is used at every pixel
-        batch = min(batch, 8)
+    if experiment.of_images:
+        batch = int(min(settings.batch, max(8, _WORK_OF_IMAGES / (weights * flow.dim))))
         rows = torch.randint(flow.levels, (batch, flow.dim), generator=generator).float()
     labels = torch.arange(batch) % flow.dim
     data = Dataset("rows", rows, rows[:0], rows[:0], train_labels=labels)
-    steps = 3 if experiment.of_images else 4 if weights > 100_000 else 20
+    steps = 4 if experiment.of_images else 4 if weights > 100_000 else 20
     made = dataclasses.replace(settings, batch=batch, epochs=None, steps=steps, milestones=(), select="last")
     ends = []
     train(

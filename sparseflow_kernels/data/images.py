@@ -51,7 +51,7 @@ def load(name: str, *, seed: int = 0, folder: str | Path | None = None, download
     """
     if download and name != "mnist":
         raise ValueError(f"download: {name} is read from a folder and not fetched; {WHERE[name]}")
-    parts = _mnist(folder, download) if name == "mnist" else _read(name, _folder_of(name, folder))
+    parts = _mnist(folder, download) if name == "mnist" else _of_folder(name, folder)
     for part, count in zip(parts, COUNTS[name]):
         images, classes = part
         if images.shape != (count, *SHAPES[name]) or classes.shape != (count,):
@@ -126,13 +126,15 @@ WHERE = {
 }
 
 
-def _folder_of(name: str, folder: str | Path | None) -> Path:
-    return default_folder(name) if folder is None else Path(folder)
+def _of_folder(name: str, folder: str | Path | None) -> tuple[Part, Part]:
+    files = _FILES[name](default_folder(name) if folder is None else Path(folder))
+    return _read(name, tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
 
 
 @functools.lru_cache(maxsize=1)  # a run asks several times
-def _read(name: str, folder: Path) -> tuple[Part, Part]:
-    return _READERS[name](_FILES[name](folder))
+def _read(name: str, files: tuple[tuple[Path, int, int], ...]) -> tuple[Part, Part]:
+    """files: with size and time of change, so that others under the same names are read anew."""
+    return _READERS[name]([path for path, *_ in files])
 
 
 # ------------------------------------------------------------------------------------------------------------- MNIST
@@ -193,9 +195,12 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
         raw = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DamagedFileError(f"{path} is no gzip file, or a damaged one ({error}); get it anew") from error
-    if raw[:4] != bytes((0, 0, 8, axes)):
-        raise DamagedFileError(f"{path} is no idx file of bytes with {axes} axes (it begins with {raw[:4].hex()})")
-    shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", axes, 4)) if len(raw) >= 4 + 4 * axes else (0,)
+    if raw[:4] != bytes((0, 0, 8, axes)) or len(raw) < 4 + 4 * axes:
+        raise DamagedFileError(
+            f"{path} is no idx file of bytes with {axes} axes: it has {len(raw):,} bytes and begins with "
+            f"{raw[:4].hex() or 'none'}; get it anew"
+        )
+    shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", axes, 4))
     values = raw[4 + 4 * axes :]
     if len(values) != math.prod(shape):
         raise DamagedFileError(
