@@ -9,6 +9,7 @@ from typing import Sequence
 
 import torch
 
+from ..flows import ImageFlow
 from ..training import train
 from ..data.dataset import Dataset
 from .paper_experiments import Experiment, total_steps
@@ -28,7 +29,7 @@ def step_seconds(experiment: Experiment) -> float:
     batch = int(min(settings.batch, max(32, _WORK / weights)))
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(batch, flow.dim, generator=generator)
-    if experiment.of_images:
+    if isinstance(flow, ImageFlow):
         batch = int(min(settings.batch, max(8, _WORK_OF_IMAGES / (weights * flow.dim))))
         rows = torch.randint(flow.levels, (batch, flow.dim), generator=generator).float()
     labels = torch.arange(batch) % flow.dim

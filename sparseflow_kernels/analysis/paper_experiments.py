@@ -293,7 +293,7 @@ QUICK: dict[tuple[str, str], Quick] = {
     ("hepmass", ""): Quick((0.483, 0.227, 0.107), 60, 30, "steps", 200),
     ("miniboone", ""): Quick((0.483, 0.227, 0.107), 60, 30, "steps", 200),
     ("bsds300", ""): Quick((0.304, 0.1), 10, 5, "steps", 50),
-    ("digits", ""): Quick((0.5, 0.25, 0.1, 0.05), 60, 30),
+    ("digits", ""): Quick((0.5, 0.2, 0.1, 0.05), 60, 15),
     ("mnist", ""): Quick((0.3, 0.1), 4, 2, "steps", 16, 1e-3),
     ("mnist", "h16"): Quick((0.4, 0.2, 0.1), 120, 40, "steps", 32, 1e-3),
     ("cifar10", ""): Quick((0.3, 0.1), 2, 1, "steps", 8, 1e-3),

@@ -92,9 +92,14 @@ def of_images(name: str, train: Part, test: Part, *, levels: int = 256, seed: in
     def rows(images: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(images.reshape(len(images), -1).astype(np.float32))
 
-    labels = [torch.from_numpy(classes.astype(np.int64)) for classes in (train[1][rest], train[1][val], test[1])]
-    parts = rows(train[0][rest]), rows(train[0][val]), rows(test[0])
-    return Dataset(name, *parts, None, *labels, shape=train[0].shape[1:], levels=levels)
+    def labels(classes: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(classes.astype(np.int64))
+
+    channels, height, width = train[0].shape[1:]
+    return Dataset(
+        name, rows(train[0][rest]), rows(train[0][val]), rows(test[0]), train_labels=labels(train[1][rest]),
+        val_labels=labels(train[1][val]), test_labels=labels(test[1]), shape=(channels, height, width), levels=levels,
+    )  # fmt: skip
 
 
 def default_folder(name: str) -> Path:

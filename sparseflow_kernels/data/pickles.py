@@ -3,9 +3,10 @@ and nothing else."""
 
 from __future__ import annotations
 
+import gzip
 import pickle
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from ..files import DamagedFileError
 
@@ -25,7 +26,7 @@ class _Restricted(pickle.Unpickler):
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
-def read_pickle(file: IO[bytes], path: Path, remedy: str, encoding: str = "ASCII") -> Any:
+def read_pickle(file: BinaryIO | gzip.GzipFile, path: Path, remedy: str, encoding: str = "ASCII") -> Any:
     """What the pickle holds, of arrays, containers and numbers. encoding: of strings that Python 2 wrote.
     Raises DamagedFileError, with the path and the remedy, for everything else; zlib's and OSErrors pass."""
     try:
