@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from sparseflow_kernels import data, files
 from sparseflow_kernels.cli.main import app
-from sparseflow_kernels.data import images
+from sparseflow_kernels.data import images, photos
 
 
 def drawn(n, shape, seed=0):
@@ -49,6 +49,18 @@ def test_digits_are_the_same_images_as_the_density_of_that_name():
     found, rows = data.load("digits_images"), data.load("digits")
     assert torch.equal(found.train, (rows.train * 17).floor()) and torch.equal(found.test_labels, rows.test_labels)
     assert (found.shape, found.levels, found.dim) == ((1, 8, 8), 17, 64)
+
+
+def test_crops_of_photographs_share_no_pixels():
+    pytest.importorskip("sklearn")
+    pytest.importorskip("PIL")
+    crops = data.load("photo_crops")
+    assert (len(crops.train), len(crops.val), len(crops.test)) == (6100, 300, 600) and crops.shape == (3, 32, 32)
+    image = photos._photographs("test")[0]
+    start = 640 * 88 // 100
+    first = torch.from_numpy(image[8:40, start : start + 32].copy()).permute(2, 0, 1).flatten()
+    assert bool((crops.test == first).all(1).any()) and not bool((crops.train == first).all(1).any())
+    assert float(crops.train.max()) == 255
 
 
 # ------------------------------------------------------------------------------------------------------ Fashion-MNIST

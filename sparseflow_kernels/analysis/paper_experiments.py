@@ -348,7 +348,8 @@ def _studies() -> dict[str, Study]:
     found += [
         Study("mnist", "images 28x28, FFJORD's multiscale net", "mnist", plain(("ffjord",)), stand_in="fashion_mnist"),
         Study("mnist-small", "the same with 16 channels for 64", "mnist", plain(("h16",)), stand_in="fashion_mnist"),
-        Study("cifar10", "images 3x32x32, FFJORD's multiscale net", "cifar10", plain(("ffjord",))),
+        Study("cifar10", "images 3x32x32, FFJORD's multiscale net", "cifar10", plain(("ffjord",)),
+              stand_in="photo_crops"),
         Study("digits", "images 8x8, a small multiscale net", "digits", plain(("ffjord",))),
     ]
     for name in TOYS:

@@ -42,7 +42,8 @@ def _origin(name: str) -> tuple[str, str]:
             f"in {folder}" if there else f"not there: put its files into {folder}, or name theirs by "
             f"SPARSEFLOW_{name.upper()}",
         )
-    return {"digits": "64", "digits_images": "64", "photos": "63"}[name], "comes with scikit-learn"
+    dims = {"digits": "64", "digits_images": "64", "photos": "63", "photo_crops": "3072"}
+    return dims[name], "comes with scikit-learn"
 
 
 @app.command("list")

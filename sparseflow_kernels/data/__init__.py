@@ -15,6 +15,7 @@ LOADERS: dict[str, Callable[..., Dataset]] = {
     "digits_images": digits.load_images,
     **{name: (lambda name=name, **options: images.load(name, **options)) for name in images.SHAPES},
     "photos": photos.load,
+    "photo_crops": photos.load_crops,
     "power": power.load,
     **{name: (lambda name=name, **options: maf.load(name, **options)) for name in maf.SPLITS if name != "power"},
     **{f"mixture{dim}": (lambda dim=dim, **options: mixture.load(dim, **options)) for dim in (8, 21, 43)},
