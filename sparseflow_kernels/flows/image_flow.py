@@ -202,16 +202,15 @@ class ImageFlow(ContinuousFlow):
         """Base to images in [0, 1]."""
         z = super()._checked(z, "z")
         solves: list[Stats] = []
-        channels, height, width = self.shapes[-1]
-        last = channels * height * width
-        z, x = z[:, : self.dim - last], z[:, self.dim - last :].reshape(-1, channels, height, width)
+        halved = [math.prod(one) // 2 for one, after in zip(self.shapes, self.shapes[1:]) if after[0] < one[0]]
+        *factored, x = z.split([*halved, math.prod(self.shapes[-1])], 1)
+        x = x.reshape(-1, *self.shapes[-1])
         for index in reversed(range(len(self.shapes))):
             shape = self.shapes[index]
             if x.shape[1] > shape[0]:
                 x = self.squeeze.inverse(x)
             elif x.shape[1] < shape[0]:
-                z, factored = z[:, : -x[0].numel()] if len(x) else z, z[:, z.shape[1] - math.prod(x.shape[1:]) :]
-                x = torch.cat([x, factored.reshape(x.shape)], 1)
+                x = torch.cat([x, factored.pop().reshape(x.shape)], 1)
             x = self._solve(self.vector_fields[index], x, self._times(index, x).flip(0), solves)
         self.stats = FlowStats(tuple(solves)) if solves else None
         return self.logit.inverse(x)
