@@ -25,7 +25,8 @@ def with_divergence(
 ) -> "DivergenceField":
     """The field beside its log-density: (x, l) -> (dx/dt, dl/dt = -tr df/dx), see DivergenceField.
 
-    field: a CompiledField, or any f(t, x [..., dim]) that treats its rows independently (then by autograd).
+    field: a CompiledField, or any f(t, x [..., dim]) that treats its rows independently (then by autograd); of samples
+    of more axes than one, f(t, x [batch, ...]), where l has a number for each sample.
     kind: "exact", or "hutchinson": e' (df/dx) e with the probe e fixed during a solve.
     noise: only for "hutchinson": "rademacher" (None; +1 or -1) or "gaussian", drawn at the start of each solve from
     torch's generator; or the probe itself, shaped like x.
@@ -121,7 +122,8 @@ class DivergenceField(nn.Module):
         return self.begin_solve(x)
 
     def forward(self, t: Tensor | float, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """(dx/dt shaped like x, dl/dt shaped like l) at state (x [..., dim], l [...] or [..., 1]).
+        """(dx/dt shaped like x, dl/dt shaped like l) at state (x [..., dim], l [...] or [..., 1]). Where x [batch, ...]
+        has more axes and l is [batch] or [batch, 1], the divergence is over all numbers of a sample.
 
         Differentiable in t, x and the parameters; l does not enter.
         """
@@ -142,7 +144,12 @@ class DivergenceField(nn.Module):
             self.field._check_state("x", x)
         elif x.dim() < 1 or not x.is_floating_point():
             raise TypeError(f"x: must be a real floating point tensor [..., dim], not {x.dtype} {list(x.shape)}")
-        if l.shape not in (x.shape[:-1], x.shape[:-1] + (1,)):
+        lead = x.dim() - 1  # axes that count samples
+        if not compiled and l.shape not in (x.shape[:-1], x.shape[:-1] + (1,)) and l.shape in (
+            x.shape[:1], x.shape[:1] + (1,)
+        ):  # fmt: skip
+            lead = 1
+        if l.shape not in (x.shape[:lead], x.shape[:lead] + (1,)):
             raise ValueError(f"l: must be {list(x.shape[:-1])} or {[*x.shape[:-1], 1]}, not {list(l.shape)}")
         noise = self._probe(x)
         if compiled and x.numel() == 0:
@@ -151,9 +158,8 @@ class DivergenceField(nn.Module):
             flat = None if noise is None else noise.reshape(-1, self.field.dim).contiguous()
             dx, trace = self.field._run(self.kind, t, x.reshape(-1, self.field.dim).contiguous(), flat)
             return dx.view(x.shape), -trace.view(l.shape)
-        dx, trace = _autograd_divergence(self.field, t, x, noise)
+        dx, trace = _autograd_divergence(self.field, t, x, noise, lead)
         return dx, -trace.view(l.shape)
-
 
     def _of_layout(self, t: Tensor | float, x: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
         """Of states of the field's own layout: the divergence is over all numbers of a sample."""
@@ -168,9 +174,10 @@ class DivergenceField(nn.Module):
 
 
 def _autograd_divergence(
-    f: Callable[[Tensor, Tensor], Tensor], t: Tensor | float, x: Tensor, noise: Tensor | None
+    f: Callable[[Tensor, Tensor], Tensor], t: Tensor | float, x: Tensor, noise: Tensor | None, lead: int
 ) -> tuple[Tensor, Tensor]:
-    """(f(t, x), tr df/dx [...]) of any f, one vector-Jacobian product per component, or one for a noise vector."""
+    """(f(t, x), tr df/dx) of any f, one vector-Jacobian product per number of a sample, or one for a noise vector.
+    lead: how many of x's axes count samples, which are the trace's."""
     wanted = torch.is_grad_enabled()
     if isinstance(f, nn.Module):  # what any other callable depends on cannot be known
         depends = [value for value in (t, x, noise) if isinstance(value, Tensor)] + list(f.parameters())
@@ -195,11 +202,11 @@ def _autograd_divergence(
             return found
 
         if noise is not None:
-            trace = (product(noise) * noise).sum(-1)
+            trace = (product(noise) * noise).flatten(lead).sum(-1)
         else:
-            trace = torch.zeros_like(x[..., 0])
-            for m in range(x.shape[-1]):
+            trace = x.new_zeros(x.shape[:lead])
+            for m in range(x.shape[lead:].numel()):
                 unit = torch.zeros_like(x)
-                unit[..., m] = 1
-                trace = trace + product(unit)[..., m]
+                unit.flatten(lead)[..., m] = 1
+                trace = trace + product(unit).flatten(lead)[..., m]
     return (dx, trace) if wanted else (dx.detach(), trace.detach())

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from sparseflow_kernels import data
-from sparseflow_kernels.analysis import paper, paper_cost, paper_experiments, paper_measure, paper_report
+from sparseflow_kernels.analysis import paper, paper_cost, paper_experiments, paper_measure, paper_plots, paper_report
 from sparseflow_kernels.analysis.paper import ResultError
 from sparseflow_kernels.analysis.paper_experiments import STUDIES, TOYS, Analysis, Experiment, Quick, total_steps
 from sparseflow_kernels.analysis.paper_measure import matthews_correlation
@@ -38,6 +38,9 @@ def few_rows(monkeypatch):
         if name == "power":
             rows = torch.randn(600, 6, generator=torch.Generator().manual_seed(0))
             return Dataset("power", rows[:400], rows[400:450], rows[450:])
+        if name == "digits_images":
+            rows = torch.randint(17, (60, 64), generator=torch.Generator().manual_seed(0)).float()
+            return Dataset(name, rows[:40], rows[40:50], rows[50:], shape=(1, 8, 8), levels=17)
         return toy.load(name, n=360 if name in paper_experiments.CLASSIFIED else 60)
 
     monkeypatch.setattr(data, "load", load)
@@ -212,6 +215,37 @@ def test_power_has_the_same_results(tmp_path):
     assert document["cycles"][1]["modes"] is None and not (tmp_path / "pictures").exists()
     (table,) = paper_report.tables([document])
     assert len(table.rows) == 2 and table.rows[1][0] == "0.500"
+
+
+def test_images_are_judged_by_bits_per_dimension_and_show_samples(tmp_path):
+    (experiment,) = STUDIES["digits"].runs(True, nets=["h2"], keeps=(0.5,))
+    assert experiment.analysis.draws == 3 and experiment.prune_options == {} and experiment.of_images
+    experiment = dataclasses.replace(
+        experiment, settings={"steps": 1, "batch": 40}, retraining={"steps": 1}, model={"scales": 1, "blocks": 1},
+        analysis=dataclasses.replace(experiment.analysis, resolution=2, torch_steps=0, draws=2),
+    )
+    document = paper.run(experiment, tmp_path, hessian=True)
+    dense, pruned = document["cycles"]
+    assert document["finished"] and (document["kind"], document["dim"]) == ("images", 64) and pruned["hessian"] is None
+    (table,) = paper_report.tables([document])
+    bits = dict(zip(table.columns, table.rows[1]))
+    assert bits["bits/dim"] == f"{pruned['nll'] / 64 / math.log(2):.3f}" and 2 < float(bits["bits/dim"]) < 20
+    difference = (pruned["nll"] - pruned["control"]["nll"]) / 64 / math.log(2)
+    assert float(bits["less control"]) == pytest.approx(difference, abs=2e-3)
+    with torch.random.fork_rng():  # the mean over draws of the noise
+        torch.manual_seed(0)
+        flow = experiment.flow().compile().eval()
+        load = paper_measure.Measure(experiment, experiment.rows(), False)
+        scores = load.scores(experiment.flow())
+        torch.manual_seed(0)
+        drawn = [-flow.row_nll(load.test).detach().double() for _ in range(2)]
+    torch.testing.assert_close(scores, torch.stack(drawn).mean(0))
+    arrays = numpy.load(paper.picture_path(tmp_path, document["name"], 1))
+    assert arrays["samples"].shape == (4, 8, 8, 1) and arrays["samples"].max() <= 16
+    assert "bits/dim at 0.50" in "\n".join(paper_report.verdicts([document]))
+    names = [path.name for path in paper_plots.draw([document], tmp_path)]
+    assert names == ["nll.png", "cost.png", f"{document['name']}.png"]
+    assert paper_report.summary([document])[document["title"]]["dim"] == 64
 
 
 def test_a_classifier_is_judged_by_its_error(tmp_path):

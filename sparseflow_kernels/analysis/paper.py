@@ -5,7 +5,8 @@ it (`sparse_flow`). After every cycle it writes what it found into `results/<nam
 pictures need into `pictures/<name>/`; checkpoints are in `checkpoints/`, so that a later call goes on from them.
 
 Size is the paper's: non-zero entries over all parameters; prune ratio = 1 - keep ratio. All NLLs are of the test rows,
-by the exact trace, in nats; of a classifier, of the labels of the test rows (cross-entropy).
+by the exact trace, in nats; of a classifier, of the labels of the test rows (cross-entropy); of images, per image of
+whole grey levels (a bound by uniform dequantisation), with the trace estimated by Hutchinson's probes.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ def _begin(experiment: Experiment, folder: Path, rows: Dataset) -> dict[str, Any
     document = {
         "format": _FORMAT, "name": experiment.name, "title": experiment.title,
         "experiment": _plain(dataclasses.asdict(experiment)),
-        "kind": "classification" if flow.supervised else "density", "entropy": rows.floor,
+        "kind": "classification" if flow.supervised else "images" if experiment.of_images else "density",
+        "dim": flow.dim, "entropy": rows.floor,
         "machine": {"processor": processor()}, "build": build_info(),
         "training": dataclasses.asdict(settings), "retraining": again, "tolerance": [flow.rtol, flow.atol],
         "torch": None, "finished": False, "stopped": None, "cycles": [],

@@ -9,6 +9,7 @@ from typing import Sequence
 
 import torch
 
+from ..flows import ImageFlow
 from ..training import train
 from ..data.dataset import Dataset
 from .paper_experiments import Experiment, total_steps
@@ -16,20 +17,24 @@ from .paper_experiments import Experiment, total_steps
 # A trained field takes more evaluations a solve than an untrained one, and a pruned net less time an evaluation. Over
 # whole runs of 29 prune ratios with their control a step took so many times as long as the untrained net's.
 GROWTH = 2.0
+_WORK_OF_IMAGES = 3e9  # the same with the numbers of an image, as a weight is used at every pixel
 _WORK = 2e7  # weights times rows of a step that is timed, at most; what is timed on fewer rows is scaled up
 
 
 def step_seconds(experiment: Experiment) -> float:
-    """Of a training step of the untrained net on rows of a standard normal, in time of the processor, which other work
+    """Of a training step of the untrained net on rows of a standard normal, of images on grey levels at random, in time of the processor, which other work
     on the machine is not in: the median of some steps after the first, which makes its programs."""
     flow, settings = experiment.flow(), experiment.training()[0]
     weights = sum(parameter.numel() for parameter in flow.parameters())
     batch = int(min(settings.batch, max(32, _WORK / weights)))
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(batch, flow.dim, generator=generator)
+    if isinstance(flow, ImageFlow):
+        batch = int(min(settings.batch, max(8, _WORK_OF_IMAGES / (weights * flow.dim))))
+        rows = torch.randint(flow.levels, (batch, flow.dim), generator=generator).float()
     labels = torch.arange(batch) % flow.dim
     data = Dataset("rows", rows, rows[:0], rows[:0], train_labels=labels)
-    steps = 4 if weights > 100_000 else 20
+    steps = 4 if experiment.of_images else 4 if weights > 100_000 else 20
     made = dataclasses.replace(settings, batch=batch, epochs=None, steps=steps, milestones=(), select="last")
     ends = []
     train(

@@ -26,7 +26,8 @@ class Analysis:
 
     test_rows: of the test and of the validation rows, None for all.  samples, repeats: of the mode analysis.
     hessian_rows: of the training rows, None for the paper's tenth.  hessian_steps, hessian_probes: of Lanczos.
-    resolution: of a picture, points a side; 0 for no pictures.  torch_steps: of dense torch, to be timed; 0 for none.
+    resolution: of a picture, points a side, of images, samples a side; 0 for no pictures.  torch_steps: of dense torch,
+    to be timed; 0 for none.  draws: of the noise of a test, of images, whose trace is estimated: means over so many.
     """
 
     test_rows: int | None = None
@@ -37,6 +38,7 @@ class Analysis:
     hessian_probes: int = 3
     resolution: int = 120
     torch_steps: int = 50
+    draws: int = 1
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,10 @@ class Experiment:
     def classifies(self) -> bool:
         return PRESETS[self.preset].classifies
 
+    @property
+    def of_images(self) -> bool:
+        return PRESETS[self.preset].image is not None
+
     def rows(self) -> Dataset:
         """Its data, with no more validation and test rows than are used. Raises FileNotFoundError for data that must be
         fetched first."""
@@ -99,8 +105,9 @@ class Experiment:
         return dataclasses.replace(rows, val=rows.val[:most], test=rows.test[:most], **cut)
 
     def flow(self) -> NeuralODE:
-        """The model before training, drawn with this experiment's seed; a flow's trace is exact in eval mode."""
-        settings: dict[str, Any] = {} if self.classifies else {"eval_divergence": "exact"}
+        """The model before training, drawn with this experiment's seed; a flow's trace is exact in eval mode, but for
+        images."""
+        settings: dict[str, Any] = {} if self.classifies or self.of_images else {"eval_divergence": "exact"}
         if self.tolerance is not None:
             settings |= {"rtol": self.tolerance, "atol": self.tolerance}
         with torch.random.fork_rng(devices=[]):
@@ -221,7 +228,8 @@ TOYS = ("gaussians", "gaussians_spiral", "spirals2")
 CLASSIFIED = ("moons", "concentric", "spirals")
 TABULAR_STAND_INS = {"gas": "mixture8", "hepmass": "mixture21", "miniboone": "mixture43", "bsds300": "photos"}
 TABULAR = ("power", *TABULAR_STAND_INS)
-_WITHOUT_MODES = ("spirals2", *TABULAR)  # the means of two spiral arms are no modes, and tables have no classes
+IMAGES = ("mnist", "cifar10", "digits")
+_WITHOUT_MODES = ("spirals2", *TABULAR, *IMAGES)  # the means of two spiral arms are no modes, and tables have no classes
 
 
 def _full(preset: str) -> dict[str, Any]:
@@ -230,32 +238,37 @@ def _full(preset: str) -> dict[str, Any]:
         analysis = dataclasses.replace(analysis, repeats=0)
     if preset in TABULAR:
         analysis = dataclasses.replace(analysis, resolution=0, torch_steps=5)
+    if preset in IMAGES:
+        analysis = dataclasses.replace(analysis, resolution=6, torch_steps=3, draws=12)
     return {"analysis": analysis}
 
 
 @dataclass(frozen=True)
 class Quick:
     """The short form of a study's runs. length, retraining: of the dense training and of each retraining, in `unit`s.
-    batch: None for the preset's; where it is given, tolerances are 1e-5 and the last epoch is kept."""
+    batch: None for the preset's; where it is given, `tolerance` is rtol and atol, and the last epoch is kept."""
 
     keeps: tuple[float, ...]
     length: int
     retraining: int
     unit: str = "epochs"
     batch: int | None = None
+    tolerance: float = 1e-5
 
     def changes(self, preset: str) -> dict[str, Any]:
         """What differs in an Experiment."""
         repeats = 0 if preset in _WITHOUT_MODES or preset in CLASSIFIED else QUICK_ANALYSIS.repeats
         analysis = dataclasses.replace(QUICK_ANALYSIS, repeats=repeats)
+        if preset in IMAGES:
+            analysis = dataclasses.replace(analysis, resolution=5, torch_steps=1, draws=3)
         settings: dict[str, Any] = {self.unit: self.length}
         if self.batch is None:
             return {"settings": settings, "retraining": {self.unit: self.retraining}, "analysis": analysis}
         return {
             "settings": settings | {"batch": self.batch, "milestones": (), "select": "last"},
-            "retraining": {self.unit: self.retraining}, "tolerance": 1e-5,
+            "retraining": {self.unit: self.retraining}, "tolerance": self.tolerance,
             "analysis": dataclasses.replace(
-                analysis, resolution=0, test_rows=10 * self.batch, torch_steps=2 if self.batch < 1000 else 10,
+                analysis, resolution=analysis.resolution if preset in IMAGES else 0, test_rows=10 * self.batch, torch_steps=2 if self.batch < 1000 else 10,
                 hessian_probes=1,
             ),
         }  # fmt: skip
@@ -280,6 +293,10 @@ QUICK: dict[tuple[str, str], Quick] = {
     ("hepmass", ""): Quick((0.483, 0.227, 0.107), 60, 30, "steps", 200),
     ("miniboone", ""): Quick((0.483, 0.227, 0.107), 60, 30, "steps", 200),
     ("bsds300", ""): Quick((0.304, 0.1), 10, 5, "steps", 50),
+    ("digits", ""): Quick((0.5, 0.2, 0.1, 0.05), 60, 15),
+    ("mnist", ""): Quick((0.3, 0.1), 4, 2, "steps", 16, 1e-3),
+    ("mnist", "h16"): Quick((0.4, 0.2, 0.1), 120, 40, "steps", 32, 1e-3),
+    ("cifar10", ""): Quick((0.3, 0.1), 2, 1, "steps", 8, 1e-3),
 }
 """By preset and net; "" for the preset's other nets."""
 QUICK_NETS = {
@@ -328,6 +345,13 @@ def _studies() -> dict[str, Study]:
         )
         for name in TABULAR
     ]
+    found += [
+        Study("mnist", "images 28x28, FFJORD's multiscale net", "mnist", plain(("ffjord",)), stand_in="fashion_mnist"),
+        Study("mnist-small", "the same with 16 channels for 64", "mnist", plain(("h16",)), stand_in="fashion_mnist"),
+        Study("cifar10", "images 3x32x32, FFJORD's multiscale net", "cifar10", plain(("ffjord",)),
+              stand_in="photo_crops"),
+        Study("digits", "images 8x8, a small multiscale net", "digits", plain(("ffjord",))),
+    ]
     for name in TOYS:
         found += [
             Study(f"{name}-sizes", "sweep: size of the net", name,
@@ -352,7 +376,7 @@ def _studies() -> dict[str, Study]:
 
 
 STUDIES: dict[str, Study] = _studies()
-"""Every experiment of the paper but the images, by name."""
+"""Every experiment of the paper by name, and smaller ones of its kind for images."""
 
 
 def toy_experiments(quick: bool = False, *, names: Sequence[str] | None = None, **choice: Any) -> list[Experiment]:

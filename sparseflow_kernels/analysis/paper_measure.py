@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data.dataset import Dataset
-from ..flows import ContinuousFlow, NeuralClassifier, NeuralODE
+from ..flows import ContinuousFlow, ImageFlow, NeuralClassifier, NeuralODE
 from ..odeint import solve
 from ..pruning import copy_module
 from ..training import Cycle
@@ -30,7 +30,8 @@ class Measure:
     """What is measured of every flow of a run."""
 
     def __init__(self, experiment: Experiment, rows: Dataset, hessian: bool) -> None:
-        self.experiment, self.analysis, self.hessian = experiment, experiment.analysis, hessian
+        self.experiment, self.analysis = experiment, experiment.analysis
+        self.hessian = hessian and not experiment.of_images
         self.test, self.labels = rows.test, rows.test_labels
         self.modes = None
         if self.analysis.repeats and not experiment.classifies and rows.train_labels is not None:
@@ -46,12 +47,20 @@ class Measure:
         """Log-likelihoods of the test rows (of their labels), float64 [n], NaN if the solve fails."""
         return self._scores(model.compile().eval())[0]
 
-    @torch.no_grad()
     def _scores(self, compiled: NeuralODE) -> tuple[Tensor, float | None]:
+        if not self.experiment.of_images:
+            return self._scored(compiled)
+        with torch.random.fork_rng(devices=[]):  # every model meets the same noise
+            torch.manual_seed(self.experiment.seed)
+            draws = [self._scored(compiled) for _ in range(self.analysis.draws)]
+        return torch.stack([scores for scores, _ in draws]).mean(0), _mean(nfe for _, nfe in draws)
+
+    @torch.no_grad()
+    def _scored(self, compiled: NeuralODE) -> tuple[Tensor, float | None]:
         found, nfes = [], []
         try:
-            for start in range(0, len(self.test), 4096):
-                part = slice(start, start + 4096)
+            for start in range(0, len(self.test), compiled.evaluation_rows):
+                part = slice(start, start + compiled.evaluation_rows)
                 told = self.labels[part] if compiled.supervised else None
                 found.append(-compiled.row_nll(self.test[part], told).double())
                 if compiled.stats is not None:
@@ -83,7 +92,9 @@ class Measure:
                     "training_nfe": _mean(entry["nfe"] for entry in cycle.control_history or []), "hessian": None,
                 }  # fmt: skip
                 record["versus_control"] = _difference(scores, control)
-        if "dynamics" not in record:  # results of earlier versions have none
+        if self.experiment.of_images:
+            record["dynamics"] = None  # Jacobians of images are too large
+        elif "dynamics" not in record:  # results of earlier versions have none
             record["dynamics"] = dynamics(cycle.flow, self.test[:DYNAMICS_ROWS])
             if record["control"] is not None:
                 of_control = dynamics(cycle.control_flow, self.test[:DYNAMICS_ROWS])
@@ -192,7 +203,9 @@ def matthews_correlation(predicted: Tensor, labels: Tensor, classes: int) -> flo
 
 
 def pictures_of(model: NeuralODE, rows: Dataset, experiment: Experiment) -> dict[str, numpy.ndarray]:
-    """The arrays of a model's picture: `_of_flow`, or `_of_classifier`."""
+    """The arrays of a model's picture: `_of_flow`, `_of_images`, or `_of_classifier`."""
+    if experiment.of_images:
+        return _of_images(model, rows, experiment)
     return _of_classifier(model, rows, experiment) if model.supervised else _of_flow(model, rows, experiment)
 
 
@@ -214,6 +227,20 @@ def _of_classifier(model: NeuralClassifier, rows: Dataset, experiment: Experimen
     labels = rows.test_labels[:: max(1, len(rows.test) // 256)]
     found = {"extent": numpy.array(side), "points": points.numpy(), "labels": labels.numpy()}
     return found | {name: _or_empty(draw) for name, draw in parts.items()}
+
+
+@torch.no_grad()
+def _of_images(flow: ImageFlow, rows: Dataset, experiment: Experiment) -> dict[str, numpy.ndarray]:
+    """samples, and data of the test set: uint8 [resolution^2, height, width, channels], and levels. The same seed draws
+    samples of every flow."""
+    count = experiment.analysis.resolution**2
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(experiment.seed)
+        samples = _or_empty(lambda: flow.compile().eval().sample(count).movedim(1, 3))
+    data = rows.test[:count].view(-1, *flow.shape).movedim(1, 3).numpy()
+    return {
+        "samples": samples.astype(numpy.uint8), "data": data.astype(numpy.uint8), "levels": numpy.array(flow.levels),
+    }  # fmt: skip
 
 
 def _or_empty(draw: Callable[[], Tensor]) -> numpy.ndarray:

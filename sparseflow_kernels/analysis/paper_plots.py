@@ -10,7 +10,7 @@ import numpy
 
 from ..files import read_arrays
 from .paper import picture_path
-from .paper_report import CLAIMED_KEEP, at_threshold, by_title, is_classification
+from .paper_report import CLAIMED_KEEP, at_threshold, by_title, in_bits, is_classification, is_of_images
 from .plots import _figure, _save
 
 Documents = Sequence[dict[str, Any]]
@@ -78,13 +78,15 @@ def plot_score(documents: Documents, path: str | Path, score: str = "nll") -> Pa
     """Test NLL (or `score` "error", of classifiers) against prune ratio, one panel per experiment, mean and range over
     seeds, the entropy drawn in. An NLL that collapses beyond a prune ratio of 0.8 is cut off."""
     groups, lines = by_title(documents), {}
+    images = score == "nll" and all(map(is_of_images, documents))
     rows = -(-len(groups) // 3)
     columns = -(-len(groups) // rows)
     figure, axes = _figure(columns, rows, 3.8, 3.1)
     for axis, (title, here) in zip(axes.flat, groups.items()):
-        lines |= _line(axis, here, lambda r: r[score], "pruned", PRUNED)
-        lines |= _line(axis, here, _control(lambda r: r[score]), "unpruned control, as many epochs", CONTROL)
-        seen = [one for get in (lambda r: r[score], _control(lambda r: r[score])) for one in _series(here, get)]
+        get = (lambda r, one=here[0]: in_bits(one, r["nll"])) if images else (lambda r: r[score])
+        lines |= _line(axis, here, get, "pruned", PRUNED)
+        lines |= _line(axis, here, _control(get), "unpruned control, as many epochs", CONTROL)
+        seen = [one for each in (get, _control(get)) for one in _series(here, each)]
         dense = [one[1] for one in seen if one[0] == 0]
         bottom = min((one[2] for one in seen), default=0.0)
         shown = [one[3] for one in seen if score == "error" or one[0] <= 1 - CLAIMED_KEEP + 1e-9]
@@ -100,7 +102,8 @@ def plot_score(documents: Documents, path: str | Path, score: str = "nll") -> Pa
         axis.grid(alpha=0.3)
     _blank(axes, len(groups))
     figure.supxlabel("prune ratio", fontsize=10)
-    figure.supylabel("test NLL, nats" if score == "nll" else "test error", fontsize=10)
+    label = "test bits/dim" if images else "test NLL, nats" if score == "nll" else "test error"
+    figure.supylabel(label, fontsize=10)
     _legend(figure, lines, columns)
     return _save(figure, path)
 
@@ -187,6 +190,8 @@ def plot_flows(document: dict[str, Any], folder: str | Path, path: str | Path) -
         shown = [shown[index] for index in picked]
     if is_classification(document):
         return _plot_classifier(document, shown, path)
+    if is_of_images(document):
+        return _plot_images(document, shown, path)
     figure, axes = _figure(len(shown), 3, 2.0, 2.1)
     brightest = None
     for column, (record, picture) in enumerate(shown):
@@ -211,6 +216,34 @@ def plot_flows(document: dict[str, Any], folder: str | Path, path: str | Path) -
         axes[row][0].set_ylabel(label, fontsize=8)
     figure.suptitle(document["name"], fontsize=9)
     return _save(figure, path)
+
+
+def _plot_images(document: dict[str, Any], shown: Sequence[tuple[dict, Path]], path: str | Path) -> Path:
+    """Test images, then samples at every prune ratio, of the same noise."""
+    figure, axes = _figure(len(shown) + 1, 1, 2.0, 2.3)
+    for column, (record, picture) in enumerate(shown):
+        arrays = read_arrays(picture, ("samples", "data", "levels"), "delete it, and run again")
+        if column == 0:
+            _mosaic(axes[0][0], arrays["data"], int(arrays["levels"]))
+            axes[0][0].set_title("test images", fontsize=8)
+        bits = "n/a" if record["nll"] is None else f"{in_bits(document, record['nll']):.3f}"
+        axis = axes[0][column + 1]
+        axis.set_title(f"PR {record['prune_ratio']:.2f}, {record['size']} parameters\n{bits} bits/dim", fontsize=8)
+        if arrays["samples"].size:
+            _mosaic(axis, arrays["samples"], int(arrays["levels"]))
+    for axis in axes[0]:
+        axis.set(xticks=[], yticks=[])
+    figure.suptitle(f"{document['name']}: samples", fontsize=9)
+    return _save(figure, path)
+
+
+def _mosaic(axis, images: numpy.ndarray, levels: int) -> None:
+    """images: [side^2, height, width, channels], with a line between them."""
+    side = int(round(len(images) ** 0.5))
+    framed = numpy.pad(images, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=levels - 1)
+    _, height, width, channels = framed.shape
+    whole = framed.reshape(side, side, height, width, channels).swapaxes(1, 2).reshape(side * height, side * width, channels)
+    axis.imshow((whole if channels > 1 else whole[..., 0]) / (levels - 1), cmap="gray", vmin=0, vmax=1)
 
 
 def _plot_classifier(document: dict[str, Any], shown: Sequence[tuple[dict, Path]], path: str | Path) -> Path:

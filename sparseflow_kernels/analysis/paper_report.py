@@ -8,13 +8,22 @@ from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Iterator, Sequence
 
 CLAIMED_KEEP = 0.2  # the claims are judged down to a prune ratio of 0.8
-MARGIN = {"nats": 0.0, "points": 0.5}  # what a worse cycle has to differ by: half a percent is two or three test rows
+MARGIN = {"nats": 0.0, "bits/dim": 0.0, "points": 0.5}  # what a worse cycle has to differ by: half a percent is two or three test rows
 
 Documents = Sequence[dict[str, Any]]
 
 
 def is_classification(document: dict[str, Any]) -> bool:
     return document.get("kind") == "classification"
+
+
+def is_of_images(document: dict[str, Any]) -> bool:
+    return document.get("kind") == "images"
+
+
+def in_bits(document: dict[str, Any], nats: float) -> float:
+    """Nats per image as bits per number of an image."""
+    return nats / (document["dim"] * math.log(2.0))
 
 
 def by_title(documents: Documents) -> dict[str, list[dict[str, Any]]]:
@@ -32,8 +41,8 @@ def by_title(documents: Documents) -> dict[str, list[dict[str, Any]]]:
 class Claim:
     """How the pruned models of one net and method stand against others, over the cycles down to a prune ratio of 0.8.
 
-    At every prune ratio the differences of the seeds are averaged: test NLL less the other's in nats, of classifiers
-    the top-1 error less the other's in percentage points. The error of that mean is s / sqrt(seeds), s the standard
+    At every prune ratio the differences of the seeds are averaged: test NLL less the other's in nats, of images in bits
+    per dimension, of classifiers the top-1 error less the other's in percentage points. The error of that mean is s / sqrt(seeds), s the standard
     deviation between seeds, pooled over the prune ratios. A ratio counts as worse (better) if the mean is above (below)
     0 by more than twice that error, and of classifiers by more than half a percentage point.
 
@@ -91,6 +100,7 @@ def claim(documents: Documents, against: str) -> Claim:
     error = math.sqrt(statistics.mean(spreads) / len(documents)) if spreads else 0.0
     means = {keep: statistics.mean(found) for keep, found in differences.items()}
     unit = "points" if any(map(is_classification, documents)) else "nats"
+    unit = "bits/dim" if any(map(is_of_images, documents)) else unit
     least = max(2 * error, MARGIN[unit])
     reach = 0.0
     for keep in sorted(means, reverse=True):
@@ -108,7 +118,7 @@ def claim(documents: Documents, against: str) -> Claim:
 def _difference(
     document: dict[str, Any], record: dict[str, Any], other: dict[str, Any] | None, against: str
 ) -> float | None:
-    """NLL less the other's, of classifiers the error in percentage points; infinite where a solve failed, None where
+    """NLL less the other's, of images in bits/dim, of classifiers the error in percentage points; infinite where a solve failed, None where
     there is no other."""
     if is_classification(document):
         if other is None or other["error"] is None:
@@ -117,7 +127,9 @@ def _difference(
     versus = record[f"versus_{against}"]
     if versus is None:
         return None
-    return math.inf if versus["nats"] is None else versus["nats"]
+    if versus["nats"] is None:
+        return math.inf
+    return in_bits(document, versus["nats"]) if is_of_images(document) else versus["nats"]
 
 
 QUESTIONS = {
@@ -186,6 +198,8 @@ def tables(documents: Documents, threshold: float = 3.0, short: bool = False) ->
         if short and len(keeps) > len(_SHOWN):
             keeps = sorted({min(keeps, key=lambda keep: abs(1 - keep - ratio)) for ratio in _SHOWN}, reverse=True)
         columns = _CLASSIFICATION if is_classification(here[0]) else _density(threshold)
+        if is_of_images(here[0]):
+            columns = _images(here[0])
         torch_ms = [document["torch"] and document["torch"]["step_seconds"] * 1e3 for document in here]
         rows = []
         for keep in keeps:
@@ -210,6 +224,19 @@ def _density(threshold: float) -> dict[str, tuple[Get, str]]:
         "quality": (lambda _, r: at_threshold(r["modes"], "high_quality", threshold), ".3f"),
         "modes": (lambda _, r: at_threshold(r["modes"], "captured", threshold), ".1f"),
         "ms/step": (lambda _, r: r["step_seconds"] * 1e3, ".1f"),
+    }  # fmt: skip
+
+
+def _images(document: dict[str, Any]) -> dict[str, tuple[Get, str]]:
+    bits = lambda nats: in_bits(document, nats)
+    return {
+        "size": (lambda _, r: r["size"], ".0f"), "live": (lambda _, r: r["live_size"], ".0f"),
+        "bits/dim": (lambda _, r: bits(r["nll"]), ".3f"),
+        "less dense": (lambda _, r: bits(r["versus_dense"]["nats"]) if r["index"] else None, "+.3f"),
+        "control": (lambda _, r: bits(r["control"]["nll"]), ".3f"),
+        "less control": (lambda _, r: bits(r["versus_control"]["nats"]), "+.3f"),
+        "NFE": (lambda _, r: r["nfe"], ".0f"), "s/step": (lambda _, r: r["step_seconds"], ".2f"),
+        "control's": (lambda _, r: r["control"]["step_seconds"], ".2f"),
     }  # fmt: skip
 
 
@@ -334,6 +361,8 @@ def summary(documents: Documents) -> dict[str, Any]:
             "keeps": keeps, "seeds": [d["experiment"]["seed"] for d in here], "finished": [d["finished"] for d in here],
             "training": here[0]["training"], "retraining": here[0]["retraining"], "tolerance": here[0]["tolerance"],
         }  # fmt: skip
+        if is_of_images(here[0]):
+            entry["dim"] = here[0]["dim"]
         for name, get in figures.items():
             rows = []
             for document in here:

@@ -20,7 +20,7 @@ from rich.table import Column, Table
 from rich.text import Text
 from safetensors import SafetensorError
 
-from ..data.power import DownloadError
+from ..data.wheels import DownloadError
 from ..training import NonFiniteLossError
 from ..training.distributed import rank
 

@@ -66,7 +66,10 @@ Folder = Annotated[
     ),
 ]
 Hessian = Annotated[
-    bool, typer.Option("--hessian", help="also the curvature of the loss at every cycle", show_default=OFF)
+    bool,
+    typer.Option(
+        "--hessian", help="also the curvature of the loss at every cycle (not of images)", show_default=OFF
+    ),
 ]
 Redraw = Annotated[
     bool,
@@ -77,7 +80,10 @@ Markdown = Annotated[
     typer.Option(help="put verdicts and tables between this file's paper-...:begin and :end", show_default="none"),
 ]
 Download = Annotated[
-    bool, typer.Option("--download", help="fetch POWER first (19.7 MB) if it is not there", show_default=OFF)
+    bool,
+    typer.Option(
+        "--download", help="fetch POWER (19.7 MB) or MNIST (20.3 MB) first if it is not there", show_default=OFF
+    ),
 ]
 
 
@@ -89,7 +95,7 @@ def list_() -> None:
     for name, study in STUDIES.items():
         runs = study.runs()
         on = f"; on stand-in {study.stand_in} with --stand-in" if study.stand_in else ""
-        steps = sum(total_steps(runs, {study.preset: _ROWS[study.preset]}).values())
+        steps = sum(total_steps(runs, {runs[0].dataset: _ROWS[runs[0].dataset]}).values())
         lines.append((name, study.about + on, str(len(runs)), f"{steps / 1e6:.2f}"))
     show_table("experiments", ("name", "what", "runs", "million steps"), lines)
     say("sparseflow paper run NAME --dry-run measures how many hours that is here")
@@ -125,8 +131,8 @@ def run_(
         quick, stand_in=stand_in, nets=_nets(net, study.preset), methods=_one_of("--method", method, METHODS),
         keeps=_keeps(keeps), seeds=seeds,
     )  # fmt: skip
-    if study.preset == "power" and download:
-        data.load("power", download=True)
+    if download and found[0].dataset in ("power", "mnist"):
+        data.load(found[0].dataset, download=True)
     where = _folder(folder, name + ("-stand-in" if stand_in else ""), quick)
     _all(name, found, where, jobs, hessian, False, markdown, tell_hours=True, dry=dry_run)
 
@@ -199,7 +205,8 @@ def power(
 
 _ROWS = {
     "gaussians": 14742, "gaussians_spiral": 14742, "spirals2": 29492, "moons": 922, "concentric": 922, "spirals": 1844,
-    "power": 1_659_917, "gas": 852_174, "hepmass": 315_123, "miniboone": 29_556, "bsds300": 1_000_000,
+    "power": 1_659_917, "gas": 852_174, "hepmass": 315_123, "miniboone": 29_556, "bsds300": 1_000_000, "mnist": 54_000,
+    "cifar10": 45_000, "digits_images": 1439,
 }  # fmt: skip
 """Training rows of the paper's data sets, which need not be at hand to count steps."""
 

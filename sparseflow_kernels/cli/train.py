@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import statistics
 import time
@@ -214,7 +215,7 @@ def prune(
         if elsewhere:  # so that these, too, can be pruned
             write_json(folder / "run.json", plain(dataclasses.asdict(job)))
     show_table(
-        f"{source}: {method} pruned; NLL in nats, exact trace",
+        f"{source}: {method} pruned; {_score(job)}",
         ("net", "size", "of", "live", "test NLL", "NFE"), lines,
     )  # fmt: skip
     say(f"wrote {len(ratios)} checkpoint{'s' if len(ratios) > 1 else ''} to {folder}")
@@ -304,8 +305,15 @@ def _show_cycles(preset: str, jobs: Sequence[Job]) -> None:
                 _mean(here, "step_seconds", ".1f", scale=1e3), _mean(beside, "step_seconds", ".1f", scale=1e3),
             ))  # fmt: skip
     floor = jobs[0].dataset().floor
-    title = f"{preset}, {jobs[0].net}: NLL in nats, exact trace; {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+    title = f"{preset}, {jobs[0].net}: {_score(jobs[0])}; {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
     show_table(title + (f"; no model can go below {floor:.3f}" if floor is not None else ""), _COLUMNS, lines)
+
+
+def _score(job: Job) -> str:
+    """What the NLL of a table is."""
+    if job.definition().image is None:
+        return "NLL in nats, exact trace"
+    return f"NLL in nats an image, estimated trace; {job.flow().dim * math.log(2.0):.1f} nats are a bit per dimension"
 
 
 def _mean(rows: Sequence[dict[str, Any]], key: str, form: str, spread: bool = False, scale: float = 1.0) -> str:

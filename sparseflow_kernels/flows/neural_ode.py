@@ -52,6 +52,8 @@ class NeuralODE(nn.Module):
     """
 
     supervised = False  # whether it is trained on labels
+    exact_evaluation = True  # whether the training loop evaluates by the exact trace
+    evaluation_rows = 4096  # that are solved at once there
     SETTINGS: tuple[str, ...] = ("t0", "t1", "rtol", "atol", "method", "options", "gradient")
     """What of a model is not in its state dict and decides what it computes; attributes and arguments by these
     names."""
@@ -127,8 +129,9 @@ class NeuralODE(nn.Module):
                         "and compiled fields share nothing. Use one and the same field in both places, or give each "
                         "parameters of its own"
                     )
-            compiled[id(field)] = compile_field(field, engine=engine, dim=self.dim)
-        flow = type(self)([compiled[id(field)] for field in self.vector_fields], self.dim, **self.settings())
+            like = self._like_of(number)
+            compiled[id(field)] = compile_field(field, engine, self.dim if like is None else None, like)
+        flow = self._of_fields([compiled[id(field)] for field in self.vector_fields])
         if self.sqrt_end_time is not None:
             flow.sqrt_end_time = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in self.sqrt_end_time)
         flow.norms = copy.deepcopy(self.norms)
@@ -163,6 +166,14 @@ class NeuralODE(nn.Module):
         return f"dim={self.dim}, method={self.method!r}, rtol={self.rtol}, atol={self.atol}"
 
     # ------------------------------------------------------------------------------------------------------- internal
+
+    def _of_fields(self, fields: list[nn.Module]) -> Self:
+        """Another one like this, but for what it holds besides."""
+        return type(self)(fields, self.dim, **self.settings())
+
+    def _like_of(self, index: int) -> Tensor | None:
+        """An example of the state of a field, where it is not [batch, dim]."""
+        return None
 
     def _times(self, index: int, like: Tensor) -> Tensor:
         if self.sqrt_end_time is None:

@@ -104,6 +104,10 @@ class FieldGraphs:
         self.numbering = Numbering(module)
         self.fields = list({id(f): f for f in vector_fields(module)}.values())
         self._dims = {id(f): part.dim for part in module.modules() for f in getattr(part, "vector_fields", ())}
+        self._shapes = {  # of the states of those that are not [batch, dim]
+            id(f): getattr(f, "pruning_shape", shape) for part in module.modules()
+            if hasattr(part, "vector_fields") for f, shape in zip(part.vector_fields, getattr(part, "shapes", ()))
+        }  # fmt: skip
         self._read: dict[int, tuple[GraphField, dict[Key, Origin]] | UnsupportedFieldError] = {}
         self.never_called: list[tuple[nn.Module, nn.Module]] = []  # (field, module that holds parameters)
 
@@ -129,6 +133,9 @@ class FieldGraphs:
         if len(inspect.signature(field.forward).parameters) < 2:
             module = _WithoutTime(field)
         like = self.like
+        if like is None and id(field) in self._shapes:
+            first = next(p for p in field.parameters() if p.is_floating_point())
+            like = torch.zeros(1, *self._shapes[id(field)], dtype=first.dtype, device=first.device)
         try:
             dim = self._dims.get(id(field)) if like is None else None
             found = capture_graph(module, dim, like)

@@ -23,13 +23,14 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: NeuralODE, x: Tensor, labels: Tensor | None = None, *, exact: bool = True, batch: int = 4096
+    model: NeuralODE, x: Tensor, labels: Tensor | None = None, *, exact: bool = True, batch: int | None = None
 ) -> Evaluation:
     """The model's mean negative log-likelihood on rows x [n, dim], solved in batches, in eval mode, without gradient:
     of the rows, by a flow; of their labels int64 [n], by a classifier.
 
-    exact: with the exact divergence whatever the flow trains with; False: as the flow does it in eval mode (one
-    Hutchinson draw per batch, from torch's global generator, is a noisy estimate).
+    exact: with the exact divergence whatever the flow trains with, but for images, whose dimension forbids it; False:
+    as the flow does it in eval mode (one Hutchinson draw per batch, from torch's global generator: a noisy estimate).
+    batch: rows that are solved at once, None for the model's `evaluation_rows`.
     The NLL is NaN or infinite if the model's density is; nothing is hidden. Raises ValueError for no rows and for
     labels that are none, SolverError for a solve that cannot go on.
     """
@@ -37,10 +38,11 @@ def evaluate(
         raise ValueError("x has no rows to evaluate")
     refuse_not_finite(x, "x")
     like = next(model.parameters())
+    batch = model.evaluation_rows if batch is None else batch
     was_training = model.training
     was_divergence = getattr(model, "eval_divergence", None)
     model.eval()
-    if exact and isinstance(model, ContinuousFlow):
+    if exact and model.exact_evaluation and isinstance(model, ContinuousFlow):
         model.eval_divergence = "exact"
     total, nfes = 0.0, []
     try:
@@ -58,7 +60,7 @@ def evaluate(
 
 
 def evaluate_nll(
-    model: NeuralODE, x: Tensor, labels: Tensor | None = None, *, exact: bool = True, batch: int = 4096
+    model: NeuralODE, x: Tensor, labels: Tensor | None = None, *, exact: bool = True, batch: int | None = None
 ) -> float:
     """`evaluate`'s nll."""
     return evaluate(model, x, labels, exact=exact, batch=batch).nll

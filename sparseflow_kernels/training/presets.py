@@ -6,7 +6,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..flows import TABULAR, ContinuousFlow, NeuralClassifier, NeuralODE, tabular_flow, toy_field
+from ..flows import (
+    TABULAR, ContinuousFlow, NeuralClassifier, NeuralODE, image_flow, tabular_flow, toy_field,
+)  # fmt: skip
 from ..pruning import KEEP_RATIOS
 from .settings import TrainingSettings
 
@@ -19,7 +21,8 @@ class Preset:
     are not the default; the first is the main one.  training: of the dense net.  retrain: settings that differ
     afterwards.  keeps: name in KEEP_RATIOS.  repetitions: independently trained nets.  fold: `prune_neurons_`'s; with
     gates, "auto" leaves a pruned neuron its time parameters and outgoing weights, and the smaller sizes cannot be met.
-    classifies: the net is a NeuralClassifier of the data's labels, not a density.
+    classifies: the net is a NeuralClassifier of the data's labels, not a density.  image: which of `flows.IMAGES` the
+    net is; None for others.
     """
 
     data: str
@@ -30,11 +33,15 @@ class Preset:
     repetitions: int = 1
     fold: str = "auto"
     classifies: bool = False
+    image: str | None = None
 
     def prune_options(self, method: str) -> dict[str, Any]:
         """For `sparse_flow` with that method. A neuron stays connected in every layer: a global ranking of weights
-        empties the middle layers of deep thin nets (l8_h10), which then move nothing."""
-        return {"fold": self.fold} if method == "neurons" else {"min_neurons": 1}
+        empties the middle layers of deep thin nets (l8_h10), which then move nothing. (Of convolutions none is asked
+        for: that needs chains of Linear layers.)"""
+        if method == "neurons":
+            return {"fold": self.fold}
+        return {} if self.image is not None else {"min_neurons": 1}
 
     @property
     def keep_ratios(self) -> tuple[float, ...]:
@@ -45,7 +52,7 @@ class Preset:
 
         net: one of `nets`, None for the first. For toys also any other "[ffjord_|cnf_]lL_hH[_activation]": "ffjord"
             trains with Hutchinson's trace and Gaussian noise, "cnf" with the exact one; for classifiers any other
-            "lL_hH[_activation]".
+            "lL_hH[_activation]"; for images "hH", H channels between the convolutions.
         settings: the model's, over the experiment's. Raises ValueError for an unknown net.
         """
         net = next(iter(self.nets)) if net is None else net
@@ -54,6 +61,11 @@ class Preset:
             if net not in self.nets:
                 raise ValueError(f"net must be one of {', '.join(self.nets)}; got {net!r}")
             return tabular_flow(self.data, **settings)
+        if self.image is not None:
+            width = re.fullmatch(r"h([1-9]\d*)", net)
+            if width is None and net not in self.nets:
+                raise ValueError(f"net must be {', '.join(self.nets)}, or look like 'h16'; got {net!r}")
+            return image_flow(self.image, **(({"hidden": (int(width[1]),) * 3} if width else {}) | settings))
         match = re.fullmatch(r"(?:(ffjord|cnf)_)?(l\d+_h\d+)(?:_([a-z]+))?", net)
         if self.classifies:
             if match is None or match[1] is not None:
@@ -87,6 +99,16 @@ def _tabular(
     return Preset(name, {"ffjord": {}}, training, retrain or {}, keeps=name, repetitions=repetitions, fold="drop")
 
 
+def _images(
+    name: str, data: str, epochs: int = 50, milestone: int = 45, lr: float = 1e-3, batch: int = 200,
+    retrain: dict | None = None,
+) -> Preset:
+    training = TrainingSettings(
+        epochs=epochs, batch=batch, lr=lr, milestones=(milestone,), optimizer="adam", weight_decay=0.0, select="best"
+    )
+    return Preset(data, {"ffjord": {}}, training, retrain or {}, keeps="images", fold="drop", image=name)
+
+
 PRESETS: dict[str, Preset] = {
     "gaussians": _toy("gaussians", {"ffjord_l4_h64": {}, "ffjord_l2_h128": {}, "cnf_l2_h128": {}}, 5e-3, 1e-5),
     "gaussians_spiral": _toy("gaussians_spiral", {"ffjord_l4_h64": {}, "cnf_l4_h64": {}}, 0.05, 0.01),
@@ -99,5 +121,9 @@ PRESETS: dict[str, Preset] = {
     "hepmass": _tabular("hepmass", 400, 10_000, (325, 375), retrain={"epochs": 300, "milestones": (250, 295)}),
     "miniboone": _tabular("miniboone", 400, 1000, (300, 350), repetitions=3),
     "bsds300": _tabular("bsds300", 100, 10_000, (96, 99)),
+    "mnist": _images("mnist", "mnist"),
+    "cifar10": _images("cifar10", "cifar10"),
+    "digits": _images("digits", "digits_images", 60, 50, 5e-3, 100, {"epochs": 15, "milestones": (12,)}),
 }
-"""By name. lr falls to a tenth at each milestone; toys keep the last epoch, tabular nets the best by validation."""
+"""By name. lr falls to a tenth at each milestone; toys keep the last epoch, nets of tables and images the best by
+validation. digits is ours, a small one; all others are the paper's."""
