@@ -69,7 +69,7 @@ wheel: $(VENV)/.tools
 
 # The quick tests with that wheel on the oldest torch, the one of constraints.txt and the newest, each in a venv of its own.
 matrix: wheel
-	$(PYTHON) tools/matrix.py
+	JOBS=$(JOBS) $(PYTHON) tools/matrix.py
 
 # The NEON kernels: compiled for aarch64 and tested under qemu's emulation. The compiler is zig's, which links all of the C
 # and C++ libraries in, so that the emulator needs no aarch64 system; ARM_CXX names another one.

@@ -59,7 +59,7 @@ def test_code_of_the_guides(path):
             assert printed.strip() == text.strip(), f"{path}: replace the text block by what the code above it prints"
 
 
-def scalars(folder: Path) -> int:
+def scalars(folder: Path, **_) -> int:
     """Numbers of the NLL in TensorBoard's files below the folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -67,17 +67,19 @@ def scalars(folder: Path) -> int:
     return len(events.Scalars("nll"))
 
 
-def runs(folder: Path) -> int:
+def runs(folder: Path, **_) -> int:
     import mlflow
 
     (run,) = mlflow.search_runs(output_format="list")
     return len(mlflow.MlflowClient().get_metric_history(run.info.run_id, "nll"))
 
 
-def logged(folder: Path) -> int:
-    """Epochs of a CSV logger, or of a Trainer, whose two epochs have three steps."""
-    (lines,) = (path.read_text().splitlines() for path in folder.rglob("metrics.csv"))
-    return len(lines) - 1 if len(lines) < 4 else (len(lines) - 1) // 3
+def logged(folder: Path, lit=None, trainer=None, flow=None, **_) -> int:
+    """Epochs of a CSV logger, or of a Trainer that has written its weights into the flow."""
+    if lit is None:
+        return len(next(folder.rglob("metrics.csv")).read_text().splitlines()) - 1
+    known, y = flow.log_prob(torch.ones(1, 2)), lit.flow.log_prob(torch.ones(1, 2))
+    return trainer.current_epoch if torch.allclose(known, y, rtol=1e-3) else 0
 
 
 SEEN = {"tensorboard": scalars, "mlflow": runs, "lightning": logged}
@@ -92,7 +94,7 @@ def test_code_that_needs_another_package(path, needs, code, tmp_path, monkeypatc
     namespace: dict = {"__name__": path.stem}
     for text in (blocks(path, "python")[0], code):
         exec(compile(text, f"{path.name}: {needs}", "exec"), namespace)
-    assert SEEN[needs](tmp_path) == 2
+    assert SEEN[needs](tmp_path, **namespace) == 2
 
 
 def test_local_links_and_pictures_exist():
