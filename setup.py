@@ -181,8 +181,8 @@ def other_architecture() -> list[str]:
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     if arch not in ("x86_64", "aarch64") or not suffix.endswith(here) or not os.environ.get("CXX"):
         raise SystemExit(
-            f"setup.py: SPARSEFLOW_ARCH={arch}: Linux on x86_64 builds for aarch64 and the other way round, with CXX set "
-            f"to a compiler for it; this is {sysconfig.get_platform()}, CXX={os.environ.get('CXX', '')}"
+            f"setup.py: SPARSEFLOW_ARCH={arch}: Linux on x86_64 builds for aarch64 and the other way round, with CXX "
+            f"set to a compiler for it; this is {sysconfig.get_platform()}, CXX={os.environ.get('CXX', '')}"
         )
     os.environ["_PYTHON_HOST_PLATFORM"] = f"linux-{arch}"  # sysconfig.get_platform() answers with it
     os.environ["SETUPTOOLS_EXT_SUFFIX"] = suffix.removesuffix(here) + f"{arch}-linux-gnu.so"  # pybind11 reads it, too

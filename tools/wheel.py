@@ -2,8 +2,8 @@
 
     make wheel [ARCH=aarch64], or: python tools/wheel.py [--arch aarch64] [--glibc 2.28] [--out dist]
 
-A compiler of the system links against its own C and C++ libraries, and the wheel would run on no older ones. That of the
-ziglang package (tools/zig.py) does neither, and compiles for the other architecture, too. The wheel is checked by
+A compiler of the system links against its own C and C++ libraries, and the wheel would run on no older ones. That of
+the ziglang package (tools/zig.py) does neither, and compiles for the other architecture, too. The wheel is checked by
 auditwheel, which reads what the module really asks for.
 """
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 
 def compiler(target: str, folder: Path, *flags: str) -> Path:
-    """A script in `folder` that compiles C++ for a target as zig names them (aarch64-linux-gnu.2.28); it stays, as objects
-    depend on its path."""
+    """A script in `folder` that compiles C++ for a target as zig names them (aarch64-linux-gnu.2.28); it stays, as
+    objects depend on its path."""
     script = folder / f"zig-c++-{target}"
     folder.mkdir(parents=True, exist_ok=True)
-    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ziglang c++ {" ".join(["-target", target, *flags])} "$@"\n')
+    words = " ".join(["-target", target, *flags])
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ziglang c++ {words} "$@"\n')
     script.chmod(0o755)
     return script
 
