@@ -185,10 +185,11 @@ def other_architecture() -> list[str]:
             f"set to a compiler for it; this is {sysconfig.get_platform()}, CXX={os.environ.get('CXX', '')}"
         )
     os.environ["_PYTHON_HOST_PLATFORM"] = f"linux-{arch}"  # sysconfig.get_platform() answers with it
-    os.environ["SETUPTOOLS_EXT_SUFFIX"] = suffix.removesuffix(here) + f"{arch}-linux-gnu.so"  # pybind11 reads it, too
+    suffix = os.environ["SETUPTOOLS_EXT_SUFFIX"] = suffix.removesuffix(here) + f"{arch}-linux-gnu.so"
     return [
         "-DCMAKE_SYSTEM_NAME=Linux", f"-DCMAKE_SYSTEM_PROCESSOR={arch}",
         f"-DPython_INCLUDE_DIR={sysconfig.get_path('include')}",
+        f"-DPYTHON_MODULE_EXTENSION={suffix}", "-DPYTHON_MODULE_DEBUG_POSTFIX=", "-DPYTHON_IS_DEBUG=OFF",  # pybind11's
         "-DCMAKE_STRIP=", "-DCMAKE_MODULE_LINKER_FLAGS=-s",  # this machine's strip reads no other's files
     ]  # fmt: skip
 
