@@ -61,27 +61,32 @@ fuzz: build/sanitize/.built $(VENV)/.test
 	build/sanitize/sparseflow_fuzz_test $(FUZZ) $(SEED)
 	SPARSEFLOW_FUZZ=$$(($(FUZZ) / 50)) SPARSEFLOW_FUZZ_SEED=$(SEED) $(BIN)/pytest -n $(JOBS) tests/test_fuzz.py
 
-# A CPU wheel that runs with glibc 2.28 and newer, in dist/, checked by auditwheel.
+# A CPU wheel that runs with glibc 2.28 and newer, in dist/, checked by auditwheel; for this machine, or ARCH=aarch64.
+ARCH ?=
 wheel: $(VENV)/.tools
 	$(PIP) build ziglang auditwheel
-	$(BIN)/python tools/wheel.py
+	$(BIN)/python tools/wheel.py $(if $(ARCH),--arch $(ARCH))
 
 # The quick tests with that wheel on the oldest torch, the one of constraints.txt and the newest, each in a venv of its own.
 matrix: wheel
-	$(PYTHON) tools/matrix.py
+	JOBS=$(JOBS) $(PYTHON) tools/matrix.py
 
-# The NEON kernels: compiled for aarch64 and tested under qemu's emulation.
-ARM_CXX ?= aarch64-linux-gnu-g++
+# The NEON kernels: compiled for aarch64 and tested under qemu's emulation. The compiler is zig's, which links all of the C
+# and C++ libraries in, so that the emulator needs no aarch64 system; ARM_CXX names another one.
+ARM_CXX ?=
 ARM_RUN ?= $(shell command -v qemu-aarch64-static || command -v qemu-aarch64)
 arm: $(VENV)/.tools
-	@command -v $(firstword $(ARM_CXX)) >/dev/null || { echo "make arm: $(firstword $(ARM_CXX)) was not found; install it \
-	(apt install g++-aarch64-linux-gnu), or set ARM_CXX" >&2; exit 1; }
-	@test -n "$(ARM_RUN)" || { echo "make arm: qemu-aarch64 was not found; install it (apt install qemu-user-static)" >&2; exit 1; }
+	@test -z "$(ARM_CXX)" || command -v $(firstword $(ARM_CXX)) >/dev/null || { \
+	  echo "make arm: ARM_CXX=$(ARM_CXX) was not found (apt install g++-aarch64-linux-gnu, or leave ARM_CXX out)" >&2; exit 1; }
+	$(if $(ARM_CXX),,$(PIP) ziglang)
+	cxx="$(or $(ARM_CXX),$$($(BIN)/python tools/zig.py aarch64-linux-musl build/arm -static))" && \
 	$(BIN)/cmake -S . -B build/arm -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DSPARSEFLOW_PYTHON=OFF \
-	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER="$(ARM_CXX)" \
-	  -DCMAKE_CROSSCOMPILING_EMULATOR="$(ARM_RUN);-L;/usr/aarch64-linux-gnu"
-	$(BIN)/cmake --build build/arm --target native_tests --parallel $(JOBS)
-	$(BIN)/ctest --test-dir build/arm --output-on-failure --no-tests=error
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER="$$cxx" \
+	  -DCMAKE_CROSSCOMPILING_EMULATOR="$(ARM_RUN)$(if $(ARM_CXX),;-L;/usr/aarch64-linux-gnu)"
+	$(BIN)/cmake --build build/arm --target cpu_tests --parallel $(JOBS)
+	@test -n "$(ARM_RUN)" || { echo "make arm: the NEON kernels and their tests are compiled, and were not run: no \
+	qemu-aarch64 was found (apt install qemu-user-static, or name an emulator by ARM_RUN)" >&2; exit 1; }
+	$(BIN)/ctest --test-dir build/arm -L cpu --output-on-failure --no-tests=error
 
 # Configured without CUDA: these trees compile the .cu as C++ over the host shim. Where there is no nvcc the native tests
 # lie in the tree of the installed package, which is configured alike, so that the kernels are compiled once.

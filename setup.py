@@ -3,6 +3,7 @@
 
 Nothing here imports torch, so pip's isolated build works. Environment:
 
+    SPARSEFLOW_ARCH        x86_64 or aarch64: build for Linux on that architecture; CXX is then a compiler for it
     SPARSEFLOW_CPU_ISAS    instruction sets to compile, for example "baseline,avx2" (default: all of the architecture)
     SPARSEFLOW_CUDA        auto (default): build `_cuda` if nvcc can be used; on: fail if not; off: leave it out
     SPARSEFLOW_CUDA_ARCHS  GPU architectures, "80;90" by default, or for example "90a"; newer GPUs get PTX of the newest
@@ -15,6 +16,7 @@ Nothing here imports torch, so pip's isolated build works. Environment:
 
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -167,6 +169,31 @@ def check_platform() -> None:
         )
 
 
+def other_architecture() -> list[str]:
+    """What CMake needs to be told where SPARSEFLOW_ARCH is not this machine's; empty where it is.
+
+    The headers are this interpreter's: CPython's differ between x86-64 and aarch64 in nothing that an extension sees
+    (csrc/bindings/python_sizes.cpp has the compiler check that). The names of modules and folders are set here."""
+    arch = os.environ.get("SPARSEFLOW_ARCH") or platform.machine()
+    if arch == platform.machine():
+        return []
+    here = f"{platform.machine()}-linux-gnu.so"
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    if arch not in ("x86_64", "aarch64") or not suffix.endswith(here) or not os.environ.get("CXX"):
+        raise SystemExit(
+            f"setup.py: SPARSEFLOW_ARCH={arch}: Linux on x86_64 builds for aarch64 and the other way round, with CXX "
+            f"set to a compiler for it; this is {sysconfig.get_platform()}, CXX={os.environ.get('CXX', '')}"
+        )
+    os.environ["_PYTHON_HOST_PLATFORM"] = f"linux-{arch}"  # sysconfig.get_platform() answers with it
+    suffix = os.environ["SETUPTOOLS_EXT_SUFFIX"] = suffix.removesuffix(here) + f"{arch}-linux-gnu.so"
+    return [
+        "-DCMAKE_SYSTEM_NAME=Linux", f"-DCMAKE_SYSTEM_PROCESSOR={arch}",
+        f"-DPython_INCLUDE_DIR={sysconfig.get_path('include')}",
+        f"-DPYTHON_MODULE_EXTENSION={suffix}", "-DPYTHON_MODULE_DEBUG_POSTFIX=", "-DPYTHON_IS_DEBUG=OFF",  # pybind11's
+        "-DCMAKE_STRIP=", "-DCMAKE_MODULE_LINKER_FLAGS=-s",  # this machine's strip reads no other's files
+    ]  # fmt: skip
+
+
 def kept_pybind11(tree: Path) -> Path:
     """A copy of pybind11 that stays where it is: each of pip's builds has its own in a temporary folder, and with its
     path the bindings would be compiled anew every time. Returns the folder of its CMake files."""
@@ -212,6 +239,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}",
             f"-DPython_EXECUTABLE={sys.executable}",
+            *OTHER_ARCHITECTURE,
             f"-Dpybind11_DIR={kept_pybind11(tree)}",
         ]
         if isas := os.environ.get("SPARSEFLOW_CPU_ISAS"):
@@ -244,6 +272,8 @@ class CMakeBuild(build_ext):
     def get_outputs(self) -> list[str]:
         return [*super().get_outputs(), str(Path(self.build_lib) / "sparseflow_kernels" / "_build.json")]
 
+
+OTHER_ARCHITECTURE = other_architecture()  # before setuptools asks for the platform
 
 if __name__ == "__main__":
     modules = [Extension(f"sparseflow_kernels.{name}", sources=[]) for name in ("_cpu", "_cuda")]

@@ -154,7 +154,8 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
             self._hand_on(entry, error)
 
     def _hand_on(self, entry: _Entry, error: Exception) -> None:
-        entry.field, entry.reason = None, str(error)
+        # Whose refusal it is stands in front of it already; of a function capture knows the module alone.
+        entry.field, entry.reason = None, str(error).removeprefix(f"module {FunctionModule.__name__}: ")
         self._warn(entry.module(), entry.reason)
 
     @staticmethod

@@ -8,6 +8,8 @@ are known.
 from __future__ import annotations
 
 import functools
+import inspect
+import os
 import types
 from collections import OrderedDict
 from typing import Any, Callable, Iterable, Iterator
@@ -41,7 +43,8 @@ class FunctionModule(nn.Module):
     def __init__(self, function: Callable[..., Any], parts: list[nn.Module]) -> None:
         super().__init__()
         for number, part in enumerate(parts):
-            self.add_module(f"part{number}", part)
+            name = type(part).__name__  # what a refusal says of a module inside it is then understood
+            self.add_module(f"{name}{number}" if hasattr(self, name) else name, part)
         self.function = function
 
     def forward(self, t: Tensor, y: Any) -> Any:
@@ -58,8 +61,13 @@ class FunctionModule(nn.Module):
 
     @property
     def name(self) -> str:
-        function = self.function.func if isinstance(self.function, functools.partial) else self.function
-        return getattr(function, "__qualname__", type(function).__name__)
+        """What the function is called, and where it is written: "Model.rhs (script.py:12)"."""
+        function = self.function
+        while isinstance(function, functools.partial):
+            function = function.func
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        where = "" if code is None else f" ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
+        return getattr(function, "__qualname__", type(function).__name__) + where
 
 
 def original(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -135,6 +135,30 @@ def test_what_cannot_be_compiled_is_handed_on_and_said_once():
     assert len(said) == 1 and "handed on to torchdiffeq (" in context.report()
 
 
+class Ordered(nn.Module):
+    def forward(self, y):
+        return y.argmax(-1, keepdim=True) + y
+
+
+def test_a_function_that_is_refused_is_named_with_its_place():
+    net, y0, t = nn.Sequential(nn.Linear(2, 2), Ordered()), torch.randn(3, 2), torch.tensor([0.0, 0.1])
+
+    class Model:
+        def rate(self, t, y):
+            return y.argmax(-1, keepdim=True) + y
+
+    line = Model.rate.__code__.co_firstlineno
+    scaled = functools.partial(lambda k, t, y: k * net(y), 0.5)
+    for function, name, what in (
+        (Model().rate, rf"Model.rate (test_accelerate.py:{line})", "the operation argmax"),
+        (scaled, f"<lambda> (test_accelerate.py:{line + 4})", "module 'Sequential.1' (Ordered): the operation argmax"),
+    ):
+        with accelerate() as context, pytest.warns(UserWarning) as said:
+            odeint(function, y0, t, method="euler")
+        assert f"{name} is handed on to torchdiffeq: {what}" in str(said[0].message)
+        assert f"{name}: handed on to torchdiffeq ({what}" in context.report()
+
+
 def test_everything_is_put_back_after_errors_too():
     codes = [torchdiffeq.odeint.__code__, torchdiffeq.odeint_adjoint.__code__]
     with pytest.raises(ZeroDivisionError):

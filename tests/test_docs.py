@@ -14,7 +14,8 @@ import sparseflow_kernels
 from sparseflow_kernels import data, flows, pruning, training
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-BLOCK = re.compile(r"^```\{?(\w+)\}?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^(?<! -->\n)```\{?(\w+)\}?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NEEDY = re.compile(r"^<!-- needs (\w+) -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)  # of a package that we do not need
 API = sorted((DOCS / "api").glob("*.md"))
 README = DOCS.parent / "README.md"
 GUIDES = [README, DOCS / "getting_started.md", DOCS / "drop_in.md", DOCS / "faq.md", *sorted((DOCS / "how_to").glob("*.md"))]
@@ -56,6 +57,44 @@ def test_code_of_the_guides(path):
             printed = output.getvalue()
         elif language == "text" and printed and sparseflow_kernels.build_info()["cpu"]["built"]:
             assert printed.strip() == text.strip(), f"{path}: replace the text block by what the code above it prints"
+
+
+def scalars(folder: Path, **_) -> int:
+    """Numbers of the NLL in TensorBoard's files below the folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "runs" / "flow")).Reload()
+    return len(events.Scalars("nll"))
+
+
+def runs(folder: Path, **_) -> int:
+    import mlflow
+
+    (run,) = mlflow.search_runs(output_format="list")
+    return len(mlflow.MlflowClient().get_metric_history(run.info.run_id, "nll"))
+
+
+def logged(folder: Path, lit=None, trainer=None, flow=None, **_) -> int:
+    """Epochs of a CSV logger, or of a Trainer that has written its weights into the flow."""
+    if lit is None:
+        return len(next(folder.rglob("metrics.csv")).read_text().splitlines()) - 1
+    known, y = flow.log_prob(torch.ones(1, 2)), lit.flow.log_prob(torch.ones(1, 2))
+    return trainer.current_epoch if torch.allclose(known, y, rtol=1e-3) else 0
+
+
+SEEN = {"tensorboard": scalars, "mlflow": runs, "lightning": logged}
+NEEDING = [(path, needs, code) for path in GUIDES for needs, code in NEEDY.findall(path.read_text())]
+
+
+@pytest.mark.parametrize("path, needs, code", NEEDING, ids=lambda value: value if str(value).isidentifier() else "")
+def test_code_that_needs_another_package(path, needs, code, tmp_path, monkeypatch):
+    """Behind the page's first block, where the package is installed: two epochs are noted."""
+    pytest.importorskip(needs)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {"__name__": path.stem}
+    for text in (blocks(path, "python")[0], code):
+        exec(compile(text, f"{path.name}: {needs}", "exec"), namespace)
+    assert SEEN[needs](tmp_path, **namespace) == 2
 
 
 def test_local_links_and_pictures_exist():

@@ -1,10 +1,10 @@
 """Builds a CPU wheel for manylinux and checks it.
 
-    make wheel, or: python tools/wheel.py [--glibc 2.28] [--out dist]
+    make wheel [ARCH=aarch64], or: python tools/wheel.py [--arch aarch64] [--glibc 2.28] [--out dist]
 
-A compiler of the system links against its own C and C++ libraries, and the wheel would run on no older ones. Clang of
-the ziglang package has the headers and symbols of every glibc, and puts the C++ library into the module. The wheel is
-checked by auditwheel, which reads what the module really asks for.
+A compiler of the system links against its own C and C++ libraries, and the wheel would run on no older ones. That of
+the ziglang package (tools/zig.py) does neither, and compiles for the other architecture, too. The wheel is checked by
+auditwheel, which reads what the module really asks for.
 """
 
 from __future__ import annotations
@@ -18,33 +18,29 @@ import sys
 import tempfile
 from pathlib import Path
 
+from zig import compiler
+
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "build" / "wheel"
-
-
-def compiler(glibc: str) -> Path:
-    """A script that is zig's C++ compiler for this architecture and that glibc; it stays, as objects depend on its
-    path."""
-    script = KEPT / f"zig-c++-{glibc}"
-    script.parent.mkdir(parents=True, exist_ok=True)
-    target = f"{platform.machine()}-linux-gnu.{glibc}"
-    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ziglang c++ -target {target} "$@"\n')
-    script.chmod(0o755)
-    return script
+ARCHS = ("x86_64", "aarch64")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", choices=ARCHS, help="the architecture it runs on (default: this machine's)")
     parser.add_argument("--glibc", default="2.28", help="the oldest C library it runs with (default: 2.28)")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder of the wheel (default: dist)")
     options = parser.parse_args()
     if not sys.platform.startswith("linux"):
         sys.exit(f"wheel.py: manylinux wheels are built on Linux; this is {sys.platform}: use `pip wheel .`")
-    tag = f"manylinux_{options.glibc.replace('.', '_')}_{platform.machine()}"
+    arch = options.arch or platform.machine()
+    if arch not in ARCHS:
+        sys.exit(f"wheel.py: there are wheels for {' and '.join(ARCHS)}; this is {arch}: use `pip wheel .`")
+    tag = f"manylinux_{options.glibc.replace('.', '_')}_{arch}"
     with tempfile.TemporaryDirectory() as folder:
         environment = {
-            **os.environ, "CXX": str(compiler(options.glibc)), "SPARSEFLOW_CUDA": "off",
-            "SPARSEFLOW_BUILD_DIR": str(KEPT),
+            **os.environ, "CXX": str(compiler(f"{arch}-linux-gnu.{options.glibc}", KEPT)), "SPARSEFLOW_CUDA": "off",
+            "SPARSEFLOW_BUILD_DIR": str(KEPT), "SPARSEFLOW_ARCH": arch,
         }  # fmt: skip
         command = [sys.executable, "-m", "build", "--wheel", "--outdir", folder]
         command += ["-C--build-option=bdist_wheel", f"-C--build-option=--plat-name={tag}", str(ROOT)]

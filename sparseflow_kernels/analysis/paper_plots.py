@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any, Callable, Sequence
@@ -17,7 +18,8 @@ Documents = Sequence[dict[str, Any]]
 Get = Callable[[dict[str, Any]], float | None]
 
 PRUNED, CONTROL, TORCH = "tab:blue", "tab:orange", "tab:red"
-MOST_COLUMNS = 8
+MOST_COLUMNS = 6
+PATHS = 80  # that are drawn: with more of them none can be followed
 
 
 def draw(documents: Documents, folder: str | Path) -> list[Path]:
@@ -113,14 +115,37 @@ def _blank(axes, used: int) -> None:
         axis.axis("off")
 
 
-def _grid(documents: Documents, rows: Sequence[tuple[str, Get, bool]], path: str | Path, torch_steps: bool) -> Path:
-    """One column per experiment, one row per (label, figure, logarithmic): pruned against control."""
+def _readable_log(axis) -> None:
+    """Figures on a logarithmic axis as people write them, at 1, 2 and 5 where it spans two decades or less."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high <= 100 * low else (1.0,)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda x, _: _in_words(x)))
+
+
+def _in_words(x: float) -> str:
+    if 1e-3 <= x < 1e5:
+        return f"{x:,.10g}"
+    power = math.floor(math.log10(x) + 1e-9)
+    mantissa = f"{x / 10**power:.3g}"
+    return rf"$10^{{{power}}}$" if mantissa == "1" else rf"${mantissa}\cdot 10^{{{power}}}$"
+
+
+def _grid(
+    documents: Documents, figures: Sequence[tuple[str, Get, bool]], path: str | Path, torch_steps: bool = False,
+    wide: bool = False,
+) -> Path:  # fmt: skip
+    """One column per experiment and one row per (label, figure, logarithmic), or, wide, a row per experiment: pruned
+    against control."""
     groups, lines = by_title(documents), {}
-    figure, axes = _figure(len(groups), len(rows), 3.0, 2.2)
-    for column, (title, here) in enumerate(groups.items()):
-        axes[0][column].set_title(title, fontsize=8)
-        for row, (label, get, logarithmic) in enumerate(rows):
-            axis = axes[row][column]
+    size = (len(figures), len(groups), 3.4, 2.6) if wide else (len(groups), len(figures), 3.0, 2.2)
+    figure, axes = _figure(*size)
+    for number, (title, here) in enumerate(groups.items()):
+        for index, (label, get, logarithmic) in enumerate(figures):
+            axis = axes[number][index] if wide else axes[index][number]
             lines |= _line(axis, here, get, "pruned", PRUNED)
             lines |= _line(axis, here, _control(get), "unpruned control", CONTROL)
             if torch_steps and label == "ms per training step":
@@ -128,55 +153,57 @@ def _grid(documents: Documents, rows: Sequence[tuple[str, Get, bool]], path: str
                 if times:
                     line = axis.axhline(statistics.mean(times), color=TORCH, linestyle="--", linewidth=1)
                     lines["dense in torch"] = line
-            positive = all(one[2] > 0 for one in _series(here, get))
-            if logarithmic and positive:
-                axis.set_yscale("log")
+            if logarithmic and all(one[2] > 0 for one in _series(here, get)):
+                _readable_log(axis)
             else:
                 axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
-            if column == 0:
-                axis.set_ylabel(label, fontsize=9)
+            if (number if wide else index) == 0:
+                axis.set_title(label if wide else title, fontsize=9 if wide else 8)
+            if (index if wide else number) == 0:
+                axis.set_ylabel(title if wide else label, fontsize=8 if wide else 9)
     figure.supxlabel("prune ratio", fontsize=10)
-    _legend(figure, lines, len(groups))
+    _legend(figure, lines, len(axes[0]))
     return _save(figure, path)
 
 
 def plot_cost(documents: Documents, path: str | Path) -> Path:
     """Live size, evaluations per solve, time per training step, Lipschitz estimate and least step against prune
     ratio."""
-    rows = (
+    figures = (
         ("live size", lambda r: r["live_size"], False),
         ("NFE of a test solve", lambda r: r["nfe"], False),
         ("ms per training step", lambda r: r["step_seconds"] * 1e3, False),
         ("largest |df/dx|", lambda r: r["dynamics"]["lipschitz"], True),
         ("least step", lambda r: r["dynamics"]["least_step"], True),
     )
-    return _grid(documents, rows, path, torch_steps=True)
+    return _grid(documents, figures, path, torch_steps=True)
 
 
 def plot_modes(documents: Documents, path: str | Path, threshold: float = 3.0) -> Path:
     """Share of samples within `threshold` standard deviations of a mode, and the modes captured at 1 deviation."""
     having = [document for document in documents if any(record["modes"] for record in document["cycles"])]
-    rows = (
+    figures = (
         (f"share within {threshold:g} sd", lambda r: at_threshold(r["modes"], "high_quality", threshold), False),
         ("modes captured at 1 sd", lambda r: at_threshold(r["modes"], "captured", 1.0), False),
     )
-    return _grid(having, rows, path, torch_steps=False)
+    return _grid(having, figures, path)
 
 
 def plot_hessian(documents: Documents, path: str | Path) -> Path:
-    """Largest eigenvalue, trace and condition number of the loss's Hessian over live parameters."""
+    """Largest eigenvalue, trace and condition number of the loss's Hessian over live parameters, a row per
+    experiment."""
     having = [document for document in documents if any(record["hessian"] for record in document["cycles"])]
     names = (
         ("largest eigenvalue", "largest"), ("trace", "trace"), ("paper's trace", "paper_trace"),
         ("condition number", "condition"),
     )  # fmt: skip
-    rows = [(label, lambda r, key=key: r["hessian"][key], True) for label, key in names]
-    return _grid(having, rows, path, torch_steps=False)
+    figures = [(label, lambda r, key=key: r["hessian"][key], True) for label, key in names]
+    return _grid(having, figures, path, wide=True)
 
 
 def plot_flows(document: dict[str, Any], folder: str | Path, path: str | Path) -> Path | None:
-    """Density, samples and trajectories from the base to the data at up to eight prune ratios of one run; None if it
+    """Density, samples and trajectories from the base to the data at up to six prune ratios of one run; None if it
     has no pictures."""
     shown = [
         (record, picture)
@@ -192,29 +219,30 @@ def plot_flows(document: dict[str, Any], folder: str | Path, path: str | Path) -
         return _plot_classifier(document, shown, path)
     if is_of_images(document):
         return _plot_images(document, shown, path)
-    figure, axes = _figure(len(shown), 3, 2.0, 2.1)
-    brightest = None
+    figure, axes = _figure(len(shown), 3, 2.4, 2.5)
+    from matplotlib.colors import PowerNorm
+
+    norm = None
     for column, (record, picture) in enumerate(shown):
         arrays = read_arrays(picture, ("extent", "density", "samples", "trajectories"), "delete it, and run again")
         side, density = float(arrays["extent"]), arrays["density"]
-        samples, trajectories = arrays["samples"], arrays["trajectories"]
         square = [-side, side, -side, side]
         nll = "n/a" if record["nll"] is None else f"{record['nll']:.3f}"
-        axes[0][column].set_title(f"PR {record['prune_ratio']:.2f}, {record['size']} parameters\nNLL {nll}", fontsize=8)
-        if density.size:
-            brightest = brightest or float(numpy.quantile(density, 0.995))
-            axes[0][column].imshow(density, origin="lower", extent=square, cmap="magma", vmin=0, vmax=brightest)
-        if samples.size:
-            axes[1][column].hist2d(*samples.T, range=[[-side, side]] * 2, bins=80, cmap="magma")
-        if trajectories.size:
-            axes[2][column].plot(trajectories[..., 0], trajectories[..., 1], color="tab:gray", linewidth=0.3, alpha=0.5)
-            axes[2][column].scatter(*trajectories[0].T, s=1.0, color=CONTROL, zorder=3)
-            axes[2][column].scatter(*trajectories[-1].T, s=1.0, color=PRUNED, zorder=3)
+        axes[0][column].set_title(
+            f"{100 * record['prune_ratio']:.0f} % pruned\n{record['size']:,} parameters, NLL {nll}", fontsize=9
+        )
+        if density.size:  # one scale of colours, by the square root, so that what is a tenth as dense is seen
+            norm = norm or PowerNorm(0.5, vmin=0.0, vmax=float(numpy.quantile(density, 0.995)))
+            axes[0][column].imshow(density, origin="lower", extent=square, cmap="Blues", norm=norm)
+        if arrays["samples"].size:
+            axes[1][column].scatter(*arrays["samples"].T, s=1.5, linewidths=0, alpha=0.5, color="#08306b")
+        if arrays["trajectories"].size:
+            _draw_paths(axes[2][column], arrays["trajectories"][:, :PATHS])
         for axis in axes[:, column]:
             axis.set(xlim=(-side, side), ylim=(-side, side), xticks=[], yticks=[], aspect="equal")
-    for row, label in enumerate(("density", "samples", "from base (orange)\nto data (blue)")):
-        axes[row][0].set_ylabel(label, fontsize=8)
-    figure.suptitle(document["name"], fontsize=9)
+    for row, label in enumerate(("density", "samples", f"{PATHS} paths, from the base\n(orange) to the data (blue)")):
+        axes[row][0].set_ylabel(label, fontsize=9)
+    figure.suptitle(document["name"], fontsize=10)
     return _save(figure, path)
 
 
@@ -244,6 +272,19 @@ def _mosaic(axis, images: numpy.ndarray, levels: int) -> None:
     _, height, width, channels = framed.shape
     whole = framed.reshape(side, side, height, width, channels).swapaxes(1, 2).reshape(side * height, side * width, channels)
     axis.imshow((whole if channels > 1 else whole[..., 0]) / (levels - 1), cmap="gray", vmin=0, vmax=1)
+
+
+def _draw_paths(axis, paths: numpy.ndarray) -> None:
+    """paths: [times, n, 2]. Their colour goes with the time from the base's to the data's; where they end is a point."""
+    from matplotlib.collections import LineCollection
+    from matplotlib.colors import LinearSegmentedColormap
+
+    pieces = numpy.stack([paths[:-1], paths[1:]], axis=2)  # [times - 1, n, 2 ends, 2]
+    times = numpy.repeat(numpy.linspace(0.0, 1.0, len(pieces)), pieces.shape[1])
+    colors = LinearSegmentedColormap.from_list("time", [CONTROL, "#bbbbbb", PRUNED])
+    axis.add_collection(LineCollection(pieces.reshape(-1, 2, 2), array=times, cmap=colors, linewidths=1.1))
+    axis.scatter(*paths[0].T, s=5, linewidths=0, color=CONTROL, zorder=3)
+    axis.scatter(*paths[-1].T, s=12, edgecolors="white", linewidths=0.4, color=PRUNED, zorder=4)
 
 
 def _plot_classifier(document: dict[str, Any], shown: Sequence[tuple[dict, Path]], path: str | Path) -> Path:

@@ -23,9 +23,10 @@ from ..pruning import KEEP_RATIOS, copy_module, dense_size, size
 from ..training import PRESETS, CheckpointError, live_size, load_checkpoint, prune_cycle_, save_checkpoint
 from ..training.distributed import rank
 from ..training.evaluation import evaluate_or_nan
+from ..training.identity import another_run, fingerprint, plain
 from ..training.jobs import CONTROL, Job, read_results, run_jobs, sweep_jobs
 from ..training.lock import locked_folder
-from ..training.loop import another_run, fingerprint, fit, plain
+from ..training.loop import fit
 from .console import console, say, show_table, stoppable
 from .options import METHODS, keeps_of, number, whole
 

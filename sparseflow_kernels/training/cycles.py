@@ -27,7 +27,8 @@ from .checkpoint import load_checkpoint, read_state, save_checkpoint
 from .distributed import agree, broadcast_, rank
 from .evaluation import evaluate_or_nan
 from .lock import locked_folder
-from .loop import OnEpoch, Progress, check_identity, fingerprint, fit, plain, solver_settings
+from .identity import check_identity, fingerprint, plain, solver_settings
+from .loop import OnEpoch, Progress, fit
 from .rows import Data, as_dataset, batch_of
 from .settings import TrainingSettings
 

@@ -26,10 +26,11 @@ from ..pruning import dense_size
 from .cycles import Cycle, sparse_flow
 from .distributed import on_rank_0, rank
 from .evaluation import evaluate_or_nan
+from .identity import another_run, plain
 from .lock import locked_folder
-from .loop import another_run, check_rows, plain
 from .presets import PRESETS, Preset
 from .processes import run_in_processes
+from .rows import check_rows
 from .settings import TrainingSettings
 
 Report = Callable[["Job", dict[str, Any]], None]

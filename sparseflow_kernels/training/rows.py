@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from ..data.dataset import Dataset
+from ..finite import refuse_not_finite
 
 Rows = Tensor | np.ndarray | TorchDataset | DataLoader
 Data = Dataset | Rows | tuple[Rows, Rows]
@@ -68,3 +69,10 @@ def _gathered(batches: Iterable[Any], what: str) -> Tensor:
     if not parts:
         raise ValueError(f"{what}: gives no rows")
     return torch.cat(parts)
+
+
+def check_rows(rows: Tensor, what: str, dim: int | None = None) -> None:
+    """Raises ValueError unless rows are [n, dim] and finite; `what` names them."""
+    if rows.ndim != 2 or (dim is not None and rows.shape[1] != dim):
+        raise ValueError(f"{what} must be [n, {'dim' if dim is None else dim}], got {list(rows.shape)}")
+    refuse_not_finite(rows, what)

@@ -16,7 +16,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <memory>  // says __noinline__ inside an attribute, so must come before the keywords
+#include <memory>
 #include <type_traits>
 
 // --------------------------------------------------------------------------------------------------------- keywords
@@ -25,7 +25,6 @@
 #define __device__
 #define __host__
 #define __forceinline__ __inline__ __attribute__((always_inline))
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
@@ -366,7 +365,12 @@ inline float __fdividef(float x, float y) { return x / y; }
 #define __sinf sinf
 #define __cosf cosf
 #define __powf powf
-#if !defined(__GLIBC__) || !__GLIBC_PREREQ(2, 41)  // later ones have it
+#ifdef __GLIBC_PREREQ
+#define SHIM_HAS_RSQRT __GLIBC_PREREQ(2, 41)
+#else
+#define SHIM_HAS_RSQRT 0
+#endif
+#if !SHIM_HAS_RSQRT
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline double rsqrt(double x) { return 1.0 / sqrt(x); }
 #endif
