@@ -7,8 +7,14 @@ from typing import Callable, ParamSpec, TypeVar
 
 import torch
 
+# set_default_device is a mode of torch functions. That there is none is told in no time; which device it is, later.
+_modes = getattr(torch._C, "_len_torch_function_stack", None)
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def _no_modes() -> bool:
+    return _modes is not None and _modes() == 0
 
 
 def factories_on_cpu(function: Callable[P, R]) -> Callable[P, R]:
@@ -17,7 +23,7 @@ def factories_on_cpu(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling() or torch.get_default_device().type == "cpu":
+        if torch.compiler.is_compiling() or _no_modes() or torch.get_default_device().type == "cpu":
             return function(*args, **kwargs)
         with torch.device("cpu"):
             return function(*args, **kwargs)
