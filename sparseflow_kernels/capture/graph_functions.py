@@ -175,6 +175,12 @@ def leaky_relu(e: Elements, func, args, kwargs, out) -> Any:
     return e.pointwise(lambda g, a: choose(g, above(g, a), a, g.scaled(a, slope)), args[0])
 
 
+@rule("rrelu_with_noise")  # in evaluation
+def mean_relu(e: Elements, func, args, kwargs, out) -> Any:
+    slope = 0.5 * (number(args, kwargs, 2, "lower", 0.125) + number(args, kwargs, 3, "upper", 1.0 / 3.0))
+    return e.pointwise(lambda g, a: choose(g, above(g, a), a, g.scaled(a, slope)), args[0])
+
+
 @rule("leaky_relu_backward")
 def leaky_relu_backward(e: Elements, func, args, kwargs, out) -> Any:
     slope = float(args[2])

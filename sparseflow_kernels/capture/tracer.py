@@ -15,7 +15,7 @@ from ..field import UnsupportedFieldError
 from ..warn import line_of_forward
 from .algebra import apply, evaluate, sparse_linear
 from .branches import Branches
-from .operations import ADDITIVE, BILINEAR, FACTORIES, FULL, aten, base_name, written
+from .operations import ADDITIVE, BILINEAR, FACTORIES, FULL, aten, base_name, is_in_place, written
 from .probe import Probe
 from .provenance import ParameterNumbers
 from .reads import Reads, is_finiteness
@@ -34,6 +34,11 @@ DENSE = {aten._sparse_addmm.default: aten.addmm.default, aten._sparse_mm.default
 def _memory(tensor: Tensor) -> int:
     """Equal for tensors that share memory."""
     return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
+
+
+def _draws_nothing(base: str, args: tuple) -> bool:
+    """Whether an operation that may draw numbers does not: attention without dropout, RReLU in evaluation."""
+    return base.startswith("_scaled_dot_product") or base == "rrelu_with_noise" and not any(a is True for a in args[2:])
 
 
 class ModuleStack:
@@ -165,7 +170,7 @@ class Following(TorchDispatchMode):
     def _operation(self, func, args: tuple, kwargs: dict) -> Any:
         base = base_name(func)
         self.operation = base
-        if torch.Tag.nondeterministic_seeded in func.tags and not base.startswith("_scaled_dot_product"):
+        if torch.Tag.nondeterministic_seeded in func.tags and not _draws_nothing(base, args):
             evaluation = "Call .eval() on the module first (dropout is active in training)"
             refuse(f"randomness ({base})", evaluation if self.module.training else REMEDY)
 
@@ -185,7 +190,7 @@ class Following(TorchDispatchMode):
         if self.without_grad and self.without_grad[-1]:
             result = tree_map(self._cut, result)
         changed = [args[i] for i in written(func) if i < len(args) and isinstance(args[i], Tensor)]
-        if changed:
+        if changed and is_in_place(func):
             self.rebind(changed[0], result)
         else:
             for tensor, value in zip(tree_leaves(out), tree_leaves(result)):
