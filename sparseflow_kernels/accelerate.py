@@ -21,9 +21,8 @@ from .callables import PYTHONS, FunctionModule, Kept, key_of, original, parts_of
 from .compiled_field import CompiledField, compile as compile_field
 from .divergence_field import DivergenceField
 from .field import UnsupportedFieldError
-from .hooks import is_hooked
+from .hooks import CALLBACKS, is_hooked
 from .odeint import odeint, odeint_adjoint
-from .solving.arguments import CALLBACKS
 from .warn import warn
 
 MOST_FIELDS = 64  # kept at the same time; beyond, those that were compiled first are forgotten
@@ -114,7 +113,7 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
         """The compiled field of a module for states like y0, a tensor or a tuple of tensors; None where there is
         none."""
         parts = y0 if isinstance(y0, tuple) else (y0,)
-        if not parts or not all(isinstance(part, Tensor) and part.dim() for part in parts):
+        if not parts or not all(isinstance(part, Tensor) for part in parts):
             return None
         if is_hooked(module):
             if module not in self._hooked:
@@ -123,7 +122,7 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
             return None
         kinds = tuple((tuple(part.shape[1:]), part.dtype, part.device) for part in parts)
         key = id(module), module.training, isinstance(y0, tuple), kinds
-        exact = (*key, tuple(part.shape[0] for part in parts))
+        exact = (*key, tuple(part.shape[:1] for part in parts))
         with self._lock:
             for one in (key, exact):
                 entry = self._entries.get(one)

@@ -201,3 +201,57 @@ def test_gradients_without_a_graph_are_numbers(rule) -> None:
             (out[-1] * weights).sum(), [x, *module.parameters()], allow_unused=True, materialize_grads=True)
     for a, b in zip(found, want):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------- what stands round a field
+
+
+class Conditioned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.c = nn.Linear(4, 2).double(), torch.zeros(5, 2, dtype=F64)
+
+    def forward(self, t, y):
+        return torch.tanh(self.net(torch.cat([y, self.c], -1)))
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_contexts_that_are_alike_at_first(live: bool) -> None:
+    """Zeros to begin with, and an example of as many samples."""
+    module = Conditioned()
+    field, times = sfk.compile(module, like=torch.zeros(5, 2, dtype=F64), live=live), torch.tensor([0.0, 1.0], dtype=F64)
+    for batch in (5, 3):
+        module.c, y = torch.randn(batch, 2, dtype=F64), torch.randn(batch, 2, dtype=F64)
+        torch.testing.assert_close(sfk.odeint(field, y, times), torchdiffeq.odeint(module, y, times), rtol=1e-10, atol=1e-10)
+
+
+def test_a_live_field_whose_module_holds_a_context_at_last() -> None:
+    module = Conditioned()
+    module.c = torch.zeros(2, dtype=F64)
+    module.forward = lambda t, y: torch.tanh(module.net(torch.cat([y, module.c.expand(len(y), 2)], -1)))
+    y, times = torch.randn(5, 2, dtype=F64), torch.tensor([0.0, 1.0], dtype=F64)
+    for call in (lambda field: sfk.odeint(field, y, times)[-1], lambda field: field(T, y)):
+        module.c = torch.zeros(2, dtype=F64)
+        field = sfk.compile(module, like=y, live=True)
+        module.c = torch.randn(5, 2, dtype=F64)
+        torch.testing.assert_close(call(field), call(sfk.compile(module, like=y)), rtol=1e-10, atol=1e-10)
+
+
+def test_a_state_of_a_single_number() -> None:
+    module = made(lambda m, t, y: torch.sin(t) - m.k * y, lambda: {"k": parameter(0.7)})
+    y, times = torch.tensor(1.3, dtype=F64), torch.tensor([0.0, 0.5, 1.0], dtype=F64)
+    want = torchdiffeq.odeint(module, y, times)
+    torch.testing.assert_close(sfk.odeint(sfk.compile(module, like=y), y, times), want, rtol=1e-10, atol=1e-10)
+    with sfk.accelerate() as context:
+        torch.testing.assert_close(torchdiffeq.odeint(module, y, times), want, rtol=1e-10, atol=1e-10)
+    assert "handed" not in context.report()
+
+
+def test_callbacks_of_a_module_are_called() -> None:
+    module, steps = made(lambda m, t, y: m.n(y), {"n": net(3, 4, 3)}), []
+    module.callback_accept_step = lambda t, y, dt: steps.append(float(t.detach()))
+    y, times = state(FLAT, 3), torch.tensor([0.0, 1.0], dtype=F64)
+    torchdiffeq.odeint(module, y, times)
+    want, steps[:] = list(steps), []
+    sfk.odeint(sfk.compile(module, live=True), y, times)
+    assert steps == pytest.approx(want, abs=1e-9) and steps

@@ -15,6 +15,7 @@ from ..field import UnsupportedFieldError
 from ..warn import line_of_forward
 from .algebra import apply, evaluate, sparse_linear
 from .branches import Branches
+from .context import names_of
 from .operations import ADDITIVE, BILINEAR, FACTORIES, FULL, aten, base_name, is_in_place, written
 from .probe import Probe
 from .provenance import ParameterNumbers
@@ -275,6 +276,13 @@ class Tracer(Following):
         super().__init__(module, probe.dtype)
         self.probe, self.table, self.samples = probe, RowTable(probe.dtype, probe.device), Samples(probe.batch)
         self.reading = Reading(self.table, self.samples, self.layer_name)
+        # Where forward runs for one batch alone, what has a row for each of its samples is theirs, even if they are alike now.
+        self._of_samples = names_of(module, probe.batch) if probe.only else {}
+
+    def value_of(self, tensor: Tensor) -> Any:
+        if id(tensor) in self._of_samples and id(tensor) not in self.values:
+            refuse(f"numbers per sample, which the module holds ({self._of_samples[id(tensor)].name})")
+        return super().value_of(tensor)
 
     def read(self, t: Tensor, y: Tensor) -> tuple[Affine, Hidden]:
         """The pending rows of module(t, y), and the layer that stands for y."""
