@@ -81,6 +81,7 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
     engine: str = "auto"
     _entries: dict[tuple, _Entry] = dataclass_field(default_factory=dict, repr=False)
     _functions: dict[tuple, FunctionModule] = dataclass_field(default_factory=dict, repr=False)
+    _families: dict[tuple, list[int]] = dataclass_field(default_factory=dict, repr=False)
     _hooked: weakref.WeakSet = dataclass_field(default_factory=weakref.WeakSet, repr=False)
     _lock: Any = dataclass_field(default_factory=threading.RLock, repr=False)
 
@@ -129,7 +130,15 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
                 if entry is not None and entry.module() is module and (entry.field is None or _fits(entry.field, y0)):
                     self._follow(entry)
                     entry.solves += 1
+                    self._family(module)[1] += 1
                     return entry.field
+            family = self._family(module)
+            if family[0] >= MOST_COMPILED and family[0] * 3 > family[1]:
+                if len(family) == 2:
+                    family.append(1)
+                    self._refuse_family(module, family)
+                return None
+            family[0], family[1] = family[0] + 1, family[1] + 1
             entry = self._compiled(module, y0)
             while len(self._entries) >= MOST_FIELDS:
                 del self._entries[next(iter(self._entries))]
@@ -137,6 +146,23 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
             batched = layout is None or layout.batched
             self._entries[key if batched and entry.field is not None and not entry.field.has_context else exact] = entry
             return entry.field
+
+    def _family(self, module: nn.Module) -> list[int]:
+        """[how many modules of this class over the same parameters were compiled, how many solves there were for them]."""
+        parameters = tuple(map(id, module.parameters()))
+        kind = id(module) if isinstance(module, FunctionModule) or not parameters else type(module)
+        while len(self._families) >= 4 * MOST_FIELDS:
+            del self._families[next(iter(self._families))]
+        return self._families.setdefault((kind, module.training, *parameters), [0, 0])
+
+    def _refuse_family(self, module: nn.Module, family: list[int]) -> None:
+        """Wrappers made for every solve would be compiled for every solve."""
+        reason = (
+            f"{family[0]} modules of its class over the same parameters were made and compiled for {family[1]} solves; keep "
+            "one, and give it what changes as an attribute"
+        )
+        self._entries[("family", type(module), id(family))] = _Entry(weakref.ref(module), None, reason)
+        self._warn(module, reason)
 
     def _follow(self, entry: _Entry) -> None:
         """What the module has become since may be something that cannot be compiled."""
