@@ -148,7 +148,7 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
             return entry.field
 
     def _family(self, module: nn.Module) -> list[int]:
-        """[how many modules of this class over the same parameters were compiled, how many solves there were for them]."""
+        """[how many modules of this class over the same parameters were compiled, how many solves they had]."""
         parameters = tuple(map(id, module.parameters()))
         kind = id(module) if isinstance(module, FunctionModule) or not parameters else type(module)
         while len(self._families) >= 4 * MOST_FIELDS:
@@ -158,8 +158,8 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
     def _refuse_family(self, module: nn.Module, family: list[int]) -> None:
         """Wrappers made for every solve would be compiled for every solve."""
         reason = (
-            f"{family[0]} modules of its class over the same parameters were made and compiled for {family[1]} solves; keep "
-            "one, and give it what changes as an attribute"
+            f"{family[0]} modules of its class over the same parameters were made and compiled for {family[1]} solves; "
+            "keep one, and give it what changes as an attribute"
         )
         self._entries[("family", type(module), id(family))] = _Entry(weakref.ref(module), None, reason)
         self._warn(module, reason)

@@ -158,6 +158,7 @@ def test_losses_that_are_values() -> None:
 OTHERS = {
     "rrelu": lambda x: F.rrelu(x, training=False), "copysign": lambda x: torch.copysign(x.sin(), x), "logaddexp2": lambda x: torch.logaddexp2(x, 2 * x),
     "logit": lambda x: torch.logit(x.sigmoid()) + torch.logit(x.sigmoid(), eps=0.3), "angles": lambda x: torch.deg2rad(x) + torch.rad2deg(x),
+    "nan_to_num": lambda x: torch.nan_to_num(x + 1 / (x > 0).to(x), nan=0.3, posinf=2.0) * torch.nan_to_num(x - 1 / (x > 0).to(x), neginf=-5.0),
     "entr": lambda x: torch.special.entr(x.square()), "xlog1py": lambda x: torch.special.xlog1py(x, x.square()),
 }  # fmt: skip
 
