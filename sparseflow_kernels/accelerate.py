@@ -21,9 +21,8 @@ from .callables import PYTHONS, FunctionModule, Kept, key_of, original, parts_of
 from .compiled_field import CompiledField, compile as compile_field
 from .divergence_field import DivergenceField
 from .field import UnsupportedFieldError
-from .hooks import is_hooked
+from .hooks import CALLBACKS, is_hooked
 from .odeint import odeint, odeint_adjoint
-from .solving.arguments import CALLBACKS
 from .warn import warn
 
 MOST_FIELDS = 64  # kept at the same time; beyond, those that were compiled first are forgotten
@@ -82,6 +81,7 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
     engine: str = "auto"
     _entries: dict[tuple, _Entry] = dataclass_field(default_factory=dict, repr=False)
     _functions: dict[tuple, FunctionModule] = dataclass_field(default_factory=dict, repr=False)
+    _families: dict[tuple, list[int]] = dataclass_field(default_factory=dict, repr=False)
     _hooked: weakref.WeakSet = dataclass_field(default_factory=weakref.WeakSet, repr=False)
     _lock: Any = dataclass_field(default_factory=threading.RLock, repr=False)
 
@@ -114,7 +114,7 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
         """The compiled field of a module for states like y0, a tensor or a tuple of tensors; None where there is
         none."""
         parts = y0 if isinstance(y0, tuple) else (y0,)
-        if not parts or not all(isinstance(part, Tensor) and part.dim() for part in parts):
+        if not parts or not all(isinstance(part, Tensor) for part in parts):
             return None
         if is_hooked(module):
             if module not in self._hooked:
@@ -123,14 +123,22 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
             return None
         kinds = tuple((tuple(part.shape[1:]), part.dtype, part.device) for part in parts)
         key = id(module), module.training, isinstance(y0, tuple), kinds
-        exact = (*key, tuple(part.shape[0] for part in parts))
+        exact = (*key, tuple(part.shape[:1] for part in parts))
         with self._lock:
             for one in (key, exact):
                 entry = self._entries.get(one)
                 if entry is not None and entry.module() is module and (entry.field is None or _fits(entry.field, y0)):
                     self._follow(entry)
                     entry.solves += 1
+                    self._family(module)[1] += 1
                     return entry.field
+            family = self._family(module)
+            if family[0] >= MOST_COMPILED and family[0] * 3 > family[1]:
+                if len(family) == 2:
+                    family.append(1)
+                    self._refuse_family(module, family)
+                return None
+            family[0], family[1] = family[0] + 1, family[1] + 1
             entry = self._compiled(module, y0)
             while len(self._entries) >= MOST_FIELDS:
                 del self._entries[next(iter(self._entries))]
@@ -138,6 +146,23 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
             batched = layout is None or layout.batched
             self._entries[key if batched and entry.field is not None and not entry.field.has_context else exact] = entry
             return entry.field
+
+    def _family(self, module: nn.Module) -> list[int]:
+        """[how many modules of this class over the same parameters were compiled, how many solves they had]."""
+        parameters = tuple(map(id, module.parameters()))
+        kind = id(module) if isinstance(module, FunctionModule) or not parameters else type(module)
+        while len(self._families) >= 4 * MOST_FIELDS:
+            del self._families[next(iter(self._families))]
+        return self._families.setdefault((kind, module.training, *parameters), [0, 0])
+
+    def _refuse_family(self, module: nn.Module, family: list[int]) -> None:
+        """Wrappers made for every solve would be compiled for every solve."""
+        reason = (
+            f"{family[0]} modules of its class over the same parameters were made and compiled for {family[1]} solves; "
+            "keep one, and give it what changes as an attribute"
+        )
+        self._entries[("family", type(module), id(family))] = _Entry(weakref.ref(module), None, reason)
+        self._warn(module, reason)
 
     def _follow(self, entry: _Entry) -> None:
         """What the module has become since may be something that cannot be compiled."""

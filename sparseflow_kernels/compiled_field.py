@@ -23,7 +23,7 @@ from .field import GraphField, UnsupportedFieldError, VectorField
 from .field.from_chain import graph_of_chain
 from .field.layout import State
 from .field_parameters import FieldParameters, follow_assigned
-from .hooks import GLOBAL_HOOKS, hooks_of
+from .hooks import CALLBACKS, GLOBAL_HOOKS, hooks_of
 from .origin import Key, Origin
 from .packing import Packing
 from .reading import check_fits, example_of, read, shapes_of, state_of
@@ -89,6 +89,9 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
         compiled.example = source.example
     if compiled.shares.derived:
         check_made_again(found.field, compiled.ordered)
+    for name in CALLBACKS:  # torchdiffeq looks for them on what it is given
+        if (callback := getattr(source, name, None)) is not None:
+            setattr(compiled, name, callback)
     return compiled
 
 
@@ -264,7 +267,8 @@ class CompiledField(FieldParameters):
         if not torch.compiler.is_compiling():
             self.count(1)
         if isinstance(self.skeleton, GraphField):
-            return gradients.evaluate(*self.ready(), t, y.contiguous(), None, self.context_of(len(y)))[0]
+            ready = self.ready()
+            return gradients.evaluate(*ready, t, y.contiguous(), None, self.context_of(len(y)))[0]
         if self._own_times is None:
             packing = Packing("auto" if self.requested not in ("reference", "cpu") else self.requested)
             graph = graph_of_chain(self.vector_field).map_tensors(lambda tensor: tensor.detach().to("meta"))
@@ -366,8 +370,9 @@ class CompiledField(FieldParameters):
                 return operators.evaluate(self.described, self.ordered(), kind, t, x, noise)
             if not torch.compiler.is_exporting():
                 return _run_eagerly(self, kind, t, x, noise)
+        ready = self.ready(kind)  # first: it may find that the module holds a context now
         context = self.context_of(len(x)) if isinstance(self.skeleton, GraphField) else None
-        found = gradients.evaluate(*self.ready(kind), t, x, noise, context)
+        found = gradients.evaluate(*ready, t, x, noise, context)
         self.count(1)
         return found
 

@@ -1,4 +1,4 @@
-"""torch's hooks on modules, as those ask who run a module's work without calling it."""
+"""torch's hooks on modules, and torchdiffeq's callbacks, as those ask who run a module's work without calling it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ GLOBAL_HOOKS = (
     nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks, nn_module._global_backward_hooks,
     nn_module._global_backward_pre_hooks,
 )  # fmt: skip
+CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")  # of torchdiffeq, at every step
 
 
 def hooks_of(module: nn.Module) -> tuple[dict, ...]:

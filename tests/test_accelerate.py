@@ -418,3 +418,27 @@ def test_functions_of_one_code_over_other_functions_are_told_apart():
     wanted = [solve(act) for act in inner]
     with accelerate():
         torch.testing.assert_close([solve(act) for act in inner], wanted, rtol=1e-9, atol=1e-9)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module, c: torch.Tensor) -> None:
+        super().__init__()
+        self.inner, self.c = inner, c
+
+    def forward(self, t, y):
+        return self.inner(torch.cat([y, self.c], 1))
+
+
+def test_wrappers_made_for_every_solve_are_not_compiled_for_ever() -> None:
+    inner, y, times = nn.Linear(4, 2), torch.randn(3, 2), torch.tensor([0.0, 1.0])
+    solve = lambda module: odeint(module, y, times, rtol=1e-4, atol=1e-4)
+    wrappers = [Wrapper(inner, torch.randn(3, 2)) for _ in range(10)]
+    with accelerate() as context, pytest.warns(UserWarning, match="keep one, and give it what changes") as told:
+        found = [solve(wrapper) for wrapper in wrappers]
+    torch.testing.assert_close(found, [solve(wrapper) for wrapper in wrappers])
+    assert context.report().count("cpu engine, 1 solves") == 8 and len(told) == 1
+    with accelerate() as context:  # layers of one class
+        for _ in range(10):
+            wrappers.append(Wrapper(nn.Linear(4, 2), torch.randn(3, 2)))
+            solve(wrappers[-1])
+    assert context.report().count("cpu engine, 1 solves") == 10

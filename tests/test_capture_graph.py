@@ -578,8 +578,8 @@ REFUSED = {
     "the number of samples": (lambda m, t, y: m.n(y) * y / len(y), "differs from the module"),
     "what was last": (lambda m, t, y: _remembering(m, y), "differs from the module"),
     "a large inverse": (
-        lambda m, t, y: torch.inverse(torch.eye(4, dtype=F64) + (m.n(y) * y).mean(-1)[:, None, None].sin() * 0.1)[:, 0, :3],
-        "matrices of 4 columns"),
+        lambda m, t, y: torch.inverse(torch.eye(9, dtype=F64) + (m.n(y) * y).mean(-1)[:, None, None].sin() * 0.1)[:, 0, :3],
+        "matrices of 9 columns"),
 }  # fmt: skip
 
 

@@ -169,7 +169,7 @@ def test_a_field_compiled_again_remembers_the_example() -> None:
     (torch.ones(2, 3), 4, ValueError, "dim is 4, but the last axis of like is 3"),
     (torch.ones(2, 5), None, ValueError, r"failed for like \[2, 5\]"),
     (torch.ones(0, 3), None, ValueError, "at least one sample"),
-    (torch.tensor(1.0), None, ValueError, "at least one sample"),
+    (torch.tensor(1.0), None, sfk.UnsupportedFieldError, "does not run for the example"),
     ((torch.ones(2, 3), torch.ones(2, 1)), None, sfk.UnsupportedFieldError, "does not run for the example"),
     ((torch.ones(2, 3), "v0"), None, TypeError, "a tuple of tensors"),
     ((torch.ones(2, 3), torch.ones(2, 1).double()), None, TypeError, "of one dtype"),

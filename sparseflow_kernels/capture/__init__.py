@@ -89,7 +89,7 @@ def capture_graph(
     if like is not None:
         check_like(like, dim)
     probe, chain = None, None
-    if like is None or isinstance(like, Tensor):
+    if like is None or _may_have_rows(like):
         try:
             with untouched(module), torch.no_grad():
                 probe = find_probe(module, dim, like)
@@ -100,7 +100,7 @@ def capture_graph(
 
 def _read(module: nn.Module, dim: int | None, like: State | None) -> tuple[Field, dict[Key, Origin]]:
     """As a chain, where it is one, else as a graph. The error is the graph's where the module ran for it."""
-    one = like if like is None or isinstance(like, Tensor) else None
+    one = like if like is None or _may_have_rows(like) else None
     probe, chain = None, None
     if like is None or one is not None:
         try:
@@ -116,6 +116,11 @@ def _read(module: nn.Module, dim: int | None, like: State | None) -> tuple[Field
             else:
                 return found if _is_native(found[0]) else _graph_if_native(module, probe, like, found)
     return read_graph(module, probe, like, chain)
+
+
+def _may_have_rows(like: State) -> bool:
+    """It may be [..., dim]: no tuple, and no single number."""
+    return isinstance(like, Tensor) and like.dim() > 0
 
 
 def _is_native(field: VectorField) -> bool:

@@ -166,6 +166,16 @@ def inverse_sinh(g: Graph, a: Node) -> Node:
     return g.mul(g.apply("sign", a), g.apply("log", inner))
 
 
+def logit(g: Graph, a: Node) -> Node:
+    return g.sub(g.apply("log", a), g.apply("log1p", g.neg(a)))
+
+
+def copy_sign(g: Graph, a: Node, b: Node) -> Node:
+    """|a|, with the sign of b. Of zeros torch tells two signs apart; here both are positive."""
+    size = g.apply("abs", a)
+    return choose(g, g.apply("gt", g.number(0.0), b), g.neg(size), size)
+
+
 # All arguments are operands, numbers too. A new function is a line here.
 ELEMENTWISE: dict[str, Callable[..., Node]] = {
     "mul": product,
@@ -249,6 +259,19 @@ ELEMENTWISE: dict[str, Callable[..., Node]] = {
     "masked_fill": lambda g, a, mask, value: choose(g, mask, value, a),
     "xlogy": lambda g, a, b: choose(g, g.apply("eq", a, g.number(0.0)), g.number(0.0), g.mul(a, g.apply("log", b))),
     "logaddexp": lambda g, a, b: g.add(maximum(g, a, b), softplus(g, g.neg(g.apply("abs", g.sub(a, b))))),
+    "logaddexp2": lambda g, a, b: g.add(
+        maximum(g, a, b), g.scaled(softplus(g, g.scaled(g.apply("abs", g.sub(a, b)), -math.log(2.0))), 1.0 / math.log(2.0))
+    ),
+    "logit": lambda g, a, eps=None: logit(g, a if eps is None else clamped(g, a, eps, g.number(1.0 - eps.value))),
+    "copysign": copy_sign,
+    "deg2rad": lambda g, a: g.scaled(a, math.pi / 180.0),
+    "rad2deg": lambda g, a: g.scaled(a, 180.0 / math.pi),
+    "special_entr": lambda g, a: choose(
+        g, g.apply("eq", a, g.number(0.0)), g.number(0.0), g.neg(g.mul(a, g.apply("log", a)))
+    ),
+    "special_xlog1py": lambda g, a, b: choose(
+        g, g.apply("eq", a, g.number(0.0)), g.number(0.0), g.mul(a, g.apply("log1p", b))
+    ),
     "heaviside": lambda g, a, b: choose(g, g.apply("eq", a, g.number(0.0)), b, above(g, a)),
     "sinc": lambda g, a: choose(
         g, g.apply("eq", a, g.number(0.0)), g.number(1.0),

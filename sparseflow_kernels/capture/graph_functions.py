@@ -175,6 +175,12 @@ def leaky_relu(e: Elements, func, args, kwargs, out) -> Any:
     return e.pointwise(lambda g, a: choose(g, above(g, a), a, g.scaled(a, slope)), args[0])
 
 
+@rule("rrelu_with_noise")  # in evaluation
+def mean_relu(e: Elements, func, args, kwargs, out) -> Any:
+    slope = 0.5 * (number(args, kwargs, 2, "lower", 0.125) + number(args, kwargs, 3, "upper", 1.0 / 3.0))
+    return e.pointwise(lambda g, a: choose(g, above(g, a), a, g.scaled(a, slope)), args[0])
+
+
 @rule("leaky_relu_backward")
 def leaky_relu_backward(e: Elements, func, args, kwargs, out) -> Any:
     slope = float(args[2])
@@ -237,10 +243,14 @@ def shrink(e: Elements, func, args, kwargs, out) -> Any:
 
 @rule("nan_to_num")
 def nan_to_num(e: Elements, func, args, kwargs, out) -> Any:
-    if any(argument(args, kwargs, i, name) is not None for i, name in ((2, "posinf"), (3, "neginf"))):
-        refuse("nan_to_num with values for infinities")
-    low, high = torch.finfo(e.table.dtype).min, torch.finfo(e.table.dtype).max
-    nan = float(argument(args, kwargs, 1, "nan", 0.0) or 0.0)
-    return e.pointwise(lambda g, a: choose(
-        g, not_a_number(g, a), g.number(nan), g.apply("minimum", g.apply("maximum", a, g.number(low)), g.number(high))
-    ), args[0])  # fmt: skip
+    edge = torch.finfo(e.table.dtype)
+    usual = (("nan", 0.0), ("posinf", edge.max), ("neginf", edge.min))
+    given = [argument(args, kwargs, i, name) for i, (name, _) in enumerate(usual, 1)]
+    nan, high, low = (default if value is None else float(value) for value, (_, default) in zip(given, usual))
+
+    def make(g: Graph, a: Node) -> Node:
+        finite = choose(g, g.apply("eq", a, g.number(-math.inf)), g.number(low), a)
+        finite = choose(g, g.apply("eq", a, g.number(math.inf)), g.number(high), finite)
+        return choose(g, not_a_number(g, a), g.number(nan), finite)
+
+    return e.pointwise(make, args[0])

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..field import Window
 from .algebra import apply, sparse_weight
 from .elements import LARGEST, Elements, merged, rows_of, same_for_all, samples_of
-from .functions import maximum, product, root
+from .functions import maximum, product
+from .graph_reductions import length_of
 from .graph_rules import grouped
 from .graph_table import distinct_lines
 from .operations import aten, base_name
@@ -84,22 +85,22 @@ def matrix_product(e: Elements, func, args, kwargs, out) -> Any:
 
 @rule("mv")
 def matrix_vector(e: Elements, func, args, kwargs, out) -> Any:
-    column = _unsqueezed(e, args[1], 1)
+    column = unsqueezed(e, args[1], 1)
     return StateValue(matmul(e, args[0], column).ids[:, 0])
 
 
 @rule("dot", "vdot")
 def dot(e: Elements, func, args, kwargs, out) -> Any:
-    row, column = _unsqueezed(e, args[0], 0), _unsqueezed(e, args[1], 1)
+    row, column = unsqueezed(e, args[0], 0), unsqueezed(e, args[1], 1)
     return StateValue(matmul(e, row, column).ids[0, 0])
 
 
 @rule("ger", "outer")
 def outer(e: Elements, func, args, kwargs, out) -> Any:
-    return e.pointwise(product, _unsqueezed(e, args[0], 1), _unsqueezed(e, args[1], 0))
+    return e.pointwise(product, unsqueezed(e, args[0], 1), unsqueezed(e, args[1], 0))
 
 
-def _unsqueezed(e: Elements, value: Any, axis: int) -> Any:
+def unsqueezed(e: Elements, value: Any, axis: int) -> Any:
     if isinstance(value, Constant):
         return apply(aten.unsqueeze.default, value, axis)
     return StateValue(e.ids(value).unsqueeze(axis))
@@ -109,7 +110,7 @@ def _unsqueezed(e: Elements, value: Any, axis: int) -> Any:
 def add_matrix_product(e: Elements, func, args, kwargs, out) -> Any:
     summand, a, b = args[:3]
     if base_name(func) == "addmv":
-        result = StateValue(matmul(e, a, _unsqueezed(e, b, 1)).ids[:, 0])
+        result = StateValue(matmul(e, a, unsqueezed(e, b, 1)).ids[:, 0])
     elif base_name(func) == "addbmm":
         refuse("the operation addbmm on the state")
     elif isinstance(a, Constant) and isinstance(b, Constant):
@@ -140,7 +141,7 @@ def trilinear(e: Elements, func, args, kwargs, out) -> Any:
     for axes, number in zip(expanded, range(3)):
         value = values[number]
         for axis in axes:
-            value = _unsqueezed(e, value, axis)
+            value = unsqueezed(e, value, axis)
         values = (*values[:number], value, *values[number + 1:])
     result = e.pointwise(product, e.pointwise(product, values[0], values[2]), values[1])
     groups = result.ids.movedim([axis for axis in summed], list(range(-len(summed), 0)))
@@ -150,86 +151,10 @@ def trilinear(e: Elements, func, args, kwargs, out) -> Any:
 
 @rule("_cdist_forward", "_euclidean_dist")
 def distances(e: Elements, func, args, kwargs, out) -> Any:
-    if base_name(func) == "_cdist_forward" and args[2] != 2:
-        refuse(f"distances with p = {args[2]}")
-    a, b = _unsqueezed(e, args[0], -2), _unsqueezed(e, args[1], -3)
-    squares = e.pointwise(lambda g, x, y: g.square(g.sub(x, y)), a, b).ids
-    total = StateValue(e.sums(squares.reshape(-1, squares.shape[-1])).view(out.shape))
-    return e.pointwise(root, total)
-
-
-# --------------------------------------------------------------------- inverses of small matrices, by their cofactors
-
-MOST_COLUMNS = 3  # of larger matrices the formula by cofactors, which chooses no pivots, is inexact
-
-
-def _minor(e: Elements, ids: Tensor, row: int, column: int) -> Tensor:
-    n = ids.shape[-1]
-    rows, columns = ([k for k in range(n) if k != without] for without in (row, column))
-    return _determinant(e, ids[..., rows, :][..., columns])
-
-
-def _determinant(e: Elements, ids: Tensor) -> Tensor:
-    n = ids.shape[-1]
-    if n == 0:
-        return e.ids(1.0).expand(ids.shape[:-2])
-    if n == 1:
-        return ids[..., 0, 0]
-    total = None
-    for column in range(n):
-        term = e.pointwise(product, StateValue(ids[..., 0, column]), StateValue(_minor(e, ids, 0, column)))
-        sign = -1.0 if column % 2 else 1.0
-        total = term if total is None else e.pointwise(
-            lambda g, a, b, sign=sign: g.add(a, g.scaled(b, sign)), total, term
-        )  # fmt: skip
-    return total.ids
-
-
-def _inverse(e: Elements, ids: Tensor, func) -> Tensor:
-    n = ids.shape[-1]
-    if n > MOST_COLUMNS:
-        refuse(f"the operation {base_name(func)} on matrices of {n} columns made of the state")
-    scale = e.pointwise(lambda g, a: g.apply("reciprocal", a), StateValue(_determinant(e, ids)))
-    rows = []
-    for row in range(n):
-        for column in range(n):
-            sign = -1.0 if (row + column) % 2 else 1.0
-            make = lambda g, a, s, sign=sign: g.mul(g.scaled(a, sign), s)
-            rows.append(e.pointwise(make, StateValue(_minor(e, ids, column, row)), scale).ids)
-    return torch.stack(rows, -1).view(ids.shape)
-
-
-@rule("linalg_inv_ex", "inverse", "linalg_inv")
-def inverse(e: Elements, func, args, kwargs, out) -> Any:
-    made = StateValue(_inverse(e, e.ids(args[0]), func))
-    return [made, Opaque(out[1].shape, "a check of a matrix")] if isinstance(out, (tuple, list)) else made
-
-
-@rule("_linalg_solve_ex", "linalg_solve_ex", "linalg_solve")
-def solve(e: Elements, func, args, kwargs, out) -> Any:
-    if not argument(args, kwargs, 2, "left", True):
-        refuse("a linear system solved from the right")
-    first = out[0] if isinstance(out, (tuple, list)) else out
-    ids, right = _inverse(e, e.ids(args[0]), func), args[1]
-    samples = samples_of(ids).amin(-1).amin(-1)
-    vector = len(right.shape) == len(first.shape) and len(first.shape) == ids.dim() - 1
-    right = e.ids(right, samples.reshape(*samples.shape, *[1] * (len(first.shape) - samples.dim())).expand(first.shape))
-    right = right.expand(first.shape).unsqueeze(-1) if vector else right.expand(first.shape)
-    made = e.products(ids.unsqueeze(-2), right.transpose(-1, -2).unsqueeze(-3))
-    made = StateValue(made.squeeze(-1) if vector else made)
-    rest = [] if not isinstance(out, (tuple, list)) else [Opaque(v.shape, "parts of a factorisation") for v in out[1:]]
-    return [made, *rest] if rest else made
-
-
-@rule("_linalg_det", "linalg_det", "det")
-def determinant(e: Elements, func, args, kwargs, out) -> Any:
-    ids = e.ids(args[0])
-    if ids.shape[-1] > MOST_COLUMNS:
-        refuse(f"the operation {base_name(func)} on matrices of {ids.shape[-1]} columns made of the state")
-    made = StateValue(_determinant(e, ids))
-    if not isinstance(out, (tuple, list)):
-        return made
-    return [made, *(Opaque(v.shape, "parts of a factorisation") for v in out[1:])]
+    p = 2.0 if base_name(func) == "_euclidean_dist" else float(args[2])
+    a, b = unsqueezed(e, args[0], -2), unsqueezed(e, args[1], -3)
+    gaps = e.pointwise(lambda g, x, y: g.sub(x, y), a, b).ids
+    return StateValue(length_of(e, gaps.reshape(-1, gaps.shape[-1]), p).view(out.shape))
 
 
 # ------------------------------------------------------------------------------------------------------ convolutions

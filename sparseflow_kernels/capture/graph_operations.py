@@ -1,7 +1,8 @@
 """What any aten operation makes of elements of a graph: by its rule, after a check of its dtypes.
 
 Rules are registered where they stand: graph_functions (elementwise functions), graph_linear (products and convolutions),
-graph_reductions (sums, norms, softmax) and graph_rules (what moves elements).
+graph_systems (linear systems), graph_reductions (sums, norms, softmax), graph_losses (losses) and graph_rules (what moves
+elements).
 """
 
 from __future__ import annotations
@@ -11,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import graph_functions, graph_linear, graph_reductions, graph_rules  # noqa: F401  they register their rules
+from . import (  # noqa: F401  they register their rules
+    graph_functions,
+    graph_linear,
+    graph_losses,
+    graph_reductions,
+    graph_rules,
+    graph_systems,
+)
 from .elements import Elements
 from .graph_rules import COPIES
 from .operations import STRUCTURAL, base_name

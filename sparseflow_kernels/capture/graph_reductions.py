@@ -141,9 +141,9 @@ def scan(e: Elements, func, args, kwargs, out) -> Any:
     return [result, Opaque(out[1].shape, "the position of a maximum")] if isinstance(out, (tuple, list)) else result
 
 
-@rule("any", "all")
+@rule("any", "all", "_is_any_true", "_is_all_true")
 def truth(e: Elements, func, args, kwargs, out) -> Any:
-    make = maximum if base_name(func) == "any" else minimum
+    make = maximum if "any" in base_name(func) else minimum
     value = e.pointwise(lambda g, a: complement(g, g.apply("eq", a, g.number(0.0))), args[0])
     return reduced(e, func, value, argument(args, kwargs, 1, "dim"), out, lambda groups: e.tree(make, groups))
 
@@ -197,18 +197,20 @@ def norm(e: Elements, func, args, kwargs, out) -> Any:
     dims = argument(args, kwargs, 2, "dim")
     order = 2.0 if order is None or order == "fro" else float(order)
 
-    def reduce(groups: Tensor) -> Tensor:
-        if order == 2:
-            return mapped(e, root, squares_of(e, groups))
-        size = mapped(e, lambda g, a: g.apply("abs", a), groups)
-        if order == 1:
-            return e.sums(size)
-        if math.isinf(order):
-            return e.tree(maximum if order > 0 else minimum, size)
-        powers = e.sums(mapped(e, lambda g, a: g.apply("pow", a, g.number(order)), size))
-        return mapped(e, lambda g, a: root(g, a, lambda g, a: g.apply("pow", a, g.number(1.0 / order))), powers)
+    return reduced(e, func, args[0], dims, out, lambda groups: length_of(e, groups, order))
 
-    return reduced(e, func, args[0], dims, out, reduce)
+
+def length_of(e: Elements, groups: Tensor, order: float) -> Tensor:
+    """The norms of this order of groups of elements [n, terms]: elements [n]."""
+    if order == 2:
+        return mapped(e, root, squares_of(e, groups))
+    size = mapped(e, lambda g, a: g.apply("abs", a), groups)
+    if order == 1:
+        return e.sums(size)
+    if math.isinf(order):
+        return e.tree(maximum if order > 0 else minimum, size)
+    powers = e.sums(mapped(e, lambda g, a: g.apply("pow", a, g.number(order)), size))
+    return mapped(e, lambda g, a: root(g, a, lambda g, a: g.apply("pow", a, g.number(1.0 / order))), powers)
 
 
 # ------------------------------------------------------------------------------------------------------- softmax

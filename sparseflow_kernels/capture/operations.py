@@ -17,7 +17,7 @@ STRUCTURAL = {
 # The result only takes shape, dtype and device from its tensor argument.
 FACTORIES = {
     "ones_like", "zeros_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
-    "new_empty_strided",
+    "new_empty_strided", "_new_zeros_with_same_feature_meta",
 }
 FULL = {"full", "full_like", "new_full", "fill"}
 ADDITIVE = {"add", "sub", "rsub", "fill"}
@@ -29,6 +29,12 @@ SUMMAND_FIRST = {"addmm", "baddbmm"}  # bilinear in the arguments behind the fir
 def written(func) -> list[int]:
     """Positions of the arguments that func changes in place."""
     return [i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+
+def is_in_place(func) -> bool:
+    """It returns an argument that it has changed. Others use theirs as room for what they compute besides."""
+    returns = func._schema.returns
+    return not returns or any(a.alias_info is not None and a.alias_info.is_write for a in returns)
 
 
 def base_name(func) -> str:

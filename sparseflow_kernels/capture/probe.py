@@ -125,11 +125,10 @@ def check_like(like: Any, dim: int | None) -> None:
         return
     if not isinstance(like, Tensor):
         raise TypeError(f"like must be a tensor, an example of the state y0, not {type(like).__name__}")
-    if like.dim() < 1:
-        raise ValueError(f"like must be [..., dim] with at least one sample, not {list(like.shape)}")
     _check_example(like, "like must be [..., dim] with at least one sample, not")
-    if dim is not None and like.shape[-1] != dim:
-        raise ValueError(f"dim is {dim}, but the last axis of like is {like.shape[-1]}; one of them is enough")
+    last = like.shape[-1] if like.dim() else 1
+    if dim is not None and last != dim:
+        raise ValueError(f"dim is {dim}, but the last axis of like is {last}; one of them is enough")
 
 
 def _check_example(part: Tensor, size: str) -> None:

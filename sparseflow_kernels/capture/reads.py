@@ -33,7 +33,7 @@ ARRAYS = {"numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "untyped_sto
 ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward"}
 TORCH = os.path.dirname(torch.__file__) + os.sep
 GRAD_MODE, DECORATORS = (sys.modules[name].__file__ for name in ("torch.autograd.grad_mode", "torch.utils._contextlib"))
-DATA = Tensor.data.__get__
+DATA, GRADIENT = Tensor.data.__get__, Tensor.grad.__get__
 COPIES = {"tensor", "as_tensor", "asarray", "new_tensor"}  # read the tensors inside lists that they are given
 
 TIMES = (-953.7, -31.3, -7.39, -0.73, 0.113, 1.71, 5.77, 17.9, 103.7, 1009.3)
@@ -67,7 +67,7 @@ class Reads(TorchFunctionMode):
             if classes > 0:  # torch would read the indices, to check them
                 return (args[0].unsqueeze(-1) == torch.arange(classes, device=args[0].device)).long()
         elif name == "__deepcopy__" and isinstance(self._value(args[0]), (TimeValue, StateValue)):
-            return args[0].clone()
+            return args[0].detach().clone()
         elif name == "__getitem__":
             parts = args[1] if isinstance(args[1], tuple) else (args[1],)
             if any(map(self._whole_number_of_time, parts)):
@@ -77,6 +77,11 @@ class Reads(TorchFunctionMode):
         out = func(*args, **kwargs)
         if name in ("detach", "detach_") or func == DATA:
             self.tracer.detached(out)
+        elif func is torch.autograd.grad and not kwargs.get("create_graph"):
+            for gradient in out:  # mere numbers to autograd
+                self.tracer.detached(gradient)
+        elif func == GRADIENT and out is not None and not out.requires_grad:
+            self.tracer.detached(out)  # what .backward() has left
         return out
 
     def _value(self, tensor: Any) -> Any:
@@ -163,7 +168,7 @@ def _select(x: Tensor, parts: tuple, chosen: Any) -> Tensor:
 
 FINITENESS = {"isnan", "isinf", "isfinite"}
 CONNECTIVES = {
-    "any", "all", "logical_not", "bitwise_not", "logical_or", "bitwise_or", "logical_and", "bitwise_and", "mul", "view",
+    "any", "all", "_is_any_true", "_is_all_true", "logical_not", "bitwise_not", "logical_or", "bitwise_or", "logical_and", "bitwise_and", "mul", "view",
 }
 
 

@@ -15,7 +15,8 @@ from ..field import UnsupportedFieldError
 from ..warn import line_of_forward
 from .algebra import apply, evaluate, sparse_linear
 from .branches import Branches
-from .operations import ADDITIVE, BILINEAR, FACTORIES, FULL, aten, base_name, written
+from .context import names_of
+from .operations import ADDITIVE, BILINEAR, FACTORIES, FULL, aten, base_name, is_in_place, written
 from .probe import Probe
 from .provenance import ParameterNumbers
 from .reads import Reads, is_finiteness
@@ -34,6 +35,11 @@ DENSE = {aten._sparse_addmm.default: aten.addmm.default, aten._sparse_mm.default
 def _memory(tensor: Tensor) -> int:
     """Equal for tensors that share memory."""
     return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
+
+
+def _draws_nothing(base: str, args: tuple) -> bool:
+    """Whether an operation that may draw numbers does not: attention without dropout, RReLU in evaluation."""
+    return base.startswith("_scaled_dot_product") or base == "rrelu_with_noise" and not any(a is True for a in args[2:])
 
 
 class ModuleStack:
@@ -165,7 +171,7 @@ class Following(TorchDispatchMode):
     def _operation(self, func, args: tuple, kwargs: dict) -> Any:
         base = base_name(func)
         self.operation = base
-        if torch.Tag.nondeterministic_seeded in func.tags and not base.startswith("_scaled_dot_product"):
+        if torch.Tag.nondeterministic_seeded in func.tags and not _draws_nothing(base, args):
             evaluation = "Call .eval() on the module first (dropout is active in training)"
             refuse(f"randomness ({base})", evaluation if self.module.training else REMEDY)
 
@@ -185,7 +191,7 @@ class Following(TorchDispatchMode):
         if self.without_grad and self.without_grad[-1]:
             result = tree_map(self._cut, result)
         changed = [args[i] for i in written(func) if i < len(args) and isinstance(args[i], Tensor)]
-        if changed:
+        if changed and is_in_place(func):
             self.rebind(changed[0], result)
         else:
             for tensor, value in zip(tree_leaves(out), tree_leaves(result)):
@@ -270,6 +276,13 @@ class Tracer(Following):
         super().__init__(module, probe.dtype)
         self.probe, self.table, self.samples = probe, RowTable(probe.dtype, probe.device), Samples(probe.batch)
         self.reading = Reading(self.table, self.samples, self.layer_name)
+        # Where forward runs for one batch alone, what has a row for each of its samples is theirs, even if they are alike now.
+        self._of_samples = names_of(module, probe.batch) if probe.only else {}
+
+    def value_of(self, tensor: Tensor) -> Any:
+        if id(tensor) in self._of_samples and id(tensor) not in self.values:
+            refuse(f"numbers per sample, which the module holds ({self._of_samples[id(tensor)].name})")
+        return super().value_of(tensor)
 
     def read(self, t: Tensor, y: Tensor) -> tuple[Affine, Hidden]:
         """The pending rows of module(t, y), and the layer that stands for y."""

@@ -64,7 +64,7 @@ class Layout:
         """rows [..., batch, dim] as a state, whose tensors keep the axes before the batch."""
         lead = rows.shape[:-1] if self.batched else rows.shape[:-2]
         split = rows.split([math.prod(shape) for shape in self.shapes], -1)
-        parts = tuple(part.reshape(*lead, *shape) for part, shape in zip(split, self.shapes))
+        parts = tuple(part.reshape((*lead, *shape)) for part, shape in zip(split, self.shapes))
         return parts if self.is_tuple else parts[0]
 
     def __str__(self) -> str:

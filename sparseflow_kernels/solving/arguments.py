@@ -19,7 +19,6 @@ from ..warn import warn
 
 State = Tensor | tuple[Tensor, ...]
 
-CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 STEP_OPTIONS = frozenset(option.name for option in fields(StepOptions))
 GRID_OPTIONS = frozenset(("step_size", "grid_constructor", "interp", "perturb"))
 

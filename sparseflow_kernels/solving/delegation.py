@@ -10,9 +10,10 @@ import torchdiffeq
 from torch import Tensor
 
 from ..divergence_field import DivergenceField
+from ..hooks import CALLBACKS
 from ..numerics.tableaus import ADAPTIVE
 from ..solution import Solution, Stats
-from .arguments import CALLBACKS, State
+from .arguments import State
 
 
 def begin(func: Callable, y0: State) -> None:

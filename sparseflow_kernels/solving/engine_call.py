@@ -14,10 +14,10 @@ from ..compiled_field import CompiledField
 from ..divergence_field import DivergenceField
 from ..devices import factories_on_cpu
 from ..field import UnsupportedFieldError
-from ..hooks import hooks_of
+from ..hooks import CALLBACKS, hooks_of
 from ..numerics.tableaus import ADAPTIVE, METHODS
 from ..solution import Solution, SolverError, Stats
-from .arguments import CALLBACKS, State, check_tolerance, numbers_of, request_of, upward
+from .arguments import State, check_tolerance, numbers_of, request_of, upward
 
 
 @dataclass
@@ -147,8 +147,10 @@ class EngineCall:
             ys = tuple(part[None].expand(len(self.t), *part.shape).clone() for part in parts)
             return self._solution(ys, Stats(0, 0, 0, empty, field.engine_name, self.method, self.step_control))
         memory.refuse_what_never_fits(parts, len(times), METHODS[self.method].stages_per_step)
-        noise = None if kind is None else func.begin_solve(x0)
         (engine, reference), options = field.ready(kind), self.options
+        if field.has_context:  # since the module was read anew
+            return self._run_of_graph(field, kind, parts)
+        noise = None if kind is None else func.begin_solve(x0)
         if (constructor := options.get("grid_constructor")) is not None:
             options = {**options, "grid_constructor": lambda t: constructor(func, self.y0, t)}
         request = request_of(
@@ -196,8 +198,8 @@ class EngineCall:
             self.method, options, self.step_control,
         )  # fmt: skip
         sizes = tuple(math.prod(shape) for shape in layout.shapes) if layout is not None and layout.is_tuple else None
-        request = replace(request, context=field.context_of(len(x0)), parts=sizes)
         engine, reference = field.ready(kind)
+        request = replace(request, context=field.context_of(len(x0)), parts=sizes)
         result = gradients.solve(engine, reference, request)
         field.count(result.nfe)
         ys = laid_out(result.xs, result.ls)

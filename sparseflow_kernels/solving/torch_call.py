@@ -9,11 +9,12 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
+from ..hooks import CALLBACKS
 from ..numerics.adaptive import offending_rows, rms_norm, solve_adaptive
 from ..numerics.tableaus import ADAPTIVE
 from ..solution import Solution, SolverError, Stats
 from ..warn import warn
-from .arguments import CALLBACKS, State, check_tolerance, is_sequence, step_options, upward
+from .arguments import State, check_tolerance, is_sequence, step_options, upward
 from .delegation import begin
 
 
