@@ -211,4 +211,4 @@ def test_presets_are_ffjords():
     counts = {"power": 43_325, "gas": 278_565, "hepmass": 546_850, "miniboone": 820_613, "bsds300": 6_698_666}
     assert {name: sum(p.numel() for p in ffjord_flow(name).parameters()) for name in counts} == counts
     with pytest.raises(ValueError, match="toy, power"):
-        ffjord_flow("mnist")
+        ffjord_flow("svhn")
