@@ -239,6 +239,8 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}",
             f"-DPython_EXECUTABLE={sys.executable}",
+            # There is no link-time optimisation (NO_EXTRAS), yet pybind11 asks about it: zig's answer takes minutes.
+            "-DHAS_FLTO=OFF", "-DHAS_FLTO_THIN=OFF", "-DHAS_FLTO_AUTO=OFF",
             *OTHER_ARCHITECTURE,
             f"-Dpybind11_DIR={kept_pybind11(tree)}",
         ]
