@@ -273,6 +273,7 @@ def test_presets_are_the_experiments():
         "gaussians": (29, 3, 100), "gaussians_spiral": (29, 3, 100), "spirals2": (29, 3, 100), "power": (8, 1, 100),
         "gas": (8, 1, 30), "hepmass": (12, 1, 400), "miniboone": (16, 3, 400), "bsds300": (8, 1, 100),
         "moons": (29, 3, 50), "concentric": (29, 3, 50), "spirals": (29, 3, 100),
+        "mnist": (12, 1, 50), "cifar10": (12, 1, 50), "digits": (12, 1, 60),
     }
     assert dense_size(PRESETS["gaussians"].flow("l2_h128")) == 642 and dense_size(PRESETS["spirals2"].flow()) == 8642
     assert dense_size(PRESETS["power"].flow()) == 43_325
