@@ -52,6 +52,16 @@ _TRAMPOLINES = {"odeint": _trampoline_odeint, "odeint_adjoint": _trampoline_odei
 
 
 @dataclass
+class _Family:
+    """Modules of one class over the same parameters: a wrapper that is made anew for every solve, say. compiled: how
+    often one of them was.  solves: that they had.  told: that no more of them are compiled."""
+
+    compiled: int = 0
+    solves: int = 0
+    told: bool = False
+
+
+@dataclass
 class _Entry:
     """What became of one module for states of one kind. field: None where its solves are handed on to torchdiffeq, for
     this `reason`.  solves: how many there were.  compiled: how often it was compiled anew."""
@@ -61,6 +71,7 @@ class _Entry:
     reason: str = ""
     solves: int = 0
     compiled: int = 0
+    family: _Family = dataclass_field(default_factory=_Family)
 
 
 @dataclass(eq=False)
@@ -81,7 +92,7 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
     engine: str = "auto"
     _entries: dict[tuple, _Entry] = dataclass_field(default_factory=dict, repr=False)
     _functions: dict[tuple, FunctionModule] = dataclass_field(default_factory=dict, repr=False)
-    _families: dict[tuple, list[int]] = dataclass_field(default_factory=dict, repr=False)
+    _families: dict[tuple, _Family] = dataclass_field(default_factory=dict, repr=False)
     _hooked: weakref.WeakSet = dataclass_field(default_factory=weakref.WeakSet, repr=False)
     _lock: Any = dataclass_field(default_factory=threading.RLock, repr=False)
 
@@ -130,16 +141,17 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
                 if entry is not None and entry.module() is module and (entry.field is None or _fits(entry.field, y0)):
                     self._follow(entry)
                     entry.solves += 1
-                    self._family(module)[1] += 1
+                    entry.family.solves += 1
                     return entry.field
             family = self._family(module)
-            if family[0] >= MOST_COMPILED and family[0] * 3 > family[1]:
-                if len(family) == 2:
-                    family.append(1)
+            if family.compiled >= MOST_COMPILED and family.compiled * 3 > family.solves:
+                if not family.told:
+                    family.told = True
                     self._refuse_family(module, family)
                 return None
-            family[0], family[1] = family[0] + 1, family[1] + 1
+            family.compiled, family.solves = family.compiled + 1, family.solves + 1
             entry = self._compiled(module, y0)
+            entry.family = family
             while len(self._entries) >= MOST_FIELDS:
                 del self._entries[next(iter(self._entries))]
             layout = None if entry.field is None else entry.field.layout
@@ -147,19 +159,20 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
             self._entries[key if batched and entry.field is not None and not entry.field.has_context else exact] = entry
             return entry.field
 
-    def _family(self, module: nn.Module) -> list[int]:
-        """[how many modules of this class over the same parameters were compiled, how many solves they had]."""
+    def _family(self, module: nn.Module) -> _Family:
         parameters = tuple(map(id, module.parameters()))
         kind = id(module) if isinstance(module, FunctionModule) or not parameters else type(module)
-        while len(self._families) >= 4 * MOST_FIELDS:
-            del self._families[next(iter(self._families))]
-        return self._families.setdefault((kind, module.training, *parameters), [0, 0])
+        key = kind, module.training, *parameters
+        if key not in self._families:
+            while len(self._families) >= 4 * MOST_FIELDS:
+                del self._families[next(iter(self._families))]
+            self._families[key] = _Family()
+        return self._families[key]
 
-    def _refuse_family(self, module: nn.Module, family: list[int]) -> None:
-        """Wrappers made for every solve would be compiled for every solve."""
+    def _refuse_family(self, module: nn.Module, family: _Family) -> None:
         reason = (
-            f"{family[0]} modules of its class over the same parameters were made and compiled for {family[1]} solves; "
-            "keep one, and give it what changes as an attribute"
+            f"it, or modules of its class over the same parameters, were compiled {family.compiled} times for "
+            f"{family.solves} solves: keep one, and give it what changes as an attribute, and states of one shape"
         )
         self._entries[("family", type(module), id(family))] = _Entry(weakref.ref(module), None, reason)
         self._warn(module, reason)

@@ -63,8 +63,10 @@ class DivergenceField(nn.Module):
             raise TypeError(f"with_divergence: noise must be a tensor or a name, not {type(noise).__name__}")
         if isinstance(field, CompiledField) and field.is_detached:
             warn(
-                "with_divergence: forward detaches its state (.detach(), .data), and nothing is differentiated through "
-                "that, so the divergence is that of the other terms. For all of it, leave the detaching out of forward"
+                "with_divergence: forward detaches its state or what it makes of it (.detach(), .data, "
+                "torch.autograd.grad without create_graph=True), and nothing is differentiated through that, so the "
+                "divergence is that of the other terms. For all of it, leave the detaching out of forward, and take "
+                "gradients with create_graph=True"
             )
         self.field = field
         self.kind = kind

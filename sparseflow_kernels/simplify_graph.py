@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .field import GraphField, Pattern
 from .field.convolution import Convolution
-from .field.graph import CONTEXT, STATE, Graph, Matrix, Node, evaluate
+from .field.graph import CONTEXT, STATE, Graph, Matrix, Node, evaluate, order
 from .field.graph_field import Part
 from .field.transforms import slope
 from .origin import Key, Origin
@@ -65,7 +65,7 @@ class Rows:
         g = field.graph
         self._activations = g.activations
         self.slopes = {slope: node for node, slope in g.slopes.items() if slope.operands}
-        self.nodes = self._order(field.output)
+        self.nodes = order([field.output], operands=self.operands)
         self.rows = self.saved = 0
         if not any(_has_gaps(node.matrix) for node in self.nodes if node.kind == "linear"):
             return
@@ -90,20 +90,6 @@ class Rows:
         known = self._activations.get(node)
         return node.operands if known is None else (known[1],)
 
-    def _order(self, output: Node) -> list[Node]:
-        found: list[Node] = []
-        seen: set[Node] = set()
-        waiting = [(output, False)]
-        while waiting:
-            node, done = waiting.pop()
-            if done:
-                found.append(node)
-            elif node not in seen:
-                seen.add(node)
-                waiting.append((node, True))
-                waiting += [(operand, False) for operand in reversed(self.operands(node)) if operand not in seen]
-        return found
-
     def entries(self, node: Node) -> tuple[np.ndarray, np.ndarray]:
         """(row, column) of every entry of a product's matrix, the way round in which it is used."""
         key = id(node.matrix), node.transposed
@@ -125,7 +111,7 @@ class Rows:
                 found[row[(of[0][col] & bit) != 0]] |= bit
             return found
         if node.kind == "rows":
-            return np.concatenate([bits[first : first + count] for bits, (first, count) in zip(of, node.pieces)])
+            return np.concatenate([self.bindings[operand][below] for operand, _, below in _pieces(node)])
         found = np.zeros(node.rows, dtype=np.uint8)
         for bits in of:
             found |= bits
@@ -147,8 +133,8 @@ class Rows:
                 reads[col[live[row]]] = True
                 changed |= _add(self.live[operands[0]], reads)
             elif node.kind == "rows":
-                for operand, (first, count), part in zip(operands, node.pieces, _parts(node, live)):
-                    changed |= _add(self.live[operand][first : first + count], part)
+                for operand, above, below in _pieces(node):
+                    changed |= _add(self.live[operand][below], live[above])
             else:
                 for operand in operands:
                     changed |= _add(self.live[operand], live if operand.rows == node.rows else live.any())
@@ -160,19 +146,16 @@ class Rows:
         for node in self.nodes:
             if node.kind == "linear" or not node.per_sample:
                 continue
-            operands, pieces = self.operands(node), [slice(None)] * len(self.operands(node))
-            parts = [slice(None)] * len(operands)
             if node.kind == "rows":
-                ends = np.cumsum([count for _, count in node.pieces])
-                parts = [slice(end - count, end) for end, (_, count) in zip(ends, node.pieces)]
-                pieces = [slice(first, first + count) for first, count in node.pieces]
-            for operand, part, piece in zip(operands, parts, pieces):
-                if not operand.per_sample or (node.kind != "rows" and operand.rows != node.rows):
-                    continue
-                live, varies = self.live[node][part], self.varies[node][part]
-                below, moves = self.live[operand][piece], self.varies[operand][piece]
-                changed |= _add(moves, live & varies)
-                changed |= _add(live, below & moves & varies)
+                pairs = _pieces(node)
+            else:
+                pairs = ((one, slice(None), slice(None)) for one in self.operands(node) if one.rows == node.rows)
+            for operand, above, below in pairs:
+                if operand.per_sample:
+                    live, varies = self.live[node][above], self.varies[node][above]
+                    read, moves = self.live[operand][below], self.varies[operand][below]
+                    changed |= _add(moves, live & varies)
+                    changed |= _add(live, read & moves & varies)
         return changed
 
 
@@ -184,8 +167,12 @@ def _add(rows: np.ndarray, more: np.ndarray | bool | np.bool_) -> bool:
     return True
 
 
-def _parts(node: Node, rows: np.ndarray) -> list[np.ndarray]:
-    return np.split(rows, np.cumsum([count for _, count in node.pieces])[:-1])
+def _pieces(node: Node) -> Iterator[tuple[Node, slice, slice]]:
+    """Of a concatenation: (operand, its rows in the node, those rows in the operand)."""
+    start = 0
+    for operand, (first, count) in zip(node.operands, node.pieces):
+        yield operand, slice(start, start + count), slice(first, first + count)
+        start += count
 
 
 def _has_gaps(matrix: Matrix) -> bool:
@@ -205,7 +192,7 @@ class _Group:
 
 
 class _Rewriting:
-    """The field again, in a graph of its own."""
+    """The field's nodes again, with the rows that are wanted."""
 
     def __init__(self, field: GraphField, rows: Rows, graph: Graph) -> None:
         """graph: the field's own, to go on with its parts as they are; or a new one, for parts with fewer values."""
@@ -276,12 +263,8 @@ class _Rewriting:
             yield None, None
             return
         (operand,) = self.rows.operands(node)
-        for columns in self._made_together(operand):
+        for columns in self._wanted[operand] if operand.per_sample else [self.rows.live[operand].nonzero()[0]]:
             yield (columns, index) if node.transposed else (index, columns)
-
-    def _made_together(self, operand: Node) -> list[np.ndarray]:
-        """The rows of a product's operand, group by group."""
-        return self._wanted[operand] if operand.per_sample else [self.rows.live[operand].nonzero()[0]]
 
     def _block(self, matrix: Matrix, rows: np.ndarray | None, cols: np.ndarray | None) -> tuple[Pattern, np.ndarray]:
         """(the pattern of these rows and columns of a matrix, which of its entries they are)."""
@@ -362,10 +345,8 @@ class _Rewriting:
     def _reads(self, node: Node, index: np.ndarray) -> Iterator[tuple[Node, np.ndarray]]:
         """(operand, its rows) that these rows of a node read; of a product all that are live."""
         if node.kind == "rows":
-            start = 0
-            for operand, (first, count) in zip(node.operands, node.pieces):
-                yield operand, index[(index >= start) & (index < start + count)] - start + first
-                start += count
+            for operand, above, below in _pieces(node):
+                yield operand, index[(index >= above.start) & (index < above.stop)] - above.start + below.start
             return
         for operand in self.rows.operands(node):
             yield operand, self.rows.live[operand].nonzero()[0] if node.kind == "linear" else index

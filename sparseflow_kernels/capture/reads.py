@@ -168,7 +168,8 @@ def _select(x: Tensor, parts: tuple, chosen: Any) -> Tensor:
 
 FINITENESS = {"isnan", "isinf", "isfinite"}
 CONNECTIVES = {
-    "any", "all", "_is_any_true", "_is_all_true", "logical_not", "bitwise_not", "logical_or", "bitwise_or", "logical_and", "bitwise_and", "mul", "view",
+    "any", "all", "_is_any_true", "_is_all_true", "logical_not", "bitwise_not", "logical_or", "bitwise_or", "logical_and",
+    "bitwise_and", "mul", "view",
 }
 
 

@@ -114,7 +114,7 @@ class CpuEngine(NativeEngine):
         self.stamp += 1
         forward = self.program, self._writer
         for program, writer in (forward,) if self._adjoint is None else (forward, self._adjoint):
-            renewal = Renewal()
+            renewal = Renewal(self.dtype)
             writer.renew(renewal, field)
             renewal.send(program)
         return True

@@ -101,7 +101,7 @@ class GraphCpuEngine(GraphNativeEngine):
         return True
 
     def _tell(self, program: GraphProgram, numbers: Any) -> None:
-        renewal = Renewal()
+        renewal = Renewal(self.dtype)
         super()._tell(program, renewal)
         renewal.send(numbers)
 

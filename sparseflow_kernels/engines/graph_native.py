@@ -21,9 +21,9 @@ from .native import NativeEngine
 class GraphProgram:
     """A compiled program, its writer, and the program that answers for what depends on time.
 
-    matrices: (native number, matrix) of those whose values may change.  plain: (native number, part,
-    entries) of the row vectors that are values of a part.  constant: (native number, node) of those
-    that no part has a say in.  computed: of all others."""
+    matrices: (native number, matrix) of those whose values may change.  plain: (native number, part, entries) of the row
+    vectors that are values of a part.  constant: (native number, node) of those that no part has a say in.  computed: of all
+    others."""
 
     native: Any
     writer: GraphWriter

@@ -65,7 +65,9 @@ class Renewal:
     """New numbers for a program in C++, which takes them over in one call (`send`): calls for each tensor would take longer
     than what small fields compute."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        """dtype: the program's, whatever the numbers were computed in."""
+        self._dtype = dtype
         self._held: list[Tensor] = []  # whose addresses these are
         self._matrices: list[tuple] = []
         self._vectors: list[tuple] = []
@@ -85,7 +87,7 @@ class Renewal:
         program.renew(self._matrices, self._vectors, self._modulations)
 
     def _memory(self, values: Tensor) -> tuple[int, int]:
-        values = values.contiguous()
+        values = values.to(self._dtype).contiguous()
         self._held.append(values)
         return values.data_ptr(), values.numel()
 

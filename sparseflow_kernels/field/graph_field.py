@@ -32,10 +32,10 @@ class GraphField:
     graph: the builder that made the nodes, and makes further ones.  state, time, context: the nodes of the inputs; context
     is None for a field that reads none.  output: the node of the derivative [dim].  parts: the tensors that nodes name by
     number.  device, dtype: of the parts, and of a field without parts too.  notes, refused_axes: as in VectorField.
-    single: the same derivative for a single evaluation with a time or a context per sample, where that has another form
-    (`simplify_graph`).  layout: how the user's state lies in y; None: [batch, dim].  read_context: gives the present context [batch, context]
+    layout: how the user's state lies in y; None: [batch, dim].  read_context: gives the present context [batch, context]
     of the module that was read, differentiable where the module's numbers are; None where there is no context, or where it
-    comes with every call.
+    comes with every call.  single: the same derivative for a single evaluation with a time or a context per sample, where
+    that has another form (`simplify_graph`).
     """
 
     graph: Graph

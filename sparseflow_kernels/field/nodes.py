@@ -7,6 +7,7 @@ once an evaluation, for all samples; the state: per sample and evaluation.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Callable, Iterable, Sequence
 
@@ -74,10 +75,10 @@ Made = Callable[[Callable[[int], Tensor], Tensor], Tensor]  # (values of a part,
 class Node:
     """One value of the graph, [rows] numbers per sample.
 
-    kind: "input" (by its name), "vector" (the values of a part, one per row), "number" (one row), "constant" (a tensor that
-    belongs to no part), "made" (computed from parts), "linear" (a matrix, or its transpose, times the operand), "rows"
-    (pieces of the operands, one after the other), "time" (a function of time kept in Python), or the name of a primitive.
-    origin: where the user's module computes it."""
+    kind: "input" (by its name), "vector" (values of a part, one per row; `tensor` says which, None: all), "number" (one
+    row), "constant" (a tensor that belongs to no part), "made" (computed from parts), "linear" (a matrix, or its transpose,
+    times the operand), "rows" (pieces of the operands, one after the other), "time" (a function of time kept in Python), or
+    the name of a primitive.  origin: where the user's module computes it."""
 
     kind: str
     rows: int
@@ -105,9 +106,12 @@ class Node:
         return self.binding in SAMPLES
 
 
-def order(outputs: Iterable[Node], stop: Callable[[Node], bool] = lambda node: False) -> list[Node]:
+def order(
+    outputs: Iterable[Node], stop: Callable[[Node], bool] = lambda node: False,
+    operands: Callable[[Node], Sequence[Node]] = operator.attrgetter("operands"),
+) -> list[Node]:  # fmt: skip
     """The outputs and the nodes that they depend on, operands before what reads them. Operands of a node for which `stop`
-    holds are not followed."""
+    holds are not followed. operands: what a node is taken to be a function of."""
     seen: set[int] = set()
     found: list[Node] = []
     waiting: list[tuple[Node, bool]] = [(node, False) for node in reversed(list(outputs))]
@@ -119,7 +123,7 @@ def order(outputs: Iterable[Node], stop: Callable[[Node], bool] = lambda node: F
             seen.add(id(node))
             waiting.append((node, True))
             if not stop(node):
-                waiting += [(operand, False) for operand in reversed(node.operands) if id(operand) not in seen]
+                waiting += [(operand, False) for operand in reversed(operands(node)) if id(operand) not in seen]
     return found
 
 
