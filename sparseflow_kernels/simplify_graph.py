@@ -180,7 +180,9 @@ def _has_gaps(matrix: Matrix) -> bool:
     if isinstance(matrix, Convolution):
         return False
     pattern = matrix.pattern
-    return bool((pattern.row_ptr[1:] == pattern.row_ptr[:-1]).any()) or pattern.col.unique().numel() < pattern.shape[1]
+    if bool((pattern.row_ptr[1:] == pattern.row_ptr[:-1]).any()):
+        return True
+    return not bool(torch.bincount(pattern.col, minlength=pattern.shape[1]).all())
 
 
 @dataclass

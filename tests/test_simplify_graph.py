@@ -186,3 +186,33 @@ def test_divergences_of_a_pruned_residual(kind):
     trace = jacobian.diagonal(dim1=1, dim2=2).sum(1) if noise is None else torch.einsum("bi,bij,bj->b", noise, jacobian, noise)
     torch.testing.assert_close(found[0], net(torch.tensor(0.3, dtype=F64), x))
     torch.testing.assert_close(found[1], -trace)
+
+
+def test_convolutions_keep_their_rows_beside_products_that_lose_some():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.conv, self.up, self.down = nn.Conv2d(1, 1, 3, padding=1), nn.Linear(16, 60), nn.Linear(60, 16)
+            with torch.no_grad():
+                self.down.weight[:, :20] = 0.0
+                self.up.weight[20:40] = 0.0
+
+        def forward(self, t, x):
+            return self.conv(torch.tanh(self.conv(x))) + self.down(torch.tanh(self.up(x.flatten(1)))).view_as(x)
+
+    net = Both().double()
+    x = torch.randn(3, 1, 4, 4, dtype=F64, requires_grad=True)
+    field = sfk.compile(net, like=x.detach())
+    told = str(field.report())
+    assert "read by nobody" in told and "the same for all" in told
+    torch.testing.assert_close(field(0.2, x), net(0.2, x))
+    ours, theirs = (torch.autograd.grad(f(0.2, x).square().sum(), x)[0] for f in (field, net))
+    torch.testing.assert_close(ours, theirs)
+    field(0.2, x).square().sum().backward()
+    net(0.2, x).square().sum().backward()
+    found = field.held(lambda p: p.grad)
+    for name in ("conv.weight", "up.weight", "up.bias", "down.weight"):
+        wanted = dict(net.named_parameters())[name].grad.reshape(-1)
+        own = torch.arange(len(wanted)) if found[name].elements is None else found[name].elements
+        torch.testing.assert_close(found[name].values.reshape(-1), wanted[own])
