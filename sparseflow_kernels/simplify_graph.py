@@ -32,10 +32,12 @@ from .field import GraphField, Pattern
 from .field.convolution import Convolution
 from .field.graph import CONTEXT, STATE, Graph, Matrix, Node, evaluate, order
 from .field.graph_field import Part
+from .field.primitives import PRIMITIVES
 from .field.transforms import slope
 from .origin import Key, Origin
 
-LEAST = 1 / 32  # of the rows that are computed per sample; for fewer that would go the graph stays as it is
+LEAST = 1 / 32  # of the rows that are computed per sample, or of the work; for less the graph stays as it is
+DEAR = 12  # multiply-adds in the time of a function like exp
 LEAST_FIXED = 16  # rows that are computed apart: fewer do not pay for what that takes at every gradient
 
 
@@ -48,9 +50,23 @@ def simplify_graph(field: GraphField, origins: Mapping[Key, Origin]) -> tuple[Gr
         field, origins = _Rewriting(field, live, Graph()).field_without(origins)
     varying = Rows(field, apart=True)
     if varying.saved > max(LEAST * varying.rows, LEAST_FIXED - 1):
-        told.append(f"{varying.saved} of {varying.rows} rows per sample are the same for all: they are computed once")
-        field = replace(field, output=_Rewriting(field, varying, field.graph).output(), single=field.output)
+        output = _Rewriting(field, varying, field.graph).output()
+        if _work(output) < (1 - LEAST) * _work(field.output):
+            of_all = f"{varying.saved} of {varying.rows} rows per sample"
+            told.append(f"{of_all} are the same for all: they are computed once")
+            field = replace(field, output=output, single=field.output)
     return field, dict(origins), "\n".join(told)
+
+
+def _work(output: Node) -> int:
+    """What an evaluation takes per sample, in multiply-adds: a sum that a product is split into counts, too."""
+    work = 0
+    for node in order([output]):
+        if node.per_sample and node.kind == "linear":
+            work += node.matrix.multiply_adds
+        elif node.per_sample and node.elementwise:
+            work += node.rows * (1 if PRIMITIVES[node.kind].cheap else DEAR)
+    return work
 
 
 class Rows:

@@ -96,6 +96,10 @@ def numbers_at(address: int, count: int) -> torch.Tensor:
     return torch.tensor((number * count).from_address(address), dtype=Builder.dtype)
 
 
+def write_to(address: int, values: torch.Tensor) -> None:
+    ctypes.memmove(address, values.contiguous().data_ptr(), values.nbytes)
+
+
 class Program:
     def __init__(self, builder):
         self.b, self.time, self.refresh = builder, None, None
@@ -217,6 +221,18 @@ class Program:
         m = self.b.matrices[matrix]
         left, right = self.rows(left, m["shape"][0]), self.rows(right, m["shape"][1])
         self.totals[sum] += (left[m["row"]] * right[m["col"]]).sum(1)
+
+    def evaluate(self, t, x, noise, batch, threads, f=0, trace=0, grad_f=0, grad_trace=0, grad_x=0):
+        """By addresses, as native programs are called; without noise, trace and context."""
+        roles, buffers = self.b.roles, self.b.buffers
+        x = numbers_at(x, batch * buffers[roles["input"]][0]).view(batch, -1)
+        if not grad_f:
+            write_to(f, self.call(t, x)[0])
+            return None
+        grad_f = numbers_at(grad_f, batch * buffers[roles["output"]][0]).view(batch, -1)
+        pulled, _, raw = self.back(t, x, grad_f, None)
+        write_to(grad_x, pulled)
+        return raw
 
     def call(self, t, x, context=None):
         self.start(t, x, context)

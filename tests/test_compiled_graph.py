@@ -9,6 +9,7 @@ import pytest
 import sparseflow_kernels as sfk
 import torch
 import torchdiffeq
+from sparseflow_kernels.engines.graph_native import GraphNativeEngine
 from sparseflow_kernels.field import GraphField
 from torch import nn
 from torch.nn import functional
@@ -299,3 +300,41 @@ def test_reports_say_what_is_computed_when():
     for words in ("context [batch, 3] (context)", "once a call", "once an evaluation", "per sample", "engine: cpu", "gradient: cpu"):
         assert words in text
     assert max(map(len, text.split("\n")[:12])) < 120
+
+
+class Embedded(nn.Module):
+    """A trained time embedding, and neurons that no sample changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 32))
+        self.first, self.last = nn.Linear(3, 32), nn.Linear(32, 3)
+        with torch.no_grad():
+            self.first.weight[:24] = 0.0
+            self.embed[2].weight[::2] = 0.0
+
+    def forward(self, t, x):
+        angles = t * torch.arange(1, 5)
+        features = torch.cat((angles.sin(), angles.cos()))
+        return x + self.last(torch.tanh(self.first(x) + self.embed(features)))
+
+
+@pytest.mark.parametrize("wanted", ["all", "state", "times"])
+def test_gradients_go_back_through_time_and_through_constants_natively(wanted, monkeypatch):
+    module = Embedded().double()
+    field = sfk.compile(module, dim=3, live=True)
+    assert "the same for all" in field.report()
+    monkeypatch.setattr(GraphNativeEngine, "_carry_on", None)
+    module.requires_grad_(wanted == "all")
+    x = torch.randn(7, 3, dtype=torch.float64)
+    found = []
+    for function, odeint in ((field, sfk.odeint), (module, torchdiffeq.odeint)):
+        module.zero_grad()
+        own = x.clone().requires_grad_(wanted != "times"), T.clone().requires_grad_(wanted != "state")
+        odeint(function, *own, rtol=1e-9, atol=1e-9).square().sum().backward()
+        pruned = {name: torch.where(p == 0, 0.0, p.grad) for name, p in module.named_parameters() if p.grad is not None}
+        found.append({"x": own[0].grad, "t": own[1].grad, **pruned})
+    assert found[0].keys() == found[1].keys() and (len(found[0]) > 2) == (wanted == "all")
+    for name, theirs in found[1].items():
+        if theirs is not None:
+            torch.testing.assert_close(found[0][name], theirs, rtol=1e-6, atol=1e-7)

@@ -8,7 +8,8 @@ import torch
 from random_graphs import random_graph
 from sparseflow_kernels import divergence
 from sparseflow_kernels.engines import graph_cpu, reference_engine
-from sparseflow_kernels.engines.graph_cpu import GraphCpuEngine, sums_of
+from sparseflow_kernels.engines.ahead import sums_of
+from sparseflow_kernels.engines.graph_cpu import GraphCpuEngine
 from sparseflow_kernels.engines.program import Store
 from sparseflow_kernels.field import Activation, Graph, GraphField, Matrix, Part, Pattern
 from sparseflow_kernels.field.graph import CONTEXT

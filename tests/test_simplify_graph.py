@@ -10,6 +10,7 @@ import torch
 from random_graphs import random_graph
 from sparseflow_kernels import divergence
 from sparseflow_kernels import simplify_graph as module
+from sparseflow_kernels.analysis.bench import known_fields
 from sparseflow_kernels.engines import reference_engine
 from sparseflow_kernels.engines.graph_cpu import GraphCpuEngine
 from sparseflow_kernels.field.graph import order
@@ -216,3 +217,12 @@ def test_convolutions_keep_their_rows_beside_products_that_lose_some():
         wanted = dict(net.named_parameters())[name].grad.reshape(-1)
         own = torch.arange(len(wanted)) if found[name].elements is None else found[name].elements
         torch.testing.assert_close(found[name].values.reshape(-1), wanted[own])
+
+
+def test_rows_that_cost_more_apart_than_together_stay():
+    """16 points under shared weights: 3 constant neurons of each would make two products and a sum of one product."""
+    problem = known_fields()["points"].problem(0.1)
+    field = sfk.compile(problem.module, like=problem.like)
+    rows = Rows(field.vector_field, apart=True)
+    assert rows.saved > max(module.LEAST * rows.rows, module.LEAST_FIXED)
+    assert "the same for all" not in field.report()

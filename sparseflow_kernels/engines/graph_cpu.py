@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Collection
+from typing import Any, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from ..divergence import DivergencePlan
 from ..field import GraphField, Node
 from ..field.graph import CONTEXT, STATE, order
 from ..threads import get_num_threads
+from .ahead import Ahead, in_torch, sums_of
 from .base import Gradient, SolveRequest, SolveResult
 from .cpu import _BUILDERS, STAGE_BYTES, _native, unready
 from .graph_native import GraphNativeEngine, GraphProgram, ProgramSums, summands
@@ -45,6 +46,7 @@ class GraphCpuEngine(GraphNativeEngine):
     def __init__(self, field: GraphField, plan: DivergencePlan | None = None) -> None:
         super().__init__(field, plan)
         self._programs: dict[tuple[bool, tuple[Node, ...], tuple[Node, ...]], GraphProgram] = {}  # as `_program` is asked
+        self._aheads: dict[tuple[Node, ...], Ahead] = {}
         self._program(False)
 
     # ---- programs
@@ -75,9 +77,16 @@ class GraphCpuEngine(GraphNativeEngine):
         else:
             writer.write(output, [] if trace is None else summands(trace))
             program = GraphProgram(builder.compile(), writer)
+        program.ahead = self._ahead([node for _, node in program.computed if not in_torch(node)])
         if writer.timed:
             self._answer_times(program)
         return program
+
+    def _ahead(self, nodes: Sequence[Node]) -> Ahead | None:
+        key = tuple(nodes)
+        if key and key not in self._aheads:
+            self._aheads[key] = Ahead(getattr(_native(), _BUILDERS[self.dtype]), self._field, nodes)
+        return self._aheads.get(key)
 
     def _answer_times(self, program: GraphProgram) -> None:
         timed = program.writer.timed
@@ -90,7 +99,9 @@ class GraphCpuEngine(GraphNativeEngine):
         writer = GraphWriter(builder, self._field, time_bindings(self._field), totals=True, tangents=True)
         writer.write(self._field.graph.concatenate(timed))
         program.time = GraphProgram(builder.compile(), writer)
+        program.time.ahead = self._ahead([node for _, node in program.time.computed if not in_torch(node)])
         program.native.set_time(program.time.native)
+        program.of_time = self._ahead(timed)
 
     @torch.no_grad()
     def update(self, field: GraphField) -> bool:
@@ -104,6 +115,14 @@ class GraphCpuEngine(GraphNativeEngine):
         renewal = Renewal(self.dtype)
         super()._tell(program, renewal)
         renewal.send(numbers)
+
+    def _numbers(self, program: GraphProgram, nodes: Sequence[Node]) -> Sequence[Tensor]:
+        if program.ahead is None or not nodes:
+            return super()._numbers(program, nodes)
+        found = dict(zip(program.ahead.nodes, program.ahead.values(self)))
+        rest = [node for node in nodes if node not in found]
+        found.update(zip(rest, super()._numbers(program, rest)))
+        return [found[node] for node in nodes]
 
     # ---- evaluations and solves
 
@@ -184,6 +203,24 @@ class GraphCpuEngine(GraphNativeEngine):
             found.t = torch.tensor(of_time, dtype=self.dtype) if own is None else own.reshape(t.shape)
         return found
 
+    def _behind(
+        self, program: GraphProgram, sums: ProgramSums, of_vector: list[tuple[Node, Tensor]], times_too: bool
+    ) -> tuple[list[tuple[Node, Tensor]], Sequence[Node], float, list[tuple[GraphProgram, ProgramSums]]]:
+        timed, of_time, further = program.writer.timed if times_too else (), 0.0, []
+        if program.ahead is not None and of_vector:
+            given = dict(of_vector)
+            grads = [given[n].to(self.dtype) if n in given else torch.zeros(n.rows, dtype=self.dtype) for n in program.ahead.nodes]
+            own, found, _ = program.ahead.backward(self, torch.zeros(1, dtype=self.dtype), torch.cat(grads))
+            further.append((own, found))
+            of_vector = [(node, grad) for node, grad in of_vector if in_torch(node)]
+        if program.of_time is not None and timed:
+            timed = ()
+            if len(sums.times):
+                own, found, bars = program.of_time.backward(self, sums.times.to(self.dtype), sums.time_cotangents.to(self.dtype).contiguous())
+                of_time = float(bars.sum(dtype=torch.float64))
+                further.append((own, found))
+        return of_vector, timed, of_time, further
+
     def solve_backward(
         self, request: SolveRequest, result: SolveResult, grad_xs: Tensor, grad_ls: Tensor | None, wanted: Collection[str]
     ) -> Gradient:
@@ -208,12 +245,3 @@ class GraphCpuEngine(GraphNativeEngine):
         if "times" in wanted:
             found.times = times_gradient(request, result, grad_xs, grad_ls, of_time)
         return found
-
-
-def sums_of(writer: GraphWriter, raw: dict) -> ProgramSums:
-    """What the native program summed up."""
-    vectors = {n: torch.from_numpy(raw["vectors"][n]) for n, _ in writer.vectors if len(raw["vectors"][n])}
-    times = cotangents = torch.empty(0)
-    if writer.timed:
-        times, cotangents = (torch.from_numpy(raw[name]) for name in ("time_points", "time_cotangents"))
-    return ProgramSums(lambda number: torch.from_numpy(raw["matrices"][number]), vectors, times, cotangents)

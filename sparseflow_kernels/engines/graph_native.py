@@ -28,6 +28,8 @@ class GraphProgram:
     native: Any
     writer: GraphWriter
     time: GraphProgram | None = None
+    ahead: Any = None  # `ahead.Ahead` of those that are computed, where the engine has such programs
+    of_time: Any = None  # and of the time answer, for gradients
     stamp: int = -1  # of the engine, when the numbers were those that the program holds
 
     def __post_init__(self) -> None:
@@ -94,9 +96,12 @@ class GraphNativeEngine(NativeEngine):
         for number, part, entries in program.plain:
             numbers.set_vector(number, of_part(part) if entries is None else of_part(part)[entries.to(self.device)])
         changed = program.computed if program.stamp >= 0 else [*program.computed, *program.constant]
-        values = evaluate([node for _, node in changed], {}, of_part, like=like) if changed else ()
-        for (number, _), value in zip(changed, values):
-            numbers.set_vector(number, value[0])
+        for (number, _), value in zip(changed, self._numbers(program, [node for _, node in changed])):
+            numbers.set_vector(number, value)
+
+    def _numbers(self, program: GraphProgram, nodes: Sequence[Node]) -> Sequence[Tensor]:
+        """[rows] of nodes that follow from the parameters alone."""
+        return [value[0] for value in self._in_torch(nodes, {})] if nodes else ()
 
     # ---- what comes with a call
 
@@ -192,20 +197,16 @@ class GraphNativeEngine(NativeEngine):
             else:
                 of_parts[part].index_add_(0, entries.to(grad.device), grad)
 
-        made = []
-        for number, matrix in writer.gradients:
-            grad = sums.matrix(number)
-            if matrix.made is not None:
-                made.append((matrix, grad.to(dtype)))
-            else:
-                give(matrix.part, grad, matrix.entries)
-        for number, part, entries in program.plain:
-            if number in sums.vectors:
-                give(part, sums.vectors[number], entries)
-        of_vector = [(node, sums.vectors[number]) for number, node in program.computed if number in sums.vectors]
-        named, of_time = {}, 0.0
-        if made or of_vector or writer.timed or grad_rows is not None:
-            named, of_time = self._carry_on(writer, sums, parts, give, made, of_vector, context, noise, grad_rows)
+        made, of_vector = self._parts(program, sums, give) if "tensors" in wanted else ([], [])
+        times_too = not {"tensors", "t", "times"}.isdisjoint(wanted)
+        of_vector, timed, of_time, further = self._behind(program, sums, of_vector, times_too)
+        for more in further:
+            for own, others in zip((made, of_vector), self._parts(*more, give)):
+                own += others
+        named: dict[str, Tensor | None] = {}
+        if made or of_vector or timed or grad_rows is not None:
+            named, own = self._carry_on(writer, sums, parts, give, made, of_vector, timed, context, noise, grad_rows)
+            of_time += own
         found = Gradient(tensors=())
         if "tensors" in wanted:
             found.tensors = tuple(
@@ -216,14 +217,40 @@ class GraphNativeEngine(NativeEngine):
                 setattr(found, name, torch.zeros_like(like) if named.get(name) is None else named[name])
         return found, of_time
 
+    def _parts(
+        self, program: GraphProgram, sums: ProgramSums, give: Callable[..., None]
+    ) -> tuple[list[tuple[Matrix, Tensor]], list[tuple[Node, Tensor]]]:
+        """Gives the gradients of what are values of parts, and returns the others: of matrices that were computed, and of
+        row vectors that were."""
+        made = []
+        for number, matrix in program.writer.gradients:
+            grad = sums.matrix(number)
+            if matrix.made is not None:
+                made.append((matrix, grad.to(self.dtype)))
+            else:
+                give(matrix.part, grad, matrix.entries)
+        for number, part, entries in program.plain:
+            if number in sums.vectors:
+                give(part, sums.vectors[number], entries)
+        return made, [(node, sums.vectors[number]) for number, node in program.computed if number in sums.vectors]
+
+    def _behind(
+        self, program: GraphProgram, sums: ProgramSums, of_vector: list[tuple[Node, Tensor]], times_too: bool
+    ) -> tuple[list[tuple[Node, Tensor]], Sequence[Node], float, list[tuple[GraphProgram, ProgramSums]]]:
+        """Gradients of numbers, carried on by programs: (those that are left for torch, the nodes of the time answer if they
+        are, what reaches the time, the programs and what they summed up). An engine without such programs leaves all.
+
+        times_too: whether anybody wants what the time answer's gradients lead to."""
+        return of_vector, program.writer.timed if times_too else (), 0.0, []
+
     def _carry_on(
         self, writer: GraphWriter, sums: ProgramSums, parts: Sequence[Tensor], give: Callable[[int, Tensor], None],
-        made: Sequence[tuple[Matrix, Tensor]], of_vector: Sequence[tuple[Node, Tensor]], context: Tensor | None,
-        noise: Tensor | None, grad_rows: Tensor | None,
+        made: Sequence[tuple[Matrix, Tensor]], of_vector: Sequence[tuple[Node, Tensor]], timed: Sequence[Node],
+        context: Tensor | None, noise: Tensor | None, grad_rows: Tensor | None,
     ) -> tuple[dict[str, Tensor | None], float]:  # fmt: skip
         """By autograd, through what was computed in torch: ({name of an input: its gradient}, the gradient of time)."""
         dtype = self.dtype
-        times = sums.times.to(dtype) if writer.timed else torch.empty(0, dtype=dtype, device=self.device)
+        times = sums.times.to(dtype) if timed else torch.empty(0, dtype=dtype, device=self.device)
         with torch.enable_grad():
             leaves = [part.clone().requires_grad_() for part in parts]
             inputs = {"context": context, "noise": noise, "time": times[:, None] if len(times) else None}
@@ -235,8 +262,8 @@ class GraphNativeEngine(NativeEngine):
                 grads.append(grad.to(dtype))
             if len(times):
                 cotangents = sums.time_cotangents.to(dtype).reshape(len(times), -1)
-                outputs += self._in_torch(writer.timed, {"time": inputs["time"]}, leaves)
-                grads += cotangents.split([node.rows for node in writer.timed], 1)
+                outputs += self._in_torch(timed, {"time": inputs["time"]}, leaves)
+                grads += cotangents.split([node.rows for node in timed], 1)
             if grad_rows is not None:
                 given = {name: inputs[name] for name in ("context", "noise") if name in inputs}
                 values = self._in_torch(writer.contexts, given, leaves)

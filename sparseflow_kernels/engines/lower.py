@@ -2,7 +2,7 @@
 pointwise operations, gradients.
 
 What is the same for all samples is not in the list: numbers that follow from the parameters alone are row vectors, computed
-in torch when the program is packed; those that follow from time are rows of the time answer, which another program
+when the program is packed (`ahead.py`); those that follow from time are rows of the time answer, which another program
 computes once an evaluation; those that follow from the context are computed in torch once a call, and are read per sample.
 """
 
@@ -52,7 +52,7 @@ class Bindings:
 class GraphWriter:
     """One program over a native builder. After `write` or `write_adjoint`:
 
-    matrices: (native number, matrix).  vectors: (native number, node) computed when packed.  timed: nodes of
+    matrices: (native number, matrix) of those that products read.  vectors: (native number, node) computed when packed.  timed: nodes of
     the time answer, in order of its rows.  contexts: nodes of the context, in order of its rows.
     gradients: of an adjoint: (native number of a matrix whose sums are a gradient, matrix).
     """
@@ -184,15 +184,16 @@ class GraphWriter:
         return self._context_buffer if self.contexts else -1
 
     def _native(self, matrix: Matrix, fresh: bool = False) -> int:
+        """fresh: a number of its own, for another sum of gradients, which needs the pattern and no values."""
         if matrix not in self._matrix or fresh:
             pattern = matrix.pattern
             number = self.builder.matrix(
                 *matrix.shape, pattern.row_ptr.to(torch.int32).numpy(), pattern.col.to(torch.int32).numpy(),
                 torch.ones(pattern.nnz).numpy(), *((matrix.window.pairs,) if isinstance(matrix, Convolution) else ()),
             )
-            self.matrices.append((number, matrix))
             if fresh:
                 return number
+            self.matrices.append((number, matrix))
             self._matrix[matrix] = number
         return self._matrix[matrix]
 
