@@ -88,14 +88,13 @@ arm: $(VENV)/.tools
 	qemu-aarch64 was found (apt install qemu-user-static, or name an emulator by ARM_RUN)" >&2; exit 1; }
 	$(BIN)/ctest --test-dir build/arm -L cpu --output-on-failure --no-tests=error
 
-# Configured without CUDA: these trees compile the .cu as C++ over the host shim. Where there is no nvcc the native tests
-# lie in the tree of the installed package, which is configured alike, so that the kernels are compiled once.
-NVCC := $(shell command -v nvcc)
+# The native tests lie in the tree of the installed package, so that the kernels are compiled once. Whether it has nvcc's
+# part, too, is what it was configured for when the package was built.
 INSTALLED_TREE = build/cmake.$$($(BIN)/python -c 'import sys, sysconfig; print(sysconfig.get_platform(), sys.implementation.cache_tag, sep="-")')/native
 build/native/.built: $(NATIVE_SOURCES) | $(VENV)/.tools
 	mkdir -p build/native
-	tree=$(if $(NVCC),build/native,$(INSTALLED_TREE)) && \
-	$(BIN)/cmake -S . -B $$tree -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DSPARSEFLOW_CUDA=OFF \
+	tree=$(INSTALLED_TREE) && \
+	$(BIN)/cmake -S . -B $$tree -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
 	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/build/native && \
 	$(BIN)/cmake --build $$tree --target native_tests --parallel $(JOBS) && echo $$tree > $@
