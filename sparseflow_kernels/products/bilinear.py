@@ -32,9 +32,10 @@ class Kind:
 
     name: of its class, for messages.  where: a NamedTuple that says which layer an operation belongs to; its first fields
     are the tensors row_ptr and col.  linear(x, values, bias, where), transposed(grad, values, where), gradient(grad, x,
-    where): the operations, for any leading axes.  operators: the same for tracers, with the fields of `where` spread out.
-    of_bias(grad): the cotangent of a bias.  with_bias(y, bias): y + bias.  shape_of(x, where): that of y.  by_sample(grad, x,
-    where): gradients of the values, [items, nnz], where every item of the first axis is one sample; None: it is not.
+    where): the operations, for any leading axes.  names: of their operators, which tracers see.  schema: of the fields of
+    `where`, as operators take them.  of_bias(grad): the cotangent of a bias.  with_bias(y, bias): y + bias.  shape_of(x,
+    where): that of y.  shape_back(grad, where): that of x.  by_sample(grad, x, where): gradients of the values, [items, nnz],
+    where every item of the first axis is one sample; None: it is not.
     """
 
     name: str
@@ -42,10 +43,12 @@ class Kind:
     linear: Callable
     transposed: Callable
     gradient: Callable
-    operators: Calls
+    names: tuple[str, str, str]
+    schema: str
     of_bias: Callable[[Tensor], Tensor]
     with_bias: Callable[[Tensor, Tensor], Tensor]
     shape_of: Callable[..., tuple[int, ...]]
+    shape_back: Callable[..., tuple[int, ...]]
     by_sample: Callable[..., Tensor | None]
 
 
@@ -80,6 +83,32 @@ def _setup(fields: int, ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _kept(ctx: Any) -> tuple[Tensor, Tensor, tuple]:
     left, right, row_ptr, col = ctx.saved_tensors
     return left, right, (row_ptr, col, *ctx.rest)
+
+
+def _operators(kind: Kind) -> Calls:
+    """The operations for tracers, with the fields of `where` spread out."""
+    Where = kind.where
+    fields = len(Where._fields)
+
+    def operator(name: str, arguments: str, run: Callable, shape: Callable[..., tuple[int, ...]]) -> Callable:
+        @torch.library.custom_op(
+            f"sparseflow::{name}", mutates_args=(), schema=f"({arguments}, {kind.schema}) -> Tensor"
+        )
+        def own(*args):
+            return run(*args[:-fields], Where(*args[-fields:]))
+
+        @own.register_fake
+        def _(*args):
+            return args[0].new_empty(shape(args[0], Where(*args[-fields:])))
+
+        return own
+
+    linear, transposed, gradient = kind.names
+    return Calls(
+        operator(linear, "Tensor x, Tensor values, Tensor? bias", kind.linear, kind.shape_of),
+        operator(transposed, "Tensor grad, Tensor values", kind.transposed, kind.shape_back),
+        operator(gradient, "Tensor grad, Tensor x", kind.gradient, lambda grad, where: (where.col.shape[0],)),
+    )
 
 
 def differentiable(kind: Kind) -> Callable[[Tensor, Tensor, Tensor | None, Any], Tensor]:
@@ -227,7 +256,7 @@ def differentiable(kind: Kind) -> Callable[[Tensor, Tensor, Tensor | None, Any],
 
         setup_context = torch.autograd.Function.setup_context
 
-    operators = kind.operators
+    operators = _operators(kind)
     for operator, function, gradient in zip(
         operators, (Linear, Transposed, Gradient), (linear_gradient, transposed_gradient, gradient_gradient)
     ):

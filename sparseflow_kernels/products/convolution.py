@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..field import Pattern
 from ..threads import get_num_threads
-from .bilinear import Calls, Kind, differentiable
+from .bilinear import Kind, differentiable
 from .packed import REMEDY, native, packed_of
 
 CPU_CLASSES = {torch.float32: "SparseConvolutionF32", torch.float64: "SparseConvolutionF64"}
@@ -142,53 +142,13 @@ def _run_gradient(grad: Tensor, x: Tensor, where: Where) -> Tensor:
     return _kernels(where, x.device).gradient(_flat(grad), _flat(x))
 
 
-_WHERE = (
-    "Tensor row_ptr, Tensor col, int in_channels, int groups, SymInt[] source, int[] kernel, int[] stride, int[] padding, "
-    "int[] dilation, str backend"
-)
-
-
-@torch.library.custom_op(
-    "sparseflow::convolution", mutates_args=(), schema=f"(Tensor x, Tensor values, Tensor? bias, {_WHERE}) -> Tensor"
-)
-def _linear_op(x, values, bias, *where):
-    return _run_linear(x, values, bias, Where(*where))
-
-
-@_linear_op.register_fake
-def _(x, values, bias, *where):
-    return x.new_empty(_shape_of(x, Where(*where)))
-
-
-@torch.library.custom_op(
-    "sparseflow::convolution_transposed", mutates_args=(), schema=f"(Tensor grad, Tensor values, {_WHERE}) -> Tensor"
-)
-def _transposed_op(grad, values, *where):
-    return _run_transposed(grad, values, Where(*where))
-
-
-@_transposed_op.register_fake
-def _(grad, values, *where):
-    return grad.new_empty(_shape_back(grad, Where(*where)))
-
-
-@torch.library.custom_op(
-    "sparseflow::convolution_gradient", mutates_args=(), schema=f"(Tensor grad, Tensor x, {_WHERE}) -> Tensor"
-)
-def _gradient_op(grad, x, *where):
-    return _run_gradient(grad, x, Where(*where))
-
-
-@_gradient_op.register_fake
-def _(grad, x, *where):
-    return x.new_empty(Where(*where).col.shape[0])
-
-
 product = differentiable(Kind(
     name="SparseConv2d", where=Where, linear=_run_linear, transposed=_run_transposed, gradient=_run_gradient,
-    operators=Calls(_linear_op, _transposed_op, _gradient_op),
+    names=("convolution", "convolution_transposed", "convolution_gradient"),
+    schema="Tensor row_ptr, Tensor col, int in_channels, int groups, SymInt[] source, int[] kernel, int[] stride, "
+    "int[] padding, int[] dilation, str backend",
     of_bias=lambda grad: _flat(grad).sum((0, 2, 3)),
     with_bias=lambda y, bias: y + bias[:, None, None],
-    shape_of=_shape_of,
+    shape_of=_shape_of, shape_back=_shape_back,
     by_sample=lambda grad, x, dims, where: None,
 ))  # fmt: skip

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
-from .bilinear import Calls, Kind, differentiable
+from .bilinear import Kind, differentiable
 from .packed import Where, packed_of, rows_of
 
 # x [..., in], grad [..., out], values [nnz], bias [out]
@@ -39,43 +38,6 @@ def _run_sddmm(grad: Tensor, x: Tensor, where: Where) -> Tensor:
     return matrix.backward_values(_flat(grad), _flat(x))
 
 
-_WHERE = "Tensor row_ptr, Tensor col, int in_features, str backend"
-
-
-@torch.library.custom_op(
-    "sparseflow::linear", mutates_args=(), schema=f"(Tensor x, Tensor values, Tensor? bias, {_WHERE}) -> Tensor"
-)
-def _linear_op(x, values, bias, *where):
-    return _run_linear(x, values, bias, Where(*where))
-
-
-@_linear_op.register_fake
-def _(x, values, bias, *where):
-    return x.new_empty(*x.shape[:-1], Where(*where).shape[0])
-
-
-@torch.library.custom_op(
-    "sparseflow::spmm_transposed", mutates_args=(), schema=f"(Tensor grad, Tensor values, {_WHERE}) -> Tensor"
-)
-def _transposed_op(grad, values, *where):
-    return _run_transposed(grad, values, Where(*where))
-
-
-@_transposed_op.register_fake
-def _(grad, values, *where):
-    return grad.new_empty(*grad.shape[:-1], Where(*where).in_features)
-
-
-@torch.library.custom_op("sparseflow::sddmm", mutates_args=(), schema=f"(Tensor grad, Tensor x, {_WHERE}) -> Tensor")
-def _sddmm_op(grad, x, *where):
-    return _run_sddmm(grad, x, Where(*where))
-
-
-@_sddmm_op.register_fake
-def _(grad, x, row_ptr, col, in_features, backend):
-    return x.new_empty(col.shape[0])
-
-
 def _by_sample(grad: Tensor, x: Tensor, dims: tuple, where: Where) -> Tensor | None:
     """Gradients by the sample have nothing to sum up."""
     if math.prod((x if dims[1] is not None else grad).shape[1:-1]) != 1:
@@ -87,9 +49,10 @@ def _by_sample(grad: Tensor, x: Tensor, dims: tuple, where: Where) -> Tensor | N
 
 product = differentiable(Kind(
     name="SparseLinear", where=Where, linear=_run_linear, transposed=_run_transposed, gradient=_run_sddmm,
-    operators=Calls(_linear_op, _transposed_op, _sddmm_op),
+    names=("linear", "spmm_transposed", "sddmm"), schema="Tensor row_ptr, Tensor col, int in_features, str backend",
     of_bias=lambda grad: _flat(grad).sum(0),
     with_bias=lambda y, bias: y + bias,
     shape_of=lambda x, where: (*x.shape[:-1], where.shape[0]),
+    shape_back=lambda grad, where: (*grad.shape[:-1], where.in_features),
     by_sample=_by_sample,
 ))  # fmt: skip
