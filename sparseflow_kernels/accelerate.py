@@ -7,6 +7,7 @@ exchanged while the context lasts, and put back after it.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import types
 import weakref
@@ -22,11 +23,13 @@ from .compiled_field import CompiledField, compile as compile_field
 from .divergence_field import DivergenceField
 from .field import UnsupportedFieldError
 from .hooks import CALLBACKS, is_hooked
+from .known_fields import Entry, Family, family_of, known, lock
+from .live import Watch
 from .odeint import odeint, odeint_adjoint
 from .warn import warn
 
-MOST_FIELDS = 64  # kept at the same time; beyond, those that were compiled first are forgotten
-MOST_FUNCTIONS = 64  # the same of functions, which keep the modules that they read alive
+MOST_TOLD = 64  # entries of a report; beyond, those that were met first are left out
+MOST_FUNCTIONS = 64  # of those that read a module, or none
 MOST_COMPILED = 8  # times that a module is compiled anew for less than three solves each, after which it is handed on
 CALLS = {"odeint": odeint, "odeint_adjoint": odeint_adjoint}
 
@@ -51,37 +54,15 @@ def _trampoline_odeint_adjoint(
 _TRAMPOLINES = {"odeint": _trampoline_odeint, "odeint_adjoint": _trampoline_odeint_adjoint}
 
 
-@dataclass
-class _Family:
-    """Modules of one class over the same parameters: a wrapper that is made anew for every solve, say. compiled: how
-    often one of them was.  solves: that they had.  told: that no more of them are compiled."""
-
-    compiled: int = 0
-    solves: int = 0
-    told: bool = False
-
-
-@dataclass
-class _Entry:
-    """What became of one module for states of one kind. field: None where its solves are handed on to torchdiffeq, for
-    this `reason`.  solves: how many there were.  compiled: how often it was compiled anew."""
-
-    module: weakref.ref
-    field: CompiledField | None
-    reason: str = ""
-    solves: int = 0
-    compiled: int = 0
-    family: _Family = dataclass_field(default_factory=_Family)
-
-
 @dataclass(eq=False)
 class accelerate:  # noqa: N801 - it is called like a function, in a with statement
     """Inside the `with`, what torchdiffeq is asked to solve is solved by compiled fields, where that is possible.
 
     A module is compiled when it is first met (`compile(module, like=y0, live=True)`: its parameters stay its own), and
-    again where its masks change. A function (a lambda over networks, a method of a model, a partial) is compiled as a
-    module that holds the modules which it reads. What cannot be compiled, events and callbacks are handed on to
-    torchdiffeq; of a module a warning says so once, with the reason. `odeint_adjoint` gives the exact gradient of the
+    again where its masks change. What was compiled is kept as long as the module, so that a context may be entered for
+    every solve. A function (a lambda over networks, a method of a model, a partial) is compiled as a module that holds
+    the modules which it reads. What cannot be compiled, events and callbacks are handed on to torchdiffeq; of a module
+    a warning says so once, with the reason. `odeint_adjoint` gives the exact gradient of the
     steps taken, unless it was given an adjoint_* argument (`sparseflow_kernels.odeint_adjoint`). Calls of
     `sparseflow_kernels.odeint` and `solve` with a module take part.
 
@@ -90,11 +71,9 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
     """
 
     engine: str = "auto"
-    _entries: dict[tuple, _Entry] = dataclass_field(default_factory=dict, repr=False)
-    _functions: dict[tuple, FunctionModule] = dataclass_field(default_factory=dict, repr=False)
-    _families: dict[tuple, _Family] = dataclass_field(default_factory=dict, repr=False)
+    _met: dict[Entry, int] = dataclass_field(default_factory=dict, repr=False)  # and the solves here
+    _functions: dict[tuple, FunctionModule] = dataclass_field(default_factory=dict, repr=False)  # that read no modules
     _hooked: weakref.WeakSet = dataclass_field(default_factory=weakref.WeakSet, repr=False)
-    _lock: Any = dataclass_field(default_factory=threading.RLock, repr=False)
 
     def __enter__(self) -> "accelerate":
         with _state_lock:
@@ -112,13 +91,13 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
     def report(self) -> str:
         """For people: a line for every module, which says by which engine it ran, or why it did not."""
         lines = []
-        for entry in list(self._entries.values()):
+        for entry, solves in list(self._met.items()):
             module = entry.module()
             name = "a module that is gone" if module is None else _name(module)
             if entry.field is None:
                 lines.append(f"{name}: handed on to torchdiffeq ({entry.reason})")
             else:
-                lines.append(f"{name}: {entry.field.engine_name} engine, {entry.solves} solves")
+                lines.append(f"{name}: {entry.field.engine_name} engine, {solves} solves")
         return "\n".join(lines) or "no module was solved for"
 
     def field_for(self, module: nn.Module, y0: Any) -> CompiledField | None:
@@ -133,51 +112,57 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
                 self._warn(module, "it has hooks, which would not be called")
             return None
         kinds = tuple((tuple(part.shape[1:]), part.dtype, part.device) for part in parts)
-        key = id(module), module.training, isinstance(y0, tuple), kinds
+        key = self.engine, id(module), module.training, isinstance(y0, tuple), kinds
         exact = (*key, tuple(part.shape[:1] for part in parts))
-        with self._lock:
+        with lock:
+            held = known(module)
             for one in (key, exact):
-                entry = self._entries.get(one)
-                if entry is not None and entry.module() is module and (entry.field is None or _fits(entry.field, y0)):
+                entry = held.entries.get(one)
+                if entry is not None and entry.module() is module and self._holds(entry, y0):
                     self._follow(entry)
-                    entry.solves += 1
-                    entry.family.solves += 1
-                    return entry.field
-            family = self._family(module)
+                    return self._solving(entry)
+            family = family_of(module)
             if family.compiled >= MOST_COMPILED and family.compiled * 3 > family.solves:
                 if not family.told:
                     family.told = True
                     self._refuse_family(module, family)
                 return None
-            family.compiled, family.solves = family.compiled + 1, family.solves + 1
-            entry = self._compiled(module, y0)
-            entry.family = family
-            while len(self._entries) >= MOST_FIELDS:
-                del self._entries[next(iter(self._entries))]
+            family.compiled += 1
+            entry = self._compiled(module, y0, family)
             layout = None if entry.field is None else entry.field.layout
             batched = layout is None or layout.batched
-            self._entries[key if batched and entry.field is not None and not entry.field.has_context else exact] = entry
-            return entry.field
+            held.keep(key if batched and entry.field is not None and not entry.field.has_context else exact, entry)
+            return self._solving(entry)
 
-    def _family(self, module: nn.Module) -> _Family:
-        parameters = tuple(map(id, module.parameters()))
-        kind = id(module) if isinstance(module, FunctionModule) or not parameters else type(module)
-        key = kind, module.training, *parameters
-        if key not in self._families:
-            while len(self._families) >= 4 * MOST_FIELDS:
-                del self._families[next(iter(self._families))]
-            self._families[key] = _Family()
-        return self._families[key]
+    def _holds(self, entry: Entry, y0: Any) -> bool:
+        """Whether this is still what becomes of the module. What was refused in an earlier context is tried again where
+        the module is another now."""
+        if entry.field is not None:
+            return _fits(entry.field, y0)
+        return entry in self._met or (entry.refused is not None and not entry.refused.changed())
 
-    def _refuse_family(self, module: nn.Module, family: _Family) -> None:
+    def _solving(self, entry: Entry) -> CompiledField | None:
+        """Counts a solve of this entry."""
+        entry.solves += 1
+        entry.family.solves += 1
+        self._tell(entry, self._met.get(entry, 0) + 1)
+        return entry.field
+
+    def _tell(self, entry: Entry, solves: int) -> None:
+        if entry not in self._met:
+            while len(self._met) >= MOST_TOLD:
+                del self._met[next(iter(self._met))]
+        self._met[entry] = solves
+
+    def _refuse_family(self, module: nn.Module, family: Family) -> None:
         reason = (
             f"it, or modules of its class over the same parameters, were compiled {family.compiled} times for "
             f"{family.solves} solves: keep one, and give it what changes as an attribute, and states of one shape"
         )
-        self._entries[("family", type(module), id(family))] = _Entry(weakref.ref(module), None, reason)
+        self._tell(Entry(weakref.ref(module), family, None, reason), 0)
         self._warn(module, reason)
 
-    def _follow(self, entry: _Entry) -> None:
+    def _follow(self, entry: Entry) -> None:
         """What the module has become since may be something that cannot be compiled."""
         try:
             if entry.field is not None and entry.field.follow():
@@ -191,18 +176,21 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
         except (UnsupportedFieldError, TypeError, ValueError) as error:
             self._hand_on(entry, error)
 
-    def _hand_on(self, entry: _Entry, error: Exception) -> None:
+    def _hand_on(self, entry: Entry, error: Exception) -> None:
         # Whose refusal it is stands in front of it already; of a function capture knows the module alone.
         entry.field, entry.reason = None, str(error).removeprefix(f"module {FunctionModule.__name__}: ")
-        self._warn(entry.module(), entry.reason)
+        module = entry.module()
+        with contextlib.suppress(Exception):  # parameters that are not made yet: they will be, so it is asked again
+            entry.refused = Watch(module)
+        self._warn(module, entry.reason)
 
     @staticmethod
     def _warn(module: nn.Module, reason: str) -> None:
         warn(f"accelerate: {_name(module)} is handed on to torchdiffeq: {reason}")
 
-    def _compiled(self, module: nn.Module, y0: Any) -> _Entry:
+    def _compiled(self, module: nn.Module, y0: Any, family: Family) -> Entry:
         like = tuple(part.detach() for part in y0) if isinstance(y0, tuple) else y0.detach()
-        entry = _Entry(weakref.ref(module), None, solves=1)
+        entry = Entry(weakref.ref(module), family)
         kept = Kept(module.function) if isinstance(module, FunctionModule) else None
         try:
             with torch.no_grad():
@@ -231,13 +219,14 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
             function = function.__call__  # type: ignore[operator]  # of an object
         parts = parts_of(function)
         key += tuple((id(part), part.training) for part in parts)
-        with self._lock:
-            found = self._functions.pop(key, None)
+        with lock:
+            functions = known(parts[0]).functions if parts else self._functions
+            found = functions.pop(key, None)
             if found is None:
                 found = FunctionModule(function, parts)
-                while len(self._functions) >= MOST_FUNCTIONS:  # the one that was not asked for for longest
-                    del self._functions[next(iter(self._functions))]
-            self._functions[key] = found
+                while len(functions) >= MOST_FUNCTIONS:  # the one that was not asked for for longest
+                    del functions[next(iter(functions))]
+            functions[key] = found
             found.function = function
             return found
 

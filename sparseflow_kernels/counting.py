@@ -11,7 +11,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .capture.probe import untouched
 
-TORCHS = frozenset(nn.Module().__dict__)  # attributes that every module has
+KEPT = "_sparseflow_kernels_kept"  # the attribute in which a module keeps what was compiled of it (known_fields.py)
+TORCHS = frozenset(nn.Module().__dict__) | {KEPT}  # attributes that are none of the user's
 
 
 class Counters:

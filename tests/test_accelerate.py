@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import gc
+import importlib
 import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -374,7 +378,7 @@ def test_a_method_does_not_wait_for_the_rest_of_its_model():
     wanted = [run(scale) for scale in scales]
     with accelerate() as accelerated:
         found = [run(scale) for scale in scales]
-        (entry,) = accelerated._entries.values()
+        (entry,) = accelerated._met
         assert entry.compiled == 1 and entry.solves == 4  # for the new scale, and not for what the encoder counts
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
@@ -442,3 +446,94 @@ def test_wrappers_made_for_every_solve_are_not_compiled_for_ever() -> None:
             wrappers.append(Wrapper(nn.Linear(4, 2), torch.randn(3, 2)))
             solve(wrappers[-1])
     assert context.report().count("cpu engine, 1 solves") == 10
+
+
+T = torch.tensor([0.0, 0.7, 1.0]).double()
+
+
+class Field(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+
+    def forward(self, t, y):
+        return self.net(y) - y * t
+
+
+class Solver(nn.Module):
+    """A model that enters a context for every solve, as forward of many do."""
+
+    def __init__(self, func):
+        super().__init__()
+        self.func = func
+
+    def forward(self, y):
+        with accelerate() as accelerated:
+            out = torchdiffeq.odeint(self.func, y, T)[-1] + torchdiffeq.odeint(lambda t, x: self.func(t, x), y, T)[-1]
+        self.report = accelerated.report()
+        return out
+
+
+def counted_compiles(monkeypatch):
+    found = []
+    module = importlib.import_module("sparseflow_kernels.accelerate")
+    own = module.compile_field
+    monkeypatch.setattr(module, "compile_field", lambda *a, **k: found.append(a[0]) or own(*a, **k))
+    return found
+
+
+def test_a_context_for_every_solve_compiles_once(monkeypatch):
+    compiled, net = counted_compiles(monkeypatch), Field()
+    model, y = Solver(net), torch.randn(4, 2).double()
+    wanted = 2 * torchdiffeq.odeint(net, y, T)[-1]
+    for _ in range(3):
+        torch.testing.assert_close(model(y), wanted, rtol=1e-6, atol=1e-6)
+        assert model.report.count("1 solves") == 2
+    assert len(compiled) == 2 and compiled[0] is net
+    with accelerate("reference"):
+        torchdiffeq.odeint(net, y, T)
+    assert len(compiled) == 3
+
+
+def test_copies_and_pickles_know_nothing_of_what_was_compiled(monkeypatch, tmp_path):
+    net, y = Field(), torch.randn(4, 2).double()
+    Solver(net)(y)
+    torch.save(net, tmp_path / "net.pt")
+    assert b"sparseflow" not in (tmp_path / "net.pt").read_bytes().replace(b"_sparseflow_kernels_kept", b"")
+    read = torch.load(tmp_path / "net.pt", weights_only=False)
+    compiled = counted_compiles(monkeypatch)
+    for other in (copy.deepcopy(net), read, copy.copy(net)):
+        with torch.no_grad():
+            next(other.parameters()).mul_(2.0)
+        wanted = 2 * torchdiffeq.odeint(other, y, T)[-1]
+        torch.testing.assert_close(Solver(other)(y), wanted, rtol=1e-6, atol=1e-6)
+        assert compiled.pop() is not compiled.pop()
+    assert net.state_dict().keys() == Field().state_dict().keys()
+
+
+def test_what_was_compiled_goes_with_its_module():
+    net, y = Field(), torch.randn(4, 2).double()
+    Solver(net)(y)
+    gone = weakref.ref(net)
+    del net
+    gc.collect()
+    assert gone() is None
+
+
+def test_what_was_refused_is_tried_again_where_it_is_another(monkeypatch):
+    class Switch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.odd = nn.Linear(2, 2).double(), True
+
+        def forward(self, t, y):
+            return self.net(y) if not self.odd or float(y.sum()) > 0 else -y
+
+    compiled, net, y = counted_compiles(monkeypatch), Switch(), torch.randn(4, 2).double()
+    for expected in (1, 1, 2, 2):
+        if expected == 2:
+            net.odd = False
+        with warnings.catch_warnings(), accelerate() as accelerated:
+            warnings.simplefilter("ignore")
+            torchdiffeq.odeint(net, y, T)
+        assert len(compiled) == expected and ("handed on" in accelerated.report()) == (expected == 1)

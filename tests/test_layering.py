@@ -16,7 +16,7 @@ FLOORS = [
     ["capture"],
     ["engines"],
     [
-        "accelerate", "callables", "compiled_field", "counting", "divergence_field", "field_parameters", "gradients", "layer_parameters", "live",
+        "accelerate", "callables", "compiled_field", "counting", "divergence_field", "field_parameters", "gradients", "known_fields", "layer_parameters", "live",
         "live_attributes", "nonfinite", "odeint", "operators", "packing", "products", "reading", "report", "solution",
         "solving", "sparse_conv", "sparse_layer", "sparse_linear", "sparsify", "write_back",
     ],

@@ -93,26 +93,29 @@ class Replay:
     def run(self, like: Tensor, t: Tensor | None, parameter: Callable[[str], Tensor]) -> Tensor:
         if (like.dtype, like.device) != self._place:
             self._moved, self._place = {}, (like.dtype, like.device)
-        done: dict[int, Any] = {}
+        return self._value(self._node, {}, like, t, parameter)
 
-        def value(a: Any) -> Any:
-            if isinstance(a, Node):
-                if a.operation is None:
-                    return t
-                if id(a) not in done:
-                    done[id(a)] = call(a.operation, tree_map(value, a.args), tree_map(value, a.kwargs))
-                return done[id(a)]
-            if isinstance(a, Leaf):
-                return parameter(a.name)
-            if isinstance(a, Tensor):
-                if id(a) not in self._moved:
-                    self._moved[id(a)] = a.to(like.device, like.dtype if a.dtype == self._dtype else None)
-                return self._moved[id(a)]
-            if isinstance(a, torch.dtype):
-                return like.dtype if a == self._dtype else a
-            return like.device if isinstance(a, torch.device) else a
-
-        return value(self._node)
+    def _value(
+        self, a: Any, done: dict[int, Any], like: Tensor, t: Tensor | None, parameter: Callable[[str], Tensor]
+    ) -> Any:
+        # No function that calls itself by its own name: such a one, and the numbers it made, would live until the
+        # garbage collector comes.
+        if isinstance(a, Node):
+            if a.operation is None:
+                return t
+            if id(a) not in done:
+                args, kwargs = tree_map(lambda b: self._value(b, done, like, t, parameter), (a.args, a.kwargs))
+                done[id(a)] = call(a.operation, args, kwargs)
+            return done[id(a)]
+        if isinstance(a, Leaf):
+            return parameter(a.name)
+        if isinstance(a, Tensor):
+            if id(a) not in self._moved:
+                self._moved[id(a)] = a.to(like.device, like.dtype if a.dtype == self._dtype else None)
+            return self._moved[id(a)]
+        if isinstance(a, torch.dtype):
+            return like.dtype if a == self._dtype else a
+        return like.device if isinstance(a, torch.device) else a
 
 
 class Computed:
