@@ -23,13 +23,14 @@ from .compiled_field import CompiledField, compile as compile_field
 from .divergence_field import DivergenceField
 from .field import UnsupportedFieldError
 from .hooks import CALLBACKS, is_hooked
-from .known_fields import Entry, Family, family_of, known, lock
+from .known_fields import Entry, Family, family_of, give_back, known, lock, stand_in
 from .live import Watch
 from .odeint import odeint, odeint_adjoint
 from .warn import warn
 
 MOST_TOLD = 64  # entries of a report; beyond, those that were met first are left out
 MOST_FUNCTIONS = 64  # of those that read a module, or none
+MOST_ALONE = 3  # the same, after which one stands for all wrappers of a class round the same modules
 MOST_COMPILED = 8  # times that a module is compiled anew for less than three solves each, after which it is handed on
 CALLS = {"odeint": odeint, "odeint_adjoint": odeint_adjoint}
 
@@ -94,6 +95,8 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
         for entry, solves in list(self._met.items()):
             module = entry.module()
             name = "a module that is gone" if module is None else _name(module)
+            if entry.field is None and entry.stands:
+                continue
             if entry.field is None:
                 lines.append(f"{name}: handed on to torchdiffeq ({entry.reason})")
             else:
@@ -111,28 +114,39 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
                 self._hooked.add(module)
                 self._warn(module, "it has hooks, which would not be called")
             return None
+        with lock:
+            return self._find(module, y0, parts)
+
+    def _find(
+        self, module: nn.Module, y0: Any, parts: tuple[Tensor, ...], stands: bool = False
+    ) -> CompiledField | None:
+        """stands: the module stands for others."""
         kinds = tuple((tuple(part.shape[1:]), part.dtype, part.device) for part in parts)
         key = self.engine, id(module), module.training, isinstance(y0, tuple), kinds
         exact = (*key, tuple(part.shape[:1] for part in parts))
-        with lock:
-            held = known(module)
-            for one in (key, exact):
-                entry = held.entries.get(one)
-                if entry is not None and entry.module() is module and self._holds(entry, y0):
-                    self._follow(entry)
-                    return self._solving(entry)
-            family = family_of(module)
-            if family.compiled >= MOST_COMPILED and family.compiled * 3 > family.solves:
-                if not family.told:
-                    family.told = True
-                    self._refuse_family(module, family)
-                return None
-            family.compiled += 1
-            entry = self._compiled(module, y0, family)
-            layout = None if entry.field is None else entry.field.layout
-            batched = layout is None or layout.batched
-            held.keep(key if batched and entry.field is not None and not entry.field.has_context else exact, entry)
-            return self._solving(entry)
+        held = known(module)
+        for one in (key, exact):
+            entry = held.entries.get(one)
+            if entry is not None and entry.module() is module and self._holds(entry, y0):
+                self._follow(entry)
+                return self._solving(entry)
+        family = family_of(module)
+        rare = family.compiled * 3 > family.solves
+        if family.compiled >= MOST_ALONE and rare and not family.apart and not stands:
+            if (other := stand_in(module)) is not None and (field := self._find(other, y0, parts, True)) is not None:
+                return field
+            family.apart = True
+        if family.compiled >= MOST_COMPILED and rare and not stands:
+            if not family.told:
+                family.told = True
+                self._refuse_family(module, family)
+            return None
+        family.compiled += 1
+        entry = self._compiled(module, y0, Entry(weakref.ref(module), family, stands=stands))
+        layout = None if entry.field is None else entry.field.layout
+        batched = layout is None or layout.batched
+        held.keep(key if batched and entry.field is not None and not entry.field.has_context else exact, entry)
+        return self._solving(entry)
 
     def _holds(self, entry: Entry, y0: Any) -> bool:
         """Whether this is still what becomes of the module. What was refused in an earlier context is tried again where
@@ -182,15 +196,15 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
         module = entry.module()
         with contextlib.suppress(Exception):  # parameters that are not made yet: they will be, so it is asked again
             entry.refused = Watch(module)
-        self._warn(module, entry.reason)
+        if not entry.stands:  # else those that it stood for are compiled by themselves
+            self._warn(module, entry.reason)
 
     @staticmethod
     def _warn(module: nn.Module, reason: str) -> None:
         warn(f"accelerate: {_name(module)} is handed on to torchdiffeq: {reason}")
 
-    def _compiled(self, module: nn.Module, y0: Any, family: Family) -> Entry:
+    def _compiled(self, module: nn.Module, y0: Any, entry: Entry) -> Entry:
         like = tuple(part.detach() for part in y0) if isinstance(y0, tuple) else y0.detach()
-        entry = Entry(weakref.ref(module), family)
         kept = Kept(module.function) if isinstance(module, FunctionModule) else None
         try:
             with torch.no_grad():
@@ -288,6 +302,7 @@ def _call(name: str, func: Any, y0: Any, t: Any, **arguments: Any) -> Any:
         return CALLS[name](field, y0, t, **arguments)
     finally:
         _inside.call = False
+        give_back(field, func)
 
 
 def _field(func: Any, y0: Any, arguments: dict) -> CompiledField | None:

@@ -115,6 +115,7 @@ class CompiledField(FieldParameters):
 
     example: tuple | None = None  # the shape of the `like` it was compiled with, or the shapes of its tensors
     _context: Tensor | None = None  # given by `with_context`
+    _pinned: Callable[[], Tensor | None] | None = None  # what gives a `pinned` field its context
 
     def __init__(
         self, field: VectorField | GraphField, engine: str = "auto", *, origins: dict[Key, Origin] | None = None,
@@ -140,7 +141,7 @@ class CompiledField(FieldParameters):
     def follow(self) -> bool:
         """Compile anew where the module is no longer the one that this field was compiled from (`live`). True where it
         is not."""
-        if not self._watch.changed():
+        if self._pinned is not None or not self._watch.changed():
             return False
         like = self._like()
         dim = None if self.layout is not None or like is not None else self.dim
@@ -299,6 +300,17 @@ class CompiledField(FieldParameters):
         other.__dict__ = {**self.__dict__, "_context": context.reshape(len(context), -1)}
         return other
 
+    def pinned(self) -> "CompiledField":
+        """This field, which stays what it is now where its module comes to hold other numbers or tensors: for what
+        evaluates it later, on behalf of a solve of now."""
+        read = getattr(self.skeleton, "read_context", None)
+        if self._watch is None and (read is None or self._context is not None):
+            return self
+        other = CompiledField.__new__(type(self))
+        given = (lambda: None) if read is None else read.pinned()
+        other.__dict__ = {**self.__dict__, "_pinned": given, "count": self.count}
+        return other
+
     @property
     def has_context(self) -> bool:
         return getattr(self.skeleton, "context", None) is not None
@@ -314,7 +326,7 @@ class CompiledField(FieldParameters):
                 raise ValueError(
                     f"this field has a context [batch, {node.rows}]: give it by field.with_context(context)"
                 )
-            found = self.skeleton.read_context()
+            found = (self._pinned or self.skeleton.read_context)()
         if found.shape != (batch, node.rows):
             raise ValueError(
                 f"context: is {list(found.shape)}, for a state of {batch} samples it must be [{batch}, {node.rows}]; "

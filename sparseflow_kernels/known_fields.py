@@ -11,6 +11,7 @@ import threading
 import weakref
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from .callables import FunctionModule
@@ -20,26 +21,28 @@ from .live import Watch
 
 MOST_FIELDS = 64  # of a module; beyond, those that were compiled first are forgotten
 MOST_FAMILIES = 256
+MOST_STAND_INS = 16  # round one module
 lock = threading.RLock()
 
 
 @dataclass
 class Family:
     """Modules of one class over the same parameters: a wrapper that is made anew for every solve, say. compiled: how
-    often one of them was.  solves: that they had.  told: that no more of them are compiled.  of: one of the
-    parameters."""
+    often one of them was.  solves: that they had.  told: that no more of them are compiled.  apart: that no one of them
+    stands for others.  of: one of the parameters."""
 
     of: weakref.ref
     compiled: int = 0
     solves: int = 0
     told: bool = False
+    apart: bool = False
 
 
 @dataclass(eq=False)
 class Entry:
     """What became of one module for states of one kind. field: None where its solves are handed on to torchdiffeq, for
     this `reason`.  solves: how many there were.  compiled: how often it was compiled anew.  refused: the module as it
-    was when it was found that it cannot be compiled."""
+    was when it was found that it cannot be compiled.  stands: the module is a `stand_in`."""
 
     module: weakref.ref
     family: Family
@@ -48,17 +51,20 @@ class Entry:
     solves: int = 0
     compiled: int = 0
     refused: Watch | None = None
+    stands: bool = False
 
 
 class Known:
     """entries: what became of the module, by engine and kind of state.  functions: modules made of functions that read
-    the module, by their code."""
+    the module, by their code.  stand_ins: `stand_in`'s, of wrappers of the module."""
 
-    __slots__ = ("entries", "functions")  # and no __dict__, so that nobody takes it for something that forward reads
+    # and no __dict__, so that nobody takes it for something that forward reads
+    __slots__ = ("entries", "functions", "stand_ins")
 
     def __init__(self) -> None:
         self.entries: dict[tuple, Entry] = {}
         self.functions: dict[tuple, FunctionModule] = {}
+        self.stand_ins: dict[tuple, nn.Module] = {}
 
     def __deepcopy__(self, memo: dict) -> "Known":
         return Known()
@@ -92,3 +98,35 @@ def family_of(module: nn.Module) -> Family:
             del _families[next(iter(_families))]
         found = _families[key] = Family(weakref.ref(parameters[0] if parameters else module))
     return found
+
+
+def stand_in(module: nn.Module) -> nn.Module | None:
+    """A module of the same class with the same attributes, which is the same one for all wrappers of this class round
+    the same modules: what is compiled of it serves those that are made anew for every solve. None where there is
+    none."""
+    children = [child for child in module._modules.values() if child is not None]
+    if not children or isinstance(module, (FunctionModule, torch.jit.ScriptModule)):
+        return None
+    # Each thread has its own: it holds the numbers of the wrapper that is solved for.
+    own = map(id, (*children, *module._parameters.values()))
+    key = type(module), module.training, threading.get_ident(), *own
+    held = known(children[0]).stand_ins
+    found = held.get(key)
+    if found is None:
+        while len(held) >= MOST_STAND_INS:
+            del held[next(iter(held))]
+        found = held[key] = object.__new__(type(module))
+    kept = found.__dict__.get(KEPT)
+    found.__dict__.clear()
+    found.__dict__.update({name: value for name, value in module.__dict__.items() if name != KEPT})
+    if kept is not None:
+        found.__dict__[KEPT] = kept
+    return found
+
+
+def give_back(field: CompiledField, module: object) -> None:
+    """Writes what a stand-in has counted into the module that it stood for."""
+    stand = field.module
+    if stand is not module and type(stand) is type(module):
+        for name in field._watch.counted(stand) & stand.__dict__.keys():
+            module.__dict__[name] = stand.__dict__[name]

@@ -77,6 +77,10 @@ class Watch:
         if self.__dict__.get("_counters"):
             self._counters.add(evaluations)
 
+    def counted(self, part: nn.Module) -> frozenset[str]:
+        """Names of the attributes in which a part of the module counts its evaluations."""
+        return self._counters.of(part) if self.__dict__.get("_counters") else frozenset()
+
     def changed(self) -> bool:
         """Whether the module has to be compiled anew. It has in a copy, which knows nothing of what was compiled."""
         if "_structure" not in self.__dict__:

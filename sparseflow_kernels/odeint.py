@@ -28,7 +28,7 @@ from .numerics.tableaus import METHODS
 from .solution import Solution
 from .solving.adjoint_call import watched
 from .solving.arguments import State, check_not_negative, checked_options
-from .solving.delegation import begin, handed_over, solve_by_torchdiffeq, with_own_noise
+from .solving.delegation import begin, handed_over, solve_by_torchdiffeq, with_own_numbers
 from .solving.engine_call import EngineCall
 from .solving.torch_call import TorchCall, callbacks_of
 
@@ -197,7 +197,7 @@ def odeint_adjoint(
         return odeint(func, y0, t, rtol=rtol, atol=atol, method=method, options=options)
     _refuse_tsit5(method, "the continuous adjoint")
     _refuse_tsit5(adjoint_method, "the continuous adjoint")
-    func = with_own_noise(func, y0)
+    func = with_own_numbers(func, y0)
     if isinstance(adjoint_params, Iterator):
         adjoint["adjoint_params"] = adjoint_params = tuple(adjoint_params)
 

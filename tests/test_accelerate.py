@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import copy
 import functools
@@ -425,27 +426,96 @@ def test_functions_of_one_code_over_other_functions_are_told_apart():
 
 
 class Wrapper(nn.Module):
-    def __init__(self, inner: nn.Module, c: torch.Tensor) -> None:
+    def __init__(self, inner: nn.Module, c: torch.Tensor, scale: float = 1.0) -> None:
         super().__init__()
-        self.inner, self.c = inner, c
+        self.inner, self.c, self.scale, self.nfe = inner, c, scale, 0
 
     def forward(self, t, y):
-        return self.inner(torch.cat([y, self.c], 1))
+        self.nfe += 1
+        return self.inner(torch.cat([y, self.c], 1)) * self.scale
 
 
-def test_wrappers_made_for_every_solve_are_not_compiled_for_ever() -> None:
-    inner, y, times = nn.Linear(4, 2), torch.randn(3, 2), torch.tensor([0.0, 1.0])
-    solve = lambda module: odeint(module, y, times, rtol=1e-4, atol=1e-4)
-    wrappers = [Wrapper(inner, torch.randn(3, 2)) for _ in range(10)]
-    with accelerate() as context, pytest.warns(UserWarning, match="keep one, and give it what changes") as told:
-        found = [solve(wrapper) for wrapper in wrappers]
-    torch.testing.assert_close(found, [solve(wrapper) for wrapper in wrappers])
-    assert context.report().count("cpu engine, 1 solves") == 8 and len(told) == 1
-    with accelerate() as context:  # layers of one class
-        for _ in range(10):
-            wrappers.append(Wrapper(nn.Linear(4, 2), torch.randn(3, 2)))
-            solve(wrappers[-1])
-    assert context.report().count("cpu engine, 1 solves") == 10
+def solved(odeint, wrappers, y, **options):
+    """Solutions, and the gradients of all that is trained, after all solves."""
+    found = [odeint(one, y, T, rtol=1e-8, atol=1e-8, **options) for one in wrappers]
+    trained = [*wrappers[0].inner.parameters(), *(one.c for one in wrappers)]
+    loss = sum((i + 1) * part[-1].square().sum() for i, part in enumerate(found))
+    return found, torch.autograd.grad(loss, trained, allow_unused=True)  # torchdiffeq's adjoint knows of no tensor held
+
+
+@pytest.mark.parametrize("options", [{}, {"adjoint_options": {"norm": "seminorm"}}, {"method": "rk4"}])
+def test_wrappers_made_for_every_solve_share_what_is_compiled(options, monkeypatch):
+    inner, y = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double(), torch.randn(3, 2).double()
+    contexts = [torch.randn(3, 2).double() for _ in range(10)]
+    made = lambda: [Wrapper(inner, c.clone().requires_grad_()) for c in contexts]
+    call = odeint_adjoint if "adjoint_options" in options else odeint
+    first, second = made(), made()
+    wanted = solved(call, first, y, **options)
+    counts = [one.nfe for one in first]
+    compiled = counted_compiles(monkeypatch)
+    with accelerate() as context, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = solved(call, second, y, **options)
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-6, atol=1e-7)
+    for ours, theirs in zip(found[1], wanted[1]):
+        assert theirs is None or torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert wanted[1][0] is not None and (wanted[1][-1] is None) == ("adjoint_options" in options)
+    assert len(compiled) == 4 and context.report().endswith("7 solves")
+    if not options:
+        assert [one.nfe for one in second] == counts
+
+
+def test_the_adjoint_goes_back_with_the_numbers_of_its_own_solve():
+    inner, y = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double(), torch.randn(3, 2).double()
+    contexts = [torch.randn(3, 2).double() for _ in range(3)]
+    options = {"adjoint_options": {"norm": "seminorm"}, "rtol": 1e-9, "atol": 1e-9}
+
+    def run(held):
+        loss = 0
+        for c in contexts:
+            if held is None:  # a lambda for every solve, over the numbers of now
+                func = lambda t, x, c=c: inner(torch.cat([x, c], 1))
+                out = odeint_adjoint(func, y, T, adjoint_params=tuple(inner.parameters()), **options)
+            else:
+                held.c = c
+                out = odeint_adjoint(held, y, T, **options)
+            loss = loss + out[-1].square().sum()
+        return torch.autograd.grad(loss, list(inner.parameters()))
+
+    wanted = run(None)
+    held = Wrapper(inner, contexts[0])
+    with accelerate():
+        found = run(None), run(held)
+    for one in found:
+        torch.testing.assert_close(one, wanted, rtol=1e-5, atol=1e-7)
+    assert held.nfe > 100  # of the solves backwards, too
+
+
+def test_wrappers_with_other_numbers_are_compiled_by_themselves_and_not_for_ever():
+    inner, y = nn.Linear(4, 2).double(), torch.randn(3, 2).double()
+    wrappers = [Wrapper(inner, torch.randn(3, 2).double(), scale=0.1 * i) for i in range(40)]
+    solve = lambda one: odeint(one, y, T)
+    wanted = [solve(one) for one in wrappers]
+    with accelerate() as context, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = [solve(one) for one in wrappers]
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    assert len(told) == 1 and "keep one, and give it what changes" in str(told[0].message)
+    assert "keep one" in context.report()
+    few = wrappers[:5]  # that live on, and take turns
+    wanted = [solve(one) for one in few]
+    with accelerate() as context:
+        found = [solve(one) for _ in range(20) for one in few]
+    torch.testing.assert_close(found, wanted * 20, rtol=1e-6, atol=1e-6)
+
+
+def test_threads_have_wrappers_of_their_own():
+    inner, y = nn.Linear(4, 2).double(), torch.randn(3, 2).double()
+    wrappers = [Wrapper(inner, torch.randn(3, 2).double()) for _ in range(24)]
+    wanted = [odeint(one, y, T) for one in wrappers]
+    with accelerate(), concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda one: odeint(one, y, T), wrappers))
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
 T = torch.tensor([0.0, 0.7, 1.0]).double()

@@ -6,6 +6,7 @@ others between two solves.
 
 from __future__ import annotations
 
+import copy
 import dis
 import functools
 import types
@@ -157,6 +158,7 @@ class ReadContext:
 
     def __init__(self, module: nn.Module, context: Context, dtype: torch.dtype) -> None:
         self._module = module
+        self._held: dict[str, Tensor] = {}  # what is read in the place of the module's tensors of these names
         self._parts = [(Replay(node, dtype), axis, columns) for node, axis, columns, _ in context.parts]
         self._dtype = dtype
 
@@ -171,6 +173,12 @@ class ReadContext:
         """The module's tensors that it is read from, as dotted paths, in alphabetical order."""
         return sorted(name.removeprefix(PREFIX).replace("/", ".").strip(".") for name in self.tensors)
 
+    def pinned(self) -> "ReadContext":
+        """The same of the tensors that the module holds now."""
+        other = copy.copy(self)
+        other._held = {name: attribute(self._module, name) for name in self.tensors}
+        return other
+
     def __call__(self) -> Tensor:
         like = next(self._module.parameters(), None)
         if like is None:
@@ -182,7 +190,9 @@ class ReadContext:
 
     def _part(self, like: Tensor, replay: Replay, axis: int, columns: Tensor) -> Tensor:
         def moved(name: str) -> Tensor:
-            value = attribute(self._module, name) if name.startswith(PREFIX) else self._module.get_parameter(name)
+            if (value := self._held.get(name)) is None:
+                held = name.startswith(PREFIX)
+                value = attribute(self._module, name) if held else self._module.get_parameter(name)
             return value.to(like.device, like.dtype if value.is_floating_point() else None)
 
         value = replay.run(like, None, moved).movedim(axis, 0)

@@ -9,6 +9,7 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
+from ..compiled_field import CompiledField
 from ..divergence_field import DivergenceField
 from ..hooks import CALLBACKS
 from ..numerics.tableaus import ADAPTIVE
@@ -22,14 +23,19 @@ def begin(func: Callable, y0: State) -> None:
         func.begin_solve(y0[0])
 
 
-def with_own_noise(func: Callable, y0: State) -> Callable:
-    """func, or its twin that keeps the noise of the solve that starts now: the adjoint is asked for it when other
-    solves may have drawn another."""
+def with_own_numbers(func: Callable, y0: State) -> Callable:
+    """func, or its twin that keeps the noise and the context of the solve that starts now: the adjoint is asked for them
+    when other solves may have drawn, or been given, others."""
     begin(func, y0)
-    if not isinstance(func, DivergenceField) or func._drawn is None:
+    if isinstance(func, CompiledField):
+        return func.pinned()
+    if not isinstance(func, DivergenceField):
         return func
     twin = copy.copy(func)
-    twin._buffers = {**func._buffers, "noise": func._drawn}
+    if func._drawn is not None:
+        twin._buffers = {**func._buffers, "noise": func._drawn}
+    if isinstance(func.field, CompiledField):
+        twin._modules = {**func._modules, "field": func.field.pinned()}
     return twin
 
 
