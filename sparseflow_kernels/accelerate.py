@@ -232,7 +232,8 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
         if not isinstance(function, PYTHONS):
             function = function.__call__  # type: ignore[operator]  # of an object
         parts = parts_of(function)
-        key += tuple((id(part), part.training) for part in parts)
+        # Each thread has its own: it reads what the function reads that is solved for.
+        key += (threading.get_ident(), *((id(part), part.training) for part in parts))
         with lock:
             functions = known(parts[0]).functions if parts else self._functions
             found = functions.pop(key, None)

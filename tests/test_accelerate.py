@@ -8,6 +8,7 @@ import copy
 import functools
 import gc
 import importlib
+import sys
 import threading
 import warnings
 import weakref
@@ -509,12 +510,23 @@ def test_wrappers_with_other_numbers_are_compiled_by_themselves_and_not_for_ever
     torch.testing.assert_close(found, wanted * 20, rtol=1e-6, atol=1e-6)
 
 
-def test_threads_have_wrappers_of_their_own():
+@pytest.mark.parametrize("kind", ["lambda", "wrapper"])
+def test_threads_solve_for_their_own_numbers(kind):
     inner, y = nn.Linear(4, 2).double(), torch.randn(3, 2).double()
-    wrappers = [Wrapper(inner, torch.randn(3, 2).double()) for _ in range(24)]
-    wanted = [odeint(one, y, T) for one in wrappers]
-    with accelerate(), concurrent.futures.ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda one: odeint(one, y, T), wrappers))
+    contexts = [torch.randn(3, 2).double() for _ in range(60)]
+
+    def solve(c):
+        func = Wrapper(inner, c) if kind == "wrapper" else lambda t, x: inner(torch.cat([x, c], 1))
+        return odeint(func, y, T)
+
+    wanted = [solve(c) for c in contexts]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with accelerate(), concurrent.futures.ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(solve, contexts))
+    finally:
+        sys.setswitchinterval(before)
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 

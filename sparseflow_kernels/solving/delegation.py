@@ -24,8 +24,8 @@ def begin(func: Callable, y0: State) -> None:
 
 
 def with_own_numbers(func: Callable, y0: State) -> Callable:
-    """func, or its twin that keeps the noise and the context of the solve that starts now: the adjoint is asked for them
-    when other solves may have drawn, or been given, others."""
+    """func, or its twin that keeps the noise and the context of the solve that starts now: the adjoint is asked for
+    them when other solves may have drawn, or been given, others."""
     begin(func, y0)
     if isinstance(func, CompiledField):
         return func.pinned()
