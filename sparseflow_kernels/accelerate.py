@@ -56,7 +56,7 @@ _TRAMPOLINES = {"odeint": _trampoline_odeint, "odeint_adjoint": _trampoline_odei
 
 
 @dataclass(eq=False)
-class accelerate:  # noqa: N801 - it is called like a function, in a with statement
+class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like a function, in a with statement
     """Inside the `with`, what torchdiffeq is asked to solve is solved by compiled fields, where that is possible.
 
     A module is compiled when it is first met (`compile(module, like=y0, live=True)`: its parameters stay its own), and
@@ -68,7 +68,7 @@ class accelerate:  # noqa: N801 - it is called like a function, in a with statem
     `sparseflow_kernels.odeint` and `solve` with a module take part.
 
     The context may be entered again while it lasts, and from several threads, which share it: torchdiffeq's functions
-    are the process's. engine: as in `compile`.
+    are the process's. It is a decorator too: `@accelerate()` over a function. engine: as in `compile`.
     """
 
     engine: str = "auto"

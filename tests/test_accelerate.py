@@ -577,6 +577,18 @@ def test_a_context_for_every_solve_compiles_once(monkeypatch):
     assert len(compiled) == 3
 
 
+def test_as_a_decorator(monkeypatch):
+    compiled, net, y = counted_compiles(monkeypatch), Field(), torch.randn(4, 2).double()
+
+    @accelerate()
+    def end(y):
+        return torchdiffeq.odeint(net, y, T)[-1]
+
+    found = [end(y) for _ in range(3)]
+    assert len(compiled) == 1
+    torch.testing.assert_close(found, 3 * [torchdiffeq.odeint(net, y, T)[-1]], rtol=1e-6, atol=1e-6)
+
+
 def test_copies_and_pickles_know_nothing_of_what_was_compiled(monkeypatch, tmp_path):
     net, y = Field(), torch.randn(4, 2).double()
     Solver(net)(y)
