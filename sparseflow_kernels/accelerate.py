@@ -22,6 +22,7 @@ from .callables import PYTHONS, FunctionModule, Kept, key_of, original, parts_of
 from .compiled_field import CompiledField, compile as compile_field
 from .divergence_field import DivergenceField
 from .field import UnsupportedFieldError
+from .gradients import only_torch
 from .hooks import CALLBACKS, is_hooked
 from .known_fields import Entry, Family, family_of, give_back, known, lock, stand_in
 from .live import Watch
@@ -130,6 +131,8 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
             if entry is not None and entry.module() is module and self._holds(entry, y0):
                 self._follow(entry)
                 return self._solving(entry)
+        if only_torch():  # tensors without numbers of their own, by which nothing can be read or compared
+            return None
         family = family_of(module)
         rare = family.compiled * 3 > family.solves
         if family.compiled >= MOST_ALONE and rare and not family.apart and not stands:

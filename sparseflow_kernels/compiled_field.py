@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import gradients, operators
 from .capture import unwrapped
-from .devices import factories_on_cpu
+from .devices import factories_on_cpu, lasting, ordinary
 from .counting import Counters
 from .divergence import KINDS, DivergencePlan, Kind
 from .engines import choose, reference_engine
@@ -35,7 +35,7 @@ from .write_back import write_back
 _follow_assigned = follow_assigned  # where pickles of version 0.1.0 look for it
 
 
-@factories_on_cpu
+@lasting
 def compile(  # noqa: A001 (the field's own word; the builtin is not needed here)
     module_or_field: nn.Module | VectorField | GraphField, engine: str = "auto", dim: int | None = None,
     like: State | None = None, live: bool = False,
@@ -67,6 +67,8 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
     unknown engine, or a `dim` or `like` that does not fit; TypeError for other objects.
     """
     source = unwrapped(module_or_field)
+    if like is not None:
+        like = ordinary(like)
     found = read(source, dim, like)
     if dim is not None and found.field.dim != dim:
         raise ValueError(f"compile: dim is {dim}, but the field's state has {found.field.dim} components")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Callable, ParamSpec, TypeVar
+from typing import Any, Callable, ParamSpec, TypeVar
 
 import torch
 
@@ -29,3 +29,25 @@ def factories_on_cpu(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return run
+
+
+def lasting(function: Callable[P, R]) -> Callable[P, R]:
+    """What `function` makes is kept: made on the CPU, as above, and of tensors that autograd takes, though it be under
+    torch.inference_mode. A model is often met there first, by a validation before the training."""
+    inner = factories_on_cpu(function)
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            return inner(*args, **kwargs)
+        with torch.inference_mode(False):
+            return inner(*args, **kwargs)
+
+    return run
+
+
+def ordinary(state: Any) -> Any:
+    """The tensor, or the tensors of a tuple, which autograd takes: copies of those that are an inference_mode's."""
+    if isinstance(state, tuple):
+        return tuple(map(ordinary, state))
+    return state.clone() if isinstance(state, torch.Tensor) and state.is_inference() else state

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import divergence
+from .devices import lasting
 from .divergence import DivergencePlan, Kind
 from .engines import choose
 from .engines.base import Engine
@@ -100,12 +101,14 @@ class Packing:
         """Forget what was packed."""
         self._engines.clear()
 
+    @lasting
     def plan(self, kind: Kind | None, field: Callable[[], VectorField | GraphField]) -> DivergencePlan | None:
         """How the divergence is computed (`divergence.plan`), counted once; None for kind None."""
         if kind is not None and kind not in self._plans:
             self._plans[kind] = divergence.plan(field(), kind)
         return None if kind is None else self._plans[kind]
 
+    @lasting
     def engine(
         self, kind: Kind | None, tensors: Sequence[Tensor], field: Callable[[], VectorField | GraphField]
     ) -> Engine:

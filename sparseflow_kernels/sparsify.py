@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .devices import lasting
 from .masks import effective
 from .sparse_conv import SparseConv2d
 from .sparse_layer import SparseLayer
@@ -14,6 +15,7 @@ from .sparse_linear import SparseLinear
 _MAKERS = {nn.Linear: SparseLinear.from_linear, nn.Conv2d: SparseConv2d.from_conv}
 
 
+@lasting
 def sparsify_(model: nn.Module, below: float = 0.5, backend: str = "auto") -> dict[str, SparseLayer]:
     """Replace, in place, every nn.Linear and nn.Conv2d of which at most the share `below` of the weights is not zero.
 

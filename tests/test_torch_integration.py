@@ -357,3 +357,51 @@ def test_packing_leaves_the_size_of_parameters_to_their_owner():
     y = torch.randn(4, 3, requires_grad=True)
     sfk.odeint(field, y, T).sum().backward()
     assert all(parameter.untyped_storage().resizable() for parameter in field.parameters())
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.gate = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), nn.Linear(3, 3)
+
+    def forward(self, t, x):
+        features = torch.stack([t.sin(), t.cos()]).expand(len(x), 2)
+        return torch.sigmoid(self.gate(x)) * self.net(torch.cat([x, features], 1))
+
+
+@pytest.mark.parametrize("kind", [None, "exact", "hutchinson"])
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("graph", [False, True])
+def test_what_an_inference_mode_met_first_is_trained_after_it(graph, live, kind):
+    """A validation before the training, as Lightning makes one."""
+    make = Gated if graph else lambda: Chain()
+    x, l, times = torch.randn(4, 3), torch.zeros(4), torch.tensor([0.0, 1.0])
+    module = make()
+    with torch.inference_mode():
+        sfk.prune_weights_(module, keep=0.5)
+        field = sfk.compile(module, like=x.clone(), live=live)
+        func = field if kind is None else sfk.with_divergence(field, kind)
+        start = (lambda: x.clone().requires_grad_()) if kind is None else lambda: (x.clone().requires_grad_(), l)
+        sfk.odeint(func, x if kind is None else (x, l), times)
+        field(torch.rand(4), x)
+    outs = sfk.odeint(func, start(), times), field(0.1, x), field(torch.rand(4), x)
+    sum(part.sum() for out in outs for part in (out if isinstance(out, tuple) else (out,))).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in field.parameters())
+    assert "engine: cpu" in field.report()
+
+
+class Chain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, t, x):
+        return self.net(x)
+
+
+def test_what_torch_func_met_first_is_accelerated_after_it():
+    module, x, times = Chain(), torch.randn(4, 3), torch.tensor([0.0, 1.0])
+    with sfk.accelerate() as context:
+        torch.func.jacrev(lambda z: torchdiffeq.odeint(module, z, times, method="rk4")[-1])(x)
+        torchdiffeq.odeint(module, x, times)
+    assert context.report() == "Chain: cpu engine, 1 solves"

@@ -18,7 +18,7 @@ from typing import Iterable, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..devices import factories_on_cpu
+from ..devices import lasting
 from ..field import UnsupportedFieldError
 from ..masks import effective, live_mask, set_mask_
 from ..warn import warn
@@ -37,7 +37,7 @@ _CLOSE_ENOUGH = 0.005  # relative to the size wanted
 _ALL_SUBSETS = 8  # layers up to which every choice of those that get one neuron more is tried
 
 
-@factories_on_cpu
+@lasting
 def prune_neurons_(
     module: _Module,
     keep: float,
@@ -122,7 +122,7 @@ def prune_neurons_(
     return module
 
 
-@factories_on_cpu
+@lasting
 def neuron_report(
     module: nn.Module,
     *,

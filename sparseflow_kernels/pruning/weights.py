@@ -8,7 +8,7 @@ from typing import Iterable, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..devices import factories_on_cpu
+from ..devices import lasting
 from ..field import UnsupportedFieldError
 from ..masks import count, effective, set_mask_
 from ..warn import warn
@@ -32,7 +32,7 @@ from .wiring import Wiring
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-@factories_on_cpu
+@lasting
 def prune_weights_(
     module: _Module,
     keep: float,
