@@ -274,7 +274,8 @@ class CompiledField(FieldParameters):
             return gradients.evaluate(*ready, t, y.contiguous(), None, self.context_of(len(y)))[0]
         if self._own_times is None:
             packing = Packing("auto" if self.requested not in ("reference", "cpu") else self.requested)
-            graph = graph_of_chain(self.vector_field).map_tensors(lambda tensor: tensor.detach().to("meta"))
+            with torch.no_grad():
+                graph = graph_of_chain(self.vector_field).map_tensors(lambda tensor: tensor.to("meta"))
             self._own_times = packing, graph
         packing, graph = self._own_times
         given = iter(self.ordered())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any, Callable, ParamSpec, TypeVar
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 # set_default_device is a mode of torch functions. That there is none is told in no time; which device it is, later.
 _modes = getattr(torch._C, "_len_torch_function_stack", None)
@@ -32,18 +34,32 @@ def factories_on_cpu(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def lasting(function: Callable[P, R]) -> Callable[P, R]:
-    """What `function` makes is kept: made on the CPU, as above, and of tensors that autograd takes, though it be under
-    torch.inference_mode. A model is often met there first, by a validation before the training."""
+    """What `function` makes is kept: made on the CPU, as above; of tensors that autograd takes, though it be under
+    torch.inference_mode (a model is often met there first, by a validation before the training); and unseen by hooks on
+    what autograd saves, because a checkpoint counts that, and meets it the first time alone."""
     inner = factories_on_cpu(function)
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        if torch.compiler.is_compiling():
             return inner(*args, **kwargs)
-        with torch.inference_mode(False):
+        with contextlib.ExitStack() as stack:
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+            if _hooked():
+                stack.enter_context(saved_tensors_hooks(_as_it_is, _as_it_is))
             return inner(*args, **kwargs)
 
     return run
+
+
+def _hooked() -> bool:
+    """Are there hooks on what autograd saves?"""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def ordinary(state: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torchdiffeq
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.nn.modules import module as nn_module
 
 from sparseflow_kernels.flows import mlp_field
@@ -405,3 +406,29 @@ def test_what_torch_func_met_first_is_accelerated_after_it():
         torch.func.jacrev(lambda z: torchdiffeq.odeint(module, z, times, method="rk4")[-1])(x)
         torchdiffeq.odeint(module, x, times)
     assert context.report() == "Chain: cpu engine, 1 solves"
+
+
+@pytest.mark.parametrize("kind", [None, "exact", "hutchinson"])
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("live", [False, True])
+def test_a_checkpoint_counts_the_same_the_first_time_and_again(graph, live, kind):
+    module, x, l, times = Gated() if graph else Chain(), torch.randn(4, 3), torch.zeros(4), torch.tensor([0.0, 1.0])
+    sfk.prune_weights_(module, keep=0.5)
+    own, start = torch.rand(4), x.clone().requires_grad_()
+    field = sfk.compile(module, dim=3, live=live)
+    func = field if kind is None else sfk.with_divergence(field, kind, torch.ones(4, 3) if kind == "hutchinson" else None)
+
+    def solve(x):
+        return sfk.odeint(func, x if kind is None else (x, l), times)
+
+    def total(run):
+        out = run()
+        return sum(part.sum() for part in (out if isinstance(out, tuple) else (out,)))
+
+    for run in (solve, lambda x: field(0.1, x), lambda x: field(own, x)):
+        (found,) = torch.autograd.grad(total(lambda: checkpoint(run, start, use_reentrant=False)), start)
+        (wanted,) = torch.autograd.grad(total(lambda: run(start)), start)
+        torch.testing.assert_close(found, wanted)
+    with sfk.accelerate():
+        out = checkpoint(lambda x: torchdiffeq.odeint(module, x, times), start, use_reentrant=False)
+        out.sum().backward()
