@@ -12,7 +12,7 @@ import threading
 import types
 import weakref
 from dataclasses import dataclass, field as dataclass_field
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import torch
 import torchdiffeq
@@ -210,7 +210,7 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
         like = tuple(part.detach() for part in y0) if isinstance(y0, tuple) else y0.detach()
         kept = Kept(module.function) if isinstance(module, FunctionModule) else None
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _handing_on():  # a solve that forward makes is a part of it
                 field = compile_field(module, self.engine, like=like, live=True)
             if (name := field._watch.records) is not None:
                 raise UnsupportedFieldError(f"forward notes what it sees in {name}, which a compiled field would not")
@@ -301,12 +301,21 @@ def _call(name: str, func: Any, y0: Any, t: Any, **arguments: Any) -> Any:
         field = _field(func, y0, arguments)
     if field is None:
         return original(func, y0, t, **arguments)
-    _inside.call = True  # what is handed on from within is torchdiffeq's
     try:
-        return CALLS[name](field, y0, t, **arguments)
+        with _handing_on():
+            return CALLS[name](field, y0, t, **arguments)
     finally:
-        _inside.call = False
         give_back(field, func)
+
+
+@contextlib.contextmanager
+def _handing_on() -> Iterator[None]:
+    """What torchdiffeq is asked for meanwhile, in this thread, is torchdiffeq's."""
+    before, _inside.call = getattr(_inside, "call", False), True
+    try:
+        yield
+    finally:
+        _inside.call = before
 
 
 def _field(func: Any, y0: Any, arguments: dict) -> CompiledField | None:

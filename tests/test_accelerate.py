@@ -631,3 +631,19 @@ def test_what_was_refused_is_tried_again_where_it_is_another(monkeypatch):
             warnings.simplefilter("ignore")
             torchdiffeq.odeint(net, y, T)
         assert len(compiled) == expected and ("handed on" in accelerated.report()) == (expected == 1)
+
+
+def test_a_solve_inside_forward_is_a_part_of_it():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Field()
+
+        def forward(self, t, y):
+            return torchdiffeq.odeint(self.inner, y, torch.tensor([0.0, 0.1]).double(), method="rk4")[-1] - y
+
+    net, y = Nested(), torch.randn(4, 2).double()
+    wanted = torchdiffeq.odeint(net, y, T)
+    with accelerate() as context:
+        torch.testing.assert_close(torchdiffeq.odeint(net, y, T), wanted, rtol=1e-7, atol=1e-8)
+    assert context.report() == "Nested: cpu engine, 1 solves"
