@@ -135,7 +135,8 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
             return None
         family = family_of(module)
         rare = family.compiled * 3 > family.solves
-        if family.compiled >= MOST_ALONE and rare and not family.apart and not stands:
+        if (family.stood_for or (family.compiled >= MOST_ALONE and rare)) and not family.apart and not stands:
+            family.stood_for = True
             if (other := stand_in(module)) is not None and (field := self._find(other, y0, parts, True)) is not None:
                 return field
             family.apart = True

@@ -28,13 +28,14 @@ lock = threading.RLock()
 @dataclass
 class Family:
     """Modules of one class over the same parameters: a wrapper that is made anew for every solve, say. compiled: how
-    often one of them was.  solves: that they had.  told: that no more of them are compiled.  apart: that no one of them
-    stands for others.  of: one of the parameters."""
+    often one of them was.  solves: that they had.  told: that no more of them are compiled.  stood_for: that a
+    `stand_in` solves for new ones.  apart: that it does not, after all.  of: one of the parameters."""
 
     of: weakref.ref
     compiled: int = 0
     solves: int = 0
     told: bool = False
+    stood_for: bool = False
     apart: bool = False
 
 

@@ -464,6 +464,10 @@ def test_wrappers_made_for_every_solve_share_what_is_compiled(options, monkeypat
     assert len(compiled) == 4 and context.report().endswith("7 solves")
     if not options:
         assert [one.nfe for one in second] == counts
+    with accelerate():
+        for _ in range(30):
+            odeint(Wrapper(inner, torch.randn(3, 2).double()), y, T)
+    assert len(compiled) == 4
 
 
 def test_the_adjoint_goes_back_with_the_numbers_of_its_own_solve():
