@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from sparseflow_kernels.pruning import (
     KEEP_RATIOS, dense_size, prunable_layers, prune_neurons_, prune_weights_, size, sparsity_report,
 )  # fmt: skip
 from sparseflow_kernels.training import PRESETS, evaluate, evaluate_nll, sparse_flow
+from sparseflow_kernels.training.cycles import prune_cycle_
 
 torch.set_num_threads(1)
 F64 = torch.float64
@@ -230,6 +232,25 @@ def test_filters_go_but_time_and_the_states_own_channels_stay():
     assert 0 < int(live.sum()) < 6
     assert bool((second[(second != 0).flatten(1).any(1)][:, 0] != 0).any()), "the field is autonomous"
     assert bool((last[0] != 0).any())
+
+
+@pytest.mark.parametrize("method", ["weights", "neurons"])
+def test_every_field_moves_its_images_down_the_presets_schedule(method):
+    """A ranking over all fields cuts some of them off; the presets ask for a floor under it."""
+    preset = PRESETS["digits"]
+    torch.manual_seed(0)
+    flow = multiscale_flow((1, 8, 8), (5, 6), blocks=1).double()
+    flow.vector_fields[1].layers[1].conv.weight.data.mul_(1e-2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*but one neuron per hidden layer leaves")
+        for keep in preset.keep_ratios[2::3]:
+            prune_cycle_(flow, keep, method, "simplify", **preset.prune_options(method))
+            assert method == "neurons" or size(flow) <= keep * dense_size(flow)
+            for field, shape in zip(flow.vector_fields, flow.shapes):
+                x = torch.randn(1, *shape, dtype=F64, requires_grad=True)
+                (slope,) = torch.autograd.grad(field(torch.tensor(0.3, dtype=F64), x).square().sum(), x)
+                assert bool((slope != 0).any())
 
 
 def test_a_flow_is_trained_pruned_and_resumed(tmp_path):

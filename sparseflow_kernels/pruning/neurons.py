@@ -23,7 +23,7 @@ from ..field import UnsupportedFieldError
 from ..masks import effective, live_mask, set_mask_
 from ..warn import warn
 from .arguments import check_keep, check_not_compiled
-from .chain import Chain, NotAChain, broadcast_rows, check_row_parameters, row_parameters
+from .chain import Chain, NotAChain, broadcast_rows, check_row_parameters, reaches_derivative, row_parameters
 from .fields import Fields
 from .graph_neurons import NeuronGroup, Neurons
 from .graph_plan import GraphPlan
@@ -76,7 +76,10 @@ def prune_neurons_(
         "drop": the neuron goes with all its parameters, constant or not, as in the reference implementation; the output
             it still had is lost, and retraining has to make up for it.
 
-    Warns when even one neuron per layer exceeds the budget, and names what is coupled. Raises NoNeurons (an
+    Every layer keeps one neuron at least, so a field that was pruned by neurons alone stays connected.
+
+    Warns when even one neuron per layer exceeds the budget, when no path leads from a field's state to its derivative any
+    more (where single weights were pruned before), and names what is coupled. Raises NoNeurons (an
     UnsupportedFieldError) for fields that cannot be read, or have no neurons that can be pruned, and names the place;
     ValueError for bad arguments, compiled fields and layers whose weight is computed (weight_norm, spectral_norm).
     Nothing is changed then.
@@ -119,6 +122,15 @@ def prune_neurons_(
     for plan, own in zip(plans, counts):
         plan.apply_(own)
     fields.refresh_masks_()
+    weights = {path: matrix.value != 0 for path, matrix in fields.matrices.items()}
+    reached = [reaches_derivative(chain, weights) for chain in chains]
+    if graphs is not None:
+        reached += graphs.wiring.reached(graphs.wiring.numbering.values() != 0)
+    if not all(reached):
+        warn(
+            f"prune_neurons_: keep={keep} of {of} leaves {reached.count(False)} of {len(reached)} vector fields in which no "
+            "path leads from the state to its derivative; use a larger keep"
+        )
     return module
 
 
