@@ -341,6 +341,13 @@ def test_film_alone_has_parameters_that_its_graph_does_not_show() -> None:
     assert bool(module.scale.weight_mask.any()) and bool(module.shift.weight_mask.any())
 
 
+def test_what_has_one_neuron_left_is_pruned_no_further() -> None:
+    module, like = made("residual")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="but one neuron per hidden layer leaves"):
+            prune_neurons_(module, 0.02, like=like)
+
+
 # ------------------------------------------------------------------------------------------------ the floor
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Iterable, TypeVar
 
@@ -98,7 +99,7 @@ def prune_neurons_(
     if graphs is not None:
         graphs.wiring.numbering.check_maskable(graphs.wiring.seen & ~graphs.wiring.pinned)
         plans.append(GraphPlan(graphs, fold))
-        _tell(graphs.groups(), bool(chains))
+        _tell(graphs, bool(chains))
 
     if of == "parameters":
         budget = math.floor(keep * dense_size(module))
@@ -175,9 +176,10 @@ def _wiring(fields: Fields, those: list[nn.Module]) -> Wiring:
     return fields.graphs.wiring(those)
 
 
-def _tell(groups: list[NeuronGroup], some: bool) -> None:
-    """What is not pruned by neurons: an error where nothing is, else a warning for what is no row of the state's."""
-    if not some and not any(group.neurons > 1 and not group.reason for group in groups):
+def _tell(neurons: Neurons, some: bool) -> None:
+    """What is not pruned by neurons: an error where nothing is or was, else a warning for what is no row of the state's."""
+    groups, slices = neurons.groups(), Counter(neurons.paths)
+    if not some and not any(slices[path] > 1 for group in groups if not group.reason for path in group.weights):
         raise NoNeurons("prune_neurons_: there are no neurons to prune: " + "; ".join(map(str, groups)))
     inside = [str(group) for group in groups if group.coupled]
     if inside:
