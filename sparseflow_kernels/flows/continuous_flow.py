@@ -172,6 +172,9 @@ class ContinuousFlow(NeuralODE):
 
     # ------------------------------------------------------------------------------------------------------- internal
 
+    def _begin(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return x, x.new_zeros(len(x))
+
     def _with_divergence(self, index: int) -> DivergenceField:
         kind = self.divergence if self.training or self.eval_divergence is None else self.eval_divergence
         return with_divergence(self.vector_fields[index], kind, noise=self.noise if kind == "hutchinson" else None)

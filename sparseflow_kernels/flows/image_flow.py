@@ -152,31 +152,20 @@ class ImageFlow(ContinuousFlow):
 
     def row_nll(self, x: Tensor, labels: None = None) -> Tensor:
         """-log_prob, nats per image, what training minimises the mean of: [n]."""
-        if self.training and self.flip:
-            x = self._checked(x, "x")
-            turned = torch.rand(len(x), device=x.device) < 0.5
-            x = torch.where(turned.view(-1, 1, 1, 1), x.view(-1, *self.shape).flip(3), x.view(-1, *self.shape))
-        return -self.log_prob(x)
+        return -self.log_prob(self._flipped(x))
 
     def transform(self, x: Tensor, dequantise: bool = True) -> tuple[Tensor, Tensor]:
         """Data to base: (z [n, dim], log|det dz/dx| [n]). The parts of z that are done first come first.
 
         dequantise: False takes x in [0, levels] as it is, which `inverse` undoes.
         """
-        rows = self._checked(x, "x")
-        x = rows.view(-1, *self.shape)
+        x, change = self._on_the_line(x, dequantise)
         solves: list[Stats] = []
-        x, logdet = self.dequantise(x) if dequantise else self.dequantise(x, torch.zeros_like(x))
-        x, more = self.logit(x)
-        change, done = -(logdet + more), []  # log-determinants are subtracted from it, as solves do
-        for index, shape in enumerate(self.shapes):
-            if x.shape[1] != shape[0]:
-                if shape[0] > x.shape[1]:
-                    x, logdet = self.squeeze(x)
-                    change = change - logdet
-                else:
-                    x, factored = x.chunk(2, 1)
-                    done.append(factored.flatten(1))
+        done = []
+        for index in range(len(self.shapes)):
+            x, factored = self._enter(index, x)
+            if factored is not None:
+                done.append(factored.flatten(1))
             x, change = self._solve(self._with_divergence(index), (x, change), self._times(index, x), solves)
         self.stats = FlowStats(tuple(solves)) if solves else None
         return torch.cat([*done, x.flatten(1)], 1), -change
@@ -198,6 +187,35 @@ class ImageFlow(ContinuousFlow):
 
     # ------------------------------------------------------------------------------------------------------- internal
 
+    def _flipped(self, x: Tensor) -> Tensor:
+        """In training mode, with `flip`, every image mirrored with probability 1/2."""
+        if not (self.training and self.flip):
+            return x
+        x = self._checked(x, "x").view(-1, *self.shape)
+        turned = torch.rand(len(x), device=x.device) < 0.5
+        return torch.where(turned.view(-1, 1, 1, 1), x.flip(3), x)
+
+    def _on_the_line(self, x: Tensor, dequantise: bool) -> tuple[Tensor, Tensor]:
+        """(the first field's state, minus the log-determinant [n] so far: solves subtract from that channel, too)."""
+        x = self._checked(x, "x").view(-1, *self.shape)
+        x, logdet = self.dequantise(x) if dequantise else self.dequantise(x, torch.zeros_like(x))
+        x, more = self.logit(x)
+        return x, -(logdet + more)
+
+    def _begin(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self._on_the_line(self._flipped(x), dequantise=True)
+
+    def _enter(self, index: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        channels = self.shapes[index][0]
+        if x.shape[1] < channels:
+            return self.squeeze(x)[0], None  # its volume is one
+        return (x, None) if x.shape[1] == channels else tuple(x.chunk(2, 1))
+
+    def _leave(self, index: int, x: Tensor, done: Tensor | None) -> Tensor:
+        if done is not None:
+            return torch.cat([x, done], 1)
+        return self.squeeze.inverse(x) if index and self.shapes[index - 1][0] < x.shape[1] else x
+
     def _unit(self, z: Tensor) -> Tensor:
         """Base to images in [0, 1]."""
         z = super()._checked(z, "z")
@@ -206,12 +224,9 @@ class ImageFlow(ContinuousFlow):
         *factored, x = z.split([*halved, math.prod(self.shapes[-1])], 1)
         x = x.reshape(-1, *self.shapes[-1])
         for index in reversed(range(len(self.shapes))):
-            shape = self.shapes[index]
-            if x.shape[1] > shape[0]:
-                x = self.squeeze.inverse(x)
-            elif x.shape[1] < shape[0]:
-                x = torch.cat([x, factored.pop().reshape(x.shape)], 1)
             x = self._solve(self.vector_fields[index], x, self._times(index, x).flip(0), solves)
+            halved = index and self.shapes[index - 1][0] > x.shape[1]
+            x = self._leave(index, x, factored.pop().reshape(x.shape) if halved else None)
         self.stats = FlowStats(tuple(solves)) if solves else None
         return self.logit.inverse(x)
 
