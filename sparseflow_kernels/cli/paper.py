@@ -3,6 +3,7 @@ report."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any, Callable, Optional, Sequence
 
@@ -269,8 +270,8 @@ def _all(
         if tell_hours:
             rows = {one.dataset: len(one.rows().train) for one in {run.dataset: run for run in chosen}.values()}
             steps, hours = sum(total_steps(chosen, rows).values()), expected_hours(chosen, rows)
-            long = f"about {_hours(hours)} on one core of this machine"
-            say(f"{what}: {len(chosen)} runs, {steps:,} training steps, {long}")
+            runs = f"{len(chosen)} run{'s' if len(chosen) > 1 else ''}"
+            say(f"{what}: {runs}, {steps:,} training steps, about {_hours(hours)} on one core here")
             if dry:
                 return
         with locked_folder(folder), stoppable(f"every finished epoch is in {folder}"):
@@ -357,15 +358,23 @@ def _run(
         return [_one_thread_run(one, folder, hessian, tell) for one in chosen], {}
 
 
+_SILENCE = 2.0  # seconds
+
+
 def _one_thread_run(
     experiment: Experiment, folder: Path, hessian: bool, tell: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """One experiment on one thread, telling of about every twentieth step and every change."""
+    """One experiment on one thread, telling of about every twentieth step, of more where these take long, and of every
+    change."""
     torch.set_num_threads(1)
     set_num_threads(1)
+    told = time.monotonic()
 
     def on_progress(facts: dict[str, Any]) -> None:
-        if "step" not in facts or facts["step"] % 20 == 0 or facts["step"] == facts["steps"]:
+        nonlocal told
+        due = time.monotonic() - told > _SILENCE
+        if due or "step" not in facts or facts["step"] % 20 == 0 or facts["step"] == facts["steps"]:
+            told = time.monotonic()
             tell({"run": experiment.name, **facts})
 
     found = experiments.run(experiment, folder, hessian=hessian, progress=on_progress)
