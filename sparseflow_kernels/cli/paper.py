@@ -319,6 +319,7 @@ def _run(
         experiments.earlier(one, folder)  # refuses before anything is trained
     rows = {one.dataset: len(one.rows().train) for one in {run.dataset: run for run in chosen}.values()}
     totals = total_steps(chosen, rows)
+    whole = {one.name: one.steps_through(rows[one.dataset]) for one in chosen}
     done = dict.fromkeys(totals, 0)
     per_cycle: dict[tuple, int] = {}
 
@@ -332,6 +333,8 @@ def _run(
                 text += "finished"
             elif "analysis" in facts:
                 text += f"analysis at {facts['analysis']}"
+                if totals[name] == whole[name]:  # also what was trained before the run was stopped
+                    done[name] = max(done[name], facts["done"])
                 if not console().is_terminal:  # a line for every cycle, however long the whole run is
                     say(text)
                     return
