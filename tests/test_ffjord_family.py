@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torchdiffeq
 
 import sparseflow_kernels as sfk
 from sparseflow_kernels.flows import (
@@ -212,3 +213,65 @@ def test_presets_are_ffjords():
     assert {name: sum(p.numel() for p in ffjord_flow(name).parameters()) for name in counts} == counts
     with pytest.raises(ValueError, match="toy, power"):
         ffjord_flow("svhn")
+
+
+# ------------------------------------------------------------------------------------------- initial log-densities
+
+
+def pushed_by_hand(flow, x, logp, reverse=False):
+    """FFJORD's: torchdiffeq's solve of (x, l), l from the given log-density on, with the trace by autograd."""
+
+    def func(t, state):
+        with torch.enable_grad():
+            x = state[0].detach().requires_grad_()
+            dx = flow.vector_fields[0](t, x)
+            trace = sum(torch.autograd.grad(dx[:, i].sum(), x, retain_graph=True)[0][:, i] for i in range(x.shape[1]))
+        return dx.detach(), -trace
+
+    times = torch.tensor([1.0, 0.0] if reverse else [0.0, 1.0], dtype=x.dtype)
+    found = torchdiffeq.odeint(func, (x, logp), times, rtol=flow.rtol, atol=flow.atol, method="dopri5")
+    return tuple(part[-1] for part in found)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_log_density_is_pushed_through_as_ffjord_does(reverse):
+    torch.manual_seed(0)
+    flow = ContinuousFlow(toy_field("l2_h8", "tanh"), rtol=1e-9, atol=1e-9).double()
+    fast, x = flow.compile("cpu"), torch.randn(5, 2).double()
+    logp = (-x.square().sum(1) - 3.0).requires_grad_()
+    y, found = fast.push(x, logp, reverse)
+    assert [stats.engine for stats in fast.stats.solves] == ["cpu"]
+    expected, density = pushed_by_hand(flow, x, logp.detach(), reverse)
+    torch.testing.assert_close(y, expected, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(found, density, rtol=1e-7, atol=1e-7)
+    column = fast.push(x, logp[:, None].detach(), reverse)[1]
+    assert torch.equal(column, found[:, None])
+    found.sum().backward()
+    assert torch.equal(logp.grad, torch.ones(5).double()) and any(bool((p.grad != 0).any()) for p in fast.parameters())
+
+
+def test_flows_are_chained_and_samples_come_with_their_densities():
+    torch.manual_seed(0)
+    fields = [toy_field("l2_h8", "tanh") for _ in range(2)]
+    both = ContinuousFlow(fields, rtol=1e-9, atol=1e-9, batch_norm=0.0, train_end_time=True).double().eval()
+    with torch.no_grad():
+        for number, norm in enumerate(both.norms):
+            norm.weight += 0.3 - 0.2 * number
+            norm.running_var += 0.5
+    x, normal = torch.randn(5, 2).double(), torch.distributions.Normal(0.0, 1.0)
+    z, delta = both.push(x, torch.zeros(5).double())
+    torch.testing.assert_close(normal.log_prob(z).sum(1) - delta, both.log_prob(x))
+    back, logp = both.push(z, normal.log_prob(z).sum(1), reverse=True)
+    torch.testing.assert_close(back, x, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logp, both.log_prob(x), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(both.push(x), z, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(both.push(z, reverse=True), both.inverse(z))
+    first, second = (ContinuousFlow(field, rtol=1e-9, atol=1e-9).double() for field in fields)
+    chained = ContinuousFlow(fields, rtol=1e-9, atol=1e-9).double()
+    start = torch.randn(5, dtype=torch.float64)
+    for one, other in zip(second.push(*first.push(x, start)), chained.push(x, start)):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-7)
+    assert [part.shape for part in chained.push(x[:0], start[:0])] == [(0, 2), (0,)]
+    for wrong in (start[:3], 0.0, start.view(1, 5)):
+        with pytest.raises(ValueError, match=r"logp must be a tensor \[n\] or \[n, 1\]"):
+            chained.push(x, wrong)

@@ -6,7 +6,7 @@ import torch
 from sparseflow_kernels.analysis.hessian import (
     Curvature, LossHessian, curvature, exact_curvature, lanczos, trace_estimate,
 )  # fmt: skip
-from sparseflow_kernels.flows import ContinuousFlow, toy_field
+from sparseflow_kernels.flows import ContinuousFlow, multiscale_flow, toy_field
 from sparseflow_kernels.pruning import prune_weights_, size
 from sparseflow_kernels.pruning.masks import set_mask_
 
@@ -98,6 +98,36 @@ def test_products_are_differences_of_gradients_and_do_not_depend_on_batches():
             start += parameter.numel()
     difference = (LossHessian(compiled, rows(10)).gradient() - whole.gradient()) / step
     assert torch.allclose(difference, whole.product(vector), rtol=1e-3, atol=1e-4)
+
+
+def image_flow():
+    """Fields before and behind a squeeze, and of the half that goes on."""
+    torch.manual_seed(1)
+    settings = {"method": "midpoint", "options": {"step_size": 1.0}, "levels": 5, "alpha": 0.05, "flip": True}
+    return multiscale_flow((1, 4, 4), (2,), scales=2, blocks=1, train_end_time=True, **settings).double()
+
+
+def test_of_images_it_is_that_of_one_draw_of_noise():
+    flow, x = image_flow(), torch.randint(5, (6, 16), generator=torch.Generator().manual_seed(2))
+    prune_weights_(flow, 0.3)
+    hessian = LossHessian(flow, x, seed=3)
+
+    class Drawn(torch.nn.Module):
+        def forward(self, x):
+            torch.manual_seed(3)
+            return flow.eval().log_prob(x)
+
+    drawn = Drawn()
+    drawn.flow = flow
+    matrix, expected = hessian.dense(), hessian_by_autograd(drawn, x)
+    found, wanted = torch.linalg.eigvalsh(matrix), torch.linalg.eigvalsh(expected)
+    assert len(found) == hessian.size < size(image_flow()) and float(found.abs().max()) > 1.0
+    torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-9)
+    before = torch.get_rng_state()
+    parts = LossHessian(flow, x, batch=2, seed=3)
+    vector = torch.randn(hessian.size, generator=torch.Generator().manual_seed(0)).double()
+    assert torch.equal(parts.product(vector), parts.product(vector)) and torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(LossHessian(flow, x, seed=4).gradient(), hessian.gradient())
 
 
 def test_full_lanczos_is_the_exact_spectrum_and_a_short_one_has_its_ends():

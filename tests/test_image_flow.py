@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from sparseflow_kernels.pruning import (
     KEEP_RATIOS, dense_size, prunable_layers, prune_neurons_, prune_weights_, size, sparsity_report,
 )  # fmt: skip
 from sparseflow_kernels.training import PRESETS, evaluate, evaluate_nll, sparse_flow
+from sparseflow_kernels.training.cycles import prune_cycle_
 
 torch.set_num_threads(1)
 F64 = torch.float64
@@ -53,6 +55,9 @@ def test_volumes_are_the_jacobians_and_inverses_undo(transform):
     function = lambda x: transform(x, *(n[:1] for n in noise))[0]
     torch.testing.assert_close(logdet, torch.stack([log_volume(function, row) for row in x]))
     torch.testing.assert_close(transform.inverse(y) - (noise[0] if noise else 0.0), x)
+    if isinstance(transform, Logit):
+        back, volume = transform.inverted(y)
+        torch.testing.assert_close((back, volume), (x, -logdet))
 
 
 def test_the_logits_ends_are_finite_and_exact_in_single_precision():
@@ -86,6 +91,17 @@ def test_the_density_of_a_flow_is_its_jacobians():
     normal = torch.distributions.Normal(0.0, 1.0)
     torch.testing.assert_close(flow.log_prob(x, dequantise=False), normal.log_prob(z).sum(1) + logdet)
     assert [stats.nfe > 0 for stats in flow.stats.solves] == [True] * 3
+
+
+def test_a_log_density_is_pushed_through_both_ways():
+    flow = tiny(divergence="exact").compile("cpu")
+    x, normal = images(3).double() + 0.3, torch.distributions.Normal(0.0, 1.0)
+    z, delta = flow.push(x, torch.zeros(3, 1, dtype=F64))
+    torch.testing.assert_close(normal.log_prob(z).sum(1) - delta[:, 0], flow.log_prob(x, dequantise=False))
+    back, logp = flow.push(z, normal.log_prob(z).sum(1), reverse=True)
+    torch.testing.assert_close(back, x, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logp, flow.log_prob(x, dequantise=False), rtol=1e-6, atol=1e-6)
+    assert torch.equal(flow.push(x), z) and torch.equal(flow.push(z, reverse=True), flow.inverse(z))
 
 
 def test_a_density_integrates_to_one_and_bounds_the_probabilities():
@@ -230,6 +246,25 @@ def test_filters_go_but_time_and_the_states_own_channels_stay():
     assert 0 < int(live.sum()) < 6
     assert bool((second[(second != 0).flatten(1).any(1)][:, 0] != 0).any()), "the field is autonomous"
     assert bool((last[0] != 0).any())
+
+
+@pytest.mark.parametrize("method", ["weights", "neurons"])
+def test_every_field_moves_its_images_down_the_presets_schedule(method):
+    """A ranking over all fields cuts some of them off; the presets ask for a floor under it."""
+    preset = PRESETS["digits"]
+    torch.manual_seed(0)
+    flow = multiscale_flow((1, 8, 8), (5, 6), blocks=1).double()
+    flow.vector_fields[1].layers[1].conv.weight.data.mul_(1e-2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*but one neuron per hidden layer leaves")
+        for keep in preset.keep_ratios[2::3]:
+            prune_cycle_(flow, keep, method, "simplify", **preset.prune_options(method))
+            assert method == "neurons" or size(flow) <= keep * dense_size(flow)
+            for field, shape in zip(flow.vector_fields, flow.shapes):
+                x = torch.randn(1, *shape, dtype=F64, requires_grad=True)
+                (slope,) = torch.autograd.grad(field(torch.tensor(0.3, dtype=F64), x).square().sum(), x)
+                assert bool((slope != 0).any())
 
 
 def test_a_flow_is_trained_pruned_and_resumed(tmp_path):

@@ -389,7 +389,7 @@ def test_every_experiment_is_listed_and_says_beforehand_what_it_takes(monkeypatc
     choice = ["--net", "l2_h3", "--seeds", "1", "--keeps", "0.5,0.2", "--method", "weights"]
     said = command("run", "moons", "--dry-run", *choice)
     steps = 5 * 50 * 3  # 324 training rows in batches of 128; dense, and two cycles with their control
-    assert f"moons: 1 runs, {steps} training steps, about {steps * 3.6 * paper_cost.GROWTH / 60:.0f} minutes" in said
+    assert f"moons: 1 run, {steps} training steps, about {steps * 3.6 * paper_cost.GROWTH / 60:.0f} minutes" in said
 
 
 def test_power_that_is_not_fetched_says_how(monkeypatch):

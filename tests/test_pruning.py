@@ -236,6 +236,23 @@ def test_min_neurons_keep_every_layer_connected(layer):
     assert bool(((flow[2].double() @ flow[1].double() @ flow[0].double()) > 0).any())
 
 
+def test_a_field_of_a_single_layer_stays_connected():
+    module = field(hidden=())
+    with pytest.warns(UserWarning, match="weights held by min_neurons"):
+        prune_weights_(module, 0.05, of="weights", min_neurons=1)
+    (mask,) = masks(module).values()
+    assert bool(mask.any())
+
+
+def test_pruning_neurons_tells_of_a_field_that_it_cuts():
+    module = field(hidden=(4, 4))
+    with torch.no_grad():
+        module.layers[0].linear.weight[0] *= 100.0  # the one that stays
+        module.layers[1].linear.weight[:, 0] = 0.0  # which nobody reads
+    with pytest.warns(UserWarning, match="prune_neurons_: keep=0.1 of weights leaves 1 of 1 vector fields in which no path"):
+        prune_neurons_(module, 0.1, of="weights")
+
+
 def test_layers_chosen_by_module_or_path_and_bad_arguments():
     module = field("concatsquash")
     chosen = module.layers[1].linear
@@ -284,8 +301,8 @@ def test_what_cannot_be_read_is_pruned_by_weight_with_a_warning_and_not_by_neuro
     assert size(module) == 30
     with pytest.raises(NoNeurons, match="prune_weights_ prunes its weights one by one"):
         prune_neurons_(module, 0.5)
-    with pytest.raises(NotAChain, match="min_neurons needs a chain of Linear layers.*skip connection"):
-        prune_weights_(Residual(), 0.5, min_neurons=1)
+    with pytest.raises(NotAChain, match="min_neurons needs fields that can be read"):
+        prune_weights_(Unreadable(), 0.5, min_neurons=1)
 
 
 # --------------------------------------------------------------------------------------------------------- FT

@@ -339,3 +339,73 @@ def test_film_alone_has_parameters_that_its_graph_does_not_show() -> None:
     assert not bool(wiring.seen[wiring.numbering.item_of(module.scale, "weight").elements].any())
     quiet(prune_weights_, module, 0.6)
     assert bool(module.scale.weight_mask.any()) and bool(module.shift.weight_mask.any())
+
+
+def test_what_has_one_neuron_left_is_pruned_no_further() -> None:
+    module, like = made("residual")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="but one neuron per hidden layer leaves"):
+            prune_neurons_(module, 0.02, like=like)
+
+
+# ------------------------------------------------------------------------------------------------ the floor
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_so_many_neurons_of_every_group_stay_connected(kind: str) -> None:
+    module, like = made(kind)
+    quiet(prune_weights_, module, 0.03, of="weights", min_neurons=1, like=like)
+    y = like.clone().requires_grad_()
+    found = at(module, y)
+    (slope,) = torch.autograd.grad(found.square().sum(), y)
+    assert bool((slope != 0).any()) or kind in ("hamiltonian", "attention")  # products, whose other factor may be zero
+    for group in neuron_report(module, like=like):
+        assert group.live >= 1 or group.reason or kind in ("film", "conditional"), str(group)  # these read a context alone
+
+
+class Convolutions(nn.Module):
+    dim = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in ((3, 6), (7, 5), (6, 2)))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            y = layer(torch.cat([torch.ones_like(y[:, :1]) * t, y], 1))
+            y = torch.tanh(y) if number < 2 else y
+        return y
+
+    def channels(self) -> list[Tensor]:
+        """float64 [out, in] of every layer: 1 where a channel reads another one, of those but time."""
+        masks = ((layer.weight_orig * layer.weight_mask)[:, 1:] != 0 for layer in self.layers)
+        return [mask.flatten(2).any(2).double() for mask in masks]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("dead", [True, False])
+def test_channels_of_convolutions_stay_connected(n: int, dead: bool) -> None:
+    torch.manual_seed(0)
+    module, like = Convolutions().double(), torch.zeros(1, 2, 5, 5, dtype=torch.float64)
+    with torch.no_grad():  # a global ranking would empty the middle layer
+        module.layers[1].weight.mul_(1e-3)
+    plain = copy_module(module)
+    with pytest.warns(UserWarning, match="1 of 1 vector fields in which no path"):
+        prune_weights_(plain, 0.1, of="weights", like=like)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prune_weights_(module, 0.1, of="weights", min_neurons=n, remove_dead=dead, like=like)
+    first, second, last = module.channels()
+    assert bool(((last @ second @ first) > 0).any())
+    hidden = (first.any(1) & ((last @ second).any(0)), (second @ first).any(1) & last.any(0))
+    assert all(int(channels.sum()) >= n for channels in hidden)
+    assert keep_ratio(module) <= 0.15
+    assert bool((torch.autograd.functional.jacobian(lambda y: at(module, y), torch.randn(1, 2, 5, 5).double()) != 0).any())
+
+
+def test_a_floor_that_holds_changes_nothing() -> None:
+    for kind in KINDS:
+        (one, like), (other, _) = made(kind), made(kind)
+        quiet(prune_weights_, one, 0.6, like=like)
+        quiet(prune_weights_, other, 0.6, min_neurons=1, like=like)
+        assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values())), kind

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sparseflow_kernels.data.dataset import Dataset
-from sparseflow_kernels.flows import ContinuousFlow, NeuralClassifier, mlp_field, toy_field
+from sparseflow_kernels.flows import ContinuousFlow, NeuralClassifier, mlp_field, multiscale_flow, toy_field
 from sparseflow_kernels.pruning import copy_module, dense_size, prune_neurons_, prune_weights_, size
 from sparseflow_kernels.solution import GradientError
 from sparseflow_kernels.training import (
@@ -181,7 +181,7 @@ def test_train_goes_on_from_its_checkpoint(tmp_path):
     assert all(torch.equal(before[name], tensor) for name, tensor in resumed.state_dict().items())
 
 
-@pytest.mark.parametrize("model", ["hutchinson", "exact", "chain of two", "rk4", "classifier"])
+@pytest.mark.parametrize("model", ["hutchinson", "exact", "chain of two", "rk4", "classifier", "end times", "images"])
 @pytest.mark.parametrize("prune", [prune_weights_, prune_neurons_])
 def test_the_direct_gradient_is_autograds(model, prune):
     torch.manual_seed(0)
@@ -189,13 +189,18 @@ def test_the_direct_gradient_is_autograds(model, prune):
     settings = {"rtol": 1e-5, "atol": 1e-5}
     if model == "rk4":
         settings |= {"method": "rk4", "options": {"step_size": 0.1}}
+    x, labels = rows(64), torch.arange(64) % 2
+    if model == "end times":
+        fields, settings = [*fields, toy_field("l3_h8")], settings | {"train_end_time": True}
     if model == "classifier":
         flow = NeuralClassifier(fields, **settings)
+    elif model == "images":  # fields before and behind a squeeze, and of what is left when half of it is done
+        settings |= {"blocks": 1, "levels": 5, "alpha": 0.05, "flip": True, "train_end_time": True, "scales": 2}
+        flow, x = multiscale_flow((1, 4, 4), (4, 3), **settings), torch.randint(5, (64, 16)).float()
     else:
         flow = ContinuousFlow(fields, divergence="exact" if model == "exact" else "hutchinson", **settings)
     prune(flow, 0.5)  # leaves constants that are folded, made anew from parameters at every step
     compiled = flow.compile("cpu").train()
-    x, labels = rows(64), torch.arange(64) % 2
     torch.manual_seed(3)
     loss = compiled.row_nll(x, labels).mean()
     loss.backward()
@@ -212,13 +217,20 @@ def test_the_direct_gradient_is_autograds(model, prune):
 def test_what_only_autograd_can_differentiate_is_left_to_it():
     field = toy_field("l2_h4")
     assert DirectGradient.of(ContinuousFlow(field)) is None  # not compiled
-    others = {"train_end_time": True}, {"gradient": "adjoint"}, {"penalties": {"kinetic": 1.0}}, {"batch_norm": 0.0}
+    moving = {"train_end_time": True, "method": "rk4", "options": {"step_size": 0.1}}
+    others = moving, {"gradient": "adjoint"}, {"penalties": {"kinetic": 1.0}}, {"batch_norm": 0.0}
     for settings in others:
         assert DirectGradient.of(ContinuousFlow(field, **settings).compile("cpu")) is None, settings
     assert DirectGradient.of(ContinuousFlow(field).compile("reference")) is None
     hooked = ContinuousFlow(field).compile("cpu")
     hooked.vector_fields[0].register_forward_hook(lambda part, inputs, output: None)
     assert DirectGradient.of(hooked) is None
+
+    class Own(ContinuousFlow):
+        def row_nll(self, x, labels=None):
+            return super().row_nll(x) + 1.0
+
+    assert DirectGradient.of(Own(field).compile("cpu")) is None
 
 
 def test_a_classifier_learns_its_labels_and_goes_on_from_its_checkpoint(tmp_path):

@@ -37,7 +37,8 @@ def bench_table(rows: Sequence[Row], fields: Sequence[Spec], document: dict[str,
         own = dict.fromkeys(row.contender for row in rows if row.field == spec.name and row.contender != baseline)
         for place, name in enumerate(own):
             cells = [_cell(known.get((spec.name, name, keep)), name == task.ours.name) for keep in keeps]
-            time = f"{base.median * 1e3:.3g} ms, {_counted(base)}"
+            took = base.median * 1e3
+            time = f"{took:,.0f} ms, {_counted(base)}" if took >= 1000 else f"{took:.3g} ms, {_counted(base)}"
             if len(baselines) > 1:
                 time = f"{baseline}: {time}"
             shown = f"**{name}**" if name == task.ours.name else name

@@ -3,6 +3,7 @@ report."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any, Callable, Optional, Sequence
 
@@ -269,8 +270,8 @@ def _all(
         if tell_hours:
             rows = {one.dataset: len(one.rows().train) for one in {run.dataset: run for run in chosen}.values()}
             steps, hours = sum(total_steps(chosen, rows).values()), expected_hours(chosen, rows)
-            long = f"about {_hours(hours)} on one core of this machine"
-            say(f"{what}: {len(chosen)} runs, {steps:,} training steps, {long}")
+            runs = f"{len(chosen)} run{'s' if len(chosen) > 1 else ''}"
+            say(f"{what}: {runs}, {steps:,} training steps, about {_hours(hours)} on one core here")
             if dry:
                 return
         with locked_folder(folder), stoppable(f"every finished epoch is in {folder}"):
@@ -318,6 +319,7 @@ def _run(
         experiments.earlier(one, folder)  # refuses before anything is trained
     rows = {one.dataset: len(one.rows().train) for one in {run.dataset: run for run in chosen}.values()}
     totals = total_steps(chosen, rows)
+    whole = {one.name: one.steps_through(rows[one.dataset]) for one in chosen}
     done = dict.fromkeys(totals, 0)
     per_cycle: dict[tuple, int] = {}
 
@@ -331,6 +333,8 @@ def _run(
                 text += "finished"
             elif "analysis" in facts:
                 text += f"analysis at {facts['analysis']}"
+                if totals[name] == whole[name]:  # also what was trained before the run was stopped
+                    done[name] = max(done[name], facts["done"])
                 if not console().is_terminal:  # a line for every cycle, however long the whole run is
                     say(text)
                     return
@@ -357,15 +361,23 @@ def _run(
         return [_one_thread_run(one, folder, hessian, tell) for one in chosen], {}
 
 
+_SILENCE = 2.0  # seconds
+
+
 def _one_thread_run(
     experiment: Experiment, folder: Path, hessian: bool, tell: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """One experiment on one thread, telling of about every twentieth step and every change."""
+    """One experiment on one thread, telling of about every twentieth step, of more where these take long, and of every
+    change."""
     torch.set_num_threads(1)
     set_num_threads(1)
+    told = time.monotonic()
 
     def on_progress(facts: dict[str, Any]) -> None:
-        if "step" not in facts or facts["step"] % 20 == 0 or facts["step"] == facts["steps"]:
+        nonlocal told
+        due = time.monotonic() - told > _SILENCE
+        if due or "step" not in facts or facts["step"] % 20 == 0 or facts["step"] == facts["steps"]:
+            told = time.monotonic()
             tell({"run": experiment.name, **facts})
 
     found = experiments.run(experiment, folder, hessian=hessian, progress=on_progress)

@@ -44,8 +44,12 @@ class MovingBatchNorm(nn.Module):
 
     def inverse(self, y: Tensor) -> Tensor:
         """y [n, features] -> x, by the running estimates, as in evaluation."""
+        return self.inverted(y)[0]
+
+    def inverted(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(`inverse(y)`, its log|det dx/dy|, 0-d)."""
         scale = self.weight - 0.5 * torch.log(self.running_var + self.eps)
-        return (y - self.bias) * torch.exp(-scale) + self.running_mean
+        return (y - self.bias) * torch.exp(-scale) + self.running_mean, -scale.sum()
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, eps={self.eps}, decay={self.decay}, lag={self.lag}"

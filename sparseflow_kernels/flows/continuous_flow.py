@@ -101,9 +101,9 @@ class ContinuousFlow(NeuralODE):
         [n]."""
         if not (self.training and self.penalties):
             return -self.log_prob(x)
-        z, logdet, sums = self._transform(x, tuple(self.penalties))
+        z, change, sums = self._transform(x, tuple(self.penalties))
         weights = torch.tensor(list(self.penalties.values()), dtype=sums.dtype, device=sums.device)
-        return sums @ weights - (self._base_term(z) + logdet)
+        return sums @ weights - (self._base_term(z) - change)
 
     def forward(self, x: Tensor) -> Tensor:
         """`log_prob`, so that a flow can be called and wrapped (DistributedDataParallel) as any module."""
@@ -111,12 +111,67 @@ class ContinuousFlow(NeuralODE):
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Data to base: x [n, dim] -> (z [n, dim], log|det dz/dx| [n])."""
-        return self._transform(x, ())[:2]
+        z, change = self._forwards(x, None)
+        return z, -change
 
-    def _transform(self, x: Tensor, penalties: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """`transform`, and the integrals of the penalties by name [n, names]."""
+    def push(
+        self, x: Tensor, logp: Tensor | None = None, reverse: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """FFJORD's `cnf(x, logpx, reverse)`: x [n, dim] through the flow, from data to base, or back with `reverse`;
+        with logp ([n] or [n, 1]) also where that comes to, shaped like it.
+
+        logp: the log-density that x has; then what comes back is that of the result. The solves start from it, and
+        nothing is added for the base. So flows are chained, and a flow refines samples of another distribution; with
+        `reverse` and the base's log-density come samples with theirs. From zeros, log p(x) = base.log_prob(z) - what
+        comes back. Differentiable in x, logp and the parameters. With a batch_norm, `reverse` goes by its running
+        estimates.
+        """
+        if logp is None:
+            return self._backwards(x, None)[0] if reverse else self._forwards(x, None)[0]
+        n = len(x)
+        if not isinstance(logp, Tensor) or logp.shape not in ((n,), (n, 1)):
+            got = list(logp.shape) if isinstance(logp, Tensor) else type(logp).__name__
+            raise ValueError(f"logp must be a tensor [n] or [n, 1], a log-density for each of {n} rows; got {got}")
+        start = logp.to(next(self._tensors())).reshape(n)
+        x, found = self._backwards(x, start) if reverse else self._forwards(x, start)
+        return x, found.reshape(logp.shape)
+
+    def _forwards(self, x: Tensor, change: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Data to base: (z, the log-density channel l [n], which starts as `change`, zeros for None)."""
+        return self._transform(x, (), change)[:2]
+
+    def _backwards(self, z: Tensor, change: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Base to data, the same; without densities for None."""
+        z = self._checked(z, "z")
+        solves: list[Stats] = []
+        if self.norms is not None and len(z):
+            z, change = self._denormed(len(self.vector_fields), z, change)
+        for index in reversed(range(len(self.vector_fields))):
+            z, change = self._solved_back(index, z, change, solves)
+            if self.norms is not None and len(z):
+                z, change = self._denormed(index, z, change)
+        self.stats = FlowStats(tuple(solves)) if solves else None
+        return z, change
+
+    def _solved_back(
+        self, index: int, z: Tensor, change: Tensor | None, solves: list[Stats]
+    ) -> tuple[Tensor, Tensor | None]:
+        times = self._times(index, z).flip(0)
+        if change is None:
+            return self._solve(self.vector_fields[index], z, times, solves), None
+        return self._solve(self._with_divergence(index), (z, change), times, solves)
+
+    def _denormed(self, index: int, z: Tensor, change: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        z, logdet = self.norms[index].inverted(z)
+        return z, None if change is None else change - logdet
+
+    def _transform(
+        self, x: Tensor, penalties: tuple[str, ...], change: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(z, the channel l [n], which starts as `change` (None: zeros) and falls by log|det dz/dx|, the integrals of
+        the penalties by name [n, names])."""
         x = self._checked(x, "x")
-        change = x.new_zeros(x.shape[0])  # l = -log|det dz/dx|
+        change = x.new_zeros(x.shape[0]) if change is None else change
         sums = x.new_zeros(x.shape[0], len(penalties))
         solves: list[Stats] = []
         x, change = self._normed(0, x, change)
@@ -132,7 +187,7 @@ class ContinuousFlow(NeuralODE):
             x, change = self._normed(index + 1, x, change)
         means = tuple(sums.detach().mean(0).tolist()) if penalties else ()  # asking a GPU for nothing would wait for it
         self.stats = FlowStats(tuple(solves), means) if solves else None
-        return x, -change, sums
+        return x, change, sums
 
     def _solver_with(self, index: int, kind: str, penalties: tuple[str, ...]) -> RegularisedSolves:
         field = self.vector_fields[index]
@@ -149,14 +204,7 @@ class ContinuousFlow(NeuralODE):
 
     def inverse(self, z: Tensor) -> Tensor:
         """Base to data: z [n, dim] -> x [n, dim], without densities."""
-        z = self._checked(z, "z")
-        solves: list[Stats] = []
-        for index in reversed(range(len(self.vector_fields))):
-            z = z if self.norms is None else self.norms[index + 1].inverse(z)
-            z = self._solve(self.vector_fields[index], z, self._times(index, z).flip(0), solves)
-        z = z if self.norms is None else self.norms[0].inverse(z)
-        self.stats = FlowStats(tuple(solves)) if solves else None
-        return z
+        return self._backwards(z, None)[0]
 
     @torch.no_grad()
     def sample(self, shape: int | Sequence[int] = ()) -> Tensor:
@@ -171,6 +219,9 @@ class ContinuousFlow(NeuralODE):
         return self.inverse(z).view(*shape, self.dim)
 
     # ------------------------------------------------------------------------------------------------------- internal
+
+    def _begin(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return x, x.new_zeros(len(x))
 
     def _with_divergence(self, index: int) -> DivergenceField:
         kind = self.divergence if self.training or self.eval_divergence is None else self.eval_divergence

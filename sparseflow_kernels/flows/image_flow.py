@@ -152,38 +152,26 @@ class ImageFlow(ContinuousFlow):
 
     def row_nll(self, x: Tensor, labels: None = None) -> Tensor:
         """-log_prob, nats per image, what training minimises the mean of: [n]."""
-        if self.training and self.flip:
-            x = self._checked(x, "x")
-            turned = torch.rand(len(x), device=x.device) < 0.5
-            x = torch.where(turned.view(-1, 1, 1, 1), x.view(-1, *self.shape).flip(3), x.view(-1, *self.shape))
-        return -self.log_prob(x)
+        return -self.log_prob(self._flipped(x))
 
     def transform(self, x: Tensor, dequantise: bool = True) -> tuple[Tensor, Tensor]:
         """Data to base: (z [n, dim], log|det dz/dx| [n]). The parts of z that are done first come first.
 
         dequantise: False takes x in [0, levels] as it is, which `inverse` undoes.
         """
-        rows = self._checked(x, "x")
-        x = rows.view(-1, *self.shape)
-        solves: list[Stats] = []
-        x, logdet = self.dequantise(x) if dequantise else self.dequantise(x, torch.zeros_like(x))
-        x, more = self.logit(x)
-        change, done = -(logdet + more), []  # log-determinants are subtracted from it, as solves do
-        for index, shape in enumerate(self.shapes):
-            if x.shape[1] != shape[0]:
-                if shape[0] > x.shape[1]:
-                    x, logdet = self.squeeze(x)
-                    change = change - logdet
-                else:
-                    x, factored = x.chunk(2, 1)
-                    done.append(factored.flatten(1))
-            x, change = self._solve(self._with_divergence(index), (x, change), self._times(index, x), solves)
-        self.stats = FlowStats(tuple(solves)) if solves else None
-        return torch.cat([*done, x.flatten(1)], 1), -change
+        z, change = self._moved(*self._on_the_line(x, dequantise))
+        return z, -change
+
+    def push(
+        self, x: Tensor, logp: Tensor | None = None, reverse: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """ContinuousFlow's, of x in [0, levels] as it is, which is what comes with `reverse`: no noise is added and
+        nothing rounded."""
+        return super().push(x, logp, reverse)
 
     def inverse(self, z: Tensor) -> Tensor:
         """Base to data: z [n, dim] -> x [n, channels, height, width], in levels but not rounded."""
-        return self.dequantise.inverse(self._unit(z))
+        return self._backwards(z, None)[0]
 
     @torch.no_grad()
     def sample(self, shape: int | Sequence[int] = ()) -> Tensor:
@@ -194,26 +182,73 @@ class ImageFlow(ContinuousFlow):
             raise ValueError(f"shape must be an int or a sequence of ints, none below 0; got {shape!r}")
         like = next(self._tensors())
         z = self._base(like).sample((math.prod(map(int, sizes)),)).to(like)
-        return self.dequantise.floor(self._unit(z)).view(*map(int, sizes), *self.shape)
+        return self.dequantise.floor(self._unit(z, None)[0]).view(*map(int, sizes), *self.shape)
 
     # ------------------------------------------------------------------------------------------------------- internal
 
-    def _unit(self, z: Tensor) -> Tensor:
-        """Base to images in [0, 1]."""
-        z = super()._checked(z, "z")
+    def _flipped(self, x: Tensor) -> Tensor:
+        """In training mode, with `flip`, every image mirrored with probability 1/2."""
+        if not (self.training and self.flip):
+            return x
+        x = self._checked(x, "x").view(-1, *self.shape)
+        turned = torch.rand(len(x), device=x.device) < 0.5
+        return torch.where(turned.view(-1, 1, 1, 1), x.flip(3), x)
+
+    def _on_the_line(self, x: Tensor, dequantise: bool) -> tuple[Tensor, Tensor]:
+        """(the first field's state, minus the log-determinant [n] so far: solves subtract from that channel, too)."""
+        x = self._checked(x, "x").view(-1, *self.shape)
+        x, logdet = self.dequantise(x) if dequantise else self.dequantise(x, torch.zeros_like(x))
+        x, more = self.logit(x)
+        return x, -(logdet + more)
+
+    def _forwards(self, x: Tensor, change: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, before = self._on_the_line(x, dequantise=False)
+        return self._moved(x, before if change is None else before + change)
+
+    def _moved(self, x: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+        """Through the fields: (z [n, dim], change at the end)."""
+        solves: list[Stats] = []
+        done = []
+        for index in range(len(self.shapes)):
+            x, factored = self._enter(index, x)
+            if factored is not None:
+                done.append(factored.flatten(1))
+            x, change = self._solve(self._with_divergence(index), (x, change), self._times(index, x), solves)
+        self.stats = FlowStats(tuple(solves)) if solves else None
+        return torch.cat([*done, x.flatten(1)], 1), change
+
+    def _begin(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self._on_the_line(self._flipped(x), dequantise=True)
+
+    def _enter(self, index: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        channels = self.shapes[index][0]
+        if x.shape[1] < channels:
+            return self.squeeze(x)[0], None  # its volume is one
+        return (x, None) if x.shape[1] == channels else tuple(x.chunk(2, 1))
+
+    def _leave(self, index: int, x: Tensor, done: Tensor | None) -> Tensor:
+        if done is not None:
+            return torch.cat([x, done], 1)
+        return self.squeeze.inverse(x) if index and self.shapes[index - 1][0] < x.shape[1] else x
+
+    def _unit(self, z: Tensor, change: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Base to images in [0, 1]; change: as in `_backwards`."""
+        z = ContinuousFlow._checked(self, z, "z")
         solves: list[Stats] = []
         halved = [math.prod(one) // 2 for one, after in zip(self.shapes, self.shapes[1:]) if after[0] < one[0]]
         *factored, x = z.split([*halved, math.prod(self.shapes[-1])], 1)
         x = x.reshape(-1, *self.shapes[-1])
         for index in reversed(range(len(self.shapes))):
-            shape = self.shapes[index]
-            if x.shape[1] > shape[0]:
-                x = self.squeeze.inverse(x)
-            elif x.shape[1] < shape[0]:
-                x = torch.cat([x, factored.pop().reshape(x.shape)], 1)
-            x = self._solve(self.vector_fields[index], x, self._times(index, x).flip(0), solves)
+            x, change = self._solved_back(index, x, change, solves)
+            was_halved = index and self.shapes[index - 1][0] > x.shape[1]
+            x = self._leave(index, x, factored.pop().reshape(x.shape) if was_halved else None)
         self.stats = FlowStats(tuple(solves)) if solves else None
-        return self.logit.inverse(x)
+        x, logdet = self.logit.inverted(x)
+        return x, None if change is None else change - logdet
+
+    def _backwards(self, z: Tensor, change: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        x, change = self._unit(z, change)
+        return self.dequantise.inverse(x), None if change is None else change + self.dequantise.logdet(x)
 
     def _of_fields(self, fields: list[nn.Module]) -> "ImageFlow":
         return type(self)(fields, self.shape, **self.settings())

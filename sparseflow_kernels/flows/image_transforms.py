@@ -34,8 +34,11 @@ class Dequantise(nn.Module):
         if noise is None:
             self.check(x)
             noise = torch.rand_like(x)
-        logdet = x.new_full((len(x),), -math.log(self.levels) * math.prod(x.shape[1:]))
-        return (x + noise) / self.levels, logdet
+        return (x + noise) / self.levels, self.logdet(x)
+
+    def logdet(self, x: Tensor) -> Tensor:
+        """Of the scaling, [n]."""
+        return x.new_full((len(x),), -math.log(self.levels) * math.prod(x.shape[1:]))
 
     def inverse(self, y: Tensor) -> Tensor:
         """In [0, levels), not rounded."""
@@ -79,6 +82,11 @@ class Logit(nn.Module):
 
     def inverse(self, y: Tensor) -> Tensor:
         return (torch.sigmoid(y) - self.alpha) / (1.0 - 2.0 * self.alpha)
+
+    def inverted(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(`inverse(y)`, its log|det dx/dy| [n])."""
+        logdet = F.logsigmoid(y) + F.logsigmoid(-y) - math.log(1.0 - 2.0 * self.alpha)
+        return self.inverse(y), logdet.flatten(1).sum(1)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha:g}"

@@ -196,6 +196,18 @@ class NeuralODE(nn.Module):
             ys = solution.ys
         return tuple(part[-1] for part in ys) if isinstance(state, tuple) else ys[-1]
 
+    def _begin(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What training solves from: (rows in the first field's states, the log-density channel [n] at its start)."""
+        return x, None
+
+    def _enter(self, index: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The end of the solve before a field, as its start: (the state, what is done and goes on no further)."""
+        return x, None
+
+    def _leave(self, index: int, x: Tensor, done: Tensor | None) -> Tensor:
+        """The inverse of `_enter`, and, as that moves numbers and changes none, its adjoint."""
+        return x
+
     def _tensors(self) -> Iterator[Tensor]:
         yield from self.parameters()
         yield from (buffer for buffer in self.buffers() if buffer.is_floating_point())

@@ -250,7 +250,7 @@ class Neurons:
         """bool [entries of the product]: whether the entries that read a row of the operand belong to one slice each."""
         product = self.wiring.products[node]
         of, slices = product.of[own], self.slice_of[product.element[own]]
-        fits = bool(of.numel() == 0 or torch.stack([of, slices], 1).unique(dim=0).shape[0] == of.unique().numel())
+        fits = _count_pairs(of, slices) == of.unique().numel()
         return torch.full_like(own, fits)
 
     def _meets_others(self, node: Node) -> bool:
@@ -313,11 +313,16 @@ def _one_each(into: Tensor, slices: Tensor, rest: Tensor) -> bool:
     """Whether every row is written by one slice. Where every row has a single entry, that holds for both axes of a matrix:
     then the axis with more distinct slices is taken. rest: the position of each entry along the other axis."""
     rows = into.unique().numel()
-    if torch.stack([into, slices], 1).unique(dim=0).shape[0] != rows:
+    if _count_pairs(into, slices) != rows:
         return False
     if into.numel() == rows and rows > 1:
         return slices.unique().numel() >= rest.unique().numel()
     return True
+
+
+def _count_pairs(a: Tensor, b: Tensor) -> int:
+    """How many different pairs (a[i], b[i]) there are, of numbers >= 0."""
+    return 0 if a.numel() == 0 else (a * (int(b.max()) + 1) + b).unique().numel()
 
 
 def components(count: int, a: Tensor, b: Tensor) -> Tensor:

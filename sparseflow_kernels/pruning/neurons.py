@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Iterable, TypeVar
 
@@ -23,7 +24,7 @@ from ..field import UnsupportedFieldError
 from ..masks import effective, live_mask, set_mask_
 from ..warn import warn
 from .arguments import check_keep, check_not_compiled
-from .chain import Chain, NotAChain, broadcast_rows, check_row_parameters, row_parameters
+from .chain import Chain, NotAChain, broadcast_rows, check_row_parameters, reaches_derivative, row_parameters
 from .fields import Fields
 from .graph_neurons import NeuronGroup, Neurons
 from .graph_plan import GraphPlan
@@ -76,7 +77,10 @@ def prune_neurons_(
         "drop": the neuron goes with all its parameters, constant or not, as in the reference implementation; the output
             it still had is lost, and retraining has to make up for it.
 
-    Warns when even one neuron per layer exceeds the budget, and names what is coupled. Raises NoNeurons (an
+    Every layer keeps one neuron at least, so a field that was pruned by neurons alone stays connected.
+
+    Warns when even one neuron per layer exceeds the budget, when no path leads from a field's state to its derivative any
+    more (where single weights were pruned before), and names what is coupled. Raises NoNeurons (an
     UnsupportedFieldError) for fields that cannot be read, or have no neurons that can be pruned, and names the place;
     ValueError for bad arguments, compiled fields and layers whose weight is computed (weight_norm, spectral_norm).
     Nothing is changed then.
@@ -95,7 +99,7 @@ def prune_neurons_(
     if graphs is not None:
         graphs.wiring.numbering.check_maskable(graphs.wiring.seen & ~graphs.wiring.pinned)
         plans.append(GraphPlan(graphs, fold))
-        _tell(graphs.groups(), bool(chains))
+        _tell(graphs, bool(chains))
 
     if of == "parameters":
         budget = math.floor(keep * dense_size(module))
@@ -119,6 +123,15 @@ def prune_neurons_(
     for plan, own in zip(plans, counts):
         plan.apply_(own)
     fields.refresh_masks_()
+    weights = {path: matrix.value != 0 for path, matrix in fields.matrices.items()}
+    reached = [reaches_derivative(chain, weights) for chain in chains]
+    if graphs is not None:
+        reached += graphs.wiring.reached(graphs.wiring.numbering.values() != 0)
+    if not all(reached):
+        warn(
+            f"prune_neurons_: keep={keep} of {of} leaves {reached.count(False)} of {len(reached)} vector fields in which no "
+            "path leads from the state to its derivative; use a larger keep"
+        )
     return module
 
 
@@ -163,9 +176,10 @@ def _wiring(fields: Fields, those: list[nn.Module]) -> Wiring:
     return fields.graphs.wiring(those)
 
 
-def _tell(groups: list[NeuronGroup], some: bool) -> None:
-    """What is not pruned by neurons: an error where nothing is, else a warning for what is no row of the state's."""
-    if not some and not any(group.neurons > 1 and not group.reason for group in groups):
+def _tell(neurons: Neurons, some: bool) -> None:
+    """What is not pruned by neurons: an error where nothing is or was, else a warning for what is no row of the state's."""
+    groups, slices = neurons.groups(), Counter(neurons.paths)
+    if not some and not any(slices[path] > 1 for group in groups if not group.reason for path in group.weights):
         raise NoNeurons("prune_neurons_: there are no neurons to prune: " + "; ".join(map(str, groups)))
     inside = [str(group) for group in groups if group.coupled]
     if inside:

@@ -19,12 +19,13 @@ from .chain import (
     broadcast_rows,
     check_row_parameters,
     live_parameters,
-    connected_neurons,
     neurons_read,
     reaches_derivative,
     row_parameters,
 )
 from .fields import Fields
+from .floor import GraphFloor, chain_floor, chain_holds
+from .graph_neurons import Neurons
 from .matrices import WeightMatrix, check_matrices
 from .size import dense_size, size
 from .wiring import Wiring
@@ -60,14 +61,15 @@ def prune_weights_(
         the strongest weights between neurons that live. So the size is met exactly, as long as enough neurons live.
         Needs fields that `sparseflow_kernels.compile` can read; for others a warning is given and dead parameters stay,
         and count.
-    min_neurons: where the ranking would leave a layer with fewer neurons connected from the state to the derivative than
-        this (a global ranking can empty a layer of a deep thin field), so many stay in every layer, through strong
-        weights, against the ranking and if need be beyond the budget. Chains of Linear layers only.
+    min_neurons: where the ranking would leave a layer with fewer neurons (channels of a convolution) connected from the
+        state to the derivative than this (a global ranking can empty a layer of a deep thin field), so many stay in every
+        layer, through strong weights, against the ranking and if need be beyond the budget. In a graph a layer is a
+        group of `neuron_report`.
     like: an example of the state, for fields that `sparseflow_kernels.compile` needs one for: [..., dim], or a tuple.
 
     Warns when the budget cuts every path from a field's state to its derivative, or when `min_neurons` needs more than
     it. Raises ValueError for bad arguments, compiled fields and layers whose weight is computed (weight_norm,
-    spectral_norm), NotAChain for `min_neurons` on a field that is not a chain. Nothing is changed then.
+    spectral_norm), NotAChain for `min_neurons` on a field that cannot be read. Nothing is changed then.
     """
     check_keep(keep, of)
     if min_neurons < 0 or min_neurons != int(min_neurons):
@@ -89,13 +91,14 @@ def prune_weights_(
 
     ranking = _Ranking(weights, {})
     searched = chains if remove_dead else []
-    elements = _Elements(found, graphs) if remove_dead and graphs.nodes else None
+    elements = _Elements(found, graphs) if graphs.nodes else None
+    floor = GraphFloor(Neurons(graphs, found), min_neurons) if elements is not None and min_neurons else None
 
     def outcome(n: int) -> tuple[int, dict[str, Tensor], list[tuple[Chain, list[Tensor]]]]:
         """Size in the budget's terms when the n top-ranked weights stay and dead neurons go."""
         masks = ranking.top(n)
         total, removed = outside, []
-        if elements is not None:
+        if elements is not None and remove_dead:
             dead = elements.remove_dead(masks)
             if of == "parameters":
                 total -= elements.others(dead)
@@ -119,15 +122,18 @@ def prune_weights_(
         total, masks, removed = outcome(low)
         if total < budget and low < live:  # the next weight would bring back a neuron, and more than fits with it
             eligible = _between_live(removed, weights)
-            if elements is not None:
+            if elements is not None and remove_dead:
                 elements.limit_to_live(eligible, masks)
             added = ranking.next(low, budget - total, eligible)
             masks = {path: mask | added[path] for path, mask in masks.items()}
         return total, masks, removed
 
     total, masks, removed = best(0)
-    if any(int(neurons.sum()) < min_neurons for chain in chains for neurons in connected_neurons(chain, masks)):
-        protected = _protected(chains, weights, min_neurons)
+    held = all(chain_holds(chain, masks, min_neurons) for chain in chains if min_neurons)
+    if not held or (floor is not None and not floor.holds(elements.alive(masks))):
+        protected = chain_floor(chains, weights, min_neurons)
+        if floor is not None:
+            elements.add_(protected, floor.elements(graphs.numbering.values()))
         ranking = _Ranking(weights, protected)
         total, masks, removed = best(count(protected.values()))
     if total > budget:
@@ -148,7 +154,7 @@ def prune_weights_(
 
     for chain, _ in removed:
         check_row_parameters(chain)
-    dead = None if elements is None else elements.dead_others(masks)
+    dead = elements.dead_others(masks) if elements is not None and remove_dead else None
     if dead is not None:
         graphs.numbering.check_maskable(dead)  # before anything is changed
     for path, matrix in found.items():
@@ -202,13 +208,14 @@ def _wired(fields: Fields, remove_dead: bool, min_neurons: int) -> tuple[list[Ch
         try:
             chains.append(fields.chain(vector_field))
             continue
-        except NotAChain as error:
-            if min_neurons:
-                raise NotAChain(f"min_neurons needs a chain of Linear layers: {error}") from error
+        except NotAChain:
+            pass
         try:
             fields.graphs.read(vector_field)
             graphs.append(vector_field)
         except UnsupportedFieldError as error:
+            if min_neurons:
+                raise NotAChain(f"min_neurons needs fields that can be read: {error}") from error
             warn(f"prune_weights_: dead parameters are left and count towards the size: {error}")
     return chains, fields.graphs.wiring(graphs)
 
@@ -245,6 +252,11 @@ class _Elements:
     def dead_others(self, masks: dict[str, Tensor]) -> Tensor:
         return self.graphs.dead(self.alive(masks)) & ~self.ranked
 
+    def add_(self, masks: dict[str, Tensor], elements: Tensor) -> None:
+        """Elements, bool [elements], to masks of the matrices."""
+        for path, item in self.items.items():
+            masks[path] |= elements[item.elements].view(masks[path].shape).to(masks[path].device)
+
     def limit_to_live(self, eligible: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
         """Take out of eligible whose return would bring something dead back, or change nothing."""
         costly = self.graphs.returns_alone(self.alive(masks))
@@ -262,31 +274,3 @@ def _between_live(removed: list[tuple[Chain, list[Tensor]]], weights: dict[str, 
                 mask[:, layer.columns[~read[index - 1]]] = False
             eligible[layer.matrix] = mask
     return eligible
-
-
-def _protected(chains: list[Chain], weights: dict[str, Tensor], n: int) -> dict[str, Tensor]:
-    """Weights that keep n neurons per hidden layer on a path from the state to the derivative, strongest first; of those
-    that are on one now."""
-    alive = {path: (weight != 0).cpu() for path, weight in weights.items()}
-    protected = {path: torch.zeros_like(weight, dtype=torch.bool) for path, weight in weights.items()}
-    for chain in chains:
-        before = torch.arange(chain.dim)
-        read = neurons_read(chain, alive)
-        for index, layer in enumerate(chain.layers):
-            weight = weights[layer.matrix].abs().cpu()[:, layer.columns]
-            strength = torch.where(read[index], weight[:, before].amax(1), -1.0)
-            if index + 1 < len(chain.layers):
-                chosen = torch.sort(strength, descending=True, stable=True).indices[:n]
-            else:
-                chosen = torch.arange(weight.shape[0])
-            block = weight[chosen][:, before]
-            mask = torch.zeros_like(weight, dtype=torch.bool)
-            if index + 1 < len(chain.layers):
-                mask[chosen, before[block.argmax(1)]] = True
-            if index > 0:  # and every neuron chosen before is read
-                mask[chosen[block.argmax(0)], before] = True
-            full = torch.zeros_like(protected[layer.matrix], device="cpu")
-            full[:, layer.columns] = mask & (weight > 0)
-            protected[layer.matrix] |= full.to(protected[layer.matrix].device)
-            before = chosen
-    return protected

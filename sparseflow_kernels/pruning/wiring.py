@@ -326,6 +326,11 @@ class Wiring:
 
     def reached(self, alive: Tensor) -> list[bool]:
         """For every field, whether its derivative depends on its state."""
+        fed = self.fed(alive)
+        return [bool(self.of(fed, output).any()) for output in self.outputs]
+
+    def fed(self, alive: Tensor) -> Tensor:
+        """bool [rows]: those that depend on the state. alive: bool [elements], those that are not held at zero."""
         alive, fed = _padded(alive), torch.zeros(self.rows, dtype=torch.bool)
         for node in self.nodes:
             own = self.of(fed, node)
@@ -336,7 +341,7 @@ class Wiring:
                 own[product.into[self.of(fed, node.operands[0])[product.of] & alive[product.element]]] = True
             else:
                 own.copy_(self.pieces(fed, node) if node.kind == "rows" else self.joined(fed, node, torch.logical_or, False))
-        return [bool(self.of(fed, output).any()) for output in self.outputs]
+        return fed
 
     def emitted(self, values: Tensor, t: float) -> Tensor:
         """float64 [rows]: the values of the rows at time t and for some state. values: float64 [elements]."""

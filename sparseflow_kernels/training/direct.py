@@ -21,7 +21,7 @@ from ..divergence_field import DivergenceField
 from ..engines import choose
 from ..engines.base import Engine, SolveRequest, SolveResult
 from ..field import GraphField, VectorField
-from ..flows import ContinuousFlow, NeuralClassifier, NeuralODE
+from ..flows import ContinuousFlow, ImageFlow, NeuralClassifier, NeuralODE
 from ..hooks import GLOBAL_HOOKS, is_hooked
 from ..solution import SolverError
 from ..solving.arguments import upward
@@ -34,6 +34,7 @@ class _Solved:
     tensors: list[Tensor]
     request: SolveRequest
     result: SolveResult
+    done: Tensor | None  # what the rows before left behind (`NeuralODE._enter`)
 
 
 class DirectGradient:
@@ -53,29 +54,31 @@ class DirectGradient:
     @factories_on_cpu
     def of(cls, model: NeuralODE) -> "DirectGradient | None":
         """None for a model that only autograd can differentiate: fields that are not compiled for an engine with
-        gradients of its own, end times or bases of their own, callables among the solver's options, the adjoint's
-        gradient."""
+        gradients of its own, bases of their own, norms, penalties, callables among the solver's options, end times that
+        are trained on a fixed grid, the adjoint's gradient."""
         flow = isinstance(model, ContinuousFlow)
-        if not (flow or isinstance(model, NeuralClassifier)) or model.gradient != "discrete":
-            return None
-        if model.sqrt_end_time is not None or model.norms is not None or (flow and (model.base or model.penalties)):
+        if type(model) not in (ContinuousFlow, ImageFlow, NeuralClassifier) or model.gradient != "discrete":
+            return None  # a class of the user's may have a loss of its own
+        if model.norms is not None or (flow and (model.base or model.penalties)):
             return None
         fields = list(model.vector_fields)
         if not all(isinstance(field, CompiledField) for field in fields) or len(set(map(id, fields))) < len(fields):
             return None
-        if any(field.live or field.layout is not None or field.has_context or field._masked for field in fields):
+        if any(field.live or field.has_context or field._masked for field in fields):
+            return None
+        if any(field.layout is not None and (field.layout.is_tuple or not field.layout.batched) for field in fields):
             return None
         if is_hooked(model) or any(GLOBAL_HOOKS):  # which would not be called
             return None
         like = next(model.parameters())
         if like.device.type != "cpu":  # a GPU's step waits for other things than Python
             return None
-        x = torch.zeros(1, model.dim, dtype=like.dtype, device=like.device)
-        state = (x, x[:, 0]) if flow else x
         t = torch.tensor([model.t0, model.t1], dtype=like.dtype)
         kind, engines = model.divergence if flow else None, []
         for field in fields:
-            func = DivergenceField(field, kind) if flow else field
+            x = torch.zeros((1, field.dim), dtype=like.dtype, device=like.device)
+            y = x if field.layout is None else field.layout.unflatten(x)
+            func, state = (DivergenceField(field, kind), (y, x[:, 0])) if flow else (field, y)
             method = "dopri5" if model.method is None else model.method
             call = EngineCall.make(func, state, t, model.rtol, model.atol, method, dict(model.options or {}), "shared")
             if isinstance(call, str) or call.options.get("grid_constructor") is not None:
@@ -87,7 +90,9 @@ class DirectGradient:
             template = replace(template, record=True)
             engine = _packed(field, kind, field._live_field())
             engines.append(engine)
-            if engine.differentiable or engine.no_gradient(("x", "l", "tensors"), template) is not None:
+            if engine.differentiable or engine.no_gradient(_wanted(model), template) is not None:
+                return None
+            if model.sqrt_end_time is not None and template.grid is not None:  # which moves with the end
                 return None
         return cls(model, template, engines)
 
@@ -97,24 +102,36 @@ class DirectGradient:
         on; gradients are then as they were, and so they are for a loss that is not finite."""
         with torch.no_grad():
             solved: list[_Solved] = []
-            change = None if self.kind is None else x.new_zeros(len(x))
+            x, change = self.model._begin(x)
             for number, (field, probe) in enumerate(zip(self.model.vector_fields, self.probes)):
                 with torch.enable_grad():  # what is made of parameters
                     engine, tensors = self._engine(number, field)
+                x, done = self.model._enter(number, x)
                 noise = None if probe is None else probe.begin_solve(x)
-                request = replace(self.template, x=x, l=change, noise=noise)
+                x, noise = _rows(field, x), None if noise is None else _rows(field, noise)
+                request = replace(self.template, x=x, l=change, noise=noise, times=self._times(number))
                 result = engine.solve(request)
                 if result.status != "ok":
                     parts = (result.xs,) if result.ls is None else (result.xs, result.ls)
                     raise SolverError.of(result, request, parts, change is not None)
-                solved.append(_Solved(engine, tensors, request, result))
-                x, change = result.xs[-1], None if change is None else result.ls[-1]
-            value, grad_x, grad_l = self._loss(x, change, labels)
+                solved.append(_Solved(engine, tensors, request, result, done))
+                x, change = _laid_out(field, result.xs[-1]), None if change is None else result.ls[-1]
+            ends = [one.done for one in solved if one.done is not None]
+            value, grads, grad_l = self._loss([*ends, x], change, labels)
             nfe = sum(one.result.nfe for one in solved)
             if math.isfinite(value):
-                for one in reversed(solved):
-                    grad_x, grad_l = _backward(one, grad_x, grad_l)
+                grad_x = grads.pop()
+                for number, one in reversed(list(enumerate(solved))):
+                    grad_x, grad_l = self._backward(number, one, grad_x, grad_l)
+                    grad_x = self.model._leave(number, grad_x, None if one.done is None else grads.pop())
             return value, nfe
+
+    def _times(self, number: int) -> Tensor:
+        """Of a solve, upwards."""
+        if self.model.sqrt_end_time is None:
+            return self.template.times
+        times = self.model._times(number, self.model.sqrt_end_time[number])
+        return upward(times, times.device)[0]
 
     def _engine(self, number: int, field: CompiledField) -> tuple[Engine, list[Tensor]]:
         """(an engine that holds the present values, the field's tensors, with a graph where they are made of
@@ -127,19 +144,53 @@ class DirectGradient:
             self.made[number] = made, [tensor for _, tensor in made.tensors()]
         return engine, self.made[number][1]
 
+    def _backward(
+        self, number: int, one: _Solved, grad_x: Tensor, grad_l: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Add the gradient of a solve to the parameters'; (the cotangents of its start)."""
+        field = self.model.vector_fields[number]
+        grad_x = _rows(field, grad_x)
+        grad_xs = torch.stack((torch.zeros_like(grad_x), grad_x))
+        grad_ls = None if grad_l is None else torch.stack((torch.zeros_like(grad_l), grad_l))
+        found = one.engine.solve_backward(one.request, one.result, grad_xs, grad_ls, _wanted(self.model))
+        trained = [(tensor, gradient) for tensor, gradient in zip(one.tensors, found.tensors) if tensor.requires_grad]
+        own = [(tensor.grad, gradient) for tensor, gradient in trained if tensor.is_leaf]
+        if own:
+            torch._foreach_add_(*map(list, zip(*own)))
+        if len(own) < len(trained):
+            torch.autograd.backward(*zip(*(pair for pair in trained if not pair[0].is_leaf)))
+        if self.model.sqrt_end_time is not None and (root := self.model.sqrt_end_time[number]).requires_grad:
+            root.grad += 2.0 * root.detach() * found.times[-1].to(root)
+        return _laid_out(field, found.x), found.l
+
     def _loss(
-        self, x: Tensor, change: Tensor | None, labels: Tensor | None
-    ) -> tuple[float, Tensor, Tensor | None]:
-        """(mean loss, its gradient by the state's end [n, dim], and by the log-density channel [n])."""
-        n = len(x)
+        self, parts: list[Tensor], change: Tensor | None, labels: Tensor | None
+    ) -> tuple[float, list[Tensor], Tensor | None]:
+        """(mean loss, its gradient by the parts of the end [n, ...], and by the log-density channel [n])."""
+        n = len(parts[0])
         if change is not None:  # 0.5 |z|^2 + dim/2 log 2 pi + l
-            value = float(0.5 * x.square().sum() + change.sum()) / n
-            return value + 0.5 * self.model.dim * math.log(2.0 * math.pi), x / n, torch.full_like(change, 1.0 / n)
+            value = float(sum(0.5 * part.square().sum() for part in parts) + change.sum()) / n
+            grads = [part / n for part in parts]
+            return value + 0.5 * self.model.dim * math.log(2.0 * math.pi), grads, torch.full_like(change, 1.0 / n)
+        (x,) = parts
         logs = x.log_softmax(1)
         chosen = labels.unsqueeze(1)
         gradient = logs.exp() / n
         gradient.scatter_add_(1, chosen, gradient.new_full((n, 1), -1.0 / n))
-        return -float(logs.gather(1, chosen).sum()) / n, gradient, None
+        return -float(logs.gather(1, chosen).sum()) / n, [gradient], None
+
+
+def _wanted(model: NeuralODE) -> frozenset[str]:
+    """What is asked of a gradient."""
+    return frozenset(("x", "l", "tensors") if model.sqrt_end_time is None else ("x", "l", "tensors", "times"))
+
+
+def _rows(field: CompiledField, x: Tensor) -> Tensor:
+    return x if field.layout is None else field.layout.flatten(x).contiguous()
+
+
+def _laid_out(field: CompiledField, rows: Tensor) -> Tensor:
+    return rows if field.layout is None else field.layout.unflatten(rows)
 
 
 @torch.no_grad()
@@ -147,17 +198,3 @@ def _packed(field: CompiledField, kind: str | None, made: VectorField | GraphFie
     """An engine of this step's own: it takes values over without asking whether they changed."""
     plan = None if kind is None else field.divergence_plan(kind)
     return choose(made, field.requested)[0](made, plan)
-
-
-def _backward(one: _Solved, grad_x: Tensor, grad_l: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Add the gradient of a solve to the parameters'; (the cotangents of its start)."""
-    grad_xs = torch.stack((torch.zeros_like(grad_x), grad_x))
-    grad_ls = None if grad_l is None else torch.stack((torch.zeros_like(grad_l), grad_l))
-    found = one.engine.solve_backward(one.request, one.result, grad_xs, grad_ls, frozenset(("x", "l", "tensors")))
-    trained = [(tensor, gradient) for tensor, gradient in zip(one.tensors, found.tensors) if tensor.requires_grad]
-    own = [(tensor.grad, gradient) for tensor, gradient in trained if tensor.is_leaf]
-    if own:
-        torch._foreach_add_(*map(list, zip(*own)))
-    if len(own) < len(trained):
-        torch.autograd.backward(*zip(*(pair for pair in trained if not pair[0].is_leaf)))
-    return found.x, found.l

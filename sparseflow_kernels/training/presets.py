@@ -37,11 +37,8 @@ class Preset:
 
     def prune_options(self, method: str) -> dict[str, Any]:
         """For `sparse_flow` with that method. A neuron stays connected in every layer: a global ranking of weights
-        empties the middle layers of deep thin nets (l8_h10), which then move nothing. (Of convolutions none is asked
-        for: that needs chains of Linear layers.)"""
-        if method == "neurons":
-            return {"fold": self.fold}
-        return {} if self.image is not None else {"min_neurons": 1}
+        empties the middle layers of deep thin nets (l8_h10) and convolutions of images, which then move nothing."""
+        return {"fold": self.fold} if method == "neurons" else {"min_neurons": 1}
 
     @property
     def keep_ratios(self) -> tuple[float, ...]:
