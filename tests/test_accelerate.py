@@ -253,7 +253,7 @@ def test_what_becomes_unreadable_between_solves_is_handed_on_and_comes_back() ->
 
         def forward(self, t, x):
             x = nn.functional.dropout(self.a(x), 0.5, self.training)
-            return x if self.power == 1 else torch.fft.ifft(torch.fft.fft(x)).real
+            return x if self.power == 1 else x + 0.0 * torch.linalg.svdvals(x)
 
     module, y, t = Noisy(), torch.randn(4, 3), torch.tensor([0.0, 0.1])
     with accelerate() as running, torch.no_grad(), warnings.catch_warnings():
@@ -268,7 +268,7 @@ def test_what_becomes_unreadable_between_solves_is_handed_on_and_comes_back() ->
         module.train()
         odeint(module, y, t, method="euler")
         report = running.report()
-    assert report.count("dropout is active") == 1 and "_fft" in report
+    assert report.count("dropout is active") == 1 and "svd" in report
 
 
 def test_counters_of_the_module_go_on_as_under_torchdiffeq():

@@ -571,7 +571,7 @@ REFUSED = {
     "an index made of the state": (lambda m, t, y: m.n(y)[:, y.argmax(-1)], "argmax|order of its values"),
     "a branch": (lambda m, t, y: m.n(y) if y.sum() > 0 else y, "number out of the state|over the samples"),
     "a branch on an energy": (lambda m, t, y: m.n(y) if bool(m.n(y).mean() > 0) else y, "number out of|over the samples"),
-    "complex numbers": (lambda m, t, y: torch.fft.irfft(torch.fft.rfft(m.n(y) * y), n=3), "_fft_r2c"),
+    "complex numbers": (lambda m, t, y: torch.linalg.eigvals(y[:, :, None] * y[:, None]).real, "linalg_eig"),
     "the mean over samples": (lambda m, t, y: m.n(y) * y.mean(0), "over the samples"),
     "other samples": (lambda m, t, y: m.n(y) * y.roll(1, 0), "across the samples"),
     "samples in another order": (lambda m, t, y: m.n(y) + y.flip(0), "across the samples|first axis is not the batch"),

@@ -101,6 +101,8 @@ class GraphTracer(Following):
         outs = list(out) if isinstance(out, (tuple, list)) else [out]
         rows = []
         for part, ids in zip(outs, self.probe.parts_of(lines)):
+            if part.is_complex():
+                refuse("a complex derivative of a real state", "Return its real part, or torch.view_as_real of it")
             value = self.value_of(part)
             if isinstance(value, Opaque):
                 refuse(value.reason)
@@ -141,13 +143,15 @@ class GraphTracer(Following):
             return value
         value = self._in_known_memory(tensor)
         if value is None:
-            leaf = self._context_names.get(id(tensor))
-            if leaf is None:
-                value = self.parameters.constant(tensor)
-            else:
-                value = Constant(tensor.detach(), torch.full(tensor.shape, NOT_PLAIN), None, leaf)
+            value = self.constant_of(tensor)
         self.bind(tensor, value)
         return value
+
+    def constant_of(self, tensor: Tensor) -> Constant:
+        leaf = self._context_names.get(id(tensor))
+        if leaf is None:
+            return super().constant_of(tensor)
+        return Constant(tensor.detach(), torch.full(tensor.shape, NOT_PLAIN), None, leaf)
 
     def _detached(self, value: StateValue) -> StateValue:
         with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():

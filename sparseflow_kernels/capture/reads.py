@@ -85,7 +85,8 @@ class Reads(TorchFunctionMode):
         return out
 
     def _value(self, tensor: Any) -> Any:
-        return self.tracer.values.get(id(tensor))
+        value = self.tracer.values.get(id(tensor))
+        return self.tracer.pairs.seen(tensor) if value is None else value
 
     def _grad_mode(self, frame: types.FrameType | None) -> None:
         """Notices where forward itself enters and leaves torch.no_grad and torch.enable_grad: what torch's own functions do

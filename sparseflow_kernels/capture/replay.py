@@ -8,7 +8,7 @@ from typing import Any, Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..origin import Derivation, Origin
+from ..origin import Derivation, Origin, real_part
 from .operations import call
 from .trees import tree_leaves, tree_map
 
@@ -124,7 +124,7 @@ class Computed:
 
     def evaluate(self, derivation: Derivation) -> Tensor:
         values = {name: derivation.whole(name) for name in self._names}
-        return self._replay.run(next(iter(values.values())), None, values.__getitem__).reshape(-1)
+        return self._replay.run(real_part(next(iter(values.values()))), None, values.__getitem__).reshape(-1)
 
     def origins(self) -> Iterator[Origin]:
         return iter(())
