@@ -70,7 +70,7 @@ class Elements:
         self.table, self.graph, self.size, self.name, self.matrix_name = table, table.graph, size, name, matrix_name
         self.time_ids: Callable[[TimeValue], Tensor] | None = None
         self.context_ids: Callable[[Constant, Tensor], Tensor] | None = None
-        self.copies_truth = False  # the operation that is read is given truth values first
+        self.copies_whole = False  # the operation that is read is given truth values or whole numbers first
         self.zero = same_for_all(torch.tensor(table.zero_row))
         self.lowest = self.ids(-math.inf)  # what masks put where a softmax leaves an element out
 

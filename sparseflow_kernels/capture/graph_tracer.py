@@ -16,6 +16,7 @@ from .branches import Branches
 from .context import Context, ReadContext, attribute, names_of
 from .elements import ANY, Elements, rows_of, samples_of
 from .functions import primitive
+from .graph_lookups import LISTS, refuse_position, varies
 from .graph_operations import apply_to_elements
 from .graph_probe import GraphProbe
 from .graph_table import GraphTable
@@ -221,7 +222,11 @@ class GraphTracer(Following):
     def _of_state(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
         self.graph.origin = self.stack.path
         first = self.given[0] if self.given else None
-        self.elements.copies_truth = isinstance(first, Tensor) and first.dtype == torch.bool
+        self.elements.copies_whole = isinstance(first, Tensor) and not first.is_floating_point()
+        if base_name(func) in LISTS:
+            masks = (isinstance(i, Tensor) and i.dtype == torch.bool and varies(a) for i, a in zip(self.given[1], args[1]))
+            if any(masks):
+                refuse_position(func)
         with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
             value = apply_to_elements(self.elements, func, args, kwargs, out)
         if isinstance(value, (StateValue, Opaque)) and checks(base_name(func), args):
