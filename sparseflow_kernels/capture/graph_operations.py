@@ -2,7 +2,8 @@
 
 Rules are registered where they stand: graph_functions (elementwise functions), graph_linear (products and convolutions),
 graph_systems (linear systems), graph_reductions (sums, norms, softmax), graph_orders (largest values, sorting), graph_losses
-(losses), graph_lookups (positions that depend on the state) and graph_rules (what moves elements).
+(losses), graph_lookups (positions that depend on the state), graph_sampling (images between their
+pixels) and graph_rules (what moves elements).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from . import (  # noqa: F401  they register their rules
     graph_orders,
     graph_reductions,
     graph_rules,
+    graph_sampling,
     graph_systems,
 )
 from .elements import Elements
