@@ -16,7 +16,7 @@ from torch import Tensor
 from .operations import STRUCTURAL, base_name
 from .refusal import refuse
 from .registry import argument
-from .trees import tree_leaves, tree_map
+from .trees import tree_map
 
 Part = Tensor | float | None  # None is zero
 ROUNDED = 1e-14  # sines and cosines of multiples of a turn are zero, or larger than this
@@ -409,9 +409,6 @@ def to_real(func: Any, args: tuple, kwargs: dict) -> Tensor:
     return times(real_series(made, last, n), _factor(size, normalization))
 
 
-def complex_in(values: Any) -> bool:
-    """Whether there is a complex tensor or number among them."""
-    for a in tree_leaves(values):
-        if isinstance(a, Tensor) and a.is_complex() or isinstance(a, complex):
-            return True
-    return False
+def is_complex(a: Any) -> bool:
+    """A complex tensor or number."""
+    return a.is_complex() if isinstance(a, Tensor) else isinstance(a, complex)

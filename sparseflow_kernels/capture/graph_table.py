@@ -138,6 +138,9 @@ class GraphTable:
         flat = value.value.detach().reshape(-1)
         if value.source is None:
             return self._rows_of_numbers(flat).view(value.shape)
+        if value.in_order:  # a parameter, or a part of one
+            entries = apply(aten.reshape.default, value, [-1])
+            return self.add(self.graph.vector(self._part(entries, None, name), flat.numel()), flat.numel()).view(value.shape)
         source, factor = value.sources.reshape(-1), value.factors.reshape(-1)
         free = (source != NOT_PLAIN) & ((source < 0) | (factor == 0))
         rows = torch.empty(flat.numel(), dtype=torch.int64)

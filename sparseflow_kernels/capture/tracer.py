@@ -15,7 +15,7 @@ from ..field import UnsupportedFieldError
 from ..warn import line_of_forward
 from .algebra import apply, evaluate, sparse_linear
 from .branches import Branches
-from .complex_operations import complex_in
+from .complex_operations import is_complex
 from .complex_pairs import Pairs
 from .context import names_of
 from .operations import ADDITIVE, BILINEAR, FACTORIES, FULL, aten, base_name, is_in_place, written
@@ -185,7 +185,8 @@ class Following(TorchDispatchMode):
             evaluation = "Call .eval() on the module first (dropout is active in training)"
             refuse(f"randomness ({base})", evaluation if self.module.training else REMEDY)
 
-        if complex_in((args, kwargs)):
+        leaves = tree_leaves((args, kwargs))
+        if any(map(is_complex, leaves)):
             return self._complex(func, args, kwargs, None)
 
         def lift(a):
@@ -196,11 +197,12 @@ class Following(TorchDispatchMode):
         abstract_args, abstract_kwargs = tree_map(lift, tuple(args)), tree_map(lift, kwargs)
         self.given = args
         out = func(*args, **kwargs)
-        if any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves((args, kwargs, out))):
+        results = tree_leaves(out)
+        if any(isinstance(x, Tensor) and x.is_meta for x in (*leaves, *results)):
             return out  # forward derivatives ask so for shapes
         if base.startswith(("empty", "new_empty")) and isinstance(out, Tensor):
             out.zero_()  # memory that nobody has written yet holds anything, NaN too
-        if complex_in(out):
+        if any(map(is_complex, results)):
             return self._complex(func, args, kwargs, out)
         result = self._abstract(func, abstract_args, abstract_kwargs, out)
         if self.without_grad and self.without_grad[-1]:
@@ -209,7 +211,7 @@ class Following(TorchDispatchMode):
         if changed and is_in_place(func):
             self.rebind(changed[0], result)
         else:
-            for tensor, value in zip(tree_leaves(out), tree_leaves(result)):
+            for tensor, value in zip(results, tree_leaves(result)):
                 if isinstance(tensor, Tensor):
                     self.bind(tensor, value)
         return out
