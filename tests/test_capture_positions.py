@@ -77,6 +77,10 @@ FIELDS = {
     "pooling": (
         lambda m, t, x: F.interpolate(F.max_pool2d(m.c(x), 3, 2, 1), scale_factor=2) + F.adaptive_max_pool2d(x, 3).mean((2, 3), keepdim=True)
         * F.max_pool2d(x, 2, return_indices=True)[1].to(x).mean((2, 3), keepdim=True), lambda: {"c": nn.Conv2d(2, 2, 3, padding=1)}, IMAGE),
+    "rows at t": (lambda m, t, y: m.n(y)[:, (t > 0.5).long() + torch.arange(2)].repeat(1, 2)[:, :3] * y, NET, FLAT),
+    "unpooled": (
+        lambda m, t, x: F.max_unpool2d(m.c(F.max_pool2d(x, 2)), F.max_pool2d(x, 2, return_indices=True)[1], 2)
+        + torch.func.grad(lambda z: F.max_pool2d(m.c(z), 3, 2, 1).square().sum())(x), lambda: {"c": nn.Conv2d(2, 2, 1)}, IMAGE),
     "a single sample": (lambda m, t, y: m.n(y) * y[y.argmax()] + m.f[y.argmin()], lambda: {**NET(), "f": TABLE(3)}, torch.zeros(3, dtype=F64)),
 }  # fmt: skip
 

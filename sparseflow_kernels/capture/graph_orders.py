@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..field import Graph, Node
-from .elements import Elements
+from .elements import Elements, samples_of
 from .functions import ELEMENTWISE, choose, maximum, minimum, product
 from .graph_linear import padded, wide, windows
+from .graph_lookups import MOST_WRITTEN, ones_at
 from .graph_reductions import mapped, reduced, rows_along, same_sample, shared
 from .operations import base_name
 from .refusal import refuse
@@ -232,6 +233,28 @@ def _pooled(e: Elements, lines: Tensor, places: Tensor, out: Any) -> Any:
     outs = out if isinstance(out, (tuple, list)) else [out]
     made = [StateValue(part.reshape(value.shape)) for part, value in zip(found, outs)]
     return made if isinstance(out, (tuple, list)) else made[0]
+
+
+@rule("max_unpool2d", "max_unpool3d")
+def max_unpool(e: Elements, func, args, kwargs, out) -> Any:
+    axes = 2 if base_name(func) == "max_unpool2d" else 3
+    return _put(e, args[0], args[1], out, axes)
+
+
+@rule("max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward", "adaptive_max_pool2d_backward")
+def max_pool_backward(e: Elements, func, args, kwargs, out) -> Any:
+    return _put(e, args[0], args[-1] if len(args) > 2 else kwargs["indices"], out, 3 if "3d" in base_name(func) else 2)
+
+
+def _put(e: Elements, values: Any, places: Any, out: Tensor, axes: int) -> StateValue:
+    """Zeros with values added at their places in each plane."""
+    where = e.ids(places).flatten(-axes)
+    given = e.ids(values, samples_of(where).view(places.shape)).expand(places.shape).flatten(-axes)
+    size = math.prod(out.shape[-axes:])
+    if size * where.shape[-1] > MOST_WRITTEN:
+        refuse(f"{where.shape[-1]} values at places of {size} that depend on the state")
+    met = ones_at(e, StateValue(where), size).transpose(-1, -2)
+    return StateValue(e.products(given.unsqueeze(-2), met).reshape(out.shape))
 
 
 @rule("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")
