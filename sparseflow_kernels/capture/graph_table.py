@@ -16,7 +16,7 @@ from .algebra import apply
 from .operations import aten
 from .provenance import ParameterNumbers
 from .refusal import NotFinite
-from .replay import Attribute, Replay, with_tensors
+from .replay import Attribute, Forms, Replay, with_tensors
 from .values import NOT_PLAIN, Constant
 
 PER_SAMPLE = SAMPLES[0]
@@ -56,6 +56,7 @@ class GraphTable:
         self._first: dict[int, int] = {}  # id of a node -> its first row
         self._gathered: dict[bytes, Node] = {}
         self._entry_rows: dict[int, tuple[Constant, Tensor]] = {}  # by id, which the kept constant keeps
+        self._forms = Forms()
         self._known_parts: dict[tuple, int | Matrix] = {}
         self.zero_row = int(self.add(graph.number(0.0)))
 
@@ -195,9 +196,8 @@ class GraphTable:
         """A key that is equal for constants that stay equal whatever values the parameters take."""
         if entries.source is None:
             return ("numbers", entries.value.detach().cpu().to(torch.float64).numpy().tobytes())
-        if bool((entries.sources == NOT_PLAIN).any()):
-            return ("computed", id(entries))
-        return ("entries", entries.sources.numpy().tobytes(), entries.factors.numpy().tobytes(),
+        form = self._forms.number(entries.node) if bool((entries.sources == NOT_PLAIN).any()) else None
+        return ("entries", form, entries.sources.numpy().tobytes(), entries.factors.numpy().tobytes(),
                 entries.value.detach().cpu().to(torch.float64).numpy().tobytes())  # fmt: skip
 
     def _part(self, entries: Constant, pattern: Pattern | None, name: str) -> int:

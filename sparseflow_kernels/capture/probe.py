@@ -135,7 +135,8 @@ def _check_example(part: Tensor, size: str) -> None:
     if part.numel() == 0:
         raise ValueError(f"{size} {list(part.shape)}")
     if part.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"like must be float32 or float64, not {part.dtype}")
+        parts = "; solve for torch.view_as_real(y0), with torch.view_as_complex inside forward" if part.is_complex() else ""
+        raise TypeError(f"like must be float32 or float64, not {part.dtype}{parts}")
 
 
 def check_settled(module: nn.Module) -> None:
