@@ -1,4 +1,5 @@
-"""Images and potentials that are looked at at the state, and exponentials and pseudo-inverses of matrices made of it."""
+"""Images and potentials that are looked at at the state, exponentials and pseudo-inverses of matrices made of it, gamma
+functions."""
 
 from __future__ import annotations
 
@@ -71,3 +72,18 @@ def test_turned_in_time_by_an_exponential() -> None:
     module = made(rule, lambda: {"n": net(3, 5, 3), "a": nn.Parameter(torch.randn(3, 3))})
     check(module, torch.zeros(4, 3, dtype=F64), True)
     assert "general function" not in sfk.compile(module).report()
+
+
+@pytest.mark.parametrize("name", ("lgamma", "digamma"))
+def test_gamma_functions(name: str) -> None:
+    """Large, small and negative. torch's own derivative of digamma is good to ten digits."""
+    function = getattr(torch, name)
+    module = made(lambda m, t, y: m.k * function(y), lambda: {"k": nn.Parameter(torch.ones(1))})
+    y = torch.cat([torch.linspace(*ends, 40, dtype=F64) for ends in ((1e-3, 9.0), (9.0, 1e6), (-0.99, -0.01), (-7.95, -7.05))])
+    grads = []
+    for f in (module, sfk.compile(module, dim=1)):
+        x = y[:, None].requires_grad_()
+        out = f(torch.tensor(0.0, dtype=F64), x)
+        grads.append((out.detach(), torch.autograd.grad(out.sum(), x)[0]))
+    torch.testing.assert_close(grads[1][0], grads[0][0], rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(grads[1][1], grads[0][1], rtol=1e-9, atol=1e-9)
