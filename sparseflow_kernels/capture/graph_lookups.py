@@ -206,8 +206,12 @@ def written(e: Elements, func, args: tuple, kwargs: dict, out: Tensor) -> StateV
     return StateValue(target)
 
 
+WHERE = f"Choose with torch.where(condition, a, b), which computes both. Otherwise u{REMEDY[1:]}"
+
+
 def refuse_position(func) -> None:
-    refuse(
-        f"{base_name(func)} at an index that depends on t or on the state",
-        f"Choose with torch.where(condition, a, b), which computes both. Otherwise u{REMEDY[1:]}",
-    )
+    refuse(f"{base_name(func)} at an index that depends on t or on the state", WHERE)
+
+
+def refuse_mask() -> None:
+    refuse("picking the elements where a condition on t or on the state holds, so many as there are,", WHERE)

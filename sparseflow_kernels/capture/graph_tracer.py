@@ -16,7 +16,7 @@ from .branches import Branches
 from .context import Context, ReadContext, attribute, names_of
 from .elements import ANY, Elements, rows_of, samples_of
 from .functions import primitive
-from .graph_lookups import LISTS, refuse_position, varies
+from .graph_lookups import LISTS, refuse_mask, varies
 from .graph_operations import apply_to_elements
 from .graph_probe import GraphProbe
 from .graph_table import GraphTable
@@ -226,7 +226,7 @@ class GraphTracer(Following):
         if base_name(func) in LISTS:
             masks = (isinstance(i, Tensor) and i.dtype == torch.bool and varies(a) for i, a in zip(self.given[1], args[1]))
             if any(masks):
-                refuse_position(func)
+                refuse_mask()
         with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
             value = apply_to_elements(self.elements, func, args, kwargs, out)
         if isinstance(value, (StateValue, Opaque)) and checks(base_name(func), args):
