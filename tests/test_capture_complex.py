@@ -76,6 +76,9 @@ def moved(m, t, y):
     out = torch.stack([z, z.flip(-1).conj()], 1).sum(1) + torch.cat([z[:, 1:], z[:, :1]], 1).cumsum(1)
     out[:, 0] = y[:, 0] * 1j
     out[:, 1:] *= 2.0 - 1j
+    own = torch.view_as_complex(torch.stack([y, m.n(y)], -1))
+    own *= 1j
+    out = out + own
     return out.real + torch.vdot(torch.ones(3, dtype=C128), torch.arange(3, dtype=F64) * (1 + 1j)).imag * out.imag
 
 
@@ -149,6 +152,7 @@ def test_what_is_not_read_is_refused() -> None:
         (lambda m, t, y: torch.linalg.eigvals(y[:, :, None] * y[:, None]).real, "linalg_eig"),
         (lambda m, t, y: torch.complex(y, y).asin().real, "asin on complex numbers"),
         (lambda m, t, y: y * torch.complex(y, y)[0, 0].item().real, "complex number"),
+        (lambda m, t, y: torch.complex(y, y.sin()).real.mul_(2.0) * y, r"writing into \.real"),
     ):
         with pytest.raises(sfk.UnsupportedFieldError, match=words):
             sfk.compile(made(rule, {}), like=FLAT)

@@ -55,7 +55,7 @@ def of_complex(func: Any, args: tuple, kwargs: dict) -> Any:
     UnsupportedFieldError for what no rule expresses."""
     base = base_name(func)
     if base not in RULES:
-        refuse(f"the operation {base} on complex numbers made of the state")
+        refuse(f"the operation {base} on complex numbers made of t or of the state")
     return RULES[base](func, args, kwargs)
 
 

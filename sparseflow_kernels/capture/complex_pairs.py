@@ -133,6 +133,15 @@ class Pairs:
             isinstance(value := self._tracer.value_of(part), Constant) and value.source is None for part in parts
         )
 
+    def check_written(self, tensor: Tensor) -> None:
+        """A real tensor is written to, which may be a part of a complex one: those that are followed are other tensors."""
+        if tensor.layout != torch.strided or not self._by_memory:
+            return
+        memory = tensor.untyped_storage()._cdata
+        parts = (self._known[id(other)][1].real for other in self._by_memory.get(memory, ()))
+        if any(part.untyped_storage()._cdata != memory for part in parts):
+            refuse("writing into .real, .imag or torch.view_as_real of a complex tensor", "Use torch.complex(real, imag) instead")
+
     def detached(self, tensor: Tensor) -> None:
         """forward itself has detached it."""
         if id(tensor) in self._known:

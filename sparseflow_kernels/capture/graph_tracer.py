@@ -179,6 +179,7 @@ class GraphTracer(Following):
 
     def rebind(self, tensor: Tensor, value: Any) -> None:
         """The value of a tensor after an operation in place, which other tensors of the same memory follow."""
+        self.pairs.check_written(tensor)
         self.bind(tensor, value)
         for other in self.aliases[_memory(tensor)]:
             if other is tensor or not overlap(other, tensor):

@@ -151,6 +151,7 @@ class Following(TorchDispatchMode):
 
     def rebind(self, tensor: Tensor, value: Any) -> None:
         """After an in-place operation: other views of the same memory follow, or become unreadable."""
+        self.pairs.check_written(tensor)
         self.bind(tensor, value)
         geometry = lambda x: (x.shape, x.stride(), x.storage_offset())
         for other in self.aliases[_memory(tensor)]:
