@@ -76,6 +76,7 @@ def moved(m, t, y):
     out = torch.stack([z, z.flip(-1).conj()], 1).sum(1) + torch.cat([z[:, 1:], z[:, :1]], 1).cumsum(1)
     out[:, 0] = y[:, 0] * 1j
     out[:, 1:] *= 2.0 - 1j
+    out *= 1j
     own = torch.view_as_complex(torch.stack([y, m.n(y)], -1))
     own *= 1j
     out = out + own

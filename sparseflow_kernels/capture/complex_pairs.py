@@ -82,6 +82,8 @@ class Pairs:
         base, leaves = base_name(func), tree_leaves((args, kwargs))
         lifted = lambda a: self.of(a) if isinstance(a, Tensor) and a.is_complex() else a
         given = tree_map(lifted, args), tree_map(lifted, kwargs)  # before the operation, which may write to them
+        if written(func) and is_in_place(func):
+            return self._in_place(func, args, kwargs, given)
         if out is None:
             out = func(*args, **kwargs)
         if base in FACTORIES or not written(func) and base not in STRUCTURAL and all(map(self._plain, leaves)):
@@ -90,21 +92,26 @@ class Pairs:
         if torch.Tag.data_dependent_output in func.tags and not isinstance(out, Tensor):
             refuse("reading a complex number that is made of t or of the state (.item(), an if on its values)")
         with self._tracer:
-            made = of_complex(func, *given)
-            changed = [given[0][i] for i in written(func) if i < len(args)]
-            if changed and is_in_place(func):
-                return self._written(args[written(func)[0]], changed[0], made)
-            self._all_bound(out, made)
+            self._all_bound(out, of_complex(func, *given))
         return out
 
-    def _written(self, tensor: Tensor, before: Any, made: Any) -> Tensor:
-        """In place: the parts are written to, so that other tensors of the same memory follow."""
-        if isinstance(before, Pair):
-            zeros = torch.zeros_like(before.real)
-            for part, value in ((before.real, made.real), (before.imag, made.imag)):
-                part.copy_(zeros if value is None else zeros + value if not isinstance(value, Tensor) else value)
-        else:
-            before.copy_(made.real if isinstance(made, Pair) else made)
+    def _in_place(self, func: Any, args: tuple, kwargs: dict, given: tuple) -> Tensor:
+        """The parts are written to, so that other tensors of the same memory follow. They may be the tensor's own memory."""
+        number = written(func)[0]
+        tensor, before = args[number], given[0][number]
+        with self._tracer:
+            made = of_complex(func, *given)
+            if isinstance(before, Pair):
+                zeros = torch.zeros_like(before.real)
+                # One part may be computed as the other, as it was.
+                values = [zeros if v is None else v.clone() if isinstance(v, Tensor) else zeros + v for v in (made.real, made.imag)]
+                before.real.copy_(values[0])
+                before.imag.copy_(values[1])
+            else:
+                before.copy_(made.real if isinstance(made, Pair) else made)
+                return tensor
+        if before.real.untyped_storage()._cdata != tensor.untyped_storage()._cdata:
+            func(*args, **kwargs)
         return tensor
 
     def _all_bound(self, out: Any, made: Any) -> None:

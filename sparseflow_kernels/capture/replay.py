@@ -101,7 +101,7 @@ class Forms:
         if isinstance(a, dict):
             return tuple((key, self._of(value)) for key, value in a.items())
         if not isinstance(a, Tensor):
-            return type(a).__name__, a if a == a else repr(a)
+            return type(a).__name__, repr(a) if isinstance(a, (float, complex)) else a  # two zeros, and NaN
         if a.layout != torch.strided or a.numel() > LARGEST_TOLD or a.is_conj() or a.is_neg():
             return ("tensor", id(a))
         return ("tensor", a.dtype, a.shape, a.detach().cpu().numpy().tobytes())
