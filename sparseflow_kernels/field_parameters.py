@@ -17,7 +17,7 @@ from .field.graph import order
 from .field.layout import Layout
 from .layer_parameters import LayerParameters, lost, zeroing
 from .live import Watch
-from .origin import CONSTANT, Derivation, Key, Origin
+from .origin import CONSTANT, Derivation, Key, Origin, real_part
 from .packing import strided
 from .trained import Entries, Held, Shares
 
@@ -234,7 +234,8 @@ class FieldParameters(nn.Module):
 
     def _first(self) -> Tensor:
         """One of the field's dtype, on its device: a module may hold masks and indices beside its numbers."""
-        return next(tensor for tensor in self._tensors() if tensor.is_floating_point())
+        found = next((tensor for tensor in self._tensors() if tensor.is_floating_point()), None)
+        return real_part(next(filter(Tensor.is_complex, self._tensors()))) if found is None else found
 
 
 def time_formulas(field: VectorField | GraphField) -> list[TimeFormula]:

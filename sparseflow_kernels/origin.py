@@ -16,6 +16,11 @@ CONSTANT, COMPUTED = -1, -2
 Key = tuple[int, str]  # (layer number, name as in Layer.tensors())
 
 
+def real_part(x: Tensor) -> Tensor:
+    """A tensor of the dtype of the field that x is a parameter of: x, or its real part."""
+    return x.detach().real if x.is_complex() else x
+
+
 class Expression(Protocol):
     """What computed entries are the results of."""
 
@@ -160,7 +165,7 @@ class Derivation:
 
     def tensor(self, origin: Origin) -> Tensor:
         """The tensor [n] of this origin."""
-        like = next(iter(self._values.values()), origin.value)
+        like = real_part(next(iter(self._values.values()), origin.value))
         made = None
         for source, index, scale, where in self._recipe.steps(origin, like):
             if source is None:

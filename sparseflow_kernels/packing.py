@@ -67,7 +67,8 @@ def _together(tensors: Sequence[Tensor]) -> list[Tensor]:
     """One tensor of bits for every dtype and device: a comparison makes the host wait for a GPU, so one is to do."""
     groups: dict[tuple, list[Tensor]] = {}
     for tensor in tensors:
-        bits = tensor.detach().reshape(-1).view(_BITS[tensor.element_size()])
+        real = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
+        bits = real.reshape(-1).view(_BITS[real.element_size()])
         groups.setdefault((bits.dtype, bits.device), []).append(bits)
     return [torch.cat(group) for group in groups.values()]
 

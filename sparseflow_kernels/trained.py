@@ -90,6 +90,7 @@ def _moved(held: Mapping[str, Held]) -> dict[str, Tensor]:
     generator, found = torch.Generator().manual_seed(0), {}
     for name, h in held.items():
         noise = (0.01 + 0.01 * torch.rand(h.values.shape, generator=generator)).to(h.values)
+        noise = noise * (1.0 - 1.5j) if noise.is_complex() else noise  # both parts move
         moved = h.values + noise if is_fresh(h.values) else h.values * (1.0 + noise)
         found[name] = moved if h.trained else h.values
     return found

@@ -143,7 +143,7 @@ def test_what_cannot_be_compiled_is_handed_on_and_said_once():
 
 class Ordered(nn.Module):
     def forward(self, y):
-        return y.argmax(-1, keepdim=True) + y
+        return y.mode(-1, keepdim=True)[0] + y
 
 
 def test_a_function_that_is_refused_is_named_with_its_place():
@@ -151,13 +151,13 @@ def test_a_function_that_is_refused_is_named_with_its_place():
 
     class Model:
         def rate(self, t, y):
-            return y.argmax(-1, keepdim=True) + y
+            return y.mode(-1, keepdim=True)[0] + y
 
     line = Model.rate.__code__.co_firstlineno
     scaled = functools.partial(lambda k, t, y: k * net(y), 0.5)
     for function, name, what in (
-        (Model().rate, rf"Model.rate (test_accelerate.py:{line})", "the operation argmax"),
-        (scaled, f"<lambda> (test_accelerate.py:{line + 4})", "module 'Sequential.1' (Ordered): the operation argmax"),
+        (Model().rate, rf"Model.rate (test_accelerate.py:{line})", "the operation mode"),
+        (scaled, f"<lambda> (test_accelerate.py:{line + 4})", "module 'Sequential.1' (Ordered): the operation mode"),
     ):
         with accelerate() as context, pytest.warns(UserWarning) as said:
             odeint(function, y0, t, method="euler")
@@ -259,7 +259,7 @@ def test_what_becomes_unreadable_between_solves_is_handed_on_and_comes_back() ->
 
         def forward(self, t, x):
             x = nn.functional.dropout(self.a(x), 0.5, self.training)
-            return x if self.power == 1 else torch.fft.ifft(torch.fft.fft(x)).real
+            return x if self.power == 1 else x + 0.0 * torch.linalg.svdvals(x)
 
     module, y, t = Noisy(), torch.randn(4, 3), torch.tensor([0.0, 0.1])
     with accelerate() as running, torch.no_grad(), warnings.catch_warnings():
@@ -274,7 +274,7 @@ def test_what_becomes_unreadable_between_solves_is_handed_on_and_comes_back() ->
         module.train()
         odeint(module, y, t, method="euler")
         report = running.report()
-    assert report.count("dropout is active") == 1 and "_fft" in report
+    assert report.count("dropout is active") == 1 and "svd" in report
 
 
 def test_counters_of_the_module_go_on_as_under_torchdiffeq():

@@ -275,8 +275,8 @@ def net(**parts):
     (["whole number", "torch.where"], lambda m, t, y: m.b(m.a(y).tanh()) * int(t), net()),
     (["state outside torch", "numpy"], lambda m, t, y: m.b(m.a(y).tanh()) * float(y.detach().numpy().max()), net()),
     (["computed from t in Python", "mul"], lambda m, t, y: m.b(m.a(y).tanh()) * (2 * t.item()), net()),
-    (["value in an order"], lambda m, t, y: m.b(m.a(y).argsort(-1).to(y)), net()),
-    (["depends on t or on the state"], lambda m, t, y: m.b(m.a(y)[:, (t > 0.0).long() + torch.arange(5)[:4]]), net(b=L(4, 2))),
+    (["size that its values say"], lambda m, t, y: m.b(m.a(y).mode(-1, keepdim=True)[0] * m.a(y)), net()),
+    (["depends on t or on the state", "torch.where"], lambda m, t, y: m.b(m.a(y).index_fill(1, (t > 0).long().reshape(1), 0.0)), net()),
 ])
 def test_refusals_name_place_and_remedy(words, function, parts) -> None:
     module = module_of(function, **parts)

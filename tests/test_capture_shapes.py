@@ -331,7 +331,7 @@ def test_refusals_tell_the_true_reason(name: str) -> None:
 
 
 def test_sparsify_is_named_where_it_helps() -> None:
-    ordered = lambda: Field(lambda m, t, y: m.n(y).argsort(-1).to(y), n=net())
+    ordered = lambda: Field(lambda m, t, y: m.n(y).mode(-1).values[:, None] * y, n=net())
     with pytest.raises(sfk.UnsupportedFieldError, match=r"sfk.sparsify_\(module\) makes its pruned.*'n.0' and 1 more"):
         sfk.compile(pruned(ordered()))
     with pytest.raises(sfk.UnsupportedFieldError) as error:

@@ -94,6 +94,23 @@ def test_second_derivatives_by_functions_of_torch() -> None:
     check(made(lagrangian, lambda: {"n": net(4, 4, 1, act=nn.Softplus)}), torch.zeros(4, 4, dtype=F64), False)
 
 
+def test_what_a_loop_over_the_samples_computes_from_parameters_is_one_thing() -> None:
+    """Each sample's Hessian multiplies the same weights anew."""
+
+    def rule(m, t, y):
+        energy = lambda z: m.n(z).sum()
+        rows = [torch.linalg.pinv(torch.autograd.functional.hessian(energy, q, create_graph=True) + eye(3, 4.0)) @ q for q in y]
+        return torch.stack(rows)
+
+    check(made(rule, lambda: {"n": net(3, 5, 1, act=nn.Softplus)}), torch.zeros(4, 3, dtype=F64), False)
+
+
+def test_a_pseudo_inverse_of_what_has_no_inverse_is_refused() -> None:
+    rule = lambda m, t, y: (torch.linalg.pinv(torch.diag_embed(m.n(y) * m.k)) @ y[:, :, None])[:, :, 0]
+    with pytest.raises(sfk.UnsupportedFieldError, match="without an inverse"):
+        sfk.compile(made(rule, lambda: {"n": net(3, 5, 3), "k": torch.tensor([1.0, 1.0, 0.0])}), like=torch.zeros(4, 3, dtype=F64))
+
+
 # ------------------------------------------------------------------------------------------------- losses, distributions
 
 LABELS = torch.tensor([0, 2, 1, -100])

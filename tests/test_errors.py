@@ -61,7 +61,7 @@ def test_tensors_come_back_alone():
 
 class Spectral(torch.nn.Module):
     def forward(self, t, y):
-        return torch.fft.fft(y).real
+        return y * torch.linalg.svdvals(y[:, :, None] * y[:, None])[:, :1]
 
 
 def _fails(kind):

@@ -56,6 +56,16 @@ def merged(samples: Tensor, axis: int = 0) -> Tensor:
     return one
 
 
+def _distinct_of_samples(rows: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """`distinct` of rows that mostly are the same ones `count` times over, for the samples."""
+    if count > 1 and rows[0].numel():
+        lines = [row.view(count, -1) for row in rows]
+        if all(torch.equal(line, line[:1].expand_as(line)) for line in lines):
+            first, inverse = distinct([line[0] for line in lines])
+            return first, inverse.repeat(count)
+    return distinct(rows)
+
+
 class Elements:
     """Makes elements, int64 tensors of any shape.
 
@@ -70,7 +80,7 @@ class Elements:
         self.table, self.graph, self.size, self.name, self.matrix_name = table, table.graph, size, name, matrix_name
         self.time_ids: Callable[[TimeValue], Tensor] | None = None
         self.context_ids: Callable[[Constant, Tensor], Tensor] | None = None
-        self.copies_truth = False  # the operation that is read is given truth values first
+        self.copies_whole = False  # the operation that is read is given truth values or whole numbers first
         self.zero = same_for_all(torch.tensor(table.zero_row))
         self.lowest = self.ids(-math.inf)  # what masks put where a softmax leaves an element out
 
@@ -182,9 +192,10 @@ class Elements:
         timed = [self.time_ids(v).expand(shape) for v in values if isinstance(v, TimeValue)]
         samples = self._samples(states + timed, shape)
         ids = [self.ids(v, samples).expand(shape) for v in values]
-        samples = self._samples(ids, shape)  # context has samples of its own
+        if self.context_ids is not None:  # context has samples of its own
+            samples = self._samples(ids, shape)
         rows = [rows_of(i).reshape(-1) for i in ids]
-        first, inverse = distinct(rows)
+        first, inverse = _distinct_of_samples(rows, shape[0] if shape else 1)
         made = self._rows(make, [r[first] for r in rows])
         return StateValue(samples * STRIDE + made[inverse].view(shape))
 
@@ -210,6 +221,8 @@ class Elements:
         binding = self.table.bindings(rows[0])
         for other in rows[1:]:
             binding = binding | self.table.bindings(other)
+        if binding.numel() and bool((binding == binding[0]).all()):
+            return self.table.add(make(self.graph, *map(self.table.node_of, rows)), binding.numel())
         made = torch.empty(binding.numel(), dtype=torch.int64)
         for part in self._classes(binding):
             nodes = [self.table.node_of(r[part]) for r in rows]

@@ -166,6 +166,13 @@ def inverse_sinh(g: Graph, a: Node) -> Node:
     return g.mul(g.apply("sign", a), g.apply("log", inner))
 
 
+def inverse_cosh(g: Graph, a: Node) -> Node:
+    """By the distance from one, so that nothing cancels there."""
+    over = g.sub(a, g.number(1.0))
+    root = g.apply("sqrt", g.mul(over, g.add(a, g.number(1.0))))
+    return g.apply("log1p", g.add(over, root))
+
+
 def logit(g: Graph, a: Node) -> Node:
     return g.sub(g.apply("log", a), g.apply("log1p", g.neg(a)))
 
@@ -180,6 +187,8 @@ def copy_sign(g: Graph, a: Node, b: Node) -> Node:
 ELEMENTWISE: dict[str, Callable[..., Node]] = {
     "mul": product,
     "neg": lambda g, a: g.neg(a),
+    "_neg_view": lambda g, a: g.neg(a),
+    "positive": lambda g, a: a,
     "abs": primitive("abs"),
     "sign": primitive("sign"),
     "sgn": primitive("sign"),
@@ -208,12 +217,14 @@ ELEMENTWISE: dict[str, Callable[..., Node]] = {
     "sinh": primitive("sinh"),
     "cosh": primitive("cosh"),
     "asinh": inverse_sinh,
+    "acosh": inverse_cosh,
     "atanh": inverse_tanh,
     "tanh": activation("tanh"),
     "sigmoid": activation("sigmoid"),
     "relu": activation("relu"),
     "silu": activation("silu"),
     "erf": primitive("erf"),
+    "special_ndtr": lambda g, a: g.scaled(g.add(g.apply("erf", g.scaled(a, math.sqrt(0.5))), g.number(1.0)), 0.5),
     "erfc": lambda g, a: complement(g, g.apply("erf", a)),
     "square": activation("square"),
     "mish": lambda g, a: g.mul(a, g.apply("tanh", softplus(g, a))),
@@ -239,6 +250,9 @@ ELEMENTWISE: dict[str, Callable[..., Node]] = {
     "eq": primitive("eq"),
     "ne": lambda g, a, b: complement(g, g.apply("eq", a, b)),
     "isnan": not_a_number,
+    "isposinf": lambda g, a: g.apply("eq", a, g.number(math.inf)),
+    "isneginf": lambda g, a: g.apply("eq", a, g.number(-math.inf)),
+    "signbit": lambda g, a: g.apply("gt", g.number(0.0), a),
     "isinf": lambda g, a: g.apply("eq", g.apply("abs", a), g.number(math.inf)),
     "logical_not": lambda g, a: g.apply("eq", a, g.number(0.0)),
     "bitwise_not": lambda g, a: g.apply("eq", a, g.number(0.0)),

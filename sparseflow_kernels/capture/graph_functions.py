@@ -27,6 +27,7 @@ from .functions import (
 from .operations import base_name
 from .refusal import refuse
 from .registry import GRAPH, argument, number
+from .special import digamma, log_gamma
 from .values import Constant, Opaque, StateValue
 
 rule = GRAPH.rule
@@ -50,6 +51,11 @@ def elementwise(e: Elements, func, args, kwargs, out) -> Any:
         args = args[:2]
     result = e.pointwise(ELEMENTWISE[base], *args, shape=first.shape if base != "prelu" else None)
     return [result, *(Constant(v) for v in out[1:])] if isinstance(out, (tuple, list)) else result
+
+
+@rule("lgamma", "special_gammaln", "digamma", "special_digamma", "special_psi")
+def gamma(e: Elements, func, args, kwargs, out) -> Any:
+    return e.pointwise(log_gamma if base_name(func) in ("lgamma", "special_gammaln") else digamma, args[0])
 
 
 @rule("log_sigmoid_forward")

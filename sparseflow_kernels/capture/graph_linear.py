@@ -12,7 +12,7 @@ from torch import Tensor
 from ..field import Window
 from .algebra import apply, sparse_weight
 from .elements import LARGEST, Elements, merged, rows_of, same_for_all, samples_of
-from .functions import maximum, product
+from .functions import product
 from .graph_reductions import length_of
 from .graph_rules import grouped
 from .graph_table import distinct_lines
@@ -169,12 +169,12 @@ def windows(ids: Tensor, kernel: list[int], stride: list[int], dilation: list[in
     return ids
 
 
-def padded(e: Elements, ids: Tensor, padding: list[tuple[int, int]]) -> Tensor:
+def padded(e: Elements, ids: Tensor, padding: list[tuple[int, int]], filler: Tensor | None = None) -> Tensor:
     for axis, (before, after) in enumerate(padding, 2):
         for size, where in ((before, 0), (after, 1)):
             if size > 0:
                 shape = [size if d == axis else n for d, n in enumerate(ids.shape)]
-                block = e.zero.expand(shape)
+                block = (e.zero if filler is None else filler).to(ids.dtype).expand(shape)
                 ids = torch.cat([block, ids] if where == 0 else [ids, block], axis)
             elif size < 0:
                 ids = ids.narrow(axis, -size if where == 0 else 0, ids.shape[axis] + size)
@@ -260,7 +260,7 @@ def convolution(e: Elements, func, args, kwargs, out) -> Any:
     if isinstance(x, Constant):
         refuse("a convolution of a constant by the state")
     axes = len(weight.shape) - 2
-    stride, padding, dilation, extra = (_wide(v, axes) for v in (stride, padding, dilation, output_padding))
+    stride, padding, dilation, extra = (wide(v, axes) for v in (stride, padding, dilation, output_padding))
     ids = e.ids(x)
     single = ids.dim() == axes + 1
     ids = ids.unsqueeze(0) if single else ids
@@ -280,7 +280,7 @@ def convolution(e: Elements, func, args, kwargs, out) -> Any:
     return e.pointwise(lambda g, a, b: g.add(a, b), result, apply(aten.reshape.default, bias, [-1] + [1] * axes))
 
 
-def _wide(values: Any, axes: int) -> list[int]:
+def wide(values: Any, axes: int) -> list[int]:
     values = [values] if isinstance(values, int) else list(values)
     return values * axes if len(values) == 1 else values
 
@@ -316,7 +316,7 @@ def convolution_backward(e: Elements, func, args, kwargs, out) -> Any:
     if not isinstance(weight, Constant):
         refuse("the gradient of a convolution whose kernel depends on t or on the state")
     axes = len(weight.shape) - 2
-    stride, padding, dilation = (_wide(v, axes) for v in (stride, padding, dilation))
+    stride, padding, dilation = (wide(v, axes) for v in (stride, padding, dilation))
     ids, name = e.ids(grad), e.matrix_name(weight)
     inner, outer = out[0].shape[2:], ids.shape[2:]
     if _is_shared(weight, inner if transposed else outer):
@@ -331,29 +331,6 @@ def convolution_backward(e: Elements, func, args, kwargs, out) -> Any:
         extra = [want - have for want, have in zip(out[0].shape[2:], size)]
         made = _transposed(e, ids, weight, stride, padding, dilation, extra, groups, name)
     return [StateValue(made.reshape(out[0].shape)), *rest]
-
-
-@rule("max_pool1d", "max_pool2d_with_indices", "max_pool3d_with_indices", "max_pool2d")
-def max_pool(e: Elements, func, args, kwargs, out) -> Any:
-    first = out[0] if isinstance(out, (tuple, list)) else out
-    ids = e.ids(args[0])
-    kernel = list(args[1])
-    axes = len(kernel)
-    single = ids.dim() == axes + 1
-    ids = ids.unsqueeze(0) if single else ids
-    stride = _wide(argument(args, kwargs, 2, "stride") or kernel, axes)
-    padding, dilation = (
-        _wide(argument(args, kwargs, i, name, default), axes)
-        for i, name, default in ((3, "padding", 0), (4, "dilation", 1))
-    )
-    lowest = e.ids(-math.inf)
-    marked = padded(e, torch.where(ids == e.zero, -1, ids), [(p, p) for p in padding])
-    marked = torch.where(marked == e.zero, lowest, torch.where(marked == -1, e.zero, marked))
-    found = windows(marked, kernel, stride, dilation)
-    lines = found.reshape(-1, math.prod(kernel))
-    made = e.tree(maximum, lines).view(found.shape[: 2 + axes])
-    result = StateValue(made.reshape(first.shape))
-    return [result, Opaque(out[1].shape, "the position of a maximum")] if isinstance(out, (tuple, list)) else result
 
 
 # ---------------------------------------------------------------- any other linear map, by what it does to unit vectors

@@ -1,8 +1,9 @@
 """What any aten operation makes of elements of a graph: by its rule, after a check of its dtypes.
 
 Rules are registered where they stand: graph_functions (elementwise functions), graph_linear (products and convolutions),
-graph_systems (linear systems), graph_reductions (sums, norms, softmax), graph_losses (losses) and graph_rules (what moves
-elements).
+graph_systems (linear systems), graph_reductions (sums, norms, softmax), graph_orders (largest values, sorting), graph_losses
+(losses), graph_lookups (positions that depend on the state), graph_sampling (images between their
+pixels) and graph_rules (what moves elements).
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from . import (  # noqa: F401  they register their rules
     graph_functions,
     graph_linear,
     graph_losses,
+    graph_orders,
     graph_reductions,
     graph_rules,
+    graph_sampling,
     graph_systems,
 )
 from .elements import Elements

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..field import Node
 from .algebra import apply
 from .elements import ANY, Elements, samples_of
-from .functions import ELEMENTWISE, complement, maximum, minimum, product, root
+from .functions import choose, complement, maximum, minimum, product, root
 from .graph_rules import grouped
 from .operations import aten, base_name
 from .refusal import refuse
@@ -19,7 +19,6 @@ from .registry import GRAPH, argument
 from .values import Opaque, StateValue
 
 rule = GRAPH.rule
-MOST_ORDERED = 64  # numbers that are put in order, which takes half as many exchanges as their square
 
 
 def groups_of(ids: Tensor, dims: set[int]) -> tuple[Tensor, list[int]]:
@@ -81,66 +80,6 @@ def prod_rule(e: Elements, func, args, kwargs, out) -> Any:
     return reduced(e, func, args[0], argument(args, kwargs, 1, "dim"), out, lambda groups: e.tree(product, groups))
 
 
-@rule("amax", "amin", "max", "min")
-def extreme(e: Elements, func, args, kwargs, out) -> Any:
-    base = base_name(func)
-    make = maximum if "max" in base else minimum
-    if base in ("max", "min") and len(args) > 1 and not isinstance(args[1], int):
-        return e.pointwise(make, args[0], args[1])
-    values = out[0] if isinstance(out, (tuple, list)) else out
-    result = reduced(e, func, args[0], argument(args, kwargs, 1, "dim"), values, lambda groups: e.tree(make, groups))
-    if not isinstance(out, (tuple, list)):
-        return result
-    return [result, Opaque(out[1].shape, "the position of a maximum")]
-
-
-@rule("argmax", "argmin", "nonzero", "unique_dim", "_unique2", "mode")
-def position(e: Elements, func, args, kwargs, out) -> Any:
-    refuse(f"the operation {base_name(func)} on the state (an order of its values)")
-
-
-@rule("sort", "topk", "median", "kthvalue")
-def ordered(e: Elements, func, args, kwargs, out) -> Any:
-    """The values in order, by exchanges of neighbours; where they were is no value that can be followed."""
-    base, ids = base_name(func), e.ids(args[0])
-    if not isinstance(out, (tuple, list)):
-        refuse(f"the operation {func} on the state")
-    given = {a.name: argument(args, kwargs, i, a.name, a.default_value) for i, a in enumerate(func._schema.arguments)}
-    axis = given["dim"] % max(ids.dim(), 1)
-    lines, back = _rows_along(ids.reshape(1) if not ids.dim() else ids, axis)
-    _same_sample(lines, func)
-    n = lines.shape[1]
-    if n > MOST_ORDERED:
-        refuse(f"the operation {base} on {n} numbers of the state (an order of more than {MOST_ORDERED})")
-    lines = lines.clone()
-    for turn in range(n):
-        low = torch.arange(turn % 2, n - 1, 2)
-        a, b = lines[:, low], lines[:, low + 1]
-        if low.numel():
-            lines[:, low], lines[:, low + 1] = mapped(e, minimum, a, b), mapped(e, maximum, a, b)
-    if base == "sort":
-        lines = lines.flip(1) if given["descending"] else lines
-    elif base == "topk":
-        lines = lines.flip(1)[:, : given["k"]] if given["largest"] else lines[:, : given["k"]]
-    else:
-        place = (n - 1) // 2 if base == "median" else given["k"] - 1
-        lines = lines[:, place: place + 1]
-    found = lines.view(*ids.movedim(axis, -1).shape[:-1], -1).movedim(-1, axis)
-    return [StateValue(found.reshape(out[0].shape)), Opaque(out[1].shape, "the position of a value in an order")]
-
-
-@rule("cumprod", "cummax", "cummin", "logcumsumexp")
-def scan(e: Elements, func, args, kwargs, out) -> Any:
-    make = {"cumprod": product, "cummax": maximum, "cummin": minimum}.get(base_name(func), ELEMENTWISE["logaddexp"])
-    lines, back = _rows_along(e.ids(args[0]), args[1])
-    _same_sample(lines, func)
-    columns = [lines[:, 0]]
-    for i in range(1, lines.shape[1]):
-        columns.append(mapped(e, make, columns[-1], lines[:, i]))
-    result = StateValue(back(torch.stack(columns, 1)))
-    return [result, Opaque(out[1].shape, "the position of a maximum")] if isinstance(out, (tuple, list)) else result
-
-
 @rule("any", "all", "_is_any_true", "_is_all_true")
 def truth(e: Elements, func, args, kwargs, out) -> Any:
     make = maximum if "any" in base_name(func) else minimum
@@ -191,6 +130,20 @@ def var_mean(e: Elements, func, args, kwargs, out) -> Any:
     ]
 
 
+def shared(e: Elements, make: Callable[..., Node], groups: Tensor) -> Tensor:
+    """The largest or smallest of groups [n, terms]: elements [n]. Equal ones share the gradient, as torch has it; so do two by
+    two, but not three."""
+    found = e.tree(make, groups)
+    if groups.shape[1] < 3:
+        return found
+    found = mapped(e, lambda g, a: g.apply("detached", a), found)
+    met = mapped(e, lambda g, a, b: g.apply("eq", a, b), groups, found[:, None])
+    share = mapped(e, lambda g, a: g.apply("reciprocal", a), e.sums(met))
+    nothing = lambda g, m, a: choose(g, m, g.sub(a, g.apply("detached", a)), g.number(0.0))  # but for its gradient
+    rest = e.sums(mapped(e, nothing, met, groups))
+    return mapped(e, lambda g, a, b, c: g.add(a, g.mul(b, c)), found, rest, share)
+
+
 @rule("linalg_vector_norm", "norm", "linalg_matrix_norm")
 def norm(e: Elements, func, args, kwargs, out) -> Any:
     order = argument(args, kwargs, 1, "p" if base_name(func) == "norm" else "ord", 2)
@@ -208,7 +161,7 @@ def length_of(e: Elements, groups: Tensor, order: float) -> Tensor:
     if order == 1:
         return e.sums(size)
     if math.isinf(order):
-        return e.tree(maximum if order > 0 else minimum, size)
+        return shared(e, maximum if order > 0 else minimum, size)
     powers = e.sums(mapped(e, lambda g, a: g.apply("pow", a, g.number(order)), size))
     return mapped(e, lambda g, a: root(g, a, lambda g, a: g.apply("pow", a, g.number(1.0 / order))), powers)
 
@@ -216,7 +169,7 @@ def length_of(e: Elements, groups: Tensor, order: float) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- softmax
 
 
-def _rows_along(ids: Tensor, axis: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def rows_along(ids: Tensor, axis: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """(elements as lines [lines, n] along an axis, the function that gives lines their old shape again)."""
     moved = ids.movedim(axis, -1)
     return moved.reshape(-1, moved.shape[-1]), lambda rows: rows.view(moved.shape).movedim(-1, axis)
@@ -228,15 +181,15 @@ def _shifted(e: Elements, lines: Tensor) -> tuple[Tensor, Tensor]:
     return mapped(e, lambda g, a, m: g.sub(a, m), lines, top[:, None]), top
 
 
-def _same_sample(lines: Tensor, func) -> None:
+def same_sample(lines: Tensor, func) -> None:
     if mixed(lines):
         refuse(f"{base_name(func)} over the samples of the batch")
 
 
 @rule("_softmax", "softmax", "_safe_softmax")
 def softmax(e: Elements, func, args, kwargs, out) -> Any:
-    lines, back = _rows_along(e.ids(args[0]), args[1])
-    _same_sample(lines, func)
+    lines, back = rows_along(e.ids(args[0]), args[1])
+    same_sample(lines, func)
     if bool((lines == e.lowest).any()):
         return StateValue(back(_softmax_of_some(e, lines, func)))
     powers = mapped(e, lambda g, a: g.apply("exp", a), _shifted(e, lines)[0])
@@ -260,8 +213,8 @@ def _softmax_of_some(e: Elements, lines: Tensor, func) -> Tensor:
 
 @rule("_log_softmax", "log_softmax")
 def log_softmax(e: Elements, func, args, kwargs, out) -> Any:
-    lines, back = _rows_along(e.ids(args[0]), args[1])
-    _same_sample(lines, func)
+    lines, back = rows_along(e.ids(args[0]), args[1])
+    same_sample(lines, func)
     centred, _ = _shifted(e, lines)
     total = mapped(e, lambda g, a: g.apply("log", a), e.sums(mapped(e, lambda g, a: g.apply("exp", a), centred)))
     return StateValue(back(mapped(e, lambda g, a, s: g.sub(a, s), centred, total[:, None])))
@@ -282,9 +235,9 @@ def softmax_backward(e: Elements, func, args, kwargs, out) -> Any:
     grad, result, axis = args[:3]
     shape = torch.broadcast_shapes(grad.shape, result.shape)
     both = mapped(e, product, e.ids(result), grad)
-    lines, _ = _rows_along(both.expand(shape), axis)
+    lines, _ = rows_along(both.expand(shape), axis)
     total = e.sums(lines)
-    held, back = _rows_along(e.ids(result), axis)
+    held, back = rows_along(e.ids(result), axis)
     weighted = mapped(e, product, held, total[:, None])
     return StateValue(mapped(e, lambda g, a, b: g.sub(a, b), both, back(weighted)))
 
@@ -293,9 +246,9 @@ def softmax_backward(e: Elements, func, args, kwargs, out) -> Any:
 def log_softmax_backward(e: Elements, func, args, kwargs, out) -> Any:
     grad, result, axis = args[:3]
     samples = samples_of(e.ids(result))
-    grads, back = _rows_along(e.ids(grad, samples).expand(out.shape), axis)
+    grads, back = rows_along(e.ids(grad, samples).expand(out.shape), axis)
     total = e.sums(grads)
-    held, _ = _rows_along(e.ids(result), axis)
+    held, _ = rows_along(e.ids(result), axis)
     weighted = mapped(e, lambda g, a, s: g.mul(g.apply("exp", a), s), held, total[:, None])
     return StateValue(back(mapped(e, lambda g, a, b: g.sub(a, b), grads, weighted)))
 
@@ -322,7 +275,7 @@ def layer_norm(e: Elements, func, args, kwargs, out) -> Any:
     x, shape, weight, bias, eps = args[:5]
     ids = e.ids(x)
     groups = ids.reshape(-1, math.prod(shape))
-    _same_sample(groups, func)
+    same_sample(groups, func)
     found, mean, rstd = normalised(e, groups, eps)
     values = _scaled(e, StateValue(found.view(ids.shape)), weight, bias)
     if not isinstance(out, (tuple, list)):
@@ -353,7 +306,7 @@ def group_norm(e: Elements, func, args, kwargs, out) -> Any:
     x, weight, bias, _, channels, _, count, eps = args[:8]
     ids = e.ids(x)
     groups = ids.reshape(ids.shape[0], count, -1).reshape(ids.shape[0] * count, -1)
-    _same_sample(groups, func)
+    same_sample(groups, func)
     found, mean, rstd = normalised(e, groups, eps)
     shape = [1, channels] + [1] * (ids.dim() - 2)
     per_channel = [None if v is None else apply(aten.reshape.default, v, shape) for v in (weight, bias)]
@@ -367,7 +320,7 @@ def rms_norm(e: Elements, func, args, kwargs, out) -> Any:
     eps = argument(args, kwargs, 3, "eps")
     ids = e.ids(x)
     groups = ids.reshape(-1, math.prod(shape))
-    _same_sample(groups, func)
+    same_sample(groups, func)
     power = mean_of(e, mapped(e, lambda g, a: product(g, a, a), groups))
     eps = torch.finfo(e.table.dtype).eps if eps is None else eps
     rstd = mapped(e, lambda g, a: g.apply("rsqrt", g.add(a, g.number(eps))), power)

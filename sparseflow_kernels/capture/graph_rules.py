@@ -11,25 +11,28 @@ from torch import Tensor
 from ..field import Graph
 from .algebra import apply
 from .elements import Elements, rows_of, samples_of
-from .functions import choose, complement, maximum, minimum, product
+from .functions import choose, complement, maximum, minimum, product, truncated
+from .graph_lookups import at_positions, refuse_position, varies, written
 from .operations import STRUCTURAL, aten, base_name
-from .refusal import REMEDY, refuse
+from .refusal import refuse
 from .registry import GRAPH, argument
 from .trees import tree_leaves, tree_map
 from .values import Constant, Opaque, StateValue, TimeValue
 
 rule = GRAPH.rule
-WHERE = "Choose with torch.where(condition, a, b), which computes both"
+FOUND = ("index", "_unsafe_index", "gather", "index_select", "take", "embedding")
+WHOLE = (torch.int64, torch.int32)
 COPIES = ("_to_copy", "to", "to_copy")  # that may change the dtype
 
 
-@rule(*STRUCTURAL)
+@rule(*STRUCTURAL, "embedding")
 def structural(e: Elements, func, args, kwargs, out) -> Any:
-    base = base_name(func)
-    if not isinstance(args[0], (StateValue, TimeValue)) or any(
-        isinstance(a, (StateValue, TimeValue)) for a in tree_leaves((args[1:], kwargs))
-    ):
-        refuse(f"{base} with an index that depends on t or on the state", f"{WHERE}. Otherwise u{REMEDY[1:]}")
+    if any(map(varies, tree_leaves((args[1:], kwargs)))):
+        if base_name(func) not in FOUND:
+            refuse_position(func)
+        return at_positions(e, func, args, kwargs, out)
+    if not varies(args[0]):
+        refuse(f"the operation {base_name(func)} on the state")
 
     def ids(a: Any) -> Any:
         if isinstance(a, (StateValue, TimeValue)):
@@ -64,7 +67,9 @@ def join(e: Elements, func, args, kwargs, out) -> Any:
 
 @rule(*COPIES)
 def to_copy(e: Elements, func, args, kwargs, out) -> Any:
-    exact = e.copies_truth and out.dtype.is_floating_point
+    if out.dtype in WHOLE:
+        return StateValue(e.ids(args[0])) if e.copies_whole else e.pointwise(truncated, args[0])
+    exact = e.copies_whole and out.dtype.is_floating_point
     if out.dtype not in (e.table.dtype, torch.bool) and not exact:  # forward derivatives make some that nobody reads
         return Opaque(out.shape, f"a change of the state's dtype to {out.dtype} (by the operation {base_name(func)})")
     if out.dtype == torch.bool:
@@ -123,7 +128,7 @@ def index_put(e: Elements, func, args, kwargs, out) -> Any:
             mask = indices[0].ids  # one number wherever a condition holds
             mask = StateValue(mask.view(*mask.shape, *[1] * (out.dim() - mask.dim())))
             return e.pointwise(choose, mask, StateValue(e.ids(values).reshape(())), base, shape=out.shape)
-        refuse("writing at an index that depends on t or on the state", f"{WHERE}. Otherwise u{REMEDY[1:]}")
+        refuse_position(func)
     accumulate = argument(args, kwargs, 3, "accumulate", False)
     index = [None if i is None else i.value.cpu() for i in indices]
     places = torch.arange(out.numel()).view(out.shape)[tuple(slice(None) if i is None else i for i in index)]
@@ -165,8 +170,8 @@ def grouped(
 @rule("index_add", "scatter_add", "scatter_reduce", "scatter")
 def scatter(e: Elements, func, args, kwargs, out) -> Any:
     name, (base, axis, index, source) = base_name(func), args[:4]
-    if not isinstance(index, Constant):
-        refuse(f"{name} with an index that depends on t or on the state")
+    if varies(index):
+        return written(e, func, args, kwargs, out) if name in ("scatter", "scatter_add") else refuse_position(func)
     axis, index = axis % max(out.dim(), 1), index.value.cpu()
     places = torch.arange(out.numel()).view(out.shape)
     places = places.index_select(axis, index.reshape(-1)) if name == "index_add" else places.gather(axis, index)
@@ -202,8 +207,8 @@ def scatter(e: Elements, func, args, kwargs, out) -> Any:
 @rule("index_copy", "index_fill")
 def index_copy(e: Elements, func, args, kwargs, out) -> Any:
     base, axis, index, source = args[:4]
-    if not isinstance(index, Constant):
-        refuse(f"{base_name(func)} with an index that depends on t or on the state", f"{WHERE}. Otherwise u{REMEDY[1:]}")
+    if varies(index):
+        refuse_position(func)
     places = torch.arange(out.numel()).view(out.shape).index_select(axis, index.value.cpu().reshape(-1))
     samples = samples_of(base.ids).reshape(-1)[places] if isinstance(base, StateValue) else None
     target, source = e.ids(base).expand(out.shape), e.ids(source, samples).expand(places.shape)

@@ -8,6 +8,7 @@ Loan, Matrix Computations, 3.4).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..field import Graph, Node
 from .algebra import apply
 from .elements import Elements, samples_of
-from .functions import choose, product, quotient
+from .functions import above, choose, maximum, product, quotient
 from .graph_linear import matmul, unsqueezed
 from .operations import aten, base_name
 from .refusal import refuse
@@ -271,3 +272,46 @@ def log_determinant(e: Elements, func, args, kwargs, out) -> Any:
     found = StateValue(_determinant(e, e.ids(args[0]), func))
     size = e.pointwise(lambda g, a: g.apply("log", g.apply("abs", a)), found)
     return _results([e.pointwise(lambda g, a: g.apply("sign", a), found), size], out, "parts of a factorisation")
+
+
+@rule("linalg_pinv", "pinverse")
+def pseudo_inverse(e: Elements, func, args, kwargs, out) -> Any:
+    """Of a square matrix its inverse. One without an inverse has none here either: its solve fails, and says so."""
+    if args[0].shape[-1] != args[0].shape[-2]:
+        refuse(f"the operation {base_name(func)} on matrices of the state that are not square", "Use torch.linalg.solve")
+    return inverse(e, func, args[:1], {}, out)
+
+
+# ---------------------------------------------------------------------------------------------------- exponentials
+
+# Taylor's series to this power is exact to rounding for matrices of norm 1, in double precision too (1 / 19! is 8e-18);
+# larger ones are halved first and squared as often (Higham, The Scaling and Squaring Method for the Matrix Exponential
+# Revisited, 2005). exp overflows long before the largest of these.
+POWER, MOST_HALVINGS = 18, 11
+
+
+@rule("linalg_matrix_exp", "matrix_exp")
+def matrix_exponential(e: Elements, func, args, kwargs, out) -> Any:
+    ids = e.ids(args[0])
+    n = ids.shape[-1]
+    _check_size(n, func)
+    lines = _mapped(e, lambda g, a: g.apply("detached", g.apply("abs", a)), ids)
+    sums = e.sums(lines.reshape(-1, n)).view(ids.shape[:-1])
+    norm = e.tree(maximum, sums.reshape(-1, n)).view(ids.shape[:-2])
+    large = [_mapped(e, lambda g, a, k=k: above(g, a, 2.0**k), norm) for k in range(MOST_HALVINGS)]
+    factor = e.ids(1.0).expand(norm.shape)
+    for k in large:
+        factor = _mapped(e, lambda g, c, a: choose(g, c, g.scaled(a, 0.5), a), k, factor)
+    small = _mapped(e, product, ids, factor[..., None, None])
+    one = torch.where(torch.eye(n, dtype=torch.bool), e.ids(1.0), e.zero).expand(ids.shape)
+    made = one
+    for k in range(POWER, 0, -1):  # 1 + A (1 + A / 2 (1 + A / 3 (...)))
+        made = _mapped(e, lambda g, a, b, k=k: g.add(g.scaled(a, 1.0 / k), b), _multiplied(e, small, made), one)
+    for k in large:
+        made = _mapped(e, choose, k[..., None, None], _multiplied(e, made, made), made)
+    outside = lambda g, a, m: choose(g, above(g, m, 2.0**MOST_HALVINGS), g.number(math.nan), a)
+    return StateValue(_mapped(e, outside, made, norm[..., None, None]))
+
+
+def _multiplied(e: Elements, a: Tensor, b: Tensor) -> Tensor:
+    return e.products(a.unsqueeze(-2), b.transpose(-1, -2).unsqueeze(-3))

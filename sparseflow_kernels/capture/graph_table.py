@@ -16,7 +16,7 @@ from .algebra import apply
 from .operations import aten
 from .provenance import ParameterNumbers
 from .refusal import NotFinite
-from .replay import Attribute, Replay, with_tensors
+from .replay import Attribute, Forms, Replay, with_tensors
 from .values import NOT_PLAIN, Constant
 
 PER_SAMPLE = SAMPLES[0]
@@ -56,6 +56,7 @@ class GraphTable:
         self._first: dict[int, int] = {}  # id of a node -> its first row
         self._gathered: dict[bytes, Node] = {}
         self._entry_rows: dict[int, tuple[Constant, Tensor]] = {}  # by id, which the kept constant keeps
+        self._forms = Forms()
         self._known_parts: dict[tuple, int | Matrix] = {}
         self.zero_row = int(self.add(graph.number(0.0)))
 
@@ -138,6 +139,9 @@ class GraphTable:
         flat = value.value.detach().reshape(-1)
         if value.source is None:
             return self._rows_of_numbers(flat).view(value.shape)
+        if value.in_order:  # a parameter, or a part of one
+            entries = apply(aten.reshape.default, value, [-1])
+            return self.add(self.graph.vector(self._part(entries, None, name), flat.numel()), flat.numel()).view(value.shape)
         source, factor = value.sources.reshape(-1), value.factors.reshape(-1)
         free = (source != NOT_PLAIN) & ((source < 0) | (factor == 0))
         rows = torch.empty(flat.numel(), dtype=torch.int64)
@@ -192,9 +196,8 @@ class GraphTable:
         """A key that is equal for constants that stay equal whatever values the parameters take."""
         if entries.source is None:
             return ("numbers", entries.value.detach().cpu().to(torch.float64).numpy().tobytes())
-        if bool((entries.sources == NOT_PLAIN).any()):
-            return ("computed", id(entries))
-        return ("entries", entries.sources.numpy().tobytes(), entries.factors.numpy().tobytes(),
+        form = self._forms.number(entries.node) if bool((entries.sources == NOT_PLAIN).any()) else None
+        return ("entries", form, entries.sources.numpy().tobytes(), entries.factors.numpy().tobytes(),
                 entries.value.detach().cpu().to(torch.float64).numpy().tobytes())  # fmt: skip
 
     def _part(self, entries: Constant, pattern: Pattern | None, name: str) -> int:

@@ -20,6 +20,7 @@ from ..field import UnsupportedFieldError
 from . import algebra
 from .elements import Elements, same_for_all
 from .graph_operations import apply_to_elements
+from .graph_rules import WHOLE
 from .operations import aten, base_name, call
 from .provenance import ParameterNumbers
 from .refusal import REMEDY, refuse
@@ -174,17 +175,24 @@ class TimeReader:
         if not isinstance(node.operation, torch._ops.OpOverload):  # .item(), where func takes a number
             one = next(a for a in leaves if isinstance(a, (StateValue, Unread)))
             return StateValue(one.ids.reshape(())) if isinstance(one, StateValue) else Unread(node)
-        if out.dtype not in (self._e.table.dtype, torch.bool):
+        if out.dtype not in (self._e.table.dtype, torch.bool, *WHOLE):
             return Unread(node)
-        picked = self._picked(node, args, out)
-        if picked is not None:
-            return picked
         if not any(isinstance(a, Unread) for a in leaves):
             with contextlib.suppress(UnsupportedFieldError):
+                self._e.copies_whole = self._is_whole(node)
                 made = apply_to_elements(self._e, node.operation, args, kwargs, out)
                 if isinstance(made, StateValue) and made.ids.shape == out.shape:
                     return made
-        return Unread(node) if out.dtype == torch.bool else StateValue(self._function(node, out))
+        picked = self._picked(node, args, out)
+        if picked is not None:
+            return picked
+        return StateValue(self._function(node, out)) if out.dtype == self._e.table.dtype else Unread(node)
+
+    def _is_whole(self, node: Node) -> bool:
+        """The operation is given whole numbers first."""
+        first = node.args[0] if node.args else None
+        value = self._argument(first).value if isinstance(first, (Node, Leaf, Tensor)) else None
+        return isinstance(value, Tensor) and not value.is_floating_point()
 
     def _picked(self, node: Node, args: tuple, out: Tensor) -> StateValue | None:
         """table[:, index] of parameters, or of numbers given per sample, at an index that depends on t; None for other
@@ -206,7 +214,7 @@ class TimeReader:
             axis, index, read = 0, args[1], node.args[1]
         else:
             axis, index, read = args[1], args[2], node.args[2]
-        if not isinstance(index, Unread):
+        if not isinstance(index, (Unread, StateValue)):
             return None
         ids = self._e.ids(args[0])
         axis = axis % ids.dim()

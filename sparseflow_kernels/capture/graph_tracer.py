@@ -16,6 +16,7 @@ from .branches import Branches
 from .context import Context, ReadContext, attribute, names_of
 from .elements import ANY, Elements, rows_of, samples_of
 from .functions import primitive
+from .graph_lookups import LISTS, refuse_mask, varies
 from .graph_operations import apply_to_elements
 from .graph_probe import GraphProbe
 from .graph_table import GraphTable
@@ -101,6 +102,8 @@ class GraphTracer(Following):
         outs = list(out) if isinstance(out, (tuple, list)) else [out]
         rows = []
         for part, ids in zip(outs, self.probe.parts_of(lines)):
+            if part.is_complex():
+                refuse("a complex derivative of a real state", "Return its real part, or torch.view_as_real of it")
             value = self.value_of(part)
             if isinstance(value, Opaque):
                 refuse(value.reason)
@@ -141,13 +144,15 @@ class GraphTracer(Following):
             return value
         value = self._in_known_memory(tensor)
         if value is None:
-            leaf = self._context_names.get(id(tensor))
-            if leaf is None:
-                value = self.parameters.constant(tensor)
-            else:
-                value = Constant(tensor.detach(), torch.full(tensor.shape, NOT_PLAIN), None, leaf)
+            value = self.constant_of(tensor)
         self.bind(tensor, value)
         return value
+
+    def constant_of(self, tensor: Tensor) -> Constant:
+        leaf = self._context_names.get(id(tensor))
+        if leaf is None:
+            return super().constant_of(tensor)
+        return Constant(tensor.detach(), torch.full(tensor.shape, NOT_PLAIN), None, leaf)
 
     def _detached(self, value: StateValue) -> StateValue:
         with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
@@ -174,6 +179,7 @@ class GraphTracer(Following):
 
     def rebind(self, tensor: Tensor, value: Any) -> None:
         """The value of a tensor after an operation in place, which other tensors of the same memory follow."""
+        self.pairs.check_written(tensor)
         self.bind(tensor, value)
         for other in self.aliases[_memory(tensor)]:
             if other is tensor or not overlap(other, tensor):
@@ -217,7 +223,11 @@ class GraphTracer(Following):
     def _of_state(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
         self.graph.origin = self.stack.path
         first = self.given[0] if self.given else None
-        self.elements.copies_truth = isinstance(first, Tensor) and first.dtype == torch.bool
+        self.elements.copies_whole = isinstance(first, Tensor) and not first.is_floating_point()
+        if base_name(func) in LISTS:
+            masks = (isinstance(i, Tensor) and i.dtype == torch.bool and varies(a) for i, a in zip(self.given[1], args[1]))
+            if any(masks):
+                refuse_mask()
         with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
             value = apply_to_elements(self.elements, func, args, kwargs, out)
         if isinstance(value, (StateValue, Opaque)) and checks(base_name(func), args):

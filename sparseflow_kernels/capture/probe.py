@@ -135,7 +135,8 @@ def _check_example(part: Tensor, size: str) -> None:
     if part.numel() == 0:
         raise ValueError(f"{size} {list(part.shape)}")
     if part.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"like must be float32 or float64, not {part.dtype}")
+        parts = "; solve for torch.view_as_real(y0), with torch.view_as_complex inside forward" if part.is_complex() else ""
+        raise TypeError(f"like must be float32 or float64, not {part.dtype}{parts}")
 
 
 def check_settled(module: nn.Module) -> None:
@@ -155,7 +156,7 @@ def dtype_and_device(module: nn.Module, example: Tensor | None) -> tuple[torch.d
         strided = parameter.layout == torch.strided
         if not bool(torch.isfinite(parameter.detach() if strided else parameter.detach().to_dense()).all()):
             raise NotFinite(f"parameter {name!r} holds NaN or infinite values; a vector field needs finite weights")
-    for what, kinds in (("dtype", {p.dtype for p in parameters}), ("device", {p.device for p in parameters})):
+    for what, kinds in (("dtype", {real_dtype(p) for p in parameters}), ("device", {p.device for p in parameters})):
         if len(kinds) > 1:
             raise UnsupportedFieldError(
                 f"the module's parameters have more than one {what} ({', '.join(sorted(map(str, kinds)))}); move them "
@@ -163,15 +164,21 @@ def dtype_and_device(module: nn.Module, example: Tensor | None) -> tuple[torch.d
             )
     free = torch.empty(0) if example is None else example
     like = next(iter([*parameters, *(b for b in module.buffers() if b.is_floating_point()), free]))
-    if like.dtype not in (torch.float32, torch.float64):
-        raise UnsupportedFieldError(f"the module's dtype is {like.dtype}; use module.float() or module.double()")
-    if example is not None and (example.dtype, example.device) != (like.dtype, like.device):
-        kind = ValueError if example.dtype == like.dtype else TypeError
+    dtype = real_dtype(like)
+    if dtype not in (torch.float32, torch.float64):
+        raise UnsupportedFieldError(f"the module's dtype is {dtype}; use module.float() or module.double()")
+    if example is not None and (example.dtype, example.device) != (dtype, like.device):
+        kind = ValueError if example.dtype == dtype else TypeError
         raise kind(
-            f"like is {example.dtype} on {example.device}, the module {like.dtype} on {like.device}; move one of them "
+            f"like is {example.dtype} on {example.device}, the module {dtype} on {like.device}; move one of them "
             "with .to()"
         )
-    return like.dtype, like.device
+    return dtype, like.device
+
+
+def real_dtype(x: Tensor) -> torch.dtype:
+    """Its dtype; of a complex tensor that of its parts."""
+    return x.dtype.to_real() if x.is_complex() else x.dtype
 
 
 @contextlib.contextmanager

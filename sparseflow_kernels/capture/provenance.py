@@ -4,6 +4,7 @@ what its module trains, and can be written back into it."""
 from __future__ import annotations
 
 import bisect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -187,6 +188,12 @@ class ParameterNumbers:
         return self._parameters[self.names.index(name)].requires_grad
 
     def origin(self, value: Constant) -> Origin:
+        if value.in_order:
+            first, count = int(value.source.reshape(-1)[0]), value.source.numel()
+            number = bisect.bisect_right(self._starts, first) - 1
+            if first + count - self._starts[number] <= self._parameters[number].numel():
+                own = Origin.of_parameter(self.names[number], value.value.reshape(-1))
+                return own if first == self._starts[number] else replace(own, index=own.index + (first - self._starts[number]))
         source, scale = value.sources.reshape(-1).contiguous(), value.factors.reshape(-1)
         source = torch.where((source >= 0) & (scale == 0), NOT_A_PARAMETER, source)
         plain = source >= 0

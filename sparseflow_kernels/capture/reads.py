@@ -62,7 +62,7 @@ class Reads(TorchFunctionMode):
                 for leaf in every_leaf(data):
                     if isinstance(leaf, Tensor):
                         self._copied(leaf)
-        elif name == "one_hot" and isinstance(self._value(args[0]), TimeValue):
+        elif name == "one_hot" and isinstance(self._value(args[0]), (TimeValue, StateValue)):
             classes = args[1] if len(args) > 1 else kwargs.get("num_classes", -1)
             if classes > 0:  # torch would read the indices, to check them
                 return (args[0].unsqueeze(-1) == torch.arange(classes, device=args[0].device)).long()
@@ -70,8 +70,8 @@ class Reads(TorchFunctionMode):
             return args[0].detach().clone()
         elif name == "__getitem__":
             parts = args[1] if isinstance(args[1], tuple) else (args[1],)
-            if any(map(self._whole_number_of_time, parts)):
-                return _select(args[0], parts, self._whole_number_of_time)
+            if any(map(self._is_position, parts)):
+                return _select(args[0], parts, self._is_position)
         if name == "_set_grad_enabled":
             self._grad_mode(sys._getframe(1))
         out = func(*args, **kwargs)
@@ -85,7 +85,8 @@ class Reads(TorchFunctionMode):
         return out
 
     def _value(self, tensor: Any) -> Any:
-        return self.tracer.values.get(id(tensor))
+        value = self.tracer.values.get(id(tensor))
+        return self.tracer.pairs.seen(tensor) if value is None else value
 
     def _grad_mode(self, frame: types.FrameType | None) -> None:
         """Notices where forward itself enters and leaves torch.no_grad and torch.enable_grad: what torch's own functions do
@@ -137,8 +138,8 @@ class Reads(TorchFunctionMode):
                     refuse_python_value("whole numbers made of t are copied by torch.tensor([...])")
                 self.tracer.follow(leaf.item(), value)
 
-    def _whole_number_of_time(self, part: Any) -> bool:
-        return _is_whole_number(part) and isinstance(self._value(part), TimeValue)
+    def _is_position(self, part: Any) -> bool:
+        return _is_whole_number(part) and isinstance(self._value(part), (TimeValue, StateValue))
 
 
 def _is_whole_number(part: Any) -> bool:
@@ -244,8 +245,8 @@ class _Calls(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__getitem__":
             parts = args[1] if isinstance(args[1], tuple) else (args[1],)
-            if any(map(self._whole_number_of_time, parts)):
-                return _select(args[0], parts, self._whole_number_of_time)
+            if any(map(self._is_position, parts)):
+                return _select(args[0], parts, self._is_position)
         if name in COPIES:
             for leaf in tree_leaves(args):
                 if isinstance(leaf, Tensor) and leaf.numel() == 1 and id(leaf) in self.run.known:
@@ -253,7 +254,7 @@ class _Calls(TorchFunctionMode):
                         self.run.read.append(float(leaf))
         return func(*args, **(kwargs or {}))
 
-    def _whole_number_of_time(self, part: Any) -> bool:
+    def _is_position(self, part: Any) -> bool:
         return _is_whole_number(part) and id(part) in self.run.timed
 
 

@@ -13,7 +13,8 @@ from ..field import UnsupportedFieldError
 REMEDY = "Use the module uncompiled with sfk.odeint, which hands it to torchdiffeq"
 TENSORS = (
     "Compute it with tensors: torch.where(t > a, b, c) for a branch, torch.clamp for min and max, "
-    "table[torch.searchsorted(knots, t)] for a lookup, torch.sin(t) for math.sin(t)"
+    "table[torch.searchsorted(knots, t)] for a lookup (and, for np.interp, torch.lerp between two of its rows), torch.sin(t) "
+    "for math.sin(t)"
 )
 TUPLES = (
     "pass an example of the state, like=(x0, v0), so that its sizes are known; or compile the network inside it that "

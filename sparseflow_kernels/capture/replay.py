@@ -8,9 +8,12 @@ from typing import Any, Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..origin import Derivation, Origin
+from ..origin import Derivation, Origin, real_part
 from .operations import call
 from .trees import tree_leaves, tree_map
+
+
+LARGEST_TOLD = 1 << 14  # elements of a tensor whose numbers say which one it is
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,47 @@ def with_tensors(node: Node | Leaf, tensor: Callable[[Attribute], Tensor]) -> An
         return done[id(a)]
 
     return value(node)
+
+
+class Forms:
+    """Numbers for graphs that are equal for those that compute the same from the same leaves: what a loop over the samples
+    computes from parameters, once for each."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, int]] = {}  # by id, which the kept node keeps
+        self._numbers: dict[tuple, int] = {}
+
+    def number(self, node: Node | Leaf) -> int:
+        waiting = [node]
+        while waiting:
+            top = waiting[-1]
+            before = [a for a in tree_leaves((top.args, top.kwargs)) if isinstance(a, Node)] if isinstance(top, Node) else []
+            before = [a for a in before if id(a) not in self._known]
+            if before:
+                waiting += before
+            else:
+                self._known[id(waiting.pop())] = (top, self._number(top))
+        return self._known[id(node)][1]
+
+    def _number(self, a: Any) -> int:
+        try:
+            form = (a.operation, self._of(a.args), self._of(a.kwargs)) if isinstance(a, Node) else (a,)
+            return self._numbers.setdefault(form, len(self._numbers))
+        except TypeError:  # an argument that is no key, or no array
+            return self._numbers.setdefault(("itself", id(a)), len(self._numbers))
+
+    def _of(self, a: Any) -> Any:
+        if isinstance(a, Node):
+            return ("node", self._known[id(a)][1])
+        if isinstance(a, (tuple, list)):
+            return (type(a).__name__, *map(self._of, a))
+        if isinstance(a, dict):
+            return tuple((key, self._of(value)) for key, value in a.items())
+        if not isinstance(a, Tensor):
+            return type(a).__name__, repr(a) if isinstance(a, (float, complex)) else a  # two zeros, and NaN
+        if a.layout != torch.strided or a.numel() > LARGEST_TOLD or a.is_conj() or a.is_neg():
+            return ("tensor", id(a))
+        return ("tensor", a.dtype, a.shape, a.detach().cpu().numpy().tobytes())
 
 
 class Replay:
@@ -127,7 +171,7 @@ class Computed:
 
     def evaluate(self, derivation: Derivation) -> Tensor:
         values = {name: derivation.whole(name) for name in self._names}
-        return self._replay.run(next(iter(values.values())), None, values.__getitem__).reshape(-1)
+        return self._replay.run(real_part(next(iter(values.values()))), None, values.__getitem__).reshape(-1)
 
     def origins(self) -> Iterator[Origin]:
         return iter(())

@@ -15,6 +15,8 @@ from ..field import UnsupportedFieldError
 from ..warn import line_of_forward
 from .algebra import apply, evaluate, sparse_linear
 from .branches import Branches
+from .complex_operations import is_complex
+from .complex_pairs import Pairs
 from .context import names_of
 from .operations import ADDITIVE, BILINEAR, FACTORIES, FULL, aten, base_name, is_in_place, written
 from .probe import Probe
@@ -80,6 +82,8 @@ class ModuleStack:
         try:
             yield
         except UnsupportedFieldError as error:
+            if error is self.refusal:  # by an operation within this one
+                raise
             line = line_of_forward()
             at = f" ({line})" if line is not None and line not in str(error) else ""
             self.refusal = UnsupportedFieldError(f"{self}: {error}{at}")
@@ -101,6 +105,7 @@ class Following(TorchDispatchMode):
         super().__init__()
         self.module, self.stack, self.parameters = module, ModuleStack(module), ParameterNumbers(module, dtype)
         self.values: dict[int, Any] = {}
+        self.pairs = Pairs(self)  # complex tensors
         self.aliases: dict[int, list[Tensor]] = {}  # by memory; also keeps ids unique, for these tensors stay alive
         self.numbers: dict[float, TimeValue] = {}  # t, and what is read out of functions of t by .item()
         self.read_by_python = False  # values that depend on t
@@ -129,11 +134,15 @@ class Following(TorchDispatchMode):
     def value_of(self, tensor: Tensor) -> Any:
         value = self.values.get(id(tensor))
         if value is None:
-            value = self.parameters.constant(tensor)
+            value = self.constant_of(tensor)
             self.bind(tensor, value)
         elif isinstance(value, Overwritten):
             refuse("writing into a slice of a tensor", "Join the parts with torch.cat or torch.stack instead")
         return value
+
+    def constant_of(self, tensor: Tensor) -> Constant:
+        """The value of a tensor that is met for the first time."""
+        return self.parameters.constant(tensor)
 
     def bind(self, tensor: Tensor, value: Any) -> None:
         if id(tensor) not in self.values:
@@ -142,6 +151,7 @@ class Following(TorchDispatchMode):
 
     def rebind(self, tensor: Tensor, value: Any) -> None:
         """After an in-place operation: other views of the same memory follow, or become unreadable."""
+        self.pairs.check_written(tensor)
         self.bind(tensor, value)
         geometry = lambda x: (x.shape, x.stride(), x.storage_offset())
         for other in self.aliases[_memory(tensor)]:
@@ -152,6 +162,7 @@ class Following(TorchDispatchMode):
         """forward itself has detached it: gradients end there. What autograd detaches on its way is not meant."""
         if isinstance(self.values.get(id(tensor)), StateValue):
             self.values[id(tensor)] = self._detached(self.values[id(tensor)])
+        self.pairs.detached(tensor)
 
     def _cut(self, value: Any) -> Any:
         """A value that was made within torch.no_grad."""
@@ -175,6 +186,10 @@ class Following(TorchDispatchMode):
             evaluation = "Call .eval() on the module first (dropout is active in training)"
             refuse(f"randomness ({base})", evaluation if self.module.training else REMEDY)
 
+        leaves = tree_leaves((args, kwargs))
+        if any(map(is_complex, leaves)):
+            return self._complex(func, args, kwargs, None)
+
         def lift(a):
             if isinstance(a, Tensor):
                 return self.value_of(a)
@@ -183,10 +198,13 @@ class Following(TorchDispatchMode):
         abstract_args, abstract_kwargs = tree_map(lift, tuple(args)), tree_map(lift, kwargs)
         self.given = args
         out = func(*args, **kwargs)
-        if any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves((args, kwargs, out))):
+        results = tree_leaves(out)
+        if any(isinstance(x, Tensor) and x.is_meta for x in (*leaves, *results)):
             return out  # forward derivatives ask so for shapes
         if base.startswith(("empty", "new_empty")) and isinstance(out, Tensor):
             out.zero_()  # memory that nobody has written yet holds anything, NaN too
+        if any(map(is_complex, results)):
+            return self._complex(func, args, kwargs, out)
         result = self._abstract(func, abstract_args, abstract_kwargs, out)
         if self.without_grad and self.without_grad[-1]:
             result = tree_map(self._cut, result)
@@ -194,10 +212,16 @@ class Following(TorchDispatchMode):
         if changed and is_in_place(func):
             self.rebind(changed[0], result)
         else:
-            for tensor, value in zip(tree_leaves(out), tree_leaves(result)):
+            for tensor, value in zip(results, tree_leaves(result)):
                 if isinstance(tensor, Tensor):
                     self.bind(tensor, value)
         return out
+
+    def _complex(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
+        """The result of an operation that complex tensors take part in. out: it, where it is known."""
+        if any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        return self.pairs.operation(func, args, kwargs, out)
 
     def _abstract(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
         """The abstract value of `out`."""
@@ -298,6 +322,9 @@ class Tracer(Following):
             if self.samples.axis_of(value.ids) != 0:
                 refuse("a result whose first axis is not the batch")
             return self.table.gather(value.ids[0]), root
+
+    def _complex(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
+        refuse("complex numbers")
 
     def _of_state(self, func, args: tuple, kwargs: dict, out: Any) -> Any:
         return apply_to_state(self.reading, func, args, kwargs, out)

@@ -43,6 +43,15 @@ class Constant:
         return (self.sources == NOT_A_PARAMETER) & (self.value.cpu() == 0)
 
     @property
+    def in_order(self) -> bool:
+        """Its entries are elements of parameters as they are, one after the other."""
+        if self.source is None or self.factor is not None or not self.source.numel():
+            return False
+        flat = self.source.reshape(-1)
+        first = int(flat[0])
+        return first >= 0 and torch.equal(flat, torch.arange(first, first + flat.numel()))
+
+    @property
     def from_attributes(self) -> bool:
         """It is computed from tensors that the module holds beside its parameters, and may hold others later."""
         if self.node is None:

@@ -260,6 +260,8 @@ def _suspicion(module: nn.Module, field: VectorField, error: float, batch: str) 
             "is something computed in float32 on the way (torch.full or torch.tensor without dtype=)? Make it "
             "follow y.dtype, or compile the module in float32."
         )
+    if math.isinf(error):
+        return "only one of them is finite there. Is a matrix without an inverse inverted (torch.linalg.pinv takes such ones)?"
     updates = ""
     if module.training:
         updates = " (call .eval() first if a layer updates itself in training, as spectral_norm does)"
