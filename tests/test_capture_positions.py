@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torchdiffeq
 from torch import nn
 from torch.nn import functional as F
 
@@ -111,6 +112,40 @@ def test_equal_values_have_the_gradient_that_torch_gives_them(name: str) -> None
             x = y.clone().requires_grad_()
             grads.append(torch.autograd.grad((f(torch.tensor(0.1, dtype=F64), x) * torch.tensor([1.0, 2.0, 4.0])).sum(), x)[0])
         torch.testing.assert_close(grads[1], grads[0])
+
+
+class Path(nn.Module):
+    """A cubic path for every sample, as torchcde holds it."""
+
+    def __init__(self, knots, coefficients) -> None:
+        super().__init__()
+        self.register_buffer("_t", knots)
+        for name, part in zip(("_b", "_two_c", "_three_d"), coefficients.chunk(3, -1)):
+            self.register_buffer(name, part)
+
+    def derivative(self, t):
+        t = torch.as_tensor(t, dtype=self._b.dtype, device=self._b.device)
+        index = torch.bucketize(t.detach(), self._t.detach()).sub(1).clamp(0, self._b.size(-2) - 1)
+        part = (t - self._t[index]).unsqueeze(-1)
+        return self._b[..., index, :] + (self._two_c[..., index, :] + self._three_d[..., index, :] * part) * part
+
+
+def test_paths_of_controlled_equations_are_no_python() -> None:
+    """Looked up once an evaluation, in numbers that are the samples' own, and followed when they are others."""
+    rule = lambda m, t, z: (m.n(z).tanh().view(-1, 3, 2) @ m.path.derivative(t).unsqueeze(-1)).squeeze(-1)
+    module = made(rule, lambda: {"n": net(3, 8, 6), "path": Path(torch.linspace(0, 1, 6), torch.randn(4, 5, 6))})
+    field = sfk.compile(module, like=FLAT, live=True)
+    assert field.engine_name == "cpu" and "general function" not in field.report()
+    times, options = torch.tensor([0.0, 0.3, 1.1], dtype=F64), {"step_size": 0.1}
+    for _ in range(2):
+        results = []
+        for f, odeint in ((module, torchdiffeq.odeint), (field, sfk.odeint)):
+            y = torch.linspace(-1, 1, 12, dtype=F64).view(4, 3).requires_grad_()
+            ys = odeint(f, y, times, method="rk4", options=options)
+            results.append([ys.detach(), *torch.autograd.grad(ys[-1].square().sum(), [y, *module.parameters()])])
+        for a, b in zip(*results):
+            torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
+        module.path._b.mul_(-0.5)
 
 
 def test_a_position_outside_of_a_table_is_no_number() -> None:
