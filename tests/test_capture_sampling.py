@@ -46,7 +46,6 @@ MATRICES = {
     "an exponential": lambda h, y: torch.matrix_exp(h) @ y,
     "of a rotation": lambda h, y: torch.linalg.matrix_exp(h - h.mT) @ y,
     "of time": lambda h, y: torch.matrix_exp(0.3 * h + 1.0) @ y,
-    "a pseudo-inverse": lambda h, y: torch.linalg.pinv(h @ h.mT + torch.eye(3, dtype=F64)) @ y,
 }
 
 

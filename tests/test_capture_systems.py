@@ -99,16 +99,16 @@ def test_what_a_loop_over_the_samples_computes_from_parameters_is_one_thing() ->
 
     def rule(m, t, y):
         energy = lambda z: m.n(z).sum()
-        rows = [torch.linalg.pinv(torch.autograd.functional.hessian(energy, q, create_graph=True) + eye(3, 4.0)) @ q for q in y]
+        rows = [torch.linalg.inv(torch.autograd.functional.hessian(energy, q, create_graph=True) + eye(3, 4.0)) @ q for q in y]
         return torch.stack(rows)
 
     check(made(rule, lambda: {"n": net(3, 5, 1, act=nn.Softplus)}), torch.zeros(4, 3, dtype=F64), False)
 
 
-def test_a_pseudo_inverse_of_what_has_no_inverse_is_refused() -> None:
-    rule = lambda m, t, y: (torch.linalg.pinv(torch.diag_embed(m.n(y) * m.k)) @ y[:, :, None])[:, :, 0]
-    with pytest.raises(sfk.UnsupportedFieldError, match="without an inverse"):
-        sfk.compile(made(rule, lambda: {"n": net(3, 5, 3), "k": torch.tensor([1.0, 1.0, 0.0])}), like=torch.zeros(4, 3, dtype=F64))
+def test_a_pseudo_inverse_is_refused_in_words() -> None:
+    rule = lambda m, t, y: (torch.linalg.pinv(torch.diag_embed(m.n(y))) @ y[:, :, None])[:, :, 0]
+    with pytest.raises(sfk.UnsupportedFieldError, match="pinv.*use torch.linalg.solve or torch.linalg.inv"):
+        sfk.compile(made(rule, lambda: {"n": net(3, 5, 3)}), like=torch.zeros(4, 3, dtype=F64))
 
 
 # ------------------------------------------------------------------------------------------------- losses, distributions

@@ -20,7 +20,7 @@ from .elements import Elements, samples_of
 from .functions import above, choose, maximum, product, quotient
 from .graph_linear import matmul, unsqueezed
 from .operations import aten, base_name
-from .refusal import refuse
+from .refusal import REMEDY, refuse
 from .registry import GRAPH, argument
 from .values import Constant, Opaque, StateValue, TimeValue
 
@@ -276,10 +276,11 @@ def log_determinant(e: Elements, func, args, kwargs, out) -> Any:
 
 @rule("linalg_pinv", "pinverse")
 def pseudo_inverse(e: Elements, func, args, kwargs, out) -> Any:
-    """Of a square matrix its inverse. One without an inverse has none here either: its solve fails, and says so."""
-    if args[0].shape[-1] != args[0].shape[-2]:
-        refuse(f"the operation {base_name(func)} on matrices of the state that are not square", "Use torch.linalg.solve")
-    return inverse(e, func, args[:1], {}, out)
+    # Its inverse would do for a matrix that has one. A mass matrix from a pruned network often has none, for some states.
+    refuse(
+        f"the operation {base_name(func)} on matrices of the state",
+        f"Where they have an inverse, use torch.linalg.solve or torch.linalg.inv. Otherwise u{REMEDY[1:]}",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- exponentials

@@ -261,7 +261,7 @@ def _suspicion(module: nn.Module, field: VectorField, error: float, batch: str) 
             "follow y.dtype, or compile the module in float32."
         )
     if math.isinf(error):
-        return "only one of them is finite there. Is a matrix without an inverse inverted (torch.linalg.pinv takes such ones)?"
+        return "only one of them is finite there."
     updates = ""
     if module.training:
         updates = " (call .eval() first if a layer updates itself in training, as spectral_norm does)"
