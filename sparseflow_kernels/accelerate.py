@@ -140,8 +140,8 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
             if (other := stand_in(module)) is not None and (field := self._find(other, y0, parts, True)) is not None:
                 return field
             family.apart = True
-        if family.compiled >= MOST_COMPILED and rare and not stands:
-            if not family.told:
+        if family.compiled >= MOST_COMPILED and rare:
+            if not family.told and not stands:
                 family.told = True
                 self._refuse_family(module, family)
             return None

@@ -514,6 +514,32 @@ def test_wrappers_with_other_numbers_are_compiled_by_themselves_and_not_for_ever
     torch.testing.assert_close(found, wanted * 20, rtol=1e-6, atol=1e-6)
 
 
+class Path(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("slope", torch.randn(2).double())
+
+
+class Controlled(nn.Module):
+    def __init__(self, net, path):
+        super().__init__()
+        self.net, self.path = net, path
+
+    def forward(self, t, y):
+        return torch.tanh(self.net(y)) * self.path.slope
+
+
+def test_wrappers_round_parts_made_anew_are_not_compiled_for_ever(monkeypatch):
+    net, y = nn.Linear(2, 2).double(), torch.randn(3, 2).double()
+    wrappers = [Controlled(net, Path()) for _ in range(20)]
+    wanted = [odeint(one, y, T) for one in wrappers]
+    compiled = counted_compiles(monkeypatch)
+    with accelerate(), pytest.warns(UserWarning, match="keep one, and give it what changes") as told:
+        found = [odeint(one, y, T) for one in wrappers]
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    assert len(compiled) == 8 and len(told) == 1
+
+
 @pytest.mark.parametrize("kind", ["lambda", "wrapper"])
 def test_threads_solve_for_their_own_numbers(kind):
     inner, y = nn.Linear(4, 2).double(), torch.randn(3, 2).double()
