@@ -39,14 +39,14 @@ def in_torch(node: Node) -> bool:
 class Ahead:
     """Nodes that depend on parameters and time alone; each time is a sample.
 
-    nodes: what is computed, in this order.  Packed when it is first asked for.
+    rows: of every node that is computed, in this order.  Packed when it is first asked for.
     """
 
     def __init__(self, builder: Callable, field: GraphField, nodes: Sequence[Node]) -> None:
         """builder: of native programs."""
-        self.nodes = list(nodes)
+        self.rows = {node: node.rows for node in nodes}
         self._builder, self._field = builder, field
-        self._output = field.graph.concatenate(self.nodes)
+        self._output = field.graph.concatenate(nodes)
         self._programs: dict[bool, GraphProgram] = {}
 
     def _program(self, adjoint: bool, engine: GraphNativeEngine) -> GraphProgram:
@@ -68,7 +68,7 @@ class Ahead:
         """[rows] of every node. None of them depends on time."""
         time, found = torch.zeros(1, 1, dtype=engine.dtype), torch.empty(self._output.rows, dtype=engine.dtype)
         self._program(False, engine).native.evaluate(0.0, time.data_ptr(), 0, 1, 1, found.data_ptr(), 0)
-        return list(found.split([node.rows for node in self.nodes]))
+        return list(found.split(list(self.rows.values())))
 
     def backward(
         self, engine: GraphNativeEngine, times: Tensor, grad: Tensor

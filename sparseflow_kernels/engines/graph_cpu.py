@@ -119,7 +119,7 @@ class GraphCpuEngine(GraphNativeEngine):
     def _numbers(self, program: GraphProgram, nodes: Sequence[Node]) -> Sequence[Tensor]:
         if program.ahead is None or not nodes:
             return super()._numbers(program, nodes)
-        found = dict(zip(program.ahead.nodes, program.ahead.values(self)))
+        found = dict(zip(program.ahead.rows, program.ahead.values(self)))
         rest = [node for node in nodes if node not in found]
         found.update(zip(rest, super()._numbers(program, rest)))
         return [found[node] for node in nodes]
@@ -209,10 +209,10 @@ class GraphCpuEngine(GraphNativeEngine):
         timed, of_time, further = program.writer.timed if times_too else (), 0.0, []
         if program.ahead is not None and of_vector:
             given = dict(of_vector)
-            grads = [given[n].to(self.dtype) if n in given else torch.zeros(n.rows, dtype=self.dtype) for n in program.ahead.nodes]
+            grads = [given[n].to(self.dtype) if n in given else torch.zeros(n.rows, dtype=self.dtype) for n in program.ahead.rows]
             own, found, _ = program.ahead.backward(self, torch.zeros(1, dtype=self.dtype), torch.cat(grads))
             further.append((own, found))
-            of_vector = [(node, grad) for node, grad in of_vector if in_torch(node)]
+            of_vector = [(node, grad) for node, grad in of_vector if node not in program.ahead.rows]
         if program.of_time is not None and timed:
             timed = ()
             if len(sums.times):
