@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -91,7 +92,9 @@ _families: dict[tuple, Family] = {}
 
 def family_of(module: nn.Module) -> Family:
     parameters = list(module.parameters())
-    kind = id(module) if isinstance(module, FunctionModule) or not parameters else type(module)
+    kind: Any = id(module)
+    if parameters and not isinstance(module, FunctionModule):  # a class may be made anew for every solve, too
+        kind = getattr(type(module).forward, "__code__", type(module))
     key = kind, module.training, *map(id, parameters)
     found = _families.get(key)
     if found is None or found.of() is None:  # another one's parameters had these addresses

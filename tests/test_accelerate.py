@@ -540,6 +540,29 @@ def test_wrappers_round_parts_made_anew_are_not_compiled_for_ever(monkeypatch):
     assert len(compiled) == 8 and len(told) == 1
 
 
+def test_classes_made_for_every_solve_are_not_compiled_for_ever(monkeypatch):
+    net, y = nn.Linear(4, 2).double(), torch.randn(3, 2).double()
+
+    def made(c):
+        class Local(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = net
+
+            def forward(self, t, x):
+                return torch.tanh(self.net(torch.cat([x, c], 1)))
+
+        return Local()
+
+    contexts = [torch.randn(3, 2).double() for _ in range(15)]
+    wanted = [odeint(made(c), y, T) for c in contexts]
+    compiled = counted_compiles(monkeypatch)
+    with accelerate(), pytest.warns(UserWarning, match="keep one, and give it what changes"):
+        found = [odeint(made(c), y, T) for c in contexts]
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    assert len(compiled) == 8
+
+
 @pytest.mark.parametrize("kind", ["lambda", "wrapper"])
 def test_threads_solve_for_their_own_numbers(kind):
     inner, y = nn.Linear(4, 2).double(), torch.randn(3, 2).double()
