@@ -24,7 +24,7 @@ _cpu = pytest.importorskip("sparseflow_kernels._cpu")
 pytestmark = pytest.mark.skipif(
     threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread only"
 )
-AFTER, LATENCY = 0.25, 1.5
+AFTER, LATENCY = 0.25, 1.5  # seconds; the latter of a processor, of which two threads have one each
 F64 = torch.float64
 
 
@@ -48,22 +48,22 @@ def compiled(field):
 
 
 def interrupted(work) -> None:
-    """work() is ended by the alarm, soon."""
+    """work() is ended by the alarm, soon: in the time that this process had, for the machine may be busy with others."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    began = time.perf_counter()
+    began = time.process_time()
     try:
         signal.setitimer(signal.ITIMER_REAL, AFTER)
         with pytest.raises(KeyboardInterrupt):
             work()
-        late = time.perf_counter() - began - AFTER
+        took = time.process_time() - began
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
-    assert late < LATENCY, f"{late:.2f} s after the signal"
+    assert took < 2 * (AFTER + LATENCY), f"{took:.2f} s of processors"
 
 
 def request_of(x: torch.Tensor, method: str, steps: int) -> SolveRequest:
