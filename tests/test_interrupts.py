@@ -24,7 +24,7 @@ _cpu = pytest.importorskip("sparseflow_kernels._cpu")
 pytestmark = pytest.mark.skipif(
     threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread only"
 )
-AFTER, LATENCY = 0.25, 1.5  # seconds; the latter of a processor, of which two threads have one each
+AFTER, LATENCY = 0.25, 1.0  # seconds; the latter of a processor, of which two threads have one each
 F64 = torch.float64
 
 
