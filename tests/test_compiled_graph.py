@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -338,3 +339,19 @@ def test_gradients_go_back_through_time_and_through_constants_natively(wanted, m
     for name, theirs in found[1].items():
         if theirs is not None:
             torch.testing.assert_close(found[0][name], theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_a_call_leaves_nothing_to_the_garbage_collector():
+    module = Net(lambda s, t, y: torch.tanh(s.net(torch.cat([y, s.c], 1))), net=nn.Linear(4, 2).double())
+    module.c, y = torch.randn(5, 2, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    field = sfk.compile(module, like=y)
+    run = lambda: (field(0.1, y).sum() + sfk.odeint(field, y, T)[-1].sum()).backward()
+    run()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(5):
+            run()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
