@@ -6,6 +6,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ _cpu = pytest.importorskip("sparseflow_kernels._cpu")
 pytestmark = pytest.mark.skipif(
     threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread only"
 )
-AFTER, LATENCY = 0.25, 1.0  # seconds; the latter of a processor, of which two threads have one each
+AFTER, LATENCY = 0.25, 1.5
 F64 = torch.float64
 
 
@@ -47,23 +48,29 @@ def compiled(field):
     return sfk.compile(field, engine="cpu")
 
 
+def waited() -> float:
+    """Seconds that this thread has been ready to run while others had the processor; Linux says."""
+    counts = Path("/proc/thread-self/schedstat")
+    return int(counts.read_text().split()[1]) * 1e-9 if counts.exists() else 0.0
+
+
 def interrupted(work) -> None:
-    """work() is ended by the alarm, soon: in the time that this process had, for the machine may be busy with others."""
+    """work() is ended by the alarm, soon."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    began = time.process_time()
+    began = time.perf_counter() - waited()
     try:
         signal.setitimer(signal.ITIMER_REAL, AFTER)
         with pytest.raises(KeyboardInterrupt):
             work()
-        took = time.process_time() - began
+        late = time.perf_counter() - waited() - began - AFTER
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
-    assert took < 2 * (AFTER + LATENCY), f"{took:.2f} s of processors"
+    assert late < LATENCY, f"{late:.2f} s after the signal"
 
 
 def request_of(x: torch.Tensor, method: str, steps: int) -> SolveRequest:
