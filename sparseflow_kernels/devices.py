@@ -1,4 +1,5 @@
-"""Patterns, plans and points of time live on the CPU, whatever the caller has made torch's default device."""
+"""Where and how tensors are made that outlive a call. Patterns, plans and points of time live on the CPU, whatever the
+caller has made torch's default device."""
 
 from __future__ import annotations
 

@@ -46,8 +46,7 @@ class FieldParameters(nn.Module):
         self.origins = origins
         whole = (name for formula in time_formulas(field) for name in formula.names)
         self.shares = Shares(origins, held, whole, live=source is not None)
-        with torch.inference_mode(False):  # a field compiled there is a field elsewhere
-            self._make_parameters(field, held)
+        self._make_parameters(field, held)
         # The parameters hold the numbers from here on: the skeleton is the field without them.
         self.skeleton = field.map_tensors(lambda tensor: tensor.detach().to("meta"))
         if isinstance(field, GraphField) and not field.layout.plain:

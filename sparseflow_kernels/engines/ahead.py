@@ -61,7 +61,7 @@ class Ahead:
                 self._programs[adjoint] = GraphProgram(builder.compile(), writer)
         program = self._programs[adjoint]
         if program.stamp != engine.stamp:
-            engine._renew(program)
+            engine.renew(program)
         return program
 
     def values(self, engine: GraphNativeEngine) -> list[Tensor]:

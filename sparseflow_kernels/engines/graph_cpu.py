@@ -61,7 +61,7 @@ class GraphCpuEngine(GraphNativeEngine):
                 self._programs[key] = self._write(*key)
         program = self._programs[key]
         if program.stamp != self.stamp:
-            self._renew(program)
+            self.renew(program)
         return program
 
     def _write(self, adjoint: bool, more: tuple[Node, ...], without: tuple[Node, ...]) -> GraphProgram:

@@ -127,7 +127,7 @@ class GraphCudaEngine(GraphNativeEngine, CudaSolver):
             image = super()._image(kind)
             self._programs[kind] = GraphProgram(image, self._writers[kind])
             with self._guard():
-                image.renew(lambda _: self._renew(self._programs[kind]))
+                image.renew(lambda _: self.renew(self._programs[kind]))
         return self._images[kind]
 
     def _write_image(self, kind: str) -> Any:
@@ -148,7 +148,7 @@ class GraphCudaEngine(GraphNativeEngine, CudaSolver):
         with self._guard():
             self._take(field)
             self.stamp += 1
-            self._renew_images(lambda kind, _: self._renew(self._programs[kind]))
+            self._renew_images(lambda kind, _: self.renew(self._programs[kind]))
         return True
 
     def _layers(self) -> str:

@@ -81,11 +81,11 @@ class GraphNativeEngine(NativeEngine):
         return (field.dtype, field.device) == (self.dtype, self.device)
 
     @torch.no_grad()
-    def _renew(self, program: GraphProgram) -> None:
+    def renew(self, program: GraphProgram) -> None:
         """Tells a program the present numbers of the field's parts."""
         self._tell(program, program.native)
         if program.time is not None:
-            self._renew(program.time)
+            self.renew(program.time)
         program.stamp = self.stamp
 
     def _tell(self, program: GraphProgram, numbers: Any) -> None:

@@ -88,7 +88,7 @@ class GraphTritonEngine(HeldMemory, GraphNativeEngine):
                 self._programs[key] = self._write(adjoint, time_per_sample)
             program = self._programs[key]
             if program.stamp != self.stamp:
-                self._renew(program)
+                self.renew(program)
         return program
 
     def _builder(self):

@@ -1,0 +1,294 @@
+"""What `accelerate` compiles, for how long it is kept, and who shares it: contexts, wrappers, functions, threads, copies."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import copy
+import gc
+import importlib
+import sys
+import warnings
+import weakref
+
+import pytest
+import torch
+import torchdiffeq
+from sparseflow_kernels import accelerate
+from torch import nn
+from torchdiffeq import odeint, odeint_adjoint
+
+torch.set_num_threads(1)
+T = torch.tensor([0.0, 0.7, 1.0]).double()
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module, c: torch.Tensor, scale: float = 1.0) -> None:
+        super().__init__()
+        self.inner, self.c, self.scale, self.nfe = inner, c, scale, 0
+
+    def forward(self, t, y):
+        self.nfe += 1
+        return self.inner(torch.cat([y, self.c], 1)) * self.scale
+
+
+def solved(odeint, wrappers, y, **options):
+    """Solutions, and the gradients of all that is trained, after all solves."""
+    found = [odeint(one, y, T, rtol=1e-8, atol=1e-8, **options) for one in wrappers]
+    trained = [*wrappers[0].inner.parameters(), *(one.c for one in wrappers)]
+    loss = sum((i + 1) * part[-1].square().sum() for i, part in enumerate(found))
+    return found, torch.autograd.grad(loss, trained, allow_unused=True)  # torchdiffeq's adjoint knows of no tensor held
+
+
+@pytest.mark.parametrize("options", [{}, {"adjoint_options": {"norm": "seminorm"}}, {"method": "rk4"}])
+def test_wrappers_made_for_every_solve_share_what_is_compiled(options, monkeypatch):
+    inner, y = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double(), torch.randn(3, 2).double()
+    contexts = [torch.randn(3, 2).double() for _ in range(10)]
+    made = lambda: [Wrapper(inner, c.clone().requires_grad_()) for c in contexts]
+    call = odeint_adjoint if "adjoint_options" in options else odeint
+    first, second = made(), made()
+    wanted = solved(call, first, y, **options)
+    counts = [one.nfe for one in first]
+    compiled = counted_compiles(monkeypatch)
+    with accelerate() as context, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = solved(call, second, y, **options)
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-6, atol=1e-7)
+    for ours, theirs in zip(found[1], wanted[1]):
+        assert theirs is None or torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert wanted[1][0] is not None and (wanted[1][-1] is None) == ("adjoint_options" in options)
+    assert len(compiled) == 4 and context.report().endswith("7 solves")
+    if not options:
+        assert [one.nfe for one in second] == counts
+    with accelerate():
+        for _ in range(30):
+            odeint(Wrapper(inner, torch.randn(3, 2).double()), y, T)
+    assert len(compiled) == 4
+
+
+def test_the_adjoint_goes_back_with_the_numbers_of_its_own_solve():
+    inner, y = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double(), torch.randn(3, 2).double()
+    contexts = [torch.randn(3, 2).double() for _ in range(3)]
+    options = {"adjoint_options": {"norm": "seminorm"}, "rtol": 1e-9, "atol": 1e-9}
+
+    def run(held):
+        loss = 0
+        for c in contexts:
+            if held is None:  # a lambda for every solve, over the numbers of now
+                func = lambda t, x, c=c: inner(torch.cat([x, c], 1))
+                out = odeint_adjoint(func, y, T, adjoint_params=tuple(inner.parameters()), **options)
+            else:
+                held.c = c
+                out = odeint_adjoint(held, y, T, **options)
+            loss = loss + out[-1].square().sum()
+        return torch.autograd.grad(loss, list(inner.parameters()))
+
+    wanted = run(None)
+    held = Wrapper(inner, contexts[0])
+    with accelerate():
+        found = run(None), run(held)
+    for one in found:
+        torch.testing.assert_close(one, wanted, rtol=1e-5, atol=1e-7)
+    assert held.nfe > 100  # of the solves backwards, too
+
+
+def test_wrappers_with_other_numbers_are_compiled_by_themselves_and_not_for_ever():
+    inner, y = nn.Linear(4, 2).double(), torch.randn(3, 2).double()
+    wrappers = [Wrapper(inner, torch.randn(3, 2).double(), scale=0.1 * i) for i in range(40)]
+    solve = lambda one: odeint(one, y, T)
+    wanted = [solve(one) for one in wrappers]
+    with accelerate() as context, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = [solve(one) for one in wrappers]
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    assert len(told) == 1 and "keep one, and give it what changes" in str(told[0].message)
+    assert "keep one" in context.report()
+    few = wrappers[:5]  # that live on, and take turns
+    wanted = [solve(one) for one in few]
+    with accelerate() as context:
+        found = [solve(one) for _ in range(20) for one in few]
+    torch.testing.assert_close(found, wanted * 20, rtol=1e-6, atol=1e-6)
+
+
+class Path(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("slope", torch.randn(2).double())
+
+
+class Controlled(nn.Module):
+    def __init__(self, net, path):
+        super().__init__()
+        self.net, self.path = net, path
+
+    def forward(self, t, y):
+        return torch.tanh(self.net(y)) * self.path.slope
+
+
+def test_wrappers_round_parts_made_anew_are_not_compiled_for_ever(monkeypatch):
+    net, y = nn.Linear(2, 2).double(), torch.randn(3, 2).double()
+    wrappers = [Controlled(net, Path()) for _ in range(20)]
+    wanted = [odeint(one, y, T) for one in wrappers]
+    compiled = counted_compiles(monkeypatch)
+    with accelerate(), pytest.warns(UserWarning, match="keep one, and give it what changes") as told:
+        found = [odeint(one, y, T) for one in wrappers]
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    assert len(compiled) == 8 and len(told) == 1
+
+
+def test_classes_made_for_every_solve_are_not_compiled_for_ever(monkeypatch):
+    net, y = nn.Linear(4, 2).double(), torch.randn(3, 2).double()
+
+    def made(c):
+        class Local(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = net
+
+            def forward(self, t, x):
+                return torch.tanh(self.net(torch.cat([x, c], 1)))
+
+        return Local()
+
+    contexts = [torch.randn(3, 2).double() for _ in range(15)]
+    wanted = [odeint(made(c), y, T) for c in contexts]
+    compiled = counted_compiles(monkeypatch)
+    with accelerate(), pytest.warns(UserWarning, match="keep one, and give it what changes"):
+        found = [odeint(made(c), y, T) for c in contexts]
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    assert len(compiled) == 8
+
+
+@pytest.mark.parametrize("kind", ["lambda", "wrapper"])
+def test_threads_solve_for_their_own_numbers(kind):
+    inner, y = nn.Linear(4, 2).double(), torch.randn(3, 2).double()
+    contexts = [torch.randn(3, 2).double() for _ in range(60)]
+
+    def solve(c):
+        func = Wrapper(inner, c) if kind == "wrapper" else lambda t, x: inner(torch.cat([x, c], 1))
+        return odeint(func, y, T)
+
+    wanted = [solve(c) for c in contexts]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with accelerate(), concurrent.futures.ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(solve, contexts))
+    finally:
+        sys.setswitchinterval(before)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+class Field(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+
+    def forward(self, t, y):
+        return self.net(y) - y * t
+
+
+class Solver(nn.Module):
+    """A model that enters a context for every solve, as forward of many do."""
+
+    def __init__(self, func):
+        super().__init__()
+        self.func = func
+
+    def forward(self, y):
+        with accelerate() as accelerated:
+            out = torchdiffeq.odeint(self.func, y, T)[-1] + torchdiffeq.odeint(lambda t, x: self.func(t, x), y, T)[-1]
+        self.report = accelerated.report()
+        return out
+
+
+def counted_compiles(monkeypatch):
+    found = []
+    module = importlib.import_module("sparseflow_kernels.accelerate")
+    own = module.compile_field
+    monkeypatch.setattr(module, "compile_field", lambda *a, **k: found.append(a[0]) or own(*a, **k))
+    return found
+
+
+def test_a_context_for_every_solve_compiles_once(monkeypatch):
+    compiled, net = counted_compiles(monkeypatch), Field()
+    model, y = Solver(net), torch.randn(4, 2).double()
+    wanted = 2 * torchdiffeq.odeint(net, y, T)[-1]
+    for _ in range(3):
+        torch.testing.assert_close(model(y), wanted, rtol=1e-6, atol=1e-6)
+        assert model.report.count("1 solves") == 2
+    assert len(compiled) == 2 and compiled[0] is net
+    with accelerate("reference"):
+        torchdiffeq.odeint(net, y, T)
+    assert len(compiled) == 3
+
+
+def test_as_a_decorator(monkeypatch):
+    compiled, net, y = counted_compiles(monkeypatch), Field(), torch.randn(4, 2).double()
+
+    @accelerate()
+    def end(y):
+        return torchdiffeq.odeint(net, y, T)[-1]
+
+    found = [end(y) for _ in range(3)]
+    assert len(compiled) == 1
+    torch.testing.assert_close(found, 3 * [torchdiffeq.odeint(net, y, T)[-1]], rtol=1e-6, atol=1e-6)
+
+
+def test_copies_and_pickles_know_nothing_of_what_was_compiled(monkeypatch, tmp_path):
+    net, y = Field(), torch.randn(4, 2).double()
+    Solver(net)(y)
+    torch.save(net, tmp_path / "net.pt")
+    assert b"sparseflow" not in (tmp_path / "net.pt").read_bytes().replace(b"_sparseflow_kernels_kept", b"")
+    read = torch.load(tmp_path / "net.pt", weights_only=False)
+    compiled = counted_compiles(monkeypatch)
+    for other in (copy.deepcopy(net), read, copy.copy(net)):
+        with torch.no_grad():
+            next(other.parameters()).mul_(2.0)
+        wanted = 2 * torchdiffeq.odeint(other, y, T)[-1]
+        torch.testing.assert_close(Solver(other)(y), wanted, rtol=1e-6, atol=1e-6)
+        assert compiled.pop() is not compiled.pop()
+    assert net.state_dict().keys() == Field().state_dict().keys()
+
+
+def test_what_was_compiled_goes_with_its_module():
+    net, y = Field(), torch.randn(4, 2).double()
+    Solver(net)(y)
+    gone = weakref.ref(net)
+    del net
+    gc.collect()
+    assert gone() is None
+
+
+def test_what_was_refused_is_tried_again_where_it_is_another(monkeypatch):
+    class Switch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.odd = nn.Linear(2, 2).double(), True
+
+        def forward(self, t, y):
+            return self.net(y) if not self.odd or float(y.sum()) > 0 else -y
+
+    compiled, net, y = counted_compiles(monkeypatch), Switch(), torch.randn(4, 2).double()
+    for expected in (1, 1, 2, 2):
+        if expected == 2:
+            net.odd = False
+        with warnings.catch_warnings(), accelerate() as accelerated:
+            warnings.simplefilter("ignore")
+            torchdiffeq.odeint(net, y, T)
+        assert len(compiled) == expected and ("handed on" in accelerated.report()) == (expected == 1)
+
+
+def test_a_solve_inside_forward_is_a_part_of_it():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Field()
+
+        def forward(self, t, y):
+            return torchdiffeq.odeint(self.inner, y, torch.tensor([0.0, 0.1]).double(), method="rk4")[-1] - y
+
+    net, y = Nested(), torch.randn(4, 2).double()
+    wanted = torchdiffeq.odeint(net, y, T)
+    with accelerate() as context:
+        torch.testing.assert_close(torchdiffeq.odeint(net, y, T), wanted, rtol=1e-7, atol=1e-8)
+    assert context.report() == "Nested: cpu engine, 1 solves"
