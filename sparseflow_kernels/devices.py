@@ -44,10 +44,13 @@ def lasting(function: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             return inner(*args, **kwargs)
+        inference, hooked = torch.is_inference_mode_enabled(), _hooked()
+        if not (inference or hooked):
+            return inner(*args, **kwargs)
         with contextlib.ExitStack() as stack:
-            if torch.is_inference_mode_enabled():
+            if inference:
                 stack.enter_context(torch.inference_mode(False))
-            if _hooked():
+            if hooked:
                 stack.enter_context(saved_tensors_hooks(_as_it_is, _as_it_is))
             return inner(*args, **kwargs)
 
