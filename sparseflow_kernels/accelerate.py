@@ -32,7 +32,7 @@ from .warn import warn
 MOST_TOLD = 64  # entries of a report; beyond, those that were met first are left out
 MOST_FUNCTIONS = 64  # of those that read a module, or none
 MOST_ALONE = 3  # the same, after which one stands for all wrappers of a class round the same modules
-MOST_COMPILED = 8  # times that a module is compiled anew for less than three solves each, after which it is handed on
+MOST_COMPILED = 8  # times that a module is compiled for one solve each, after which it is handed on
 CALLS = {"odeint": odeint, "odeint_adjoint": odeint_adjoint}
 
 
@@ -92,17 +92,20 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
 
     def report(self) -> str:
         """For people: a line for every module, which says by which engine it ran, or why it did not."""
-        lines = []
+        lines: dict[tuple, list] = {}  # name and end of a line, and the solves
         for entry, solves in list(self._met.items()):
             module = entry.module()
             name = "a module that is gone" if module is None else _name(module)
             if entry.field is None and entry.stands:
                 continue
             if entry.field is None:
-                lines.append(f"{name}: handed on to torchdiffeq ({entry.reason})")
+                lines[id(entry.module), entry.reason] = [f"{name}: handed on to torchdiffeq ({entry.reason})", None]
             else:
-                lines.append(f"{name}: {entry.field.engine_name} engine, {solves} solves")
-        return "\n".join(lines) or "no module was solved for"
+                engine = entry.field.engine_name
+                line = lines.setdefault((id(entry.module), engine), [f"{name}: {engine} engine", 0])
+                line[1] += solves
+        told = [line if count is None else f"{line}, {count} solves" for line, count in lines.values()]
+        return "\n".join(told) or "no module was solved for"
 
     def field_for(self, module: nn.Module, y0: Any) -> CompiledField | None:
         """The compiled field of a module for states like y0, a tensor or a tuple of tensors; None where there is
@@ -127,25 +130,26 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
         exact = (*key, tuple(part.shape[:1] for part in parts))
         held = known(module)
         for one in (key, exact):
-            entry = held.entries.get(one)
-            if entry is not None and entry.module() is module and self._holds(entry, y0):
-                self._follow(entry)
-                return self._solving(entry)
+            for entry in held.entries.get(one, ()):
+                if entry.module() is module and self._holds(entry, y0):
+                    return self._solving(entry)
         if only_torch():  # tensors without numbers of their own, by which nothing can be read or compared
             return None
         family = family_of(module)
-        rare = family.compiled * 3 > family.solves
-        if (family.stood_for or (family.compiled >= MOST_ALONE and rare)) and not family.apart and not stands:
+        if family.owes(MOST_COMPILED) and not stands:
+            family.wait()
+        new = not held.entries and not stands
+        if new and not family.apart and (family.stood_for or family.owes(MOST_ALONE)):
             family.stood_for = True
             if (other := stand_in(module)) is not None and (field := self._find(other, y0, parts, True)) is not None:
                 return field
             family.apart = True
-        if family.compiled >= MOST_COMPILED and rare:
+        if family.owes(MOST_COMPILED):
             if not family.told and not stands:
                 family.told = True
                 self._refuse_family(module, family)
             return None
-        family.compiled += 1
+        family.has_compiled()
         entry = self._compiled(module, y0, Entry(weakref.ref(module), family, stands=stands))
         layout = None if entry.field is None else entry.field.layout
         batched = layout is None or layout.batched
@@ -156,13 +160,13 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
         """Whether this is still what becomes of the module. What was refused in an earlier context is tried again where
         the module is another now."""
         if entry.field is not None:
-            return _fits(entry.field, y0)
+            return _fits(entry.field, y0) and not entry.field.changed()
         return entry in self._met or (entry.refused is not None and not entry.refused.changed())
 
     def _solving(self, entry: Entry) -> CompiledField | None:
         """Counts a solve of this entry."""
         entry.solves += 1
-        entry.family.solves += 1
+        entry.family.has_solved()
         self._tell(entry, self._met.get(entry, 0) + 1)
         return entry.field
 
@@ -175,24 +179,11 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
     def _refuse_family(self, module: nn.Module, family: Family) -> None:
         reason = (
             f"it, or modules of its class over the same parameters, were compiled {family.compiled} times for "
-            f"{family.solves} solves: keep one, and give it what changes as an attribute, and states of one shape"
+            f"{family.solves} solves: keep one, and give it what changes as an attribute, a tensor with a row per sample, "
+            "or as a parameter, and states of one shape"
         )
         self._tell(Entry(weakref.ref(module), family, None, reason), 0)
         self._warn(module, reason)
-
-    def _follow(self, entry: Entry) -> None:
-        """What the module has become since may be something that cannot be compiled."""
-        try:
-            if entry.field is not None and entry.field.follow():
-                entry.compiled += 1
-                if entry.compiled >= MOST_COMPILED and entry.compiled * 3 > entry.solves:
-                    raise UnsupportedFieldError(
-                        f"what it holds beside parameters was another in {entry.compiled} of {entry.solves} solves, so "
-                        "that it was compiled as often; numbers that change belong into parameters, or per sample into "
-                        "tensors"
-                    )
-        except (UnsupportedFieldError, TypeError, ValueError) as error:
-            self._hand_on(entry, error)
 
     def _hand_on(self, entry: Entry, error: Exception) -> None:
         # Whose refusal it is stands in front of it already; of a function capture knows the module alone.

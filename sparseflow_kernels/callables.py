@@ -17,7 +17,7 @@ from typing import Any, Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from .capture.context import items_of
+from .capture.context import inside
 
 DEEPEST = 4  # of what is looked into: functions that functions call, containers, attributes of objects
 LONGEST = 64  # items of a container that are looked at
@@ -50,10 +50,13 @@ class FunctionModule(nn.Module):
     def forward(self, t: Tensor, y: Any) -> Any:
         return self.function(t, y)
 
-    def used(self, called: Iterable[nn.Module], names: Iterable[str]) -> list[nn.Module]:
-        """This module and those below it that were called, with all that they consist of, or hold a parameter of these
-        names: a method may belong to a model of which it needs a part."""
+    def used(
+        self, called: Iterable[nn.Module], reached: Iterable[nn.Module], names: Iterable[str]
+    ) -> list[nn.Module]:
+        """This module and those below it that were called, with all that they consist of, or reached, or hold a
+        parameter of these names: a method may belong to a model of which it needs a part."""
         own = {id(inner) for part in called if part is not self for inner in part.modules()}
+        own |= set(map(id, reached))
         own |= {id(self.get_submodule(name.rpartition(".")[0])) for name in names}
         paths = [path for path, part in self.named_modules() if id(part) in own]
         holders = {path[:end] for path in paths for end in range(len(path)) if path[end] == "."} | {""}
@@ -111,12 +114,10 @@ def _read_by(function: Any) -> Iterator[Any]:
         yield value
         if not depth or isinstance(value, (nn.Module, *_PLAIN)):
             continue
-        inside = [item for _, item in items_of(value)]
+        items = [item for _, item in inside(value)]
         if isinstance(value, types.MethodType):
-            inside.append(value.__self__)
-        elif not inside and not isinstance(value, types.FunctionType):
-            inside = list(getattr(value, "__dict__", {}).values())
-        waiting += [(item, depth - 1) for item in (inside if len(inside) <= LONGEST else ())]
+            items.append(value.__self__)
+        waiting += [(item, depth - 1) for item in (items if len(items) <= LONGEST else ())]
 
 
 class Kept:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import gradients, operators
 from .capture import unwrapped
+from .capture.seen import collecting
 from .devices import factories_on_cpu, lasting, ordinary
 from .counting import Counters
 from .divergence import KINDS, DivergencePlan, Kind
@@ -69,7 +70,8 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
     source = unwrapped(module_or_field)
     if like is not None:
         like = ordinary(like)
-    found = read(source, dim, like)
+    with collecting() as ids:
+        found = read(source, dim, like)
     if dim is not None and found.field.dim != dim:
         raise ValueError(f"compile: dim is {dim}, but the field's state has {found.field.dim} components")
     if like is not None and isinstance(source, (CompiledField, VectorField, GraphField)):
@@ -80,7 +82,7 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
     counters = None
     if live:
         time = torch.zeros((), dtype=found.field.dtype, device=found.field.device)
-        counters = Counters(source, lambda: source(time, state_of(found.field, like)))
+        counters = Counters(source, lambda: source(time, state_of(found.field, like)), ids)
     compiled = CompiledField(
         found.field, engine, origins=found.origins, held=found.held, simplification=found.told,
         source=source if live else None, counters=counters,
@@ -140,10 +142,14 @@ class CompiledField(FieldParameters):
         forgotten = dict.fromkeys(("_own_times", "_inner_hooks"))
         return {**super().__getstate__(), **forgotten, "_packing": Packing(self.requested)}
 
+    def changed(self) -> bool:
+        """Whether the module is another than the one that this field was compiled from (`live`)."""
+        return self._watch.changed()
+
     def follow(self) -> bool:
         """Compile anew where the module is no longer the one that this field was compiled from (`live`). True where it
         is not."""
-        if self._pinned is not None or not self._watch.changed():
+        if self._pinned is not None or not self.changed():
             return False
         like = self._like()
         dim = None if self.layout is not None or like is not None else self.dim

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import types
 from typing import Any, Callable, Iterator
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .capture.probe import untouched
+from .capture.seen import unread, watched
 
 KEPT = "_sparseflow_kernels_kept"  # the attribute in which a module keeps what was compiled of it (known_fields.py)
 TORCHS = frozenset(nn.Module().__dict__) | {KEPT}  # attributes that are none of the user's
@@ -21,24 +24,27 @@ class Counters:
     `add` says that there were so many evaluations that the module has not seen. Whoever sets an attribute to zero
     starts from there.
 
-    run: the parts that were called.  records: the name of a list or a dict that grew, or None: what a forward that is
-    not run would fail to note there.
+    run: the parts that were called.  reached: those of which a method ran, or that another one gave out.  records: the name of a list or a dict that grew, or None: what a forward that is
+    not run would fail to note there.  unread: names of tensors that forward never reads.
     """
 
-    def __init__(self, module: nn.Module, call: Callable[[], Any]) -> None:
-        """call: one evaluation of the module, which is left as it was. One that fails counts nothing."""
+    def __init__(self, module: nn.Module, call: Callable[[], Any], ids: set[int]) -> None:
+        """call: one evaluation of the module, which is left as it was. One that fails counts nothing.  ids: of the
+        tensors that it has read when it was captured."""
         before, sizes = _numbers(module), _sizes(module)
         self.run: list[nn.Module] = []
+        self.reached: set[nn.Module]
         self.records: str | None = None
-        with untouched(module), _called(self.run):
+        with untouched(module), _called(self.run), _reached() as self.reached:
             seen = []
             for _ in range(2):
                 try:
-                    call()
+                    watched(call)
                 except Exception:  # noqa: BLE001 - whatever a module raises: what it refuses is told when it is asked for
                     break
                 seen.append(_numbers(module))
             self.records = next((name for name, size in _sizes(module).items() if size > sizes.get(name, size)), None)
+        self.unread = unread(module, ids)
         self._counted: list[tuple[nn.Module, str, float]] = []
         for (part, key), first in before.items() if len(seen) == 2 else ():
             one, two = (values.get((part, key)) for values in seen)
@@ -101,3 +107,29 @@ def _called(parts: list[nn.Module]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextlib.contextmanager
+def _reached() -> Iterator[set[nn.Module]]:
+    """Gives the modules of which Python runs a method meanwhile, be it only to look for an attribute, and the submodules
+    that are found so: a path's `derivative` is no call of the path."""
+    found: set[nn.Module] = set()
+    before = sys.getprofile()
+
+    def called(frame: types.FrameType, event: str, argument: Any) -> None:
+        code = frame.f_code
+        if event != "call" or not code.co_argcount:
+            return
+        first = frame.f_locals.get(code.co_varnames[0])
+        if issubclass(type(first), nn.Module):
+            found.add(first)
+            if code is nn.Module.__getattr__.__code__:
+                child = first.__dict__.get("_modules", {}).get(frame.f_locals["name"])
+                if child is not None:
+                    found.add(child)
+
+    sys.setprofile(called)
+    try:
+        yield found
+    finally:
+        sys.setprofile(before)

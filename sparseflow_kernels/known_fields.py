@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .callables import FunctionModule
+from .callables import FunctionModule, key_of
 from .compiled_field import CompiledField
 from .counting import KEPT
 from .live import Watch
@@ -23,48 +23,73 @@ from .live import Watch
 MOST_FIELDS = 64  # of a module; beyond, those that were compiled first are forgotten
 MOST_FAMILIES = 256
 MOST_STAND_INS = 16  # round one module
+MOST_VARIANTS = 4  # fields of a module for states of one kind: it may go back to numbers that it held before
+SOLVES = 3  # by which a compilation pays
 lock = threading.RLock()
 
 
 @dataclass
 class Family:
-    """Modules of one class over the same parameters: a wrapper that is made anew for every solve, say. compiled: how
-    often one of them was.  solves: that they had.  told: that no more of them are compiled.  stood_for: that a
-    `stand_in` solves for new ones.  apart: that it does not, after all.  of: one of the parameters."""
+    """Modules of one class over the same parameters: a wrapper that is made anew for every solve, say; or a module that
+    holds other numbers at every solve. compiled: how often one of them was.  solves: that they had.  debt: of
+    compilations for which there have not been SOLVES solves.  told: that no more of them are compiled.  handed_on: solves
+    since then, of which the next compilation waits for `patience`.  stood_for: that a `stand_in` solves for new ones.
+    apart: that it does not, after all.  of: one of the parameters."""
 
     of: weakref.ref
     compiled: int = 0
     solves: int = 0
+    debt: int = 0
     told: bool = False
+    handed_on: int = 0
+    patience: int = 64
     stood_for: bool = False
     apart: bool = False
+
+    def has_compiled(self) -> None:
+        self.compiled += 1
+        self.debt += SOLVES
+
+    def has_solved(self) -> None:
+        self.solves += 1
+        self.debt = max(0, self.debt - 1)
+
+    def owes(self, compilations: int) -> bool:
+        """Whether so many were made, of late, for one solve each."""
+        return self.debt >= compilations * (SOLVES - 1)
+
+    def wait(self) -> None:
+        """A solve that would be handed on: now and then one of them is compiled for, as things may have changed."""
+        self.handed_on += 1
+        if self.handed_on > self.patience:
+            self.handed_on, self.patience, self.apart = 0, 2 * self.patience, False
+            self.debt -= SOLVES
 
 
 @dataclass(eq=False)
 class Entry:
     """What became of one module for states of one kind. field: None where its solves are handed on to torchdiffeq, for
-    this `reason`.  solves: how many there were.  compiled: how often it was compiled anew.  refused: the module as it
-    was when it was found that it cannot be compiled.  stands: the module is a `stand_in`."""
+    this `reason`.  solves: how many there were.  refused: the module as it was when it was found that it cannot be
+    compiled.  stands: the module is a `stand_in`."""
 
     module: weakref.ref
     family: Family
     field: CompiledField | None = None
     reason: str = ""
     solves: int = 0
-    compiled: int = 0
     refused: Watch | None = None
     stands: bool = False
 
 
 class Known:
-    """entries: what became of the module, by engine and kind of state.  functions: modules made of functions that read
+    """entries: what became of the module, by engine and kind of state, the last first.  functions: modules made of functions that read
     the module, by their code.  stand_ins: `stand_in`'s, of wrappers of the module."""
 
     # and no __dict__, so that nobody takes it for something that forward reads
     __slots__ = ("entries", "functions", "stand_ins")
 
     def __init__(self) -> None:
-        self.entries: dict[tuple, Entry] = {}
+        self.entries: dict[tuple, list[Entry]] = {}
         self.functions: dict[tuple, FunctionModule] = {}
         self.stand_ins: dict[tuple, nn.Module] = {}
 
@@ -75,9 +100,10 @@ class Known:
         return dict, ()  # a pickle that is read where this package is not installed
 
     def keep(self, key: tuple, entry: Entry) -> None:
+        others = self.entries.pop(key, [])
         while len(self.entries) >= MOST_FIELDS:
             del self.entries[next(iter(self.entries))]
-        self.entries[key] = entry
+        self.entries[key] = [entry, *others][:MOST_VARIANTS]
 
 
 def known(module: nn.Module) -> Known:
@@ -93,8 +119,8 @@ _families: dict[tuple, Family] = {}
 def family_of(module: nn.Module) -> Family:
     parameters = list(module.parameters())
     kind: Any = id(module)
-    if parameters and not isinstance(module, FunctionModule):  # a class may be made anew for every solve, too
-        kind = getattr(type(module).forward, "__code__", type(module))
+    if parameters:  # a class may be made anew for every solve, too
+        kind = _code_of(module)
     key = kind, module.training, *map(id, parameters)
     found = _families.get(key)
     if found is None or found.of() is None:  # another one's parameters had these addresses
@@ -104,17 +130,27 @@ def family_of(module: nn.Module) -> Family:
     return found
 
 
+def _code_of(module: nn.Module) -> Any:
+    """What modules of one class have in common, or functions of the same code."""
+    if isinstance(module, FunctionModule):
+        return key_of(module.function)
+    return getattr(type(module).forward, "__code__", type(module))
+
+
 def stand_in(module: nn.Module) -> nn.Module | None:
     """A module of the same class with the same attributes, which is the same one for all wrappers of this class round
-    the same modules: what is compiled of it serves those that are made anew for every solve. None where there is
+    the same trained modules: what is compiled of it serves those that are made anew for every solve. None where there is
     none."""
     children = [child for child in module._modules.values() if child is not None]
-    if not children or isinstance(module, (FunctionModule, torch.jit.ScriptModule)):
+    trained = [child for child in children if next(child.parameters(), None) is not None]
+    if not trained or isinstance(module, torch.jit.ScriptModule):
         return None
-    # Each thread has its own: it holds the numbers of the wrapper that is solved for.
-    own = map(id, (*children, *module._parameters.values()))
-    key = type(module), module.training, threading.get_ident(), *own
-    held = known(children[0]).stand_ins
+    # Each thread has its own: it holds the numbers of the wrapper that is solved for. What is not trained, a path
+    # through data, may be made anew as well.
+    own = [id(child) if child in trained else type(child) for child in children]
+    own += map(id, module._parameters.values())
+    key = type(module), _code_of(module), module.training, threading.get_ident(), *own
+    held = known(trained[0]).stand_ins
     found = held.get(key)
     if found is None:
         while len(held) >= MOST_STAND_INS:

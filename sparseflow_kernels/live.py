@@ -4,12 +4,13 @@ changed."""
 from __future__ import annotations
 
 import operator
-from typing import Collection, Iterable, Mapping
+from typing import Any, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from .callables import FunctionModule
+from .capture.context import PREFIX, per_sample
 from .counting import Counters
 from .hooks import hooks_of
 from .live_attributes import Attributes
@@ -21,8 +22,8 @@ class Watch:
     """A module as it was compiled.
 
     `changed` notices what makes another field of it than one with other numbers: parameters and buffers that came or
-    went, submodules and hooks that are others, buffers, masks and attributes with other numbers, a switch between
-    training and evaluation, and pruned entries (exact zeros) that are no longer zero.
+    went, submodules and hooks that are others, buffers, masks and attributes with other numbers (of the context: with
+    other shapes), a switch between training and evaluation, and pruned entries (exact zeros) that are no longer zero.
     """
 
     def __init__(
@@ -34,35 +35,47 @@ class Watch:
         self._module, self._counters = module, counters
         parts = list(module.modules())
         if isinstance(module, FunctionModule) and counters is not None:
-            parts = module.used(counters.run, names)
-        self._structure = [
-            (names, _which(names)) for part in parts for names in (part._parameters, part._buffers)
-        ]  # TorchScript's dictionaries are no others
-        self._children = [(part._modules, tuple(part._modules.values())) for part in parts]
-        self._hooks = [(hooks, list(hooks.values())) for part in parts for hooks in hooks_of(part)[:2]]  # of forward
-        self._modes = [(part, part.training, type(part)) for part in parts]
+            parts = module.used(counters.run, counters.reached, names)
+        path = {part: path for path, part in module.named_modules()}
+        self._parts, self._where = [(path[part], part) for part in parts], _places(module)
+        self._children = [tuple(part._modules.values()) for part in parts]
         self._held = [
-            (part, key)
-            for part in parts
+            (number, key, f"{PREFIX}{path[part]}/{key}" in context)
+            for number, part in enumerate(parts)
             for key in part._buffers.keys()
-            if not counters or key not in counters.of(part)
+            if counters is None
+            or (key not in counters.of(part) and f"{PREFIX}{path[part]}/{key}" not in counters.unread)
         ]
-        self._buffers = self._snapshot(self._present_buffers())
+        self._attributes = Attributes(self._parts, context, counters)
+        self._look_at()
+        self._structure = list(map(_which, self._names))
+        self._hooks = [list(hooks.values()) for hooks in self._hooks_now]
+        self._modes, self._kinds = [part.training for part in parts], [type(part) for part in parts]
+        shapes, buffers = self._present_buffers()
+        self._shapes, self._buffers = shapes, Snapshot(buffers) if buffers else None
         self._zeros = [
             (part._parameters, name, Zeros(parameter.detach()))
             for part in parts for name, parameter in part._parameters.items()
             if parameter is not None and parameter.layout == torch.strided and not bool(parameter.detach().all())
             and not (parameter.requires_grad and is_fresh(parameter.detach()))
         ]  # fmt: skip
-        self._attributes = Attributes(module, parts, context, counters)
 
-    def _present_buffers(self) -> list[Tensor]:
-        held = [buffer for part, key in self._held if (buffer := part._buffers[key]) is not None]
-        return [part for buffer in held for part in strided(buffer)]
+    def _look_at(self) -> None:
+        """The dictionaries of the present parts, which are looked at in every call."""
+        self._names = [names for _, part in self._parts for names in (part._parameters, part._buffers)]
+        self._hooks_now = [hooks for _, part in self._parts for hooks in hooks_of(part)[:2]]  # of forward
 
-    @staticmethod
-    def _snapshot(tensors: list[Tensor]) -> Snapshot | None:
-        return Snapshot(tensors) if tensors else None
+    def _present_buffers(self) -> tuple[list, list[Tensor]]:
+        """(what one sample holds of those that are context: the field reads their numbers at every call; the others)."""
+        shapes: list[Any] = []
+        tensors: list[Tensor] = []
+        for number, key, is_context in self._held:
+            buffer = self._parts[number][1]._buffers[key]
+            if is_context:
+                shapes.append(per_sample(buffer))
+            elif buffer is not None:
+                tensors += strided(buffer)
+        return shapes, tensors
 
     def __getstate__(self) -> dict:
         return {"_module": self._module}
@@ -85,19 +98,55 @@ class Watch:
         """Whether the module has to be compiled anew. It has in a copy, which knows nothing of what was compiled."""
         if "_structure" not in self.__dict__:
             return True
-        if any(_which(names) != before for names, before in self._structure):
+        if not self._children_are_same() and not self._goes_on():
             return True
-        if any(not _are(now.values(), before) for now, before in self._children):
+        if list(map(_which, self._names)) != self._structure:
             return True
-        if any(list(hooks.values()) != before for hooks, before in self._hooks):
+        if [list(hooks.values()) for hooks in self._hooks_now] != self._hooks:
             return True
-        if any(part.training != mode or type(part) is not kind for part, mode, kind in self._modes):
+        if [part.training for _, part in self._parts] != self._modes:
             return True
-        if self._buffers is not None and not self._buffers.same(self._present_buffers()):
+        if [type(part) for _, part in self._parts] != self._kinds:
+            return True
+        shapes, buffers = self._present_buffers()
+        if shapes != self._shapes or (self._buffers is not None and not self._buffers.same(buffers)):
             return True
         if not self._attributes.same():
             return True
         return not all(zeros.still(parameters[name]) for parameters, name, zeros in self._zeros)
+
+    def _children_are_same(self) -> bool:
+        for (_, part), before in zip(self._parts, self._children):
+            if not _are(part._modules.values(), before):
+                return False
+        return True
+
+    def _goes_on(self) -> bool:
+        """Whether submodules that are others stand where those stood, without anything that is trained: a path through
+        data, which is made anew for every batch. They are watched instead from now on."""
+        if _places(self._module) != self._where:
+            return False
+        parts = [(path, self._module.get_submodule(path)) for path, _ in self._parts]
+        children = [tuple(part._modules.values()) for _, part in parts]
+        for now, before in zip(children, self._children):
+            if not all(new is old or self._replaces(new, old) for new, old in zip(now, before)):
+                return False
+        self._parts, self._children = parts, children
+        self._attributes.look_at(parts)
+        self._look_at()
+        return True
+
+    def _replaces(self, new: nn.Module | None, old: nn.Module | None) -> bool:
+        if new is None or old is None or type(new) is not type(old) or any(map(self.counted, old.modules())):
+            return False
+        return next(new.parameters(), None) is None and next(old.parameters(), None) is None
+
+
+def _places(module: nn.Module) -> list[tuple[str, int]]:
+    """The paths of all modules in a module, and which of them are one."""
+    numbers: dict[int, int] = {}
+    found = module.named_modules(remove_duplicate=False)
+    return [(path, numbers.setdefault(id(part), len(numbers))) for path, part in found]
 
 
 def _which(names: Mapping[str, Tensor | None]) -> list[tuple[str, bool]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture.context import PREFIX, items_of
+from .capture.context import PREFIX, inside, per_sample
 from .counting import TORCHS, Counters
 from .packing import Snapshot, strided
 
@@ -21,30 +21,43 @@ LONGEST = 64  # items of one: longer ones are records of what happened
 
 class Attributes:
     """The attributes of a module's own parts as they were. What forward itself writes (it counts its calls, say) is
-    left out, and so is the field's context, which it reads at every call. parts: the modules that are watched.
-    context: names of its tensors.  counters: what the module counts."""
+    left out, and so is the field's context but for its shape, as its numbers are read at every call. parts: (path, module)
+    of those that are watched.  context: names of its tensors.  counters: what the module counts."""
 
     def __init__(
-        self, module: nn.Module, parts: list[nn.Module], context: frozenset[str], counters: Counters | None
-    ) -> None:  # fmt: skip
-        self._context = context
-        paths = {part: path for path, part in module.named_modules()}
-        torchs = [part for part in parts if type(part).__module__.startswith("torch.")]
-        self._parts = [
-            (paths[part], part, _written_by(type(part).forward) | (counters.of(part) if counters else frozenset()))
-            for part in parts if part not in torchs
-        ]  # fmt: skip
+        self, parts: list[tuple[str, nn.Module]], context: frozenset[str], counters: Counters | None
+    ) -> None:
+        self._context, self._unread = context, frozenset() if counters is None else counters.unread
+        self._written = [
+            _written_by(type(part).forward) | (counters.of(part) if counters else frozenset()) for _, part in parts
+        ]
+        self.look_at(parts)
+        # An `eps`, a `negative_slope`.
         self._settings = [
-            (part.__dict__, key, value) for part in torchs
-            for key, value in part.__dict__.items() if key not in TORCHS and isinstance(value, _SETTINGS)
-        ]  # an `eps`, a `negative_slope`
-        self._settings += [(part.__dict__, "forward", part.__dict__.get("forward")) for part in torchs]
+            {key: value for key, value in part.__dict__.items() if key not in TORCHS and isinstance(value, _SETTINGS)}
+            | {"forward": part.__dict__.get("forward")}
+            for part in self._torchs
+        ]
         self._stamps, tensors = self._present()
         self._tensors = Snapshot(tensors) if tensors else None
 
+    def look_at(self, parts: list[tuple[str, nn.Module]]) -> None:
+        """Watches these parts in the place of those under the same paths."""
+        self._torchs = [part for _, part in parts if _is_torchs(part)]
+        self._parts = [
+            (path, part, written) for (path, part), written in zip(parts, self._written) if not _is_torchs(part)
+        ]
+        # Each of them is watched for itself, so that another one in its place is none.
+        self._numbers = {
+            part: number for number, (_, part) in enumerate(parts) if next(part.parameters(), None) is None
+        }
+
     def same(self) -> bool:
-        if any(held.get(key) is not value and held.get(key) != value for held, key, value in self._settings):
-            return False
+        for part, settings in zip(self._torchs, self._settings):
+            held = part.__dict__
+            for key, value in settings.items():
+                if held.get(key) is not value and held.get(key) != value:
+                    return False
         stamps, tensors = self._present()
         return stamps == self._stamps and (self._tensors is None or self._tensors.same(tensors))
 
@@ -60,7 +73,9 @@ class Attributes:
 
     def _stamp(self, name: str, value: Any, depth: int, stamps: list, tensors: list[Tensor]) -> None:
         if isinstance(value, Tensor):
-            if name not in self._context and not value.is_meta:
+            if name in self._context:
+                stamps += (name, per_sample(value))
+            elif not value.is_meta and name not in self._unread:
                 stamps.append(name)
                 tensors += strided(value.detach())
         elif value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device)):
@@ -68,22 +83,27 @@ class Attributes:
         elif type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
             stamps += (name, value.tobytes() if value.nbytes < 1 << 16 else value.shape)
         else:
-            stamps += (name, _which(value))
+            stamps += (name, self._which(value))
             if not depth or isinstance(value, (nn.Module, type, types.ModuleType)):
                 return
-            items = list(items_of(value)) or list(getattr(value, "__dict__", {}).items())
+            items = list(inside(value))
             stamps.append(len(items))
             for key, item in items if len(items) <= LONGEST else ():
                 self._stamp(f"{name}/{key}", item, depth - 1, stamps, tensors)
 
+    def _which(self, value: Any) -> Any:
+        """What tells an object from another one that holds the same: a function's code, the place of a module that is
+        watched, what has no parts itself, else the type."""
+        if isinstance(value, (types.FunctionType, types.MethodType)):
+            return getattr(value, "__code__", value)  # a method may be of a function that is not Python's
+        if isinstance(value, nn.Module):
+            return self._numbers.get(value, value)
+        whole = isinstance(value, (type, types.ModuleType))
+        return value if whole or (callable(value) and not hasattr(value, "__dict__")) else type(value)
 
-def _which(value: Any) -> Any:
-    """What tells an object from another one that holds the same: a function's code, what has no parts itself, else the
-    type."""
-    if isinstance(value, (types.FunctionType, types.MethodType)):
-        return getattr(value, "__code__", value)  # a method may be of a function that is not Python's
-    whole = isinstance(value, (nn.Module, type, types.ModuleType))
-    return value if whole or (callable(value) and not hasattr(value, "__dict__")) else type(value)
+
+def _is_torchs(part: nn.Module) -> bool:
+    return type(part).__module__.startswith("torch.")
 
 
 def _written_by(function: Any) -> frozenset[str]:

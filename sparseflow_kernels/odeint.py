@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import Any, Callable, Iterator
 
 import torchdiffeq
-from torch import Tensor
+from torch import Tensor, nn
 
 from .compiled_field import CompiledField
 from .divergence_field import DivergenceField
@@ -158,9 +158,10 @@ def odeint_adjoint(
         "discrete", which only compiled fields have: `odeint`'s own gradient, the exact one of the steps taken. It keeps
         the state at every accepted step and its stages' derivatives (nothing that grows with the width of the field),
         and needs about the evaluations of the forward solve where the adjoint repeats its step size search.
-        None: "discrete" for a compiled field with no adjoint_* argument, else "adjoint". Who moves here from
-        torchdiffeq asked for a gradient at little memory, which this is, and gets the more exact one; who set the
-        adjoint's tolerances, method, options or parameters gets the adjoint that they belong to.
+        None: "discrete" for a compiled field with no adjoint_* argument but ones that repeat the forward solve's own
+        (as callers in between pass them on), else "adjoint". Who moves here from torchdiffeq asked for a gradient at
+        little memory, which this is, and gets the more exact one; who set other tolerances, another method, options or
+        parameters for the adjoint gets the adjoint that they belong to.
     adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint_params: torchdiffeq's. Tolerances and method
         are the forward solve's if not given; adjoint_options["norm"] may be "seminorm", which leaves the parameters out
         of the error; adjoint_params are tuple(func.parameters()) if not given.
@@ -184,7 +185,15 @@ def odeint_adjoint(
     check_not_negative("adjoint_rtol", adjoint_rtol)
     check_not_negative("adjoint_atol", adjoint_atol)
     adjoint["adjoint_options"] = _known(adjoint_options, adjoint_method or method, "adjoint_options")
-    given = [name for name, value in adjoint.items() if value is not None]
+    if isinstance(adjoint_params, Iterator):
+        adjoint["adjoint_params"] = adjoint_params = tuple(adjoint_params)
+    own = {"adjoint_rtol": rtol, "adjoint_atol": atol, "adjoint_method": method or "dopri5"}
+    given = [
+        name for name, value in adjoint.items()
+        if value is not None
+        and not (name in own and type(value) in (float, str) and value == own[name])
+        and not (name == "adjoint_params" and _are_all(value, func))
+    ]  # fmt: skip
     obstacle = (
         f"{given[0]} is the adjoint's" if given
         else "func is not a compiled field" if not isinstance(func, (CompiledField, DivergenceField))
@@ -198,8 +207,6 @@ def odeint_adjoint(
     _refuse_tsit5(method, "the continuous adjoint")
     _refuse_tsit5(adjoint_method, "the continuous adjoint")
     func = with_own_numbers(func, y0)
-    if isinstance(adjoint_params, Iterator):
-        adjoint["adjoint_params"] = adjoint_params = tuple(adjoint_params)
 
     def run(y0: State, t: Tensor) -> Any:
         return torchdiffeq.odeint_adjoint(
@@ -254,6 +261,14 @@ def odeint_dense(
 def _refuse_tsit5(method: str | None, what: str) -> None:
     if method == "tsit5":
         raise ValueError(f"method 'tsit5' does not support {what} here; use 'dopri5', which is of the same order")
+
+
+def _are_all(parameters: Any, func: Callable) -> bool:
+    """Whether these are the parameters that func trains."""
+    if not isinstance(func, nn.Module) or not isinstance(parameters, (tuple, list)):
+        return False
+    trained = [{id(one) for one in some if one.requires_grad} for some in (parameters, func.parameters())]
+    return trained[0] == trained[1]
 
 
 def _in_own_dtype(func: Callable, y0: State) -> State:

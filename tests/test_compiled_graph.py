@@ -268,6 +268,10 @@ def test_the_context_is_read_from_the_module_at_every_call():
         module.context = torch.randn(batch, 3).double()
         y = y0[:batch]
         torch.testing.assert_close(sfk.odeint(field, y, T, **OPTIONS), torchdiffeq.odeint(module, y, T, **OPTIONS))
+    module.context = torch.randn(7, 4).double()
+    with pytest.raises(ValueError, match=r"read from context is \[7, 4\] now, and was compiled with \[3\]"):
+        field(0.0, y0)
+    module.context = torch.randn(4, 3).double()
     with pytest.raises(ValueError, match=r"context: is \[4, 3\].*\[7, 3\]"):
         field(T[0], y0)
 

@@ -135,6 +135,106 @@ def test_wrappers_round_parts_made_anew_are_not_compiled_for_ever(monkeypatch):
     assert len(compiled) == 8 and len(told) == 1
 
 
+class Knots:
+    """A path through the data of a batch. `first` is never read."""
+
+    def __init__(self, values):
+        self.values, self.first = values, values[:, 0] + 1.0
+
+    def derivative(self, t):
+        return self.values[:, 1:].index_select(1, (t * 3.9).long().clamp(0, 3).reshape(1))[:, 0]
+
+
+class KnotsModule(nn.Module):
+    def __init__(self, values):
+        super().__init__()
+        self.register_buffer("values", values)
+        self.register_buffer("first", values[:, 0] + 1.0)
+
+    derivative = Knots.derivative
+
+
+class Driven(nn.Module):
+    def __init__(self, net, path=None):
+        super().__init__()
+        self.net, self.path = net, path
+        self.idle = nn.BatchNorm1d(2, affine=False).double()
+
+    def forward(self, t, y):
+        return torch.tanh(self.net(y)) * self.path.derivative(t)
+
+    def method(self, t, y):
+        return self.forward(t, y)
+
+    def solve(self, odeint, path, kind, y):
+        self.path = path
+        net = self.net
+        func = {
+            "kept": lambda: self, "method": lambda: self.method, "wrapper": lambda: Driven(net, path),
+            "lambda": lambda: lambda t, y: torch.tanh(net(y)) * path.derivative(t),
+        }[kind]()  # fmt: skip
+        self.idle(y)  # its buffers change
+        return odeint(func, y, T, method="rk4", options={"step_size": 0.1})[-1]
+
+
+@pytest.mark.parametrize("kind", ["kept", "method", "wrapper", "lambda"])
+@pytest.mark.parametrize("path", [Knots, KnotsModule])
+@pytest.mark.parametrize("lengths", [(5,), (5, 7)])
+def test_paths_through_data_are_context(path, kind, lengths, monkeypatch):
+    model, y = Driven(nn.Linear(2, 2)).double(), torch.randn(3, 2).double()
+    data = [torch.randn(3, lengths[i % len(lengths)], 2).double() for i in range(14)]
+
+    def run():
+        given = [x.clone().requires_grad_() for x in data]
+        found = [model.solve(torchdiffeq.odeint, path(x), kind, y) for x in given]
+        loss = sum((i + 1) * part.square().sum() for i, part in enumerate(found))
+        return found, torch.autograd.grad(loss, [*model.net.parameters(), *given])
+
+    wanted = run()
+    compiled = counted_compiles(monkeypatch)
+    with accelerate(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = run()
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    anew = kind == "wrapper" or (kind == "lambda" and path is KnotsModule)
+    assert len(compiled) == len(lengths) + 3 * anew
+
+
+def test_parts_that_a_method_reaches_without_calling_them_are_watched():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("by", torch.ones(2).double())
+            self.number = 1.0
+
+        def value(self):
+            return self.by * self.number
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.scaled = nn.Linear(2, 2).double(), Scaled()
+
+        def method(self, t, y):
+            return self.net(y) * self.scaled.value()
+
+    model, y = Model(), torch.randn(3, 2).double()
+    changes = (
+        lambda: None, lambda: model.scaled.by.mul_(2.0), lambda: setattr(model.scaled, "number", 0.5),
+        lambda: setattr(model, "scaled", Scaled()),
+    )  # fmt: skip
+
+    def solve():
+        return torchdiffeq.odeint(model.method, y, T, method="rk4")
+
+    for change in changes:
+        change()
+        wanted = solve()
+        with accelerate() as context:
+            torch.testing.assert_close(solve(), wanted, rtol=1e-9, atol=1e-9)
+        assert "cpu engine" in context.report()
+
+
 def test_classes_made_for_every_solve_are_not_compiled_for_ever(monkeypatch):
     net, y = nn.Linear(4, 2).double(), torch.randn(3, 2).double()
 

@@ -159,3 +159,20 @@ def test_gradients_that_are_not_to_be_had():
             odeint_adjoint(func, y0[0], UP, gradient="discrete", **more)
     with pytest.raises(ValueError, match="tsit5"):
         odeint_adjoint(compiled, y0[0], UP, method="tsit5", gradient="adjoint")
+
+
+def test_arguments_that_repeat_the_forward_solve_ask_for_nothing(engine):
+    """As torchcde passes them on, whoever asked for what."""
+    field, _, y0 = problem(engine, None)
+    run = lambda **given: torch.autograd.grad(  # noqa: E731
+        odeint_adjoint(field, y0[0].requires_grad_(), UP, rtol=1e-3, atol=1e-4, **given).square().sum(), y0[0]
+    )[0]
+    same = {
+        "adjoint_rtol": 1e-3, "adjoint_atol": 1e-4, "adjoint_method": "dopri5",
+        "adjoint_params": tuple(field.parameters()),
+    }  # fmt: skip
+    discrete, continuous = run(gradient="discrete"), run(gradient="adjoint")
+    assert torch.equal(run(**same), discrete) and torch.equal(run(gradient="discrete", **same), discrete)
+    assert not torch.equal(discrete, continuous)
+    for name, other in (("adjoint_rtol", 2e-3), ("adjoint_params", tuple(field.parameters())[1:])):
+        assert not torch.equal(run(**{**same, name: other}), discrete)

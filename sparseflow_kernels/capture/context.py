@@ -10,7 +10,7 @@ import copy
 import dis
 import functools
 import types
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,21 @@ def items_of(value: Any) -> Iterator[tuple[str, Any]]:
         yield from (("func", value.func), ("args", value.args), ("keywords", value.keywords))
 
 
+def inside(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a value holds: its items, or the attributes of an object that has none."""
+    empty = True
+    for item in items_of(value):
+        empty = False
+        yield item
+    if empty and not isinstance(value, (Tensor, type, types.ModuleType, types.FunctionType, types.MethodType)):
+        yield from getattr(value, "__dict__", {}).items()
+
+
+def per_sample(value: Tensor | None) -> tuple[int, ...] | None:
+    """The shape of what one sample has of numbers per sample."""
+    return None if value is None else tuple(value.shape[1:])
+
+
 @functools.lru_cache(maxsize=1024)
 def _globals_of(code: types.CodeType) -> tuple[str, ...]:
     """The globals that code reads, that of the functions in it included."""
@@ -79,7 +94,7 @@ def _inside(name: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
         if not isinstance(value, nn.Parameter):
             yield name, value
     elif depth and not isinstance(value, nn.Module):
-        for key, item in items_of(value):
+        for key, item in inside(value):
             yield from _inside(f"{name}/{key}", item, depth - 1)
 
 
@@ -88,7 +103,7 @@ def attribute(module: nn.Module, name: str) -> Tensor:
     path, key, *rest = name.removeprefix(PREFIX).split("/")
     value: Any = getattr(module.get_submodule(path), key)
     for step in rest:
-        value = next((item for name, item in items_of(value) if name == step), None)
+        value = next((item for name, item in inside(value) if name == step), None)
     if not isinstance(value, Tensor):
         raise ValueError(f"the module no longer holds the tensor {name.removeprefix(PREFIX)!r}, its context")
     return value
@@ -159,19 +174,22 @@ class ReadContext:
     def __init__(self, module: nn.Module, context: Context, dtype: torch.dtype) -> None:
         self._module = module
         self._held: dict[str, Tensor] = {}  # what is read in the place of the module's tensors of these names
-        self._parts = [(Replay(node, dtype), axis, columns) for node, axis, columns, _ in context.parts]
+        self._parts = [
+            (Replay(node, dtype), axis, columns, _without(value.shape, axis))
+            for node, axis, columns, value in context.parts
+        ]
         self._dtype = dtype
 
     @property
     def tensors(self) -> frozenset[str]:
         """Names of the module's tensors that it is made of, as `attributes` gives them."""
-        leaves = (leaf for replay, _, _ in self._parts for leaf in replay.all_leaves())
+        leaves = (leaf for replay, *_ in self._parts for leaf in replay.all_leaves())
         return frozenset(leaf.name for leaf in leaves if isinstance(leaf, Attribute))
 
     @property
     def names(self) -> list[str]:
         """The module's tensors that it is read from, as dotted paths, in alphabetical order."""
-        return sorted(name.removeprefix(PREFIX).replace("/", ".").strip(".") for name in self.tensors)
+        return sorted(map(_dotted, self.tensors))
 
     def pinned(self) -> "ReadContext":
         """The same of the tensors that the module holds now."""
@@ -188,18 +206,36 @@ class ReadContext:
         parts = [self._part(like, *part) for part in self._parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def _part(self, like: Tensor, replay: Replay, axis: int, columns: Tensor) -> Tensor:
+    def _part(self, like: Tensor, replay: Replay, axis: int, columns: Tensor, sample: tuple[int, ...]) -> Tensor:
+        """sample: the shape that one sample has."""
+
         def moved(name: str) -> Tensor:
             if (value := self._held.get(name)) is None:
                 held = name.startswith(PREFIX)
                 value = attribute(self._module, name) if held else self._module.get_parameter(name)
             return value.to(like.device, like.dtype if value.is_floating_point() else None)
 
-        value = replay.run(like, None, moved).movedim(axis, 0)
+        value = replay.run(like, None, moved)
+        if value.dim() <= len(sample) or _without(value.shape, axis) != sample:
+            names = ", ".join(sorted(_dotted(leaf.name) for leaf in replay.all_leaves()))
+            raise ValueError(
+                f"context: what is read from {names} is {list(value.shape)} now, and was compiled with "
+                f"{list(sample)} per sample: compile the field anew"
+            )
+        value = value.movedim(axis, 0)
         value = value.reshape(value.shape[0], -1)
         if len(columns) != value.shape[1] or int(columns[-1]) != len(columns) - 1:  # ascending: else they are all of them
             value = value[:, columns.to(value.device)]
         return value.to(like.dtype)
+
+
+def _dotted(name: str) -> str:
+    return name.removeprefix(PREFIX).replace("/", ".").strip(".")
+
+
+def _without(shape: Sequence[int], axis: int) -> tuple[int, ...]:
+    """A shape but for this axis."""
+    return (*shape[:axis], *shape[axis + 1:])
 
 
 def names_of(module: nn.Module, batch: int) -> dict[int, Attribute]:

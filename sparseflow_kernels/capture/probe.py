@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from ..field import UnsupportedFieldError
 from .refusal import NotFinite
+from .seen import watched
 
 TIME = 0.6180339887498949  # one that no number in a user's code is likely to equal
 
@@ -65,9 +66,10 @@ class Probe(Points):
 def differentiable(run: Any, state: Any, grad: bool) -> Any:
     """run(state), where grad: of tensors that require a gradient, as a caller that trains gives them."""
     if not grad:
-        return run(state)
+        return watched(lambda: run(state))
     with torch.enable_grad():
-        out = run(tree_map(lambda x: x.requires_grad_(True), state))
+        state = tree_map(lambda x: x.requires_grad_(True), state)
+        out = watched(lambda: run(state))
     cut = torch.ops.aten.detach.default  # no .detach(), which would be forward's own
     return tree_map(lambda x: cut(x) if isinstance(x, Tensor) else x, out)
 

@@ -27,6 +27,7 @@ from .replay import Node, Replay
 from .rows import Affine, Hidden, RowTable
 from .rules import Reading, apply_to_state
 from .samples import Samples
+from .seen import note
 from .trees import tree_leaves, tree_map
 from .values import Constant, Overwritten, StateValue, TimeValue
 
@@ -142,6 +143,7 @@ class Following(TorchDispatchMode):
 
     def constant_of(self, tensor: Tensor) -> Constant:
         """The value of a tensor that is met for the first time."""
+        note(tensor)
         return self.parameters.constant(tensor)
 
     def bind(self, tensor: Tensor, value: Any) -> None:
