@@ -179,8 +179,8 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
     def _refuse_family(self, module: nn.Module, family: Family) -> None:
         reason = (
             f"it, or modules of its class over the same parameters, were compiled {family.compiled} times for "
-            f"{family.solves} solves: keep one, and give it what changes as an attribute, a tensor with a row per sample, "
-            "or as a parameter, and states of one shape"
+            f"{family.solves} solves: keep one, and give it what changes as an attribute, a tensor with a row per "
+            "sample, or as a parameter, and states of one shape"
         )
         self._tell(Entry(weakref.ref(module), family, None, reason), 0)
         self._warn(module, reason)

@@ -24,8 +24,9 @@ class Counters:
     `add` says that there were so many evaluations that the module has not seen. Whoever sets an attribute to zero
     starts from there.
 
-    run: the parts that were called.  reached: those of which a method ran, or that another one gave out.  records: the name of a list or a dict that grew, or None: what a forward that is
-    not run would fail to note there.  unread: names of tensors that forward never reads.
+    run: the parts that were called.  reached: those of which a method ran, or that another one gave out.  unread: names
+    of tensors that forward never reads.  records: the name of a list or a dict that grew, or None: what a forward that
+    is not run would fail to note there.
     """
 
     def __init__(self, module: nn.Module, call: Callable[[], Any], ids: set[int]) -> None:
@@ -111,8 +112,8 @@ def _called(parts: list[nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reached() -> Iterator[set[nn.Module]]:
-    """Gives the modules of which Python runs a method meanwhile, be it only to look for an attribute, and the submodules
-    that are found so: a path's `derivative` is no call of the path."""
+    """Gives the modules of which Python runs a method meanwhile, be it only to look for an attribute, and the
+    submodules that are found so: a path's `derivative` is no call of the path."""
     found: set[nn.Module] = set()
     before = sys.getprofile()
 

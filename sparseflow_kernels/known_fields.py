@@ -32,9 +32,9 @@ lock = threading.RLock()
 class Family:
     """Modules of one class over the same parameters: a wrapper that is made anew for every solve, say; or a module that
     holds other numbers at every solve. compiled: how often one of them was.  solves: that they had.  debt: of
-    compilations for which there have not been SOLVES solves.  told: that no more of them are compiled.  handed_on: solves
-    since then, of which the next compilation waits for `patience`.  stood_for: that a `stand_in` solves for new ones.
-    apart: that it does not, after all.  of: one of the parameters."""
+    compilations for which there have not been SOLVES solves.  told: that no more of them are compiled.  handed_on:
+    solves since then, of which the next compilation waits for `patience`.  stood_for: that a `stand_in` solves for new
+    ones.  apart: that it does not, after all.  of: one of the parameters."""
 
     of: weakref.ref
     compiled: int = 0
@@ -82,8 +82,8 @@ class Entry:
 
 
 class Known:
-    """entries: what became of the module, by engine and kind of state, the last first.  functions: modules made of functions that read
-    the module, by their code.  stand_ins: `stand_in`'s, of wrappers of the module."""
+    """entries: what became of the module, by engine and kind of state, the last first.  functions: modules made of
+    functions that read the module, by their code.  stand_ins: `stand_in`'s, of wrappers of the module."""
 
     # and no __dict__, so that nobody takes it for something that forward reads
     __slots__ = ("entries", "functions", "stand_ins")
@@ -139,8 +139,8 @@ def _code_of(module: nn.Module) -> Any:
 
 def stand_in(module: nn.Module) -> nn.Module | None:
     """A module of the same class with the same attributes, which is the same one for all wrappers of this class round
-    the same trained modules: what is compiled of it serves those that are made anew for every solve. None where there is
-    none."""
+    the same trained modules: what is compiled of it serves those that are made anew for every solve. None where there
+    is none."""
     children = [child for child in module._modules.values() if child is not None]
     trained = [child for child in children if next(child.parameters(), None) is not None]
     if not trained or isinstance(module, torch.jit.ScriptModule):

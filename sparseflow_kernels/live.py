@@ -66,7 +66,8 @@ class Watch:
         self._hooks_now = [hooks for _, part in self._parts for hooks in hooks_of(part)[:2]]  # of forward
 
     def _present_buffers(self) -> tuple[list, list[Tensor]]:
-        """(what one sample holds of those that are context: the field reads their numbers at every call; the others)."""
+        """(What one sample holds of those that are context, of which the field reads the numbers at every call; the
+        others)."""
         shapes: list[Any] = []
         tensors: list[Tensor] = []
         for number, key, is_context in self._held:

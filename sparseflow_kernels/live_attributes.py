@@ -21,15 +21,18 @@ LONGEST = 64  # items of one: longer ones are records of what happened
 
 class Attributes:
     """The attributes of a module's own parts as they were. What forward itself writes (it counts its calls, say) is
-    left out, and so is the field's context but for its shape, as its numbers are read at every call. parts: (path, module)
-    of those that are watched.  context: names of its tensors.  counters: what the module counts."""
+    left out, and so is the field's context but for its shape, as its numbers are read at every call. parts: those that
+    are watched, with their paths.  context: names of its tensors.  counters: what the module counts."""
 
     def __init__(
         self, parts: list[tuple[str, nn.Module]], context: frozenset[str], counters: Counters | None
     ) -> None:
         self._context, self._unread = context, frozenset() if counters is None else counters.unread
         self._written = [
-            _written_by(type(part).forward) | (counters.of(part) if counters else frozenset()) for _, part in parts
+            frozenset()
+            if _is_torchs(part)
+            else _written_by(type(part).forward) | (counters.of(part) if counters else frozenset())
+            for _, part in parts
         ]
         self.look_at(parts)
         # An `eps`, a `negative_slope`.
