@@ -65,8 +65,8 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
     every solve. A function (a lambda over networks, a method of a model, a partial) is compiled as a module that holds
     the modules which it reads. What cannot be compiled, events and callbacks are handed on to torchdiffeq; of a module
     a warning says so once, with the reason. `odeint_adjoint` gives the exact gradient of the steps taken, unless it was
-    given an adjoint_* argument of its own (`sparseflow_kernels.odeint_adjoint`). Calls of `sparseflow_kernels.odeint` and `solve`
-    with a module take part.
+    given an adjoint_* argument of its own (`sparseflow_kernels.odeint_adjoint`). Calls of `sparseflow_kernels.odeint`
+    and `solve` with a module take part.
 
     The context may be entered again while it lasts, and from several threads, which share it: torchdiffeq's functions
     are the process's. It is a decorator too: `@accelerate()` over a function. engine: as in `compile`.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import gradients, operators
 from .capture import unwrapped
-from .capture.seen import collecting
+from .capture.seen import Seen, collecting
 from .devices import factories_on_cpu, lasting, ordinary
 from .counting import Counters
 from .divergence import KINDS, DivergencePlan, Kind
@@ -25,12 +25,14 @@ from .field.from_chain import graph_of_chain
 from .field.layout import State
 from .field_parameters import FieldParameters, follow_assigned
 from .hooks import CALLBACKS, GLOBAL_HOOKS, hooks_of
+from .live import Run
 from .origin import Key, Origin
 from .packing import Packing
-from .reading import check_fits, example_of, read, shapes_of, state_of
+from .reading import Reading, check_fits, example_of, read, shapes_of, state_of
 from .report import describe_chain, describe_graph
 from .tables import Report
 from .trained import Held, check_made_again
+from .warn import warn
 from .write_back import write_back
 
 _follow_assigned = follow_assigned  # where pickles of version 0.1.0 look for it
@@ -70,8 +72,9 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
     source = unwrapped(module_or_field)
     if like is not None:
         like = ordinary(like)
-    with collecting() as ids:
+    with collecting() as seen:
         found = read(source, dim, like)
+        run = _run_of(source, found, like, seen) if live else None
     if dim is not None and found.field.dim != dim:
         raise ValueError(f"compile: dim is {dim}, but the field's state has {found.field.dim} components")
     if like is not None and isinstance(source, (CompiledField, VectorField, GraphField)):
@@ -79,13 +82,11 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
     if live and (not isinstance(source, nn.Module) or isinstance(source, CompiledField)):
         raise TypeError(f"live: needs the nn.Module whose parameters are to be used, not {type(source).__name__}")
     found = found.simplified()
-    counters = None
-    if live:
-        time = torch.zeros((), dtype=found.field.dtype, device=found.field.device)
-        counters = Counters(source, lambda: source(time, state_of(found.field, like)), ids)
+    if not live and isinstance(source, nn.Module):
+        _tell_what_was_taken(source, found, seen)
     compiled = CompiledField(
         found.field, engine, origins=found.origins, held=found.held, simplification=found.told,
-        source=source if live else None, counters=counters,
+        source=source if live else None, run=run,
     )  # fmt: skip
     if like is not None:
         compiled.example = shapes_of(like)
@@ -97,6 +98,27 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
         if (callback := getattr(source, name, None)) is not None:
             setattr(compiled, name, callback)
     return compiled
+
+
+def _run_of(module: nn.Module, found: Reading, like: State | None, seen: Seen) -> Run:
+    time = torch.zeros((), dtype=found.field.dtype, device=found.field.device)
+    counters = Counters(module, lambda: module(time, state_of(found.field, like)))
+    return Run(counters, seen.unread(module), seen.answers(module, found.field.dtype))
+
+
+def _tell_what_was_taken(module: nn.Module, found: Reading, seen: Seen) -> None:
+    """Of a field with parameters of its own, which is not compiled anew."""
+    if (answers := seen.answers(module, found.field.dtype)) is None:
+        return
+    context = getattr(found.field, "read_context", None)
+    if context is not None and any(leaf.name in context.tensors for leaf in answers.leaves):
+        context.check = answers.same
+    trained = sorted(leaf.name for leaf in answers.leaves if leaf.name in found.held and found.held[leaf.name].trained)
+    if trained:
+        warn(
+            f"compile: forward makes a branch or a position of the parameter {trained[0]!r}, which stays what it is "
+            "now; where it is trained, compile with live=True"
+        )
 
 
 class CompiledField(FieldParameters):
@@ -124,12 +146,12 @@ class CompiledField(FieldParameters):
     def __init__(
         self, field: VectorField | GraphField, engine: str = "auto", *, origins: dict[Key, Origin] | None = None,
         held: dict[str, Held] | None = None, simplification: str = "", source: nn.Module | None = None,
-        counters: Counters | None = None,
+        run: Run | None = None,
     ) -> None:  # fmt: skip
         """origins, held: of the field's tensors, and of the parameters these name; None: the tensors are parameters.
-        source: the module whose own parameters are used, and its counters."""
+        source: the module whose own parameters are used, and what running it has shown."""
         choose(field, engine)  # says now what would go wrong later
-        super().__init__(field, origins, held, source, counters)
+        super().__init__(field, origins, held, source, run)
         self.nfe = 0
         self.requested = engine
         self.described = operators.describe(field, engine)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .capture.probe import untouched
-from .capture.seen import unread, watched
+from .capture.seen import watched
 
 KEPT = "_sparseflow_kernels_kept"  # the attribute in which a module keeps what was compiled of it (known_fields.py)
 TORCHS = frozenset(nn.Module().__dict__) | {KEPT}  # attributes that are none of the user's
@@ -24,14 +24,12 @@ class Counters:
     `add` says that there were so many evaluations that the module has not seen. Whoever sets an attribute to zero
     starts from there.
 
-    run: the parts that were called.  reached: those of which a method ran, or that another one gave out.  unread: names
-    of tensors that forward never reads.  records: the name of a list or a dict that grew, or None: what a forward that
-    is not run would fail to note there.
+    run: the parts that were called.  reached: those of which a method ran, or that another one gave out.  records: the
+    name of a list or a dict that grew, or None: what a forward that is not run would fail to note there.
     """
 
-    def __init__(self, module: nn.Module, call: Callable[[], Any], ids: set[int]) -> None:
-        """call: one evaluation of the module, which is left as it was. One that fails counts nothing.  ids: of the
-        tensors that it has read when it was captured."""
+    def __init__(self, module: nn.Module, call: Callable[[], Any]) -> None:
+        """call: one evaluation of the module, which is left as it was. One that fails counts nothing."""
         before, sizes = _numbers(module), _sizes(module)
         self.run: list[nn.Module] = []
         self.reached: set[nn.Module]
@@ -45,7 +43,6 @@ class Counters:
                     break
                 seen.append(_numbers(module))
             self.records = next((name for name, size in _sizes(module).items() if size > sizes.get(name, size)), None)
-        self.unread = unread(module, ids)
         self._counted: list[tuple[nn.Module, str, float]] = []
         for (part, key), first in before.items() if len(seen) == 2 else ():
             one, two = (values.get((part, key)) for values in seen)

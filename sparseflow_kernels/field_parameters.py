@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .capture.replay import TimeFormula
-from .counting import Counters
 from .field import GraphField, TimeFunction, VectorField
 from .field.graph import order
 from .field.layout import Layout
 from .layer_parameters import LayerParameters, lost, zeroing
-from .live import Watch
+from .live import Run, Watch
 from .origin import CONSTANT, Derivation, Key, Origin, real_part
 from .packing import strided
 from .trained import Entries, Held, Shares
@@ -30,17 +29,17 @@ class FieldParameters(nn.Module):
 
     def __init__(
         self, field: VectorField | GraphField, origins: dict[Key, Origin] | None, held: dict[str, Held] | None,
-        source: nn.Module | None, counters: Counters | None = None,
+        source: nn.Module | None, run: Run | None = None,
     ) -> None:  # fmt: skip
         """origins, held: of the field's tensors, and of the parameters these name; None: the tensors are parameters.
-        source: the module whose own parameters are used, and its counters."""
+        source: the module whose own parameters are used, and what running it has shown."""
         super().__init__()
         self._owners: dict[str, tuple[nn.Module, str]] = {}  # of entries, by their names
         if source is not None:
             self.module = source
             read = getattr(field, "read_context", None)
             names = {name for origin in (origins or {}).values() for name in origin.parameters}
-            self._watch = Watch(source, names, frozenset() if read is None else read.tensors, counters)
+            self._watch = Watch(source, names, frozenset() if read is None else read.tensors, run)
         if origins is None:
             origins, held = Held.by_tensors(field)
         self.origins = origins

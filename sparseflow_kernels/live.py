@@ -4,6 +4,7 @@ changed."""
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any, Collection, Iterable, Mapping
 
 import torch
@@ -11,11 +12,22 @@ from torch import Tensor, nn
 
 from .callables import FunctionModule
 from .capture.context import PREFIX, per_sample
+from .capture.seen import Answers
 from .counting import Counters
 from .hooks import hooks_of
 from .live_attributes import Attributes
 from .packing import Snapshot, strided
 from .trained import is_fresh
+
+
+@dataclass
+class Run:
+    """What running a module has shown. counters: what it counts, which is no part of what it computes.  unread: names
+    of tensors that forward never reads.  answers: what of the module's numbers was taken as it was."""
+
+    counters: Counters
+    unread: frozenset[str]
+    answers: Answers | None
 
 
 class Watch:
@@ -28,10 +40,11 @@ class Watch:
 
     def __init__(
         self, module: nn.Module, names: Collection[str] = (), context: frozenset[str] = frozenset(),
-        counters: Counters | None = None,
+        run: Run | None = None,
     ) -> None:  # fmt: skip
-        """names: of the parameters that the field reads.  context: names of the tensors that are its context.
-        counters: what the module counts, which is no part of what it computes."""
+        """names: of the parameters that the field reads.  context: names of the tensors that are its context."""
+        counters = None if run is None else run.counters
+        unread, self._answers = (frozenset(), None) if run is None else (run.unread, run.answers)
         self._module, self._counters = module, counters
         parts = list(module.modules())
         if isinstance(module, FunctionModule) and counters is not None:
@@ -43,10 +56,9 @@ class Watch:
             (number, key, f"{PREFIX}{path[part]}/{key}" in context)
             for number, part in enumerate(parts)
             for key in part._buffers.keys()
-            if counters is None
-            or (key not in counters.of(part) and f"{PREFIX}{path[part]}/{key}" not in counters.unread)
+            if f"{PREFIX}{path[part]}/{key}" not in unread and not (counters and key in counters.of(part))
         ]
-        self._attributes = Attributes(self._parts, context, counters)
+        self._attributes = Attributes(self._parts, context, unread, counters)
         self._look_at()
         self._structure = list(map(_which, self._names))
         self._hooks = [list(hooks.values()) for hooks in self._hooks_now]
@@ -112,7 +124,7 @@ class Watch:
         shapes, buffers = self._present_buffers()
         if shapes != self._shapes or (self._buffers is not None and not self._buffers.same(buffers)):
             return True
-        if not self._attributes.same():
+        if not self._attributes.same() or not (self._answers is None or self._answers.same()):
             return True
         return not all(zeros.still(parameters[name]) for parameters, name, zeros in self._zeros)
 

@@ -22,12 +22,14 @@ LONGEST = 64  # items of one: longer ones are records of what happened
 class Attributes:
     """The attributes of a module's own parts as they were. What forward itself writes (it counts its calls, say) is
     left out, and so is the field's context but for its shape, as its numbers are read at every call. parts: those that
-    are watched, with their paths.  context: names of its tensors.  counters: what the module counts."""
+    are watched, with their paths.  context: names of its tensors.  unread: names of tensors that forward
+    never reads.  counters: what the module counts."""
 
     def __init__(
-        self, parts: list[tuple[str, nn.Module]], context: frozenset[str], counters: Counters | None
-    ) -> None:
-        self._context, self._unread = context, frozenset() if counters is None else counters.unread
+        self, parts: list[tuple[str, nn.Module]], context: frozenset[str], unread: frozenset[str],
+        counters: Counters | None,
+    ) -> None:  # fmt: skip
+        self._context, self._unread = context, unread
         self._written = [
             frozenset()
             if _is_torchs(part)

@@ -281,3 +281,74 @@ def test_the_module_counts_the_evaluations_that_a_solve_has_made():
     module.calls.fill_(0)
     field(0.0, y)
     assert module.calls == 1 and field._watch is watch  # a counter that was reset compiles nothing anew
+
+
+# --------------------------------------------------------------------------------- what forward takes of its numbers
+
+TAKEN = {
+    "a number": lambda s, y: s.net(y) * s.p[0].item(),
+    "a whole number": lambda s, y: sum((s.net(y) for _ in range(int(s.p[0]))), 0 * y),
+    "a branch": lambda s, y: s.net(y) if s.p[0] > 1 else -s.net(y),
+    "a list": lambda s, y: s.net(y) * s.p.tolist()[0],
+    "an array": lambda s, y: s.net(y) * float(s.p.detach().numpy()[0]),
+    "a copied number": lambda s, y: s.net(y) * torch.tensor([s.p[0].detach(), 1.0, 1.0, 2.0]),
+    "a position": lambda s, y: s.net(y) + y[:, s.p.argmax()][:, None],
+    "an order": lambda s, y: s.net(y) + y[:, s.p.argsort()],
+    "an order of parameters": lambda s, y: s.net(y) * s.p[s.p.detach().abs().argsort()],
+    "a mask": lambda s, y: s.net(y) + y[:, s.p > 0].sum(1, keepdim=True),
+    "gathered": lambda s, y: s.net(y) + y.gather(1, s.p.argsort().expand(len(y), 4)),
+    "chosen": lambda s, y: s.net(y) + y[:, s.p.topk(2).indices].sum(1, keepdim=True),
+    "a number of the context": lambda s, y: s.net(y + s.c) * s.c.max().item(),
+    "a branch on the context": lambda s, y: s.net(y + s.c) if s.c.sum() > 0 else y + s.c,
+    "a position in the context": lambda s, y: s.net(y + s.c) + y[:, s.c[0].argmax()][:, None],
+    "a mean of the context": lambda s, y: s.net(y + s.c) * s.c.mean(),
+}  # fmt: skip
+
+
+class Takes(nn.Module):
+    def __init__(self, rule, trained):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rule, self.net = rule, nn.Linear(4, 4)
+        self.p = nn.Parameter(torch.tensor([2.0, -1.0, 0.5, 3.0]), requires_grad=trained)
+        self.c = torch.randn(3, 4).abs()
+
+    def forward(self, t, y):
+        return self.rule(self, y)
+
+    def becomes_another(self):
+        with torch.no_grad():
+            self.p.copy_(torch.tensor([-1.2, 2.0, 3.0, 0.1]))
+        self.c = -2 * torch.randn(3, 4).abs()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("name", TAKEN)
+def test_what_python_takes_of_parameters_and_context_is_no_constant(name, trained):
+    module, y = Takes(TAKEN[name], trained), torch.randn(3, 4)
+    if trained and name in ("a number", "a whole number"):
+        with pytest.raises(sfk.UnsupportedFieldError, match="a number read out of the parameter 'p'"):
+            sfk.compile(module, like=y)
+        return
+    field = sfk.compile(module, like=y, live=True)
+    for _ in range(2):
+        torch.testing.assert_close(field(0.0, y), module(torch.tensor(0.0), y), rtol=1e-5, atol=1e-5)
+        module.becomes_another()
+
+
+@pytest.mark.parametrize("name", [name for name in TAKEN if "context" in name])
+def test_a_field_of_its_own_says_that_what_it_took_is_another(name):
+    module, y = Takes(TAKEN[name], True), torch.randn(3, 4)
+    field = sfk.compile(module, like=y)
+    field(0.0, y)
+    module.becomes_another()
+    with pytest.raises(ValueError, match="that forward made of c is another now.*compile it anew"):
+        field(0.0, y)
+    field.with_context(torch.zeros(3, field.skeleton.context.rows))(0.0, y)  # given by hand, it is the caller's
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_field_of_its_own_warns_of_branches_on_what_it_trains(trained, recwarn):
+    sfk.compile(Takes(TAKEN["a branch"], trained))
+    told = [str(w.message) for w in recwarn]
+    assert len(told) == trained and all("a branch or a position of the parameter 'p'" in text for text in told)

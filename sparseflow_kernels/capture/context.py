@@ -10,7 +10,7 @@ import copy
 import dis
 import functools
 import types
-from typing import Any, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,11 @@ def attribute(module: nn.Module, name: str) -> Tensor:
     return value
 
 
+def tensor_named(module: nn.Module, name: str) -> Tensor:
+    """The parameter, or the tensor beside parameters, that the module holds under the name of a `Leaf`."""
+    return attribute(module, name) if name.startswith(PREFIX) else module.get_parameter(name)
+
+
 class Context:
     """The context of a field while the field is read: columns of constants that differ from sample to sample.
 
@@ -174,6 +179,7 @@ class ReadContext:
     def __init__(self, module: nn.Module, context: Context, dtype: torch.dtype) -> None:
         self._module = module
         self._held: dict[str, Tensor] = {}  # what is read in the place of the module's tensors of these names
+        self.check: Callable[[], bool] | None = None  # whether what the field took for given still holds
         self._parts = [
             (Replay(node, dtype), axis, columns, _without(value.shape, axis))
             for node, axis, columns, value in context.parts
@@ -194,10 +200,16 @@ class ReadContext:
     def pinned(self) -> "ReadContext":
         """The same of the tensors that the module holds now."""
         other = copy.copy(self)
+        other.check = None
         other._held = {name: attribute(self._module, name) for name in self.tensors}
         return other
 
     def __call__(self) -> Tensor:
+        if self.check is not None and not self.check():
+            raise ValueError(
+                f"context: a number, a branch or a position that forward made of {', '.join(self.names)} is another now "
+                "than when the field was compiled: compile it anew, or with live=True, which does so by itself"
+            )
         like = next(self._module.parameters(), None)
         if like is None:
             held = (x for _, x in attributes(self._module) if x.is_floating_point())
@@ -211,8 +223,7 @@ class ReadContext:
 
         def moved(name: str) -> Tensor:
             if (value := self._held.get(name)) is None:
-                held = name.startswith(PREFIX)
-                value = attribute(self._module, name) if held else self._module.get_parameter(name)
+                value = tensor_named(self._module, name)
             return value.to(like.device, like.dtype if value.is_floating_point() else None)
 
         value = replay.run(like, None, moved)

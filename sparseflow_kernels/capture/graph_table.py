@@ -215,6 +215,7 @@ class GraphTable:
         numbers."""
         if not entries.from_attributes:
             return entries
+        self.parameters.take(entries)
         node = with_tensors(entries.node, lambda leaf: self.attribute(leaf).value)
         if isinstance(node, Tensor) or not Replay(node, self.dtype).leaves():
             return Constant(entries.value)

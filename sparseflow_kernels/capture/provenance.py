@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import replace
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
@@ -114,8 +114,11 @@ def _matrix_product(a: Constant, b: Constant) -> Traced:
 class ParameterNumbers:
     """The numbering behind Constant.source: all parameters of a module laid end to end."""
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(
+        self, module: nn.Module, dtype: torch.dtype, take: Callable[[Constant], None] = lambda value: None
+    ) -> None:
+        """take: is told of constants that are taken as they are, though they are made of the module's attributes."""
+        self.dtype, self.take = dtype, take
         self.names: list[str] = []
         self._parameters: list[nn.Parameter] = []
         self._starts: list[int] = []

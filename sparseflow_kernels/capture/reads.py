@@ -108,6 +108,7 @@ class Reads(TorchFunctionMode):
     def _read(self, name: str, tensor: Tensor) -> None:
         value = self._value(tensor)
         with self.tracer.stack.naming():
+            self.tracer.seen.take(self.tracer.value_of(tensor) if value is None else value)
             if getattr(value, "checks", False) and name in TRUTH:
                 return
             if isinstance(value, (StateValue, Overwritten)) and name in ARRAYS:
@@ -131,6 +132,7 @@ class Reads(TorchFunctionMode):
     def _copied(self, leaf: Tensor) -> None:
         value = self._value(leaf)
         with self.tracer.stack.naming():
+            self.tracer.seen.take(self.tracer.value_of(leaf) if value is None else value)
             if isinstance(value, StateValue):
                 refuse("copying numbers of the state (torch.tensor([...]); torch.stack keeps them)")
             if isinstance(value, TimeValue):

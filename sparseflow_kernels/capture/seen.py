@@ -1,24 +1,105 @@
-"""Which tensors forward has read while it was run: what it never touches is no part of the field."""
+"""What running a module shows beside its operations: which tensors it reads at all, and what of it was taken as it was.
+
+A tensor that forward never touches is no part of the field. And some numbers are no part of what can be computed again:
+Python has asked for them (an if, an int(), a list), or they are positions, or numbers per sample that all samples share.
+The field that was read holds for as long as these are what they were (`Answers`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .context import attributes
+from .context import attributes, tensor_named
+from .replay import Forms, Leaf, Node, Replay
 from .trees import tree_leaves
+from .values import Constant
+
+# Operations that take whole numbers or truth values of a constant for positions.
+AT_POSITIONS = {
+    "index", "index_put", "index_select", "index_add", "index_copy", "index_fill", "gather", "scatter", "scatter_add",
+    "scatter_reduce", "take", "embedding", "masked_select", "masked_scatter", "nonzero", "repeat_interleave",
+}  # fmt: skip
+
+
+class Seen:
+    """ids: of the tensors that torch was called with, be it for their shape alone. Kept by `collecting`."""
+
+    def __init__(self) -> None:
+        self.ids: set[int] = set()
+        self._forms = Forms()
+        self._taken: dict[int, Node | Leaf] = {}
+
+    def begin(self) -> None:
+        """The module is read anew."""
+        self._taken.clear()
+
+    def take(self, value: Any) -> None:
+        """A constant was taken as it is."""
+        if isinstance(value, Constant) and value.node is not None:
+            self._taken[self._forms.number(value.node)] = value.node
+
+    def answers(self, module: nn.Module, dtype: torch.dtype) -> Answers | None:
+        return Answers(module, list(self._taken.values()), dtype) if self._taken else None
+
+    def unread(self, module: nn.Module) -> frozenset[str]:
+        """Names of the tensors that a module holds, as `attributes` gives them, and that no run has read. None of
+        TorchScript's modules, inside which nothing is seen."""
+        if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+            return frozenset()
+        return frozenset(name for name, tensor in attributes(module) if id(tensor) not in self.ids)
+
+
+class Answers:
+    """What was taken of a module's numbers: how it is computed from them, and what it was."""
+
+    def __init__(self, module: nn.Module, nodes: Sequence[Node | Leaf], dtype: torch.dtype) -> None:
+        self._module, self._dtype = module, dtype
+        self._replays = [Replay(node, dtype) for node in nodes]
+        self._were = self._now()
+
+    @property
+    def leaves(self) -> frozenset[Leaf]:
+        return frozenset(leaf for replay in self._replays for leaf in replay.all_leaves())
+
+    @torch.no_grad()
+    def _now(self) -> list[Tensor]:
+        def moved(name: str) -> Tensor:
+            value = tensor_named(self._module, name)
+            return value.detach().to(self._dtype) if value.is_floating_point() else value.detach()
+
+        first = tensor_named(self._module, next(iter(self.leaves)).name)
+        like = torch.empty(0, dtype=self._dtype, device=first.device)
+        return [replay.run(like, None, moved).clone() for replay in self._replays]
+
+    def same(self) -> bool:
+        return all(now.shape == was.shape and torch.equal(now, was) for now, was in zip(self._now(), self._were))
+
 
 _here = threading.local()
 
 
-class Seen(TorchFunctionMode):
-    """ids: of the tensors that torch was called with, be it for their shape alone."""
+@contextlib.contextmanager
+def collecting() -> Iterator[Seen]:
+    """Gives what is seen of the modules that are run by `watched` meanwhile, in this thread."""
+    before, _here.seen = getattr(_here, "seen", None), Seen()
+    try:
+        yield _here.seen
+    finally:
+        _here.seen = before
 
+
+def current() -> Seen:
+    """What is being collected; what is noted outside of `collecting` is lost."""
+    return getattr(_here, "seen", None) or Seen()
+
+
+class _Calls(TorchFunctionMode):
     def __init__(self, ids: set[int]) -> None:
         super().__init__()
         self.ids = ids
@@ -29,33 +110,9 @@ class Seen(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@contextlib.contextmanager
-def collecting() -> Iterator[set[int]]:
-    """Gives the ids of the tensors that modules read when they are run by `watched` meanwhile, in this thread."""
-    before, _here.ids = getattr(_here, "ids", None), set()
-    try:
-        yield _here.ids
-    finally:
-        _here.ids = before
-
-
 def watched(run: Callable[[], Any]) -> Any:
-    ids = getattr(_here, "ids", None)
-    if ids is None:
+    seen = getattr(_here, "seen", None)
+    if seen is None:
         return run()
-    with Seen(ids):
+    with _Calls(seen.ids):
         return run()
-
-
-def note(tensor: Tensor) -> None:
-    """An operation has met this tensor, though torch may have been called with none: by an extension in C++."""
-    if (ids := getattr(_here, "ids", None)) is not None:
-        ids.add(id(tensor))
-
-
-def unread(module: nn.Module, ids: set[int]) -> frozenset[str]:
-    """Names of the tensors that a module holds, as `attributes` gives them, and that are not among these. None of
-    TorchScript's modules, inside which nothing is seen."""
-    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
-        return frozenset()
-    return frozenset(name for name, tensor in attributes(module) if id(tensor) not in ids)

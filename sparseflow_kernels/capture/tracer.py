@@ -27,7 +27,7 @@ from .replay import Node, Replay
 from .rows import Affine, Hidden, RowTable
 from .rules import Reading, apply_to_state
 from .samples import Samples
-from .seen import note
+from .seen import AT_POSITIONS, current
 from .trees import tree_leaves, tree_map
 from .values import Constant, Overwritten, StateValue, TimeValue
 
@@ -104,7 +104,9 @@ class Following(TorchDispatchMode):
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.module, self.stack, self.parameters = module, ModuleStack(module), ParameterNumbers(module, dtype)
+        self.module, self.stack, self.seen = module, ModuleStack(module), current()
+        self.parameters = ParameterNumbers(module, dtype, self.seen.take)
+        self.seen.begin()
         self.values: dict[int, Any] = {}
         self.pairs = Pairs(self)  # complex tensors
         self.aliases: dict[int, list[Tensor]] = {}  # by memory; also keeps ids unique, for these tensors stay alive
@@ -143,7 +145,7 @@ class Following(TorchDispatchMode):
 
     def constant_of(self, tensor: Tensor) -> Constant:
         """The value of a tensor that is met for the first time."""
-        note(tensor)
+        self.seen.ids.add(id(tensor))  # torch may have been called with none, by an extension in C++
         return self.parameters.constant(tensor)
 
     def bind(self, tensor: Tensor, value: Any) -> None:
@@ -229,7 +231,13 @@ class Following(TorchDispatchMode):
         """The abstract value of `out`."""
         base, leaves = base_name(func), tree_leaves((args, kwargs))
         has_time, has_state = (any(isinstance(a, kind) for a in leaves) for kind in (TimeValue, StateValue))
+        if base in AT_POSITIONS:
+            for a in leaves:
+                if isinstance(a, Constant) and not a.value.is_floating_point():
+                    self.seen.take(a)
         if torch.Tag.data_dependent_output in func.tags and not isinstance(out, Tensor):
+            for a in leaves:
+                self.seen.take(a)
             if has_state and not all(a.checks for a in leaves if isinstance(a, StateValue)):
                 refuse("reading a number out of the state (.item(), an if on its values)")
             if isinstance(out, float) and isinstance(args[0], Constant):
