@@ -19,7 +19,7 @@ import torchdiffeq
 from torch import Tensor, nn
 
 from .callables import PYTHONS, FunctionModule, Kept, key_of, original, parts_of
-from .compiled_field import CompiledField, compile as compile_field
+from .compiled_field import CompiledField, compile_moving as compile_field
 from .divergence_field import DivergenceField
 from .field import UnsupportedFieldError
 from .gradients import only_torch
@@ -150,7 +150,9 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
                 self._refuse_family(module, family)
             return None
         family.has_compiled()
-        entry = self._compiled(module, y0, Entry(weakref.ref(module), family, stands=stands))
+        before = [entry.field for one in (key, exact) for entry in held.entries.get(one, ()) if entry.field is not None]
+        moving = frozenset().union(*(field.moving | field.moved() for field in before))
+        entry = self._compiled(module, y0, Entry(weakref.ref(module), family, stands=stands), moving)
         layout = None if entry.field is None else entry.field.layout
         batched = layout is None or layout.batched
         held.keep(key if batched and entry.field is not None and not entry.field.has_context else exact, entry)
@@ -198,12 +200,12 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
     def _warn(module: nn.Module, reason: str) -> None:
         warn(f"accelerate: {_name(module)} is handed on to torchdiffeq: {reason}")
 
-    def _compiled(self, module: nn.Module, y0: Any, entry: Entry) -> Entry:
+    def _compiled(self, module: nn.Module, y0: Any, entry: Entry, moving: frozenset[str]) -> Entry:
         like = tuple(part.detach() for part in y0) if isinstance(y0, tuple) else y0.detach()
         kept = Kept(module.function) if isinstance(module, FunctionModule) else None
         try:
             with torch.no_grad(), _handing_on():  # a solve that forward makes is a part of it
-                field = compile_field(module, self.engine, like=like, live=True)
+                field = compile_field(module, self.engine, None, like, True, moving)
             if (name := field._watch.records) is not None:
                 raise UnsupportedFieldError(f"forward notes what it sees in {name}, which a compiled field would not")
             if kept is not None and kept.restore():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import gradients, operators
 from .capture import unwrapped
+from .capture.context import attributes, dotted
 from .capture.seen import Seen, collecting
 from .devices import factories_on_cpu, lasting, ordinary
 from .counting import Counters
@@ -23,9 +24,9 @@ from .engines.reference import ReferenceEngine, is_autocast_enabled, own_precisi
 from .field import GraphField, UnsupportedFieldError, VectorField
 from .field.from_chain import graph_of_chain
 from .field.layout import State
-from .field_parameters import FieldParameters, follow_assigned
+from .field_parameters import FieldParameters, follow_assigned, time_formulas
 from .hooks import CALLBACKS, GLOBAL_HOOKS, hooks_of
-from .live import Run
+from .live import Run, may_move
 from .origin import Key, Origin
 from .packing import Packing
 from .reading import Reading, check_fits, example_of, read, shapes_of, state_of
@@ -63,24 +64,34 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
     live: the parameters stay the module's own. The module becomes a submodule of the result (`.module`), every call
     gathers the parameters' present values, and gradients arrive in their `.grad`, through masks, parametrizations and
     sharing: an optimizer, a checkpoint or a wrapper made for the module goes on working. Exact zeros count as pruned,
-    as ever. Where a mask, a buffer, the set of parameters or training/evaluation mode changes, or a pruned entry comes
-    back, the next call compiles anew.
+    as ever. Where a mask, the set of parameters or training/evaluation mode changes, or a pruned entry comes back,
+    the next call compiles anew. So it does where another tensor of the module has other numbers for the first time (a
+    buffer, an attribute, what a function closes over); from then on that one is read at every call too. One that
+    requires a gradient, as an encoder's output does, is from the start, and gradients flow on into what made it.
 
     Raises UnsupportedFieldError for what cannot be expressed, or not run by the engine asked for; ValueError for an
     unknown engine, or a `dim` or `like` that does not fit; TypeError for other objects.
     """
+    return compile_moving(module_or_field, engine, dim, like, live)
+
+
+@lasting
+def compile_moving(
+    module_or_field: nn.Module | VectorField | GraphField, engine: str, dim: int | None, like: State | None, live: bool,
+    moving: frozenset[str] = frozenset(),
+) -> "CompiledField":  # fmt: skip
+    """`compile`. moving: names of tensors beside a live field's parameters that have had other numbers before
+    (`live.Watch.moved`), and are read like parameters."""
     source = unwrapped(module_or_field)
     if like is not None:
         like = ordinary(like)
-    with collecting() as seen:
-        found = read(source, dim, like)
-        run = _run_of(source, found, like, seen) if live else None
+    if live and (not isinstance(source, nn.Module) or isinstance(source, CompiledField)):
+        raise TypeError(f"live: needs the nn.Module whose parameters are to be used, not {type(source).__name__}")
+    found, run, seen = _read(source, dim, like, live, moving)
     if dim is not None and found.field.dim != dim:
         raise ValueError(f"compile: dim is {dim}, but the field's state has {found.field.dim} components")
     if like is not None and isinstance(source, (CompiledField, VectorField, GraphField)):
         check_fits(found.field, like)
-    if live and (not isinstance(source, nn.Module) or isinstance(source, CompiledField)):
-        raise TypeError(f"live: needs the nn.Module whose parameters are to be used, not {type(source).__name__}")
     found = found.simplified()
     if not live and isinstance(source, nn.Module):
         _tell_what_was_taken(source, found, seen)
@@ -100,10 +111,41 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
     return compiled
 
 
+def _read(
+    source: nn.Module | VectorField | GraphField, dim: int | None, like: State | None, live: bool,
+    moving: frozenset[str],
+) -> tuple[Reading, Run | None, Seen]:  # fmt: skip
+    """The field, and of one that is live what running the module has shown. Tensors beside the parameters are read like
+    these where they are moving or require a gradient, if the field can be read so."""
+    tensors = {}
+    if live:
+        tensors = {
+            name: tensor for name, tensor in attributes(source)
+            if (name in moving or tensor.requires_grad) and may_move(tensor)
+        }  # fmt: skip
+    for these in (tensors, {}) if tensors else ({},):
+        try:
+            with collecting(these) as seen:
+                found = read(source, dim, like, these)
+                run = _run_of(source, found, like, seen) if live else None
+        except (UnsupportedFieldError, TypeError, ValueError):
+            if not these:
+                raise
+            continue
+        kind = found.field.dtype, found.field.device
+        if not these or all((tensor.dtype, tensor.device) == kind for tensor in these.values()):
+            if not any(name in these for formula in time_formulas(found.field) for name in formula.names):
+                return found, run, seen
+    raise AssertionError("unreachable")
+
+
 def _run_of(module: nn.Module, found: Reading, like: State | None, seen: Seen) -> Run:
     time = torch.zeros((), dtype=found.field.dtype, device=found.field.device)
     counters = Counters(module, lambda: module(time, state_of(found.field, like)))
-    return Run(counters, seen.unread(module), seen.answers(module, found.field.dtype))
+    origins = list(found.origins.values())
+    read = frozenset().union(*(origin.parameters for origin in origins), *(one.needs_whole() for one in origins))
+    moving = frozenset(seen.moving) & read
+    return Run(counters, seen.unread(module), seen.answers(module, found.field.dtype), moving)
 
 
 def _tell_what_was_taken(module: nn.Module, found: Reading, seen: Seen) -> None:
@@ -168,6 +210,10 @@ class CompiledField(FieldParameters):
         """Whether the module is another than the one that this field was compiled from (`live`)."""
         return self._watch.changed()
 
+    def moved(self) -> frozenset[str]:
+        """Names of tensors that the module held as constants, and that have other numbers now (`live`)."""
+        return self._watch.moved()
+
     def follow(self) -> bool:
         """Compile anew where the module is no longer the one that this field was compiled from (`live`). True where it
         is not."""
@@ -175,7 +221,8 @@ class CompiledField(FieldParameters):
             return False
         like = self._like()
         dim = None if self.layout is not None or like is not None else self.dim
-        fresh = compile(self.module, self.requested, dim, like, live=True)
+        moving = self.moving | self._watch.moved()
+        fresh = compile_moving(self.module, self.requested, dim, like, True, moving)
         own = {
             name
             for name in self.__dict__
@@ -339,7 +386,8 @@ class CompiledField(FieldParameters):
             return self
         other = CompiledField.__new__(type(self))
         given = (lambda: None) if read is None else read.pinned()
-        other.__dict__ = {**self.__dict__, "_pinned": given, "count": self.count}
+        tensors = {name: self.entry(name) for name in self.moving}
+        other.__dict__ = {**self.__dict__, "_pinned": given, "_pinned_tensors": tensors, "count": self.count}
         return other
 
     @property
@@ -484,6 +532,8 @@ class CompiledField(FieldParameters):
         if self._simplification:
             lines += ["", self._simplification]
         lines += [note for note in field.notes if note not in self._simplification]
+        if self.moving:
+            lines += [f"read at every call, like parameters: {', '.join(sorted(map(dotted, self.moving)))}"]
         return Report(before, rows, lines)
 
     def _engine_lines(self, field: VectorField | GraphField) -> list[str]:

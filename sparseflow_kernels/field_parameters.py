@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import operator
 from dataclasses import replace
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from .capture.context import PREFIX, tensor_named
 from .capture.replay import TimeFormula
 from .field import GraphField, TimeFunction, VectorField
 from .field.graph import order
@@ -26,6 +27,8 @@ class FieldParameters(nn.Module):
 
     layout: Layout | None = None  # of its states, where they are not [..., dim]
     _watch: Watch | None = None  # of the module whose parameters are used
+    moving: frozenset[str] = frozenset()  # names of tensors beside them that are used like them
+    _pinned_tensors: Mapping[str, Tensor] = {}  # those of a field that stays what it is (`CompiledField.pinned`)
 
     def __init__(
         self, field: VectorField | GraphField, origins: dict[Key, Origin] | None, held: dict[str, Held] | None,
@@ -38,8 +41,10 @@ class FieldParameters(nn.Module):
         if source is not None:
             self.module = source
             read = getattr(field, "read_context", None)
+            followed = dict.fromkeys(() if read is None else read.tensors, 1)
             names = {name for origin in (origins or {}).values() for name in origin.parameters}
-            self._watch = Watch(source, names, frozenset() if read is None else read.tensors, run)
+            self.moving = frozenset() if run is None else run.moving
+            self._watch = Watch(source, names, {**dict.fromkeys(self.moving, 0), **followed}, run)
         if origins is None:
             origins, held = Held.by_tensors(field)
         self.origins = origins
@@ -127,7 +132,10 @@ class FieldParameters(nn.Module):
                 parts.setdefault(name, []).append(Held(elements, values, tensor.requires_grad))
         return {name: Held.together(several) for name, several in parts.items()}
 
-    def entry(self, name: str) -> nn.Parameter:
+    def entry(self, name: str) -> Tensor:
+        if name.startswith(PREFIX):
+            pinned = self._pinned_tensors.get(name)
+            return tensor_named(self.module, name) if pinned is None else pinned
         known = self._owners.get(name)
         if known is None:  # the owner stays: a live field whose module has other parts is compiled anew
             owner, _, leaf = name.rpartition(".")
@@ -229,6 +237,8 @@ class FieldParameters(nn.Module):
                 yield tensor
             else:
                 yield from strided(tensor)
+        for name in self.moving:
+            yield self.entry(name)
 
     def _first(self) -> Tensor:
         """One of the field's dtype, on its device: a module may hold masks and indices beside its numbers."""

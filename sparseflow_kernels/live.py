@@ -11,23 +11,36 @@ import torch
 from torch import Tensor, nn
 
 from .callables import FunctionModule
-from .capture.context import PREFIX, per_sample
+from .capture.context import PREFIX, attributes
 from .capture.seen import Answers
 from .counting import Counters
 from .hooks import hooks_of
-from .live_attributes import Attributes
+from .live_attributes import Attributes, kind_of
 from .packing import Snapshot, strided
 from .trained import is_fresh
+
+
+MOST_MOVING = 1 << 16  # elements of a tensor
+
+
+def may_move(tensor: Tensor) -> bool:
+    """Whether a tensor that is no parameter may be read at every call like one. Zeros may be those of a mask, by which
+    the field is pruned: such a tensor stays a constant, unless a gradient is wanted."""
+    if tensor.layout != torch.strided or not tensor.is_floating_point() or not 0 < tensor.numel() <= MOST_MOVING:
+        return False
+    return tensor.requires_grad or (not tensor.is_meta and bool(tensor.detach().all()))
 
 
 @dataclass
 class Run:
     """What running a module has shown. counters: what it counts, which is no part of what it computes.  unread: names
-    of tensors that forward never reads.  answers: what of the module's numbers was taken as it was."""
+    of tensors that forward never reads.  answers: what of the module's numbers was taken as it was.  moving: names of
+    tensors beside the parameters that the field reads like them at every call."""
 
     counters: Counters
     unread: frozenset[str]
     answers: Answers | None
+    moving: frozenset[str] = frozenset()
 
 
 class Watch:
@@ -39,10 +52,12 @@ class Watch:
     """
 
     def __init__(
-        self, module: nn.Module, names: Collection[str] = (), context: frozenset[str] = frozenset(),
+        self, module: nn.Module, names: Collection[str] = (), followed: Mapping[str, int] | None = None,
         run: Run | None = None,
     ) -> None:  # fmt: skip
-        """names: of the parameters that the field reads.  context: names of the tensors that are its context."""
+        """names: of the parameters that the field reads.  followed: names of other tensors that it reads at every call,
+        and how many of their first axes may have another size: one of the context's, none of others."""
+        followed = followed or {}
         counters = None if run is None else run.counters
         unread, self._answers = (frozenset(), None) if run is None else (run.unread, run.answers)
         self._module, self._counters = module, counters
@@ -53,12 +68,12 @@ class Watch:
         self._parts, self._where = [(path[part], part) for part in parts], _places(module)
         self._children = [tuple(part._modules.values()) for part in parts]
         self._held = [
-            (number, key, f"{PREFIX}{path[part]}/{key}" in context)
+            (number, key, followed.get(f"{PREFIX}{path[part]}/{key}"))
             for number, part in enumerate(parts)
             for key in part._buffers.keys()
             if f"{PREFIX}{path[part]}/{key}" not in unread and not (counters and key in counters.of(part))
         ]
-        self._attributes = Attributes(self._parts, context, unread, counters)
+        self._attributes = Attributes(self._parts, followed, unread, counters)
         self._look_at()
         self._structure = list(map(_which, self._names))
         self._hooks = [list(hooks.values()) for hooks in self._hooks_now]
@@ -71,6 +86,9 @@ class Watch:
             if parameter is not None and parameter.layout == torch.strided and not bool(parameter.detach().all())
             and not (parameter.requires_grad and is_fresh(parameter.detach()))
         ]  # fmt: skip
+        left = {*followed, *unread}
+        fixed = ((name, tensor) for name, tensor in attributes(module) if name not in left)
+        self._fixed = {name: tensor.detach().clone() for name, tensor in fixed if may_move(tensor)}
 
     def _look_at(self) -> None:
         """The dictionaries of the present parts, which are looked at in every call."""
@@ -78,14 +96,13 @@ class Watch:
         self._hooks_now = [hooks for _, part in self._parts for hooks in hooks_of(part)[:2]]  # of forward
 
     def _present_buffers(self) -> tuple[list, list[Tensor]]:
-        """(What one sample holds of those that are context, of which the field reads the numbers at every call; the
-        others)."""
+        """(Kinds and shapes of those of which the field reads the numbers at every call; the others)."""
         shapes: list[Any] = []
         tensors: list[Tensor] = []
-        for number, key, is_context in self._held:
+        for number, key, free in self._held:
             buffer = self._parts[number][1]._buffers[key]
-            if is_context:
-                shapes.append(per_sample(buffer))
+            if free is not None:
+                shapes.append(kind_of(buffer, free))
             elif buffer is not None:
                 tensors += strided(buffer)
         return shapes, tensors
@@ -127,6 +144,15 @@ class Watch:
         if not self._attributes.same() or not (self._answers is None or self._answers.same()):
             return True
         return not all(zeros.still(parameters[name]) for parameters, name, zeros in self._zeros)
+
+    def moved(self) -> frozenset[str]:
+        """Names of tensors that were taken for constants, and have other numbers now."""
+        present = {name: tensor for name, tensor in attributes(self._module) if name in self.__dict__.get("_fixed", ())}
+        return frozenset(
+            name for name, tensor in present.items()
+            if may_move(tensor) and kind_of(tensor, 0) == kind_of(self._fixed[name], 0)
+            and not torch.equal(tensor, self._fixed[name])
+        )  # fmt: skip
 
     def _children_are_same(self) -> bool:
         for (_, part), before in zip(self._parts, self._children):

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import dis
 import types
-from typing import Any
+from typing import Any, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from .capture.context import PREFIX, inside, per_sample
+from .capture.context import PREFIX, inside
 from .counting import TORCHS, Counters
 from .packing import Snapshot, strided
 
@@ -21,15 +21,15 @@ LONGEST = 64  # items of one: longer ones are records of what happened
 
 class Attributes:
     """The attributes of a module's own parts as they were. What forward itself writes (it counts its calls, say) is
-    left out, and so is the field's context but for its shape, as its numbers are read at every call. parts: those that
-    are watched, with their paths.  context: names of its tensors.  unread: names of tensors that forward
+    left out, and so are tensors whose numbers the field reads at every call, but for their shape. parts: those that are
+    watched, with their paths.  followed: names of such tensors (`live.Watch`).  unread: names of tensors that forward
     never reads.  counters: what the module counts."""
 
     def __init__(
-        self, parts: list[tuple[str, nn.Module]], context: frozenset[str], unread: frozenset[str],
+        self, parts: list[tuple[str, nn.Module]], followed: Mapping[str, int], unread: frozenset[str],
         counters: Counters | None,
     ) -> None:  # fmt: skip
-        self._context, self._unread = context, unread
+        self._followed, self._unread = followed, unread
         self._written = [
             frozenset()
             if _is_torchs(part)
@@ -78,8 +78,8 @@ class Attributes:
 
     def _stamp(self, name: str, value: Any, depth: int, stamps: list, tensors: list[Tensor]) -> None:
         if isinstance(value, Tensor):
-            if name in self._context:
-                stamps += (name, per_sample(value))
+            if (free := self._followed.get(name)) is not None:
+                stamps += (name, *kind_of(value, free))
             elif not value.is_meta and name not in self._unread:
                 stamps.append(name)
                 tensors += strided(value.detach())
@@ -105,6 +105,12 @@ class Attributes:
             return self._numbers.get(value, value)
         whole = isinstance(value, (type, types.ModuleType))
         return value if whole or (callable(value) and not hasattr(value, "__dict__")) else type(value)
+
+
+def kind_of(value: Tensor | None, free: int) -> tuple:
+    """What has to stay as it is of a tensor whose numbers are read at every call. free: first axes that may have
+    another size; then the numbers are converted, too."""
+    return () if value is None else (None if free else value.dtype, *value.shape[free:])
 
 
 def _is_torchs(part: nn.Module) -> bool:

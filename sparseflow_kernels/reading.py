@@ -4,6 +4,7 @@ from."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,12 @@ class Reading:
         return Reading(field, report.origins, self.held, str(report))
 
 
-def read(source: nn.Module | VectorField | GraphField, dim: int | None, like: State | None) -> Reading:
-    """Of a module, a field, or the present values of a compiled field.
+def read(
+    source: nn.Module | VectorField | GraphField, dim: int | None, like: State | None,
+    moving: Mapping[str, Tensor] | None = None,
+) -> Reading:  # fmt: skip
+    """Of a module, a field, or the present values of a compiled field. moving: tensors beside the module's parameters
+    that are taken for some (`capture.seen`).
 
     Raises UnsupportedFieldError, ValueError and TypeError as `compile` does.
     """
@@ -48,7 +53,7 @@ def read(source: nn.Module | VectorField | GraphField, dim: int | None, like: St
         return Reading(field, origins, source.held())
     if isinstance(source, (VectorField, GraphField)):
         return Reading(source, *Held.by_tensors(source))
-    return Reading(*capture_with_origins(source, dim, like), Held.by_module(source))
+    return Reading(*capture_with_origins(source, dim, like), Held.by_module(source, moving))
 
 
 def check_fits(field: VectorField | GraphField, like: State) -> None:

@@ -22,11 +22,13 @@ from .origin import COMPUTED, CONSTANT, Derivation, Key, Origin, Recipe
 @dataclass
 class Held:
     """Elements of one parameter of a module. elements: int64 [n], ascending; None for all of them, `values` in the
-    parameter's own shape then.  values: what they are.  trained: the parameter requires a gradient."""
+    parameter's own shape then.  values: what they are.  trained: the parameter requires a gradient.  moving: it is no
+    parameter, and its zeros are no pruned entries."""
 
     elements: Tensor | None
     values: Tensor
     trained: bool
+    moving: bool = False
 
     def take(self, elements: Tensor) -> Tensor:
         where = elements if self.elements is None else torch.searchsorted(self.elements, elements)
@@ -42,8 +44,12 @@ class Held:
         return Held(elements, values[order.to(values.device)], parts[0].trained)
 
     @staticmethod
-    def by_module(module: nn.Module) -> dict[str, "Held"]:
-        return {name: Held(None, p.detach(), p.requires_grad) for name, p in module.named_parameters()}
+    def by_module(module: nn.Module, moving: Mapping[str, Tensor] | None = None) -> dict[str, "Held"]:
+        """moving: tensors beside the parameters that are taken for some."""
+        found = {name: Held(None, p.detach(), p.requires_grad) for name, p in module.named_parameters()}
+        for name, tensor in (moving or {}).items():
+            found[name] = Held(None, tensor.detach(), tensor.requires_grad, moving=True)
+        return found
 
     @staticmethod
     def by_tensors(field: VectorField) -> tuple[dict[Key, Origin], dict[str, "Held"]]:
@@ -69,7 +75,7 @@ def starts_at_zero(origin: Origin, held: Mapping[str, Held]) -> Tensor:
     """bool [n]: which zeros of a tensor are where training starts, and not pruned: entries of a trained parameter that
     is still as it was initialised, and results that are zero only until such a parameter, or one that is not zero, has
     moved."""
-    fresh = [held[name].trained and is_fresh(held[name].values) for name in origin.parameters]
+    fresh = [held[name].moving or (held[name].trained and is_fresh(held[name].values)) for name in origin.parameters]
     found = torch.tensor([*fresh, False, False])[origin.parameter]  # -1 and -2: no plain entries
     if origin.computed:
         moved = Derivation(Recipe({name: h.elements for name, h in held.items()}), _moved(held)).tensor(origin)
@@ -91,8 +97,8 @@ def _moved(held: Mapping[str, Held]) -> dict[str, Tensor]:
     for name, h in held.items():
         noise = (0.01 + 0.01 * torch.rand(h.values.shape, generator=generator)).to(h.values)
         noise = noise * (1.0 - 1.5j) if noise.is_complex() else noise  # both parts move
-        moved = h.values + noise if is_fresh(h.values) else h.values * (1.0 + noise)
-        found[name] = moved if h.trained else h.values
+        moved = h.values + noise if h.moving or is_fresh(h.values) else h.values * (1.0 + noise)
+        found[name] = moved if h.trained or h.moving else h.values
     return found
 
 

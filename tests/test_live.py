@@ -283,6 +283,34 @@ def test_the_module_counts_the_evaluations_that_a_solve_has_made():
     assert module.calls == 1 and field._watch is watch  # a counter that was reset compiles nothing anew
 
 
+def test_tensors_that_change_are_read_at_every_call(monkeypatch):
+    class Scaled(Chain):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.ones(3))
+            self.shift = None
+
+        def forward(self, t, x):
+            return super().forward(t, x) * self.scale + self.shift
+
+    torch.manual_seed(0)
+    module, x, encoder = Scaled(), torch.randn(5, 3), nn.Linear(1, 3)
+    module.shift = encoder(torch.ones(1))
+    field = sfk.compile(module, live=True)
+    compiled = []
+    follow = type(field).follow
+    monkeypatch.setattr(type(field), "follow", lambda self: compiled.append(follow(self)))
+    for number in range(5):
+        module.scale = torch.full((3,), 1.0 + number)
+        module.shift = encoder(torch.full((1,), number + 1.0))
+        found, wanted = field(0.0, x), module(torch.tensor(0.0), x)
+        torch.testing.assert_close(found, wanted)
+        trained = [*module.parameters(), *encoder.parameters()]
+        ours = torch.autograd.grad(found.sum(), trained, retain_graph=True)
+        torch.testing.assert_close(ours, torch.autograd.grad(wanted.sum(), trained))
+    assert sum(compiled) == 1 and "read at every call, like parameters: scale, shift" in str(field.report())
+
+
 # --------------------------------------------------------------------------------- what forward takes of its numbers
 
 TAKEN = {

@@ -44,7 +44,7 @@ def _layer(tracer: Tracer, a: Affine, activation: Activation, name: str) -> tupl
     weight = tracer.table.dense(a)
     mask = (weight.value != 0).cpu()
     if not bool(mask.all()):
-        start = starts_at_zero(tracer.parameters.origin(weight), Held.by_module(tracer.module))
+        start = starts_at_zero(tracer.parameters.origin(weight), Held.by_module(tracer.module, tracer.seen.moving))
         mask |= start.view(mask.shape)
     entries = [Constant(index.to(weight.value.device)) for index in mask.nonzero().unbind(1)]
     constants = {"values": apply(aten.index.Tensor, weight, entries), "bias": a.bias}

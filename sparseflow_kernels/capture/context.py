@@ -33,7 +33,7 @@ def attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     where their first axis is as long as a batch.
     """
     for path, part in module.named_modules():
-        masked = {key for key in part._buffers if key.endswith("_mask") and f"{key[:-5]}_orig" in part._parameters}
+        masked = {key for key in part._buffers.keys() if key.endswith("_mask") and f"{key[:-5]}_orig" in part._parameters}
         masked |= {key[:-5] for key in masked}
         for key, value in (*part._buffers.items(), *vars(part).items()):
             if key not in REGISTERED and key != "_buffers" and key not in masked:
@@ -72,11 +72,6 @@ def inside(value: Any) -> Iterator[tuple[str, Any]]:
         yield item
     if empty and not isinstance(value, (Tensor, type, types.ModuleType, types.FunctionType, types.MethodType)):
         yield from getattr(value, "__dict__", {}).items()
-
-
-def per_sample(value: Tensor | None) -> tuple[int, ...] | None:
-    """The shape of what one sample has of numbers per sample."""
-    return None if value is None else tuple(value.shape[1:])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -195,7 +190,7 @@ class ReadContext:
     @property
     def names(self) -> list[str]:
         """The module's tensors that it is read from, as dotted paths, in alphabetical order."""
-        return sorted(map(_dotted, self.tensors))
+        return sorted(map(dotted, self.tensors))
 
     def pinned(self) -> "ReadContext":
         """The same of the tensors that the module holds now."""
@@ -228,7 +223,7 @@ class ReadContext:
 
         value = replay.run(like, None, moved)
         if value.dim() <= len(sample) or _without(value.shape, axis) != sample:
-            names = ", ".join(sorted(_dotted(leaf.name) for leaf in replay.all_leaves()))
+            names = ", ".join(sorted(dotted(leaf.name) for leaf in replay.all_leaves()))
             raise ValueError(
                 f"context: what is read from {names} is {list(value.shape)} now, and was compiled with "
                 f"{list(sample)} per sample: compile the field anew"
@@ -240,7 +235,8 @@ class ReadContext:
         return value.to(like.dtype)
 
 
-def _dotted(name: str) -> str:
+def dotted(name: str) -> str:
+    """The name of an attribute for people."""
     return name.removeprefix(PREFIX).replace("/", ".").strip(".")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import replace
-from typing import Any, Callable
+from typing import Any, Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -115,22 +115,25 @@ class ParameterNumbers:
     """The numbering behind Constant.source: all parameters of a module laid end to end."""
 
     def __init__(
-        self, module: nn.Module, dtype: torch.dtype, take: Callable[[Constant], None] = lambda value: None
-    ) -> None:
-        """take: is told of constants that are taken as they are, though they are made of the module's attributes."""
+        self, module: nn.Module, dtype: torch.dtype, take: Callable[[Constant], None] = lambda value: None,
+        moving: Mapping[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """take: is told of constants that are taken as they are, though they are made of the module's attributes.
+        moving: tensors that the module holds beside its parameters, and that are taken for some."""
         self.dtype, self.take = dtype, take
         self.names: list[str] = []
-        self._parameters: list[nn.Parameter] = []
+        self._parameters: list[Tensor] = []
         self._starts: list[int] = []
         self._number_of: dict[int, int] = {}
         self._memory: dict[int, int] = {}
         start = 0
-        for number, (name, parameter) in enumerate(module.named_parameters()):
+        moving = moving or {}
+        for number, (name, parameter) in enumerate((*module.named_parameters(), *moving.items())):
             self.names.append(name)
             self._parameters.append(parameter)
             self._starts.append(start)
             self._number_of[id(parameter)] = number
-            if parameter.numel() and parameter.layout == torch.strided:
+            if parameter.numel() and parameter.layout == torch.strided and name not in moving:
                 self._memory.setdefault(parameter.untyped_storage()._cdata, number)
             start += parameter.numel()
 

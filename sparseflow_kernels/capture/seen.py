@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,13 @@ AT_POSITIONS = {
 
 
 class Seen:
-    """ids: of the tensors that torch was called with, be it for their shape alone. Kept by `collecting`."""
+    """ids: of the tensors that torch was called with, be it for their shape alone. Kept by `collecting`.
 
-    def __init__(self) -> None:
+    moving: tensors beside the parameters, by the names of `attributes`, that are to be read like parameters, as they
+    will be others."""
+
+    def __init__(self, moving: Mapping[str, Tensor] | None = None) -> None:
+        self.moving = moving or {}
         self.ids: set[int] = set()
         self._forms = Forms()
         self._taken: dict[int, Node | Leaf] = {}
@@ -85,9 +89,9 @@ _here = threading.local()
 
 
 @contextlib.contextmanager
-def collecting() -> Iterator[Seen]:
-    """Gives what is seen of the modules that are run by `watched` meanwhile, in this thread."""
-    before, _here.seen = getattr(_here, "seen", None), Seen()
+def collecting(moving: Mapping[str, Tensor] | None = None) -> Iterator[Seen]:
+    """Gives what is seen of the modules that are run by `watched` meanwhile, in this thread. moving: as of `Seen`."""
+    before, _here.seen = getattr(_here, "seen", None), Seen(moving)
     try:
         yield _here.seen
     finally:

@@ -105,7 +105,7 @@ class Following(TorchDispatchMode):
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.module, self.stack, self.seen = module, ModuleStack(module), current()
-        self.parameters = ParameterNumbers(module, dtype, self.seen.take)
+        self.parameters = ParameterNumbers(module, dtype, self.seen.take, self.seen.moving)
         self.seen.begin()
         self.values: dict[int, Any] = {}
         self.pairs = Pairs(self)  # complex tensors
