@@ -27,6 +27,7 @@ from .hooks import CALLBACKS, is_hooked
 from .known_fields import Entry, Family, family_of, give_back, known, lock, stand_in
 from .live import Watch
 from .odeint import odeint, odeint_adjoint
+from .trial import slower_than_torch
 from .warn import warn
 
 MOST_TOLD = 64  # entries of a report; beyond, those that were met first are left out
@@ -163,7 +164,7 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
         the module is another now."""
         if entry.field is not None:
             return _fits(entry.field, y0) and not entry.field.changed()
-        return entry in self._met or (entry.refused is not None and not entry.refused.changed())
+        return entry.settled or entry in self._met or (entry.refused is not None and not entry.refused.changed())
 
     def _solving(self, entry: Entry) -> CompiledField | None:
         """Counts a solve of this entry."""
@@ -212,7 +213,13 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
                 raise UnsupportedFieldError(
                     "it writes what it reads (a counter, a list), which a compiled field would not"
                 )
-            entry.field = field
+            with _handing_on():
+                reason = slower_than_torch(field, module, y0)
+            if reason is None:
+                entry.field = field
+            else:
+                entry.reason, entry.settled = reason, True
+                self._warn(module, reason)
         except (UnsupportedFieldError, TypeError, ValueError) as error:
             self._hand_on(entry, error)
         finally:

@@ -532,6 +532,8 @@ class CompiledField(FieldParameters):
         if self._simplification:
             lines += ["", self._simplification]
         lines += [note for note in field.notes if note not in self._simplification]
+        if self.layout is not None and not self.layout.batched:
+            lines += ["the state is one sample: vectors hold several, so that torch's matrices may be quicker"]
         if self.moving:
             lines += [f"read at every call, like parameters: {', '.join(sorted(map(dotted, self.moving)))}"]
         return Report(before, rows, lines)

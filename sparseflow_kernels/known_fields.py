@@ -70,7 +70,7 @@ class Family:
 class Entry:
     """What became of one module for states of one kind. field: None where its solves are handed on to torchdiffeq, for
     this `reason`.  solves: how many there were.  refused: the module as it was when it was found that it cannot be
-    compiled.  stands: the module is a `stand_in`."""
+    compiled.  settled: it stays so, whatever the module becomes.  stands: the module is a `stand_in`."""
 
     module: weakref.ref
     family: Family
@@ -78,6 +78,7 @@ class Entry:
     reason: str = ""
     solves: int = 0
     refused: Watch | None = None
+    settled: bool = False
     stands: bool = False
 
 

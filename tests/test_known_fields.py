@@ -471,3 +471,28 @@ def test_masks_that_are_others_stay_masks():
             field = context.field_for(module, y)
             torch.testing.assert_close(field(0.0, y), wanted)
             assert not field.moving and field.nnz <= int(module.mask.sum()) + 8  # of the identity behind tanh
+
+
+@pytest.mark.parametrize("seconds", [(1.0, 2.0), (2.0, 1.0)], ids=["quicker", "slower"])
+def test_states_of_one_large_sample_go_to_the_quicker(seconds, monkeypatch):
+    trial = importlib.import_module("sparseflow_kernels.trial")
+    field, x = Source(torch.eye(20).double() + 0.1), torch.randn(20, 3).double()
+    field.x0 = torch.ones(20, 3).double()
+    wanted = torchdiffeq.odeint(field, x, T)
+    turns = iter(seconds * 8)
+    ran = []
+    monkeypatch.setattr(trial, "_seconds", lambda run: ran.append(run()) or next(turns))
+    with accelerate() as context, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for number in range(3):
+            field.x0 = torch.full((20, 3), 1.0 + number).double()
+            found = torchdiffeq.odeint(field, x, T)
+            if not number:
+                torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+    slower = seconds[0] > seconds[1]
+    assert ("1e+03 ms there and 2e+03 ms here" in context.report()) == slower
+    assert ("cpu engine, 3 solves" in context.report()) == (not slower)
+    assert len(told) == slower and len(ran) == (8 if slower else 16)  # once more, when x0 had moved
+    with accelerate() as context:
+        torchdiffeq.odeint(field, x, T)
+    assert len(ran) == (8 if slower else 16) and ("torch is quicker" in context.report()) == slower

@@ -1,0 +1,65 @@
+"""Whether a field is worth its kernels where the whole state is one sample: a graph's nodes, a grid.
+
+The kernels' vectors hold a number of several samples each. Of one sample alone they use one place, while torch multiplies
+whole matrices. Which of the two is quicker depends on both, so a few steps of each are timed.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Callable
+
+import torch
+import torchdiffeq
+from torch import Tensor, nn
+
+from .capture.probe import untouched
+from .compiled_field import CompiledField
+from .field.layout import State
+from .odeint import odeint
+
+SMALLEST = 32  # numbers of a state; below, torch's overhead alone takes longer
+MARGIN = 1.25  # by which torch has to be quicker
+STEPS, ROUNDS = 5, 3  # as few as a short solve takes
+
+
+def slower_than_torch(field: CompiledField, module: nn.Module, y0: State) -> str | None:
+    """The reason to leave the module to torchdiffeq, for states like y0; None where there is none. With gradients where
+    these are on."""
+    if field.layout is None or field.layout.batched or field.dim < SMALLEST:
+        return None
+    with untouched(module), torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad():
+        times = [[_seconds(lambda: _step(*one, y0)) for one in _sides(field, module)] for _ in range(1 + ROUNDS)][1:]
+    ours, theirs = map(min, zip(*times))
+    if ours <= MARGIN * theirs:
+        return None
+    return (
+        f"its state is one sample of {field.dim} numbers, of which torch is quicker: {STEPS} steps take {1e3 * theirs:.2g} "
+        f"ms there and {1e3 * ours:.2g} ms here, where vectors hold several samples"
+    )
+
+
+def _sides(field: CompiledField, module: nn.Module) -> tuple[tuple[Callable, nn.Module], ...]:
+    return (odeint, field), (torchdiffeq.odeint, module)
+
+
+def _step(solve: Callable[..., Any], func: nn.Module, y0: State) -> None:
+    """Steps of rk4, and back."""
+    parts = y0 if isinstance(y0, tuple) else (y0,)
+    wanted = torch.is_grad_enabled()
+    starts = tuple(part.detach().clone().requires_grad_(wanted) for part in parts)
+    times = torch.tensor([0.0, 1e-3], dtype=starts[0].dtype, device=starts[0].device)
+    options = {"step_size": 1e-3 / STEPS}
+    found = solve(func, starts if isinstance(y0, tuple) else starts[0], times, method="rk4", options=options)
+    ends = found if isinstance(found, tuple) else (found,)
+    if not wanted:
+        return
+    trained = [p for p in func.parameters() if p.requires_grad]
+    loss: Tensor = sum(end[-1].sum() for end in ends)  # type: ignore[assignment]
+    torch.autograd.grad(loss, [*starts, *trained], allow_unused=True, retain_graph=True)
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
