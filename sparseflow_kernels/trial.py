@@ -1,7 +1,7 @@
 """Whether a field is worth its kernels where the whole state is one sample: a graph's nodes, a grid.
 
-The kernels' vectors hold a number of several samples each. Of one sample alone they use one place, while torch multiplies
-whole matrices. Which of the two is quicker depends on both, so a few steps of each are timed.
+The kernels' vectors hold a number of several samples each. Of one sample alone they use one place, while torch
+multiplies whole matrices. Which of the two is quicker depends on both, so a few steps of each are timed.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def slower_than_torch(field: CompiledField, module: nn.Module, y0: State) -> str
     if ours <= MARGIN * theirs:
         return None
     return (
-        f"its state is one sample of {field.dim} numbers, of which torch is quicker: {STEPS} steps take {1e3 * theirs:.2g} "
-        f"ms there and {1e3 * ours:.2g} ms here, where vectors hold several samples"
+        f"its state is one sample of {field.dim} numbers, of which torch is quicker: {STEPS} steps take "
+        f"{1e3 * theirs:.2g} ms there and {1e3 * ours:.2g} ms here, where vectors hold several samples"
     )
 
 
