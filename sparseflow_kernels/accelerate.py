@@ -137,14 +137,13 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
         if only_torch():  # tensors without numbers of their own, by which nothing can be read or compared
             return None
         family = family_of(module)
-        if family.owes(MOST_COMPILED) and not stands:
-            family.wait()
         new = not held.entries and not stands
-        if new and not family.apart and (family.stood_for or family.owes(MOST_ALONE)):
+        if new and (family.stood_for or family.owes(MOST_ALONE)):
             family.stood_for = True
             if (other := stand_in(module)) is not None and (field := self._find(other, y0, parts, True)) is not None:
                 return field
-            family.apart = True
+        if family.owes(MOST_COMPILED) and not stands:
+            family.wait()
         if family.owes(MOST_COMPILED):
             if not family.told and not stands:
                 family.told = True
@@ -208,7 +207,9 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
             with torch.no_grad(), _handing_on():  # a solve that forward makes is a part of it
                 field = compile_field(module, self.engine, None, like, True, moving)
             if (name := field._watch.records) is not None:
-                raise UnsupportedFieldError(f"forward notes what it sees in {name}, which a compiled field would not")
+                raise UnsupportedFieldError(f"forward notes what it sees in {name!r}, which a compiled field would not")
+            if field._watch.by_number:
+                raise UnsupportedFieldError("what forward computes depends on how often it was called")
             if kept is not None and kept.restore():
                 raise UnsupportedFieldError(
                     "it writes what it reads (a counter, a list), which a compiled field would not"

@@ -13,7 +13,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .capture.probe import untouched
 from .capture.seen import watched
+from .capture.trees import tree_leaves
+from .written import only_written
 
+LARGE = 10**9  # evaluations
 KEPT = "_sparseflow_kernels_kept"  # the attribute in which a module keeps what was compiled of it (known_fields.py)
 TORCHS = frozenset(nn.Module().__dict__) | {KEPT}  # attributes that are none of the user's
 
@@ -25,7 +28,8 @@ class Counters:
     starts from there.
 
     run: the parts that were called.  reached: those of which a method ran, or that another one gave out.  records: the
-    name of a list or a dict that grew, or None: what a forward that is not run would fail to note there.
+    name of a list or a dict that grew, or of an attribute that forward writes for others to read; or None: what a
+    forward that is not run would fail to note there.  by_number: what forward computes depends on what it counts.
     """
 
     def __init__(self, module: nn.Module, call: Callable[[], Any]) -> None:
@@ -35,19 +39,38 @@ class Counters:
         self.reached: set[nn.Module]
         self.records: str | None = None
         with untouched(module), _called(self.run), _reached() as self.reached:
-            seen = []
+            seen, outputs, kept = [], [], _kept(module)
             for _ in range(2):
                 try:
-                    watched(call)
+                    outputs.append(watched(call))
                 except Exception:  # noqa: BLE001 - whatever a module raises: what it refuses is told when it is asked for
                     break
                 seen.append(_numbers(module))
             self.records = next((name for name, size in _sizes(module).items() if size > sizes.get(name, size)), None)
+            written = [one for one, value in _kept(module).items() if value is not kept[one]]
         self._counted: list[tuple[nn.Module, str, float]] = []
         for (part, key), first in before.items() if len(seen) == 2 else ():
             one, two = (values.get((part, key)) for values in seen)
             if one is not None and two is not None and two - one == one - first != 0:
                 self._counted.append((part, key, one - first))
+        counted = {(part, key) for part, key, _ in self._counted}
+        self.records = self.records or next((name for part, name in written if (part, name) not in counted), None)
+        self._module, self._call = module, call
+        self.by_number, self._ends = False, False
+        if self._counted:
+            self._try_a_large_number(outputs[0])
+
+    def _try_a_large_number(self, expected: Any) -> None:
+        """What a module does that was called very often: it may raise an error, which ends a solve."""
+        with untouched(self._module):
+            self._add(LARGE)
+            try:
+                found = self._call()
+            except Exception:  # noqa: BLE001 - whatever the user has chosen
+                self._ends = True
+                return
+        pairs = zip(tree_leaves(found), tree_leaves(expected))
+        self.by_number = not all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
 
     def __bool__(self) -> bool:
         return bool(self._counted)
@@ -57,6 +80,13 @@ class Counters:
         return frozenset(key for other, key, _ in self._counted if other is part)
 
     def add(self, evaluations: int) -> None:
+        """Raises what forward itself raises where it was called too often."""
+        self._add(evaluations)
+        if self._ends:
+            with untouched(self._module):
+                self._call()
+
+    def _add(self, evaluations: int) -> None:
         for part, key, step in self._counted:
             value = part._buffers.get(key, part.__dict__.get(key))
             if isinstance(value, Tensor):
@@ -64,6 +94,12 @@ class Counters:
                     value.add_(step * evaluations)
             elif _is_number(value):
                 part.__dict__[key] = value + step * evaluations
+
+
+def _kept(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:
+    """What the parts of a module hold under names that forward writes, and nothing in the module reads."""
+    own = (part for part in module.modules() if not type(part).__module__.startswith("torch."))
+    return {(part, name): part.__dict__.get(name) for part in own for name in only_written(part)}
 
 
 def _is_number(value: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from .capture.context import PREFIX, tensor_named
+from .capture.context import PREFIX, part_named, tensor_named
 from .capture.replay import TimeFormula
 from .field import GraphField, TimeFunction, VectorField
 from .field.graph import order
@@ -140,7 +140,7 @@ class FieldParameters(nn.Module):
         if known is None:  # the owner stays: a live field whose module has other parts is compiled anew
             owner, _, leaf = name.rpartition(".")
             tree = self.entries if self._watch is None else self.module
-            known = self._owners[name] = tree.get_submodule(owner), leaf
+            known = self._owners[name] = part_named(tree, owner), leaf
         module, leaf = known
         return module._parameters[leaf]
 

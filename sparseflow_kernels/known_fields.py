@@ -23,7 +23,7 @@ from .live import Watch
 MOST_FIELDS = 64  # of a module; beyond, those that were compiled first are forgotten
 MOST_FAMILIES = 256
 MOST_STAND_INS = 16  # round one module
-MOST_VARIANTS = 4  # fields of a module for states of one kind: it may go back to numbers that it held before
+MOST_VARIANTS = 16  # fields of a module for states of one kind: it may go back to numbers that it held before
 SOLVES = 3  # by which a compilation pays
 lock = threading.RLock()
 
@@ -34,7 +34,7 @@ class Family:
     holds other numbers at every solve. compiled: how often one of them was.  solves: that they had.  debt: of
     compilations for which there have not been SOLVES solves.  told: that no more of them are compiled.  handed_on:
     solves since then, of which the next compilation waits for `patience`.  stood_for: that a `stand_in` solves for new
-    ones.  apart: that it does not, after all.  of: one of the parameters."""
+    ones, where it can.  of: one of the parameters."""
 
     of: weakref.ref
     compiled: int = 0
@@ -44,7 +44,6 @@ class Family:
     handed_on: int = 0
     patience: int = 64
     stood_for: bool = False
-    apart: bool = False
 
     def has_compiled(self) -> None:
         self.compiled += 1
@@ -62,7 +61,7 @@ class Family:
         """A solve that would be handed on: now and then one of them is compiled for, as things may have changed."""
         self.handed_on += 1
         if self.handed_on > self.patience:
-            self.handed_on, self.patience, self.apart = 0, 2 * self.patience, False
+            self.handed_on, self.patience = 0, 2 * self.patience
             self.debt -= SOLVES
 
 
@@ -135,7 +134,8 @@ def _code_of(module: nn.Module) -> Any:
     """What modules of one class have in common, or functions of the same code."""
     if isinstance(module, FunctionModule):
         return key_of(module.function)
-    return getattr(type(module).forward, "__code__", type(module))
+    forward = getattr(type(module), "forward", None)  # TorchScript's has none
+    return getattr(forward, "__code__", type(module))
 
 
 def stand_in(module: nn.Module) -> nn.Module | None:

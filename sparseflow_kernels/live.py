@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .callables import FunctionModule
-from .capture.context import PREFIX, attributes
+from .capture.context import PREFIX, attributes, part_named
 from .capture.seen import Answers
 from .counting import Counters
 from .hooks import hooks_of
@@ -115,6 +115,11 @@ class Watch:
         """The name of a list or dict in which forward notes what it sees; None if it does not."""
         return None if self._counters is None else self._counters.records
 
+    @property
+    def by_number(self) -> bool:
+        """Whether what the module computes depends on how often it was called."""
+        return self._counters is not None and self._counters.by_number
+
     def count(self, evaluations: int) -> None:
         """Of so many evaluations the module's own counters know by this."""
         if self.__dict__.get("_counters"):
@@ -165,7 +170,7 @@ class Watch:
         data, which is made anew for every batch. They are watched instead from now on."""
         if _places(self._module) != self._where:
             return False
-        parts = [(path, self._module.get_submodule(path)) for path, _ in self._parts]
+        parts = [(path, part_named(self._module, path)) for path, _ in self._parts]
         children = [tuple(part._modules.values()) for _, part in parts]
         for now, before in zip(children, self._children):
             if not all(new is old or self._replaces(new, old) for new, old in zip(now, before)):

@@ -3,7 +3,6 @@ close over."""
 
 from __future__ import annotations
 
-import dis
 import types
 from typing import Any, Mapping
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from .capture.context import PREFIX, inside
 from .counting import TORCHS, Counters
 from .packing import Snapshot, strided
+from .written import only_written
 
 DEEPEST = 4  # containers in containers
 _SETTINGS = (bool, int, float, str, tuple, type(None))
@@ -31,9 +31,7 @@ class Attributes:
     ) -> None:  # fmt: skip
         self._followed, self._unread = followed, unread
         self._written = [
-            frozenset()
-            if _is_torchs(part)
-            else _written_by(type(part).forward) | (counters.of(part) if counters else frozenset())
+            frozenset() if _is_torchs(part) else only_written(part) | (counters.of(part) if counters else frozenset())
             for _, part in parts
         ]
         self.look_at(parts)
@@ -115,11 +113,3 @@ def kind_of(value: Tensor | None, free: int) -> tuple:
 
 def _is_torchs(part: nn.Module) -> bool:
     return type(part).__module__.startswith("torch.")
-
-
-def _written_by(function: Any) -> frozenset[str]:
-    """Names of attributes that a function assigns to."""
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return frozenset()
-    return frozenset(i.argval for i in dis.get_instructions(code) if i.opname == "STORE_ATTR")

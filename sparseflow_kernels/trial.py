@@ -1,7 +1,7 @@
-"""Whether a field is worth its kernels where the whole state is one sample: a graph's nodes, a grid.
+"""Whether a field is worth its kernels for a few large samples: the nodes of a graph, a grid, as one or as some.
 
-The kernels' vectors hold a number of several samples each. Of one sample alone they use one place, while torch
-multiplies whole matrices. Which of the two is quicker depends on both, so a few steps of each are timed.
+The kernels' vectors hold a number of several samples each. Of few samples they use few places, while torch multiplies
+whole matrices. Which of the two is quicker depends on both, so a few steps of each are timed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from .compiled_field import CompiledField
 from .field.layout import State
 from .odeint import odeint
 
-SMALLEST = 32  # numbers of a state; below, torch's overhead alone takes longer
+VECTOR = 16  # samples, of float32
+SMALLEST = 8192  # multiply-adds a sample; below, torch's overhead alone takes longer
 MARGIN = 1.25  # by which torch has to be quicker
 STEPS, ROUNDS = 5, 3  # as few as a short solve takes
 
@@ -26,7 +27,9 @@ STEPS, ROUNDS = 5, 3  # as few as a short solve takes
 def slower_than_torch(field: CompiledField, module: nn.Module, y0: State) -> str | None:
     """The reason to leave the module to torchdiffeq, for states like y0; None where there is none. With gradients where
     these are on."""
-    if field.layout is None or field.layout.batched or field.dim < SMALLEST:
+    first, layout = y0[0] if isinstance(y0, tuple) else y0, field.layout
+    samples = first.shape[:-1].numel() if layout is None else len(first) if layout.batched else 1
+    if samples >= VECTOR or field.nnz < SMALLEST:
         return None
     with untouched(module), torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad():
         times = [[_seconds(lambda: _step(*one, y0)) for one in _sides(field, module)] for _ in range(1 + ROUNDS)][1:]
@@ -34,8 +37,8 @@ def slower_than_torch(field: CompiledField, module: nn.Module, y0: State) -> str
     if ours <= MARGIN * theirs:
         return None
     return (
-        f"its state is one sample of {field.dim} numbers, of which torch is quicker: {STEPS} steps take "
-        f"{1e3 * theirs:.2g} ms there and {1e3 * ours:.2g} ms here, where vectors hold several samples"
+        f"its state is {samples} large sample{'s' * (samples > 1)}, of which torch is quicker: {STEPS} steps take "
+        f"{1e3 * theirs:.2g} ms there and {1e3 * ours:.2g} ms here, where vectors hold {VECTOR} samples"
     )
 
 

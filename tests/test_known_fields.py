@@ -201,6 +201,16 @@ def test_paths_through_data_are_context(path, kind, lengths, monkeypatch):
     assert len(compiled) == len(lengths) + 3 * anew
 
 
+def test_lengths_that_come_back_find_their_fields(monkeypatch):
+    net, y = nn.Linear(2, 2).double(), torch.randn(3, 2).double()
+    compiled = counted_compiles(monkeypatch)
+    with accelerate(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number in range(60):
+            odeint(Driven(net, Knots(torch.randn(3, 5 + number % 7, 2).double())), y, T, method="euler")
+    assert len(compiled) <= 3 + 7
+
+
 def test_parts_that_a_method_reaches_without_calling_them_are_watched():
     class Scaled(nn.Module):
         def __init__(self):
@@ -476,6 +486,7 @@ def test_masks_that_are_others_stay_masks():
 @pytest.mark.parametrize("seconds", [(1.0, 2.0), (2.0, 1.0)], ids=["quicker", "slower"])
 def test_states_of_one_large_sample_go_to_the_quicker(seconds, monkeypatch):
     trial = importlib.import_module("sparseflow_kernels.trial")
+    monkeypatch.setattr(trial, "SMALLEST", 32)
     field, x = Source(torch.eye(20).double() + 0.1), torch.randn(20, 3).double()
     field.x0 = torch.ones(20, 3).double()
     wanted = torchdiffeq.odeint(field, x, T)

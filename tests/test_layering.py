@@ -18,7 +18,7 @@ FLOORS = [
     [
         "accelerate", "callables", "compiled_field", "counting", "divergence_field", "field_parameters", "gradients", "known_fields", "layer_parameters", "live",
         "live_attributes", "nonfinite", "odeint", "operators", "packing", "products", "reading", "report", "solution",
-        "solving", "sparse_conv", "sparse_layer", "sparse_linear", "sparsify", "trial", "write_back",
+        "solving", "sparse_conv", "sparse_layer", "sparse_linear", "sparsify", "trial", "write_back", "written",
     ],
     ["pruning", "flows"],
     ["training"],

@@ -77,7 +77,9 @@ def capture_with_origins(
     try:
         return _read(module, dim, like)
     except UnsupportedFieldError as error:
-        raise with_sparsify(module, error) from error.__cause__
+        with untouched(module):  # a parametrization may move when it is asked for its weight
+            told = with_sparsify(module, error)
+        raise told from error.__cause__
 
 
 def capture_graph(

@@ -96,7 +96,7 @@ def _inside(name: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
 def attribute(module: nn.Module, name: str) -> Tensor:
     """The tensor that the module holds under this name now. Raises ValueError where it holds none any more."""
     path, key, *rest = name.removeprefix(PREFIX).split("/")
-    value: Any = getattr(module.get_submodule(path), key)
+    value: Any = getattr(part_named(module, path), key)
     for step in rest:
         value = next((item for name, item in inside(value) if name == step), None)
     if not isinstance(value, Tensor):
@@ -104,9 +104,17 @@ def attribute(module: nn.Module, name: str) -> Tensor:
     return value
 
 
+def part_named(module: nn.Module, path: str) -> nn.Module:
+    """nn.Module.get_submodule, which TorchScript's modules lack."""
+    return functools.reduce(getattr, path.split(".") if path else (), module)
+
+
 def tensor_named(module: nn.Module, name: str) -> Tensor:
     """The parameter, or the tensor beside parameters, that the module holds under the name of a `Leaf`."""
-    return attribute(module, name) if name.startswith(PREFIX) else module.get_parameter(name)
+    if name.startswith(PREFIX):
+        return attribute(module, name)
+    path, _, leaf = name.rpartition(".")
+    return part_named(module, path)._parameters[leaf]
 
 
 class Context:

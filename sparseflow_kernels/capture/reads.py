@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves as every_leaf
 
 from ..field import UnsupportedFieldError
+from . import seen
 from .branches import QUESTION
 from .operations import written
 from .probe import Probe
@@ -33,6 +34,7 @@ ARRAYS = {"numpy", "tolist", "__array__", "__dlpack__", "data_ptr", "untyped_sto
 ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward"}
 TORCH = os.path.dirname(torch.__file__) + os.sep
 GRAD_MODE, DECORATORS = (sys.modules[name].__file__ for name in ("torch.autograd.grad_mode", "torch.utils._contextlib"))
+SEEN = seen.__file__  # whose mode lies between the two
 DATA, GRADIENT = Tensor.data.__get__, Tensor.grad.__get__
 COPIES = {"tensor", "as_tensor", "asarray", "new_tensor"}  # read the tensors inside lists that they are given
 
@@ -91,7 +93,7 @@ class Reads(TorchFunctionMode):
     def _grad_mode(self, frame: types.FrameType | None) -> None:
         """Notices where forward itself enters and leaves torch.no_grad and torch.enable_grad: what torch's own functions do
         inside (a checkpoint, say) they make good for."""
-        while frame is not None and frame.f_code.co_filename == GRAD_MODE:
+        while frame is not None and frame.f_code.co_filename in (GRAD_MODE, SEEN):
             manager, name = frame.f_locals.get("self"), frame.f_code.co_name
             if isinstance(manager, (torch.no_grad, torch.enable_grad)) and name in ("__enter__", "__exit__"):
                 caller = frame.f_back.f_code.co_filename if frame.f_back is not None else ""
