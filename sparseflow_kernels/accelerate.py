@@ -19,8 +19,10 @@ import torchdiffeq
 from torch import Tensor, nn
 
 from .callables import PYTHONS, FunctionModule, Kept, key_of, original, parts_of
+from .capture.context import attribute
 from .compiled_field import CompiledField, compile_moving as compile_field
 from .divergence_field import DivergenceField
+from .engines import choose
 from .field import UnsupportedFieldError
 from .gradients import only_torch
 from .hooks import CALLBACKS, is_hooked
@@ -215,7 +217,7 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
                     "it writes what it reads (a counter, a list), which a compiled field would not"
                 )
             with _handing_on():
-                reason = slower_than_torch(field, module, y0)
+                reason = self._in_plain_torch(field) or slower_than_torch(field, module, y0)
             if reason is None:
                 entry.field = field
             else:
@@ -227,6 +229,11 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
             if kept is not None:
                 kept.restore()
         return entry
+
+    def _in_plain_torch(self, field: CompiledField) -> str | None:
+        """The reason where no engine takes the field but the one that is plain torch, which nobody asked for."""
+        engine, why = choose(field.vector_field, self.engine)
+        return why if engine.name == "reference" and self.engine == "auto" else None
 
     def module_of(self, function: Callable) -> FunctionModule | None:
         """A function as a module, the same one for functions of the same code over the same modules."""
@@ -256,6 +263,11 @@ def _name(module: nn.Module) -> str:
 
 
 def _fits(field: CompiledField, y0: Any) -> bool:
+    if field.has_context:
+        first = y0[0] if isinstance(y0, tuple) else y0
+        held = (attribute(field.module, name) for name in field.skeleton.read_context.tensors)
+        if any(tensor.shape[:1] != first.shape[:1] for tensor in held):
+            return False  # of one sample for all now, say
     if field.layout is not None:
         return field.layout.fits(y0) is None
     return isinstance(y0, Tensor) and y0.shape[-1] == field.dim and field.skeleton.refused(y0.dim()) is None

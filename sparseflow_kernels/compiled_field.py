@@ -28,6 +28,7 @@ from .field_parameters import FieldParameters, follow_assigned, time_formulas
 from .hooks import CALLBACKS, GLOBAL_HOOKS, hooks_of
 from .live import Run, may_move
 from .origin import Key, Origin
+from .own_gradients import check_own_gradients
 from .packing import Packing
 from .reading import Reading, check_fits, example_of, read, shapes_of, state_of
 from .report import describe_chain, describe_graph
@@ -127,6 +128,8 @@ def _read(
         try:
             with collecting(these) as seen:
                 found = read(source, dim, like, these)
+                if isinstance(source, nn.Module) and not isinstance(source, FieldParameters):
+                    _check_gradients(source, found, like, seen)
                 run = _run_of(source, found, like, seen) if live else None
         except (UnsupportedFieldError, TypeError, ValueError):
             if not these:
@@ -137,6 +140,16 @@ def _read(
             if not any(name in these for formula in time_formulas(found.field) for name in formula.names):
                 return found, run, seen
     raise AssertionError("unreachable")
+
+
+def _check_gradients(module: nn.Module, found: Reading, like: State | None, seen: Seen) -> None:
+    time = torch.zeros((), dtype=found.field.dtype, device=found.field.device)
+
+    def of_field() -> Callable[[State], State]:
+        field = CompiledField(found.field, "reference", origins=found.origins, held=found.held, source=module)
+        return lambda state: field(time, state)
+
+    check_own_gradients(module, lambda state: module(time, state), of_field, state_of(found.field, like), seen)
 
 
 def _run_of(module: nn.Module, found: Reading, like: State | None, seen: Seen) -> Run:

@@ -282,3 +282,79 @@ def test_live_fields_of_unusual_tensors_and_modules(name: str) -> None:
         with torch.no_grad():
             for p in module.parameters():
                 p.mul_(1.1)
+
+
+# ----------------------------------------------------------------------------------------------- gradients by hand
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 0.1 * gradient
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+def hooked(x):
+    if x.requires_grad:
+        x.register_hook(lambda gradient: 0.1 * gradient)
+    return x
+
+
+class ByHand(torch.nn.Module):
+    def __init__(self, function, of_weights=False):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(3, 4).double(), torch.nn.Linear(4, 3).double()
+        self.function, self.of_weights = function, of_weights
+
+    def forward(self, t, y):
+        if self.of_weights:
+            return self.b(torch.nn.functional.linear(y, self.function(self.a.weight)))
+        return self.b(self.function(self.a(y)))
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize(
+    "function, of_weights", [(Scaled.apply, False), (Scaled.apply, True), (hooked, False)], ids=["state", "weights", "hook"]
+)
+def test_other_gradients_than_the_derivative_are_refused(function, of_weights, live):
+    with pytest.raises(sfk.UnsupportedFieldError, match="ByHand: it has a gradient of its own"):
+        sfk.compile(ByHand(function, of_weights), live=live)
+
+
+@pytest.mark.parametrize("of_weights", [False, True])
+def test_the_derivative_by_hand_is_the_fields(of_weights):
+    module, y = ByHand(Square.apply, of_weights), torch.randn(5, 3).double()
+    field = sfk.compile(module, live=True)
+    found, wanted = field(0.0, y), module(0.0, y)
+    torch.testing.assert_close(found, wanted)
+    parameters = [p for name, p in module.named_parameters() if name != "a.bias" or not of_weights]
+    grads = [torch.autograd.grad(out.square().sum(), parameters) for out in (found, wanted)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, lambda: torch.set_grad_enabled(False)], ids=["no_grad", "set"])
+def test_a_part_without_gradients(mode):
+    class Part(ByHand):
+        def forward(self, t, y):
+            with mode():
+                h = self.a(y)
+            return self.b(h) + self.b(self.a(y).tanh())
+
+    module, y = Part(None), torch.randn(5, 3).double().requires_grad_()
+    field = sfk.compile(module, live=True)
+    grads = [torch.autograd.grad(f(0.0, y).square().sum(), [y, *module.parameters()]) for f in (field, module)]
+    torch.testing.assert_close(*grads)

@@ -91,17 +91,25 @@ class Reads(TorchFunctionMode):
         return self.tracer.pairs.seen(tensor) if value is None else value
 
     def _grad_mode(self, frame: types.FrameType | None) -> None:
-        """Notices where forward itself enters and leaves torch.no_grad and torch.enable_grad: what torch's own functions do
-        inside (a checkpoint, say) they make good for."""
+        """Notices where forward itself enters and leaves torch.no_grad, enable_grad and set_grad_enabled: what torch's own
+        functions do inside (a checkpoint, say) they make good for."""
         while frame is not None and frame.f_code.co_filename in (GRAD_MODE, SEEN):
             manager, name = frame.f_locals.get("self"), frame.f_code.co_name
-            if isinstance(manager, (torch.no_grad, torch.enable_grad)) and name in ("__enter__", "__exit__"):
+            if isinstance(manager, (torch.no_grad, torch.enable_grad, torch.set_grad_enabled)):
                 caller = frame.f_back.f_code.co_filename if frame.f_back is not None else ""
-                if not caller.startswith(TORCH) or caller == DECORATORS:
-                    cut = self.tracer.without_grad
-                    cut.append(isinstance(manager, torch.no_grad)) if name == "__enter__" else cut and cut.pop()
-                return
+                if caller != GRAD_MODE:  # else one of them has called another
+                    if not caller.startswith(TORCH) or caller == DECORATORS:
+                        self._switch(manager, name in ("__init__", "__enter__"))
+                    return
             frame = frame.f_back
+
+    def _switch(self, manager: Any, on: bool) -> None:
+        cut = self.tracer.without_grad
+        entered = bool(cut) and cut[-1][0] is manager  # set_grad_enabled holds from when it is made
+        if on and not entered:
+            cut.append((manager, isinstance(manager, torch.no_grad) or getattr(manager, "mode", True) is False))
+        elif not on and entered:
+            cut.pop()
 
     def _is_branch(self, tensor: Tensor) -> bool:
         value = self._value(tensor)

@@ -30,11 +30,11 @@ AT_POSITIONS = {
 class Seen:
     """ids: of the tensors that torch was called with, be it for their shape alone. Kept by `collecting`.
 
-    moving: tensors beside the parameters, by the names of `attributes`, that are to be read like parameters, as they
+    hooked: forward has put a hook on a tensor.  moving: tensors beside the parameters, by the names of `attributes`, that are to be read like parameters, as they
     will be others."""
 
     def __init__(self, moving: Mapping[str, Tensor] | None = None) -> None:
-        self.moving = moving or {}
+        self.moving, self.hooked = moving or {}, False
         self.ids: set[int] = set()
         self._forms = Forms()
         self._taken: dict[int, Node | Leaf] = {}
@@ -104,13 +104,14 @@ def current() -> Seen:
 
 
 class _Calls(TorchFunctionMode):
-    def __init__(self, ids: set[int]) -> None:
+    def __init__(self, seen: Seen) -> None:
         super().__init__()
-        self.ids = ids
+        self.seen = seen
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        self.ids.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        self.seen.ids.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        self.seen.hooked |= func is Tensor.register_hook
         return func(*args, **kwargs)
 
 
@@ -118,5 +119,5 @@ def watched(run: Callable[[], Any]) -> Any:
     seen = getattr(_here, "seen", None)
     if seen is None:
         return run()
-    with _Calls(seen.ids):
+    with _Calls(seen):
         return run()

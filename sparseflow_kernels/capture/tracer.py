@@ -112,7 +112,7 @@ class Following(TorchDispatchMode):
         self.aliases: dict[int, list[Tensor]] = {}  # by memory; also keeps ids unique, for these tensors stay alive
         self.numbers: dict[float, TimeValue] = {}  # t, and what is read out of functions of t by .item()
         self.read_by_python = False  # values that depend on t
-        self.without_grad: list[bool] = []  # whether forward is within torch.no_grad, for all that it has entered
+        self.without_grad: list[tuple[Any, bool]] = []  # what forward has entered of torch.no_grad's kind: does it cut?
         self.operation = ""  # the last one
         self.given: tuple = ()  # its arguments, as they are
 
@@ -210,7 +210,7 @@ class Following(TorchDispatchMode):
         if any(map(is_complex, results)):
             return self._complex(func, args, kwargs, out)
         result = self._abstract(func, abstract_args, abstract_kwargs, out)
-        if self.without_grad and self.without_grad[-1]:
+        if self.without_grad and self.without_grad[-1][1]:
             result = tree_map(self._cut, result)
         changed = [args[i] for i in written(func) if i < len(args) and isinstance(args[i], Tensor)]
         if changed and is_in_place(func):

@@ -1,0 +1,84 @@
+"""Gradients that forward has of its own: of an autograd.Function with a backward by hand, by a hook on a tensor.
+
+What is read of a module are the operations of its forward, and their derivatives are the field's. A backward by hand
+may be the same one, computed with less memory, or another one on purpose (a straight-through estimator).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+
+from .capture.probe import untouched
+from .capture.seen import Seen, watched
+from .field import UnsupportedFieldError
+from .field.layout import State
+
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # relative
+KNOWN = ("torch.", "sparseflow_kernels.")  # whose functions have the derivative of what they compute
+
+
+def check_own_gradients(
+    module: nn.Module, call: Callable[[State], State], field: Callable[[], Callable[[State], State]], start: State,
+    seen: Seen,
+) -> None:  # fmt: skip
+    """Raises UnsupportedFieldError where the module has gradients of its own, and they are not the field's.
+
+    call: an evaluation of the module.  field: gives one of what was read, over the module's parameters.  start: the
+    state to evaluate at.  seen: what reading the module has shown.
+    """
+    parts = start if isinstance(start, tuple) else (start,)
+    leaves = [part.detach().clone().requires_grad_() for part in parts]
+    state = tuple(leaves) if isinstance(start, tuple) else leaves[0]
+    with untouched(module), torch.enable_grad():
+        try:
+            out = _flat(watched(lambda: call(state)))
+        except Exception:  # noqa: BLE001 - it runs for states of another shape alone: what it needs is told when it is asked for
+            return
+        if not seen.hooked and not any(map(_has_own, out)):
+            return
+        wanted = [*leaves, *(p for p in module.parameters() if p.requires_grad)]
+        ours = _gradient(_flat(field()(state)), wanted)
+        theirs = _gradient(out, wanted)
+    for mine, own in zip(ours, theirs):
+        if not bool((mine - own).abs().max() <= TOLERANCE[mine.dtype] * (1.0 + own.abs().max())):
+            raise UnsupportedFieldError(
+                f"module {type(module).__name__}: it has a gradient of its own (an autograd.Function with a "
+                "backward, or a hook on a tensor), which is not the derivative of what forward computes, as a compiled "
+                "field has it. Use the module uncompiled with sfk.odeint, which hands it to torchdiffeq"
+            )
+
+
+def _flat(state: Any) -> tuple[Tensor, ...]:
+    return tuple(state) if isinstance(state, (tuple, list)) else (state,)
+
+
+def _gradient(out: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(one.shape, generator=generator, dtype=torch.float64).to(one) for one in out]
+    loss = sum((one * weight).sum() for one, weight in zip(out, weights))
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        return [torch.zeros_like(one) for one in wanted]
+    found = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return [torch.zeros_like(one) if grad is None else grad for one, grad in zip(wanted, found)]
+
+
+def _home(node: Any) -> str:
+    return getattr(getattr(node, "_forward_cls", None), "__module__", "")
+
+
+def _has_own(tensor: Tensor) -> bool:
+    """Whether there is a function by hand among those that a gradient goes back through."""
+    waiting, known = [tensor.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        if isinstance(node, BackwardCFunction) and not _home(node).startswith(KNOWN):
+            return True
+        waiting += [following for following, _ in node.next_functions]
+    return False
