@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .capture.context import PREFIX, inside
 from .counting import TORCHS, Counters
 from .packing import Snapshot, strided
-from .written import only_written
+from .written import function_of, methods_of, only_written, plain_of
 
 DEEPEST = 4  # containers in containers
 _SETTINGS = (bool, int, float, str, tuple, type(None))
@@ -46,6 +46,8 @@ class Attributes:
 
     def look_at(self, parts: list[tuple[str, nn.Module]]) -> None:
         """Watches these parts in the place of those under the same paths."""
+        classes = ((path, kind, methods_of(kind), plain_of(kind)) for path, kind in ((p, type(m)) for p, m in parts))
+        self._classes = [one for one in classes if one[2] or one[3]]  # what a class may hold in the place of its modules
         self._torchs = [part for _, part in parts if _is_torchs(part)]
         self._parts = [
             (path, part, written) for (path, part), written in zip(parts, self._written) if not _is_torchs(part)
@@ -72,6 +74,11 @@ class Attributes:
                 if key not in TORCHS and key not in written:
                     self._stamp(f"{PREFIX}{path}/{key}", value, DEEPEST, stamps, tensors)
             self._stamp(f"{PREFIX}{path}/forward", part.forward, 2, stamps, tensors)
+        for path, kind, methods, plain in self._classes:
+            for name in methods:
+                self._stamp(f"{PREFIX}{path}/{name}()", function_of(kind, name), 2, stamps, tensors)
+            for holder, name in plain:
+                self._stamp(f"{PREFIX}{path}/{name}", vars(holder).get(name), 2, stamps, tensors)
         return stamps, tensors
 
     def _stamp(self, name: str, value: Any, depth: int, stamps: list, tensors: list[Tensor]) -> None:

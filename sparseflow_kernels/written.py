@@ -6,6 +6,7 @@ import dis
 import functools
 import inspect
 import types
+import weakref
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,49 @@ def only_written(part: nn.Module) -> frozenset[str]:
             for member in vars(kind).values():
                 read |= _attributes_of(getattr(member, "fget", member))[1]
     return written - read
+
+
+_methods: weakref.WeakKeyDictionary[type, tuple[str, ...]] = weakref.WeakKeyDictionary()
+
+
+def methods_of(kind: type) -> tuple[str, ...]:
+    """Names of the methods and properties of a module's class that its forward may come to, by the names in their code;
+    not torch's own, and not forward itself."""
+    if kind not in _methods:
+        known = {name for one in kind.__mro__ if not one.__module__.startswith("torch.") for name in vars(one)}
+        waiting = list(known & {"forward", "__call__"})
+        found: set[str] = set()
+        while waiting:
+            if (name := waiting.pop()) in found:
+                continue
+            found.add(name)
+            code = getattr(function_of(kind, name), "__code__", None)
+            if isinstance(code, types.CodeType):
+                waiting += [other for other in _names_of(code) if other in known]
+        _methods[kind] = tuple(sorted(name for name in found - {"forward"} if function_of(kind, name) is not None))
+    return _methods[kind]
+
+
+def function_of(kind: type, name: str) -> types.FunctionType | None:
+    """A method, or what a property is read by; None for what is neither, or not written in Python."""
+    value = getattr(kind, name, None)
+    value = getattr(value, "fget", getattr(value, "__func__", value))
+    return value if isinstance(value, types.FunctionType) else None
+
+
+def plain_of(kind: type) -> tuple[tuple[type, str], ...]:
+    """The attributes that a module's class holds as numbers, tensors and the like, and the class that has each."""
+    return tuple(
+        (one, name) for one in kind.__mro__ if not one.__module__.startswith("torch.")
+        for name, value in vars(one).items()
+        if not name.startswith("__") and value is not None and not callable(value)
+        and not isinstance(value, (property, staticmethod, classmethod, types.MemberDescriptorType))
+    )  # fmt: skip
+
+
+def _names_of(code: types.CodeType) -> set[str]:
+    inner = (_names_of(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return set(code.co_names).union(*inner)
 
 
 @functools.lru_cache(maxsize=4096)

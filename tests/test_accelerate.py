@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import types
 import warnings
 
 import pytest
@@ -563,3 +564,59 @@ def test_forward_without_gradients_has_none():
             odeint(module, start, times, method="rk4")[-1].square().sum().backward()
             grads.append(start.grad)
     torch.testing.assert_close(grads[1], grads[0])
+
+
+CONFIG = types.ModuleType("config")
+SETTINGS = types.SimpleNamespace(rate=1.0)
+
+
+class Rates:
+    rate = 1.0
+
+
+def rate_of_a_class():
+    return Rates.rate
+
+
+class Rated(nn.Module):
+    rate = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(2, 2).double()
+
+    @property
+    def as_property(self):
+        return SETTINGS.rate
+
+    @staticmethod
+    def as_static_method():
+        return SETTINGS.rate
+
+    def as_method(self):
+        return CONFIG.rate
+
+
+READERS = {
+    "of the class": "self.rate", "of a module": "CONFIG.rate", "of another class": "Rates.rate",
+    "by a function": "rate_of_a_class()", "by a property": "self.as_property",
+    "by a static method": "self.as_static_method()", "by a method": "self.as_method()",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_numbers_beside_the_module_are_watched(name):
+    namespace = dict(globals())
+    exec(f"class Reads(Rated):\n    def forward(self, t, y):\n        return self.net(y) * {READERS[name]}", namespace)
+    module, y, times = namespace["Reads"](), torch.randn(3, 2).double(), torch.tensor([0.0, 1.0]).double()
+
+    def run():
+        found = []
+        for rate in (1.0, 2.0, 3.0):
+            Rated.rate = Rates.rate = CONFIG.rate = SETTINGS.rate = rate
+            found.append(odeint(module, y, times, method="rk4"))
+        return found
+
+    wanted = run()
+    with accelerate():
+        torch.testing.assert_close(run(), wanted, rtol=1e-9, atol=1e-9)

@@ -58,8 +58,15 @@ def items_of(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((name, cell.cell_contents) for name, cell in cells if cell != types.CellType())
         yield from ((f"default{i}", item) for i, item in enumerate(value.__defaults__ or ()))
         yield from (value.__kwdefaults__ or {}).items()
-        read = ((name, value.__globals__.get(name)) for name in _globals_of(value.__code__))
+        names, members = _globals_of(value.__code__)
+        read = ((name, value.__globals__.get(name)) for name in names)
         yield from ((name, item) for name, item in read if not isinstance(item, (types.NoneType, types.ModuleType)))
+        for name, member in members:  # config.rate, of a module or a class
+            holder = value.__globals__.get(name)
+            if isinstance(holder, (types.ModuleType, type)) and not _is_librarys(holder):
+                item = getattr(holder, member, None)
+                if not (item is None or callable(item) or isinstance(item, (types.ModuleType, property))):
+                    yield f"{name}.{member}", item
     elif hasattr(value, "func") and hasattr(value, "keywords"):  # functools.partial
         yield from (("func", value.func), ("args", value.args), ("keywords", value.keywords))
 
@@ -75,13 +82,25 @@ def inside(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _globals_of(code: types.CodeType) -> tuple[str, ...]:
-    """The globals that code reads, that of the functions in it included."""
-    names = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+def _globals_of(code: types.CodeType) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """(the globals that code reads, what it reads of them), that of the functions in it included."""
+    instructions = [one for one in dis.get_instructions(code) if one.opname not in ("CACHE", "PUSH_NULL")]
+    reads = ("LOAD_GLOBAL", "LOAD_NAME")
+    names = [one.argval for one in instructions if one.opname in reads]
+    members = [
+        (one.argval, following.argval) for one, following in zip(instructions, instructions[1:])
+        if one.opname in reads and following.opname in ("LOAD_ATTR", "LOAD_METHOD")
+    ]  # fmt: skip
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            names += _globals_of(constant)
-    return tuple(dict.fromkeys(names))
+            inner = _globals_of(constant)
+            names, members = [*names, *inner[0]], [*members, *inner[1]]
+    return tuple(dict.fromkeys(names)), tuple(dict.fromkeys(members))
+
+
+def _is_librarys(holder: types.ModuleType | type) -> bool:
+    home = holder.__name__ if isinstance(holder, types.ModuleType) else holder.__module__
+    return home.split(".")[0] in ("torch", "numpy", "math", "scipy", "einops", "torchdiffeq", "sparseflow_kernels")
 
 
 def _inside(name: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
