@@ -265,7 +265,10 @@ def _name(module: nn.Module) -> str:
 def _fits(field: CompiledField, y0: Any) -> bool:
     if field.has_context:
         first = y0[0] if isinstance(y0, tuple) else y0
-        held = (attribute(field.module, name) for name in field.skeleton.read_context.tensors)
+        try:
+            held = [attribute(field.module, name) for name in field.skeleton.read_context.tensors]
+        except (ValueError, AttributeError):  # None now
+            return False
         if any(tensor.shape[:1] != first.shape[:1] for tensor in held):
             return False  # of one sample for all now, say
     if field.layout is not None:

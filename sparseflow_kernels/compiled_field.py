@@ -163,7 +163,7 @@ def _run_of(module: nn.Module, found: Reading, like: State | None, seen: Seen) -
 
 def _tell_what_was_taken(module: nn.Module, found: Reading, seen: Seen) -> None:
     """Of a field with parameters of its own, which is not compiled anew."""
-    if (answers := seen.answers(module, found.field.dtype)) is None:
+    if (answers := seen.answers(module, found.field.dtype, zeros=False)) is None:
         return
     context = getattr(found.field, "read_context", None)
     if context is not None and any(leaf.name in context.tensors for leaf in answers.leaves):

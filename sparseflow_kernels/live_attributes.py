@@ -47,7 +47,7 @@ class Attributes:
     def look_at(self, parts: list[tuple[str, nn.Module]]) -> None:
         """Watches these parts in the place of those under the same paths."""
         classes = ((path, kind, methods_of(kind), plain_of(kind)) for path, kind in ((p, type(m)) for p, m in parts))
-        self._classes = [one for one in classes if one[2] or one[3]]  # what a class may hold in the place of its modules
+        self._classes = [one for one in classes if one[2] or one[3]]
         self._torchs = [part for _, part in parts if _is_torchs(part)]
         self._parts = [
             (path, part, written) for (path, part), written in zip(parts, self._written) if not _is_torchs(part)

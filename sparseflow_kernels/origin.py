@@ -148,10 +148,13 @@ class Recipe:
 
 
 class Derivation:
-    """Tensors made from values of the held parameters, by name, in one dtype on one device; differentiable in them."""
+    """Tensors made from values of the held parameters, by name, in one dtype on one device; differentiable in them.
+    detached: what is read in their place where the module detaches; None: the same."""
 
-    def __init__(self, recipe: Recipe, values: Mapping[str, Tensor]) -> None:
-        self._recipe, self._values = recipe, values
+    def __init__(
+        self, recipe: Recipe, values: Mapping[str, Tensor], detached: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self._recipe, self._values, self.detached = recipe, values, detached
         self._results: dict[int, Any] = {}
 
     def whole(self, name: str) -> Tensor:

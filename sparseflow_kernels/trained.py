@@ -19,6 +19,9 @@ from .field import GraphField, UnsupportedFieldError, VectorField
 from .origin import COMPUTED, CONSTANT, Derivation, Key, Origin, Recipe
 
 
+FAR_MOVES = (1.0, 1.0, 10.0, 1000.0)  # times the mean size of a parameter's entries
+
+
 @dataclass
 class Held:
     """Elements of one parameter of a module. elements: int64 [n], ascending; None for all of them, `values` in the
@@ -78,9 +81,28 @@ def starts_at_zero(origin: Origin, held: Mapping[str, Held]) -> Tensor:
     fresh = [held[name].moving or (held[name].trained and is_fresh(held[name].values)) for name in origin.parameters]
     found = torch.tensor([*fresh, False, False])[origin.parameter]  # -1 and -2: no plain entries
     if origin.computed:
-        moved = Derivation(Recipe({name: h.elements for name, h in held.items()}), _moved(held)).tensor(origin)
-        found |= (origin.parameter == COMPUTED) & (moved != 0).cpu()
+        recipe, now = Recipe({name: h.elements for name, h in held.items()}), {name: h.values for name, h in held.items()}
+        for detached in (None, now):  # a straight-through estimate moves in its gradient alone
+            moved = Derivation(recipe, _moved(held), detached).tensor(origin)
+            found |= (origin.parameter == COMPUTED) & (moved != 0).cpu()
     return found
+
+
+def may_come_back(origin: Origin, held: Mapping[str, Held]) -> Tensor:
+    """bool [n]: which zeros of a tensor are those of a clamp, a threshold, a rounding: computed from parameters, and
+    zero until these have moved far. Products with pruned entries are zero wherever the others move."""
+    found = origin.parameter == COMPUTED
+    if not bool(found.any()):
+        return found
+    generator, back = torch.Generator().manual_seed(0), torch.zeros_like(found)
+    recipe = Recipe({name: h.elements for name, h in held.items()})
+    for size in FAR_MOVES:
+        far = {}
+        for name, h in held.items():
+            noise = torch.randn(h.values.shape, generator=generator).to(h.values)
+            far[name] = torch.where(h.values == 0, h.values, size * h.values.abs().mean() * noise)
+        back |= (Derivation(recipe, far).tensor(origin) != 0).cpu()
+    return found & back
 
 
 def zeros_to_keep(origins: Mapping[Key, Origin], held: Mapping[str, Held]) -> dict[int, Tensor]:

@@ -380,3 +380,58 @@ def test_a_field_of_its_own_warns_of_branches_on_what_it_trains(trained, recwarn
     sfk.compile(Takes(TAKEN["a branch"], trained))
     told = [str(w.message) for w in recwarn]
     assert len(told) == trained and all("a branch or a position of the parameter 'p'" in text for text in told)
+
+
+# ------------------------------------------------------------------------------------------- zeros of computed weights
+
+F = nn.functional
+COMPUTED_ZEROS = {
+    "clamp": lambda w: w.clamp(min=0.0),
+    "magnitude": lambda w: w * (w.abs() > 0.3),
+    "soft threshold": lambda w: F.softshrink(w, 0.3),
+    "rounded": lambda w: (w * 4).round() / 4,
+    "largest": lambda w: w * torch.zeros_like(w).scatter(1, w.abs().topk(2, 1).indices, 1.0),
+    "straight through": lambda w: w + (w * (w.abs() > 0.3) - w).detach(),
+    "rounded, straight through": lambda w: w + ((w * 4).round() / 4 - w).detach(),
+}
+
+
+class Thresholds(nn.Module):
+    def __init__(self, rule):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rule, self.a, self.b = rule, nn.Linear(3, 8).double(), nn.Linear(8, 3).double()
+
+    def forward(self, t, y):
+        return F.linear(torch.tanh(self.a(y)), self.rule(self.b.weight * 2), self.b.bias)
+
+
+@pytest.mark.parametrize("name", COMPUTED_ZEROS)
+def test_zeros_of_computed_weights_come_back(name):
+    y = torch.randn(6, 3).double()
+    losses = []
+    for compiled in (False, True):
+        module = Thresholds(COMPUTED_ZEROS[name])
+        field = sfk.compile(module, live=True) if compiled else module
+        optimizer, found = torch.optim.SGD(module.parameters(), lr=0.5), []
+        for step in range(8):
+            if step == 4:
+                with torch.no_grad():
+                    module.b.weight.copy_(module.b.weight.roll(1, 0).flip(1) * 1.1)
+            optimizer.zero_grad()
+            loss = (field(0.0, y) - y.roll(1, 1)).square().mean()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.detach())
+        losses.append(torch.stack(found))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-9, atol=1e-9)
+
+
+def test_products_with_pruned_entries_stay_pruned():
+    """They are zero wherever the others move, so nobody looks after them."""
+    module = Thresholds(lambda w: w)
+    parametrizations.weight_norm(module.b)
+    with torch.no_grad():
+        module.b.parametrizations.weight.original1[:, ::2] = 0.0
+    field = sfk.compile(module, live=True)
+    assert field._watch._answers is None and field.nnz <= 24 + 12

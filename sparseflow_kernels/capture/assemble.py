@@ -15,6 +15,7 @@ from .replay import TimeFormula
 from .rows import Affine, Hidden
 from .tracer import Tracer
 from .values import Constant
+from .zeros import take_zeros
 
 
 def assemble(tracer: Tracer, last: Affine, root: Hidden) -> tuple[VectorField, dict[Key, Origin]]:
@@ -44,8 +45,10 @@ def _layer(tracer: Tracer, a: Affine, activation: Activation, name: str) -> tupl
     weight = tracer.table.dense(a)
     mask = (weight.value != 0).cpu()
     if not bool(mask.all()):
-        start = starts_at_zero(tracer.parameters.origin(weight), Held.by_module(tracer.module, tracer.seen.moving))
+        held = Held.by_module(tracer.module, tracer.seen.moving)
+        start = starts_at_zero(tracer.parameters.origin(weight), held)
         mask |= start.view(mask.shape)
+        take_zeros(weight, ~mask, tracer.parameters, held)
     entries = [Constant(index.to(weight.value.device)) for index in mask.nonzero().unbind(1)]
     constants = {"values": apply(aten.index.Tensor, weight, entries), "bias": a.bias}
 

@@ -18,6 +18,7 @@ from .provenance import ParameterNumbers
 from .refusal import NotFinite
 from .replay import Attribute, Forms, Replay, with_tensors
 from .values import NOT_PLAIN, Constant
+from .zeros import take_zeros
 
 PER_SAMPLE = SAMPLES[0]
 
@@ -174,6 +175,7 @@ class GraphTable:
         if not bool(keep.all()):
             if entries.source is not None:
                 keep |= starts_at_zero(self.parameters.origin(entries), self._parameters_held)
+                take_zeros(entries, ~keep, self.parameters, self._parameters_held)
             kept = keep.nonzero()[:, 0]
             entries, row, col = apply(aten.index.Tensor, entries, [self._index(kept)]), row[kept], col[kept]
         if not row.numel():

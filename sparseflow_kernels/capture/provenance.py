@@ -115,7 +115,7 @@ class ParameterNumbers:
     """The numbering behind Constant.source: all parameters of a module laid end to end."""
 
     def __init__(
-        self, module: nn.Module, dtype: torch.dtype, take: Callable[[Constant], None] = lambda value: None,
+        self, module: nn.Module, dtype: torch.dtype, take: Callable[..., None] = lambda value, is_zero=False: None,
         moving: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
         """take: is told of constants that are taken as they are, though they are made of the module's attributes.

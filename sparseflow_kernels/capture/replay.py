@@ -134,21 +134,28 @@ class Replay:
                 waiting += tree_leaves((a.args, a.kwargs))
         return frozenset(found)
 
-    def run(self, like: Tensor, t: Tensor | None, parameter: Callable[[str], Tensor]) -> Tensor:
+    def run(
+        self, like: Tensor, t: Tensor | None, parameter: Callable[[str], Tensor],
+        detached: Callable[[str], Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """detached: gives the parameters where the graph detaches; None: `parameter` does."""
         if (like.dtype, like.device) != self._place:
             self._moved, self._place = {}, (like.dtype, like.device)
-        return self._value(self._node, {}, like, t, parameter)
+        return self._value(self._node, {}, like, t, parameter, detached)
 
     def _value(
-        self, a: Any, done: dict[int, Any], like: Tensor, t: Tensor | None, parameter: Callable[[str], Tensor]
-    ) -> Any:
+        self, a: Any, done: dict[Any, Any], like: Tensor, t: Tensor | None, parameter: Callable[[str], Tensor],
+        detached: Callable[[str], Tensor] | None,
+    ) -> Any:  # fmt: skip
         # No function that calls itself by its own name: such a one, and the numbers it made, would live until the
         # garbage collector comes.
         if isinstance(a, Node):
             if a.operation is None:
                 return t
+            if detached is not None and a.operation is torch.ops.aten.detach.default:
+                return self._value(a.args[0], done.setdefault("detached", {}), like, t, detached, None)
             if id(a) not in done:
-                args, kwargs = tree_map(lambda b: self._value(b, done, like, t, parameter), (a.args, a.kwargs))
+                args, kwargs = tree_map(lambda b: self._value(b, done, like, t, parameter, detached), (a.args, a.kwargs))
                 done[id(a)] = call(a.operation, args, kwargs)
             return done[id(a)]
         if isinstance(a, Leaf):
@@ -171,7 +178,8 @@ class Computed:
 
     def evaluate(self, derivation: Derivation) -> Tensor:
         values = {name: derivation.whole(name) for name in self._names}
-        return self._replay.run(real_part(next(iter(values.values()))), None, values.__getitem__).reshape(-1)
+        detached = None if derivation.detached is None else derivation.detached.__getitem__
+        return self._replay.run(real_part(next(iter(values.values()))), None, values.__getitem__, detached).reshape(-1)
 
     def origins(self) -> Iterator[Origin]:
         return iter(())

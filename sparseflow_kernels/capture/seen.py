@@ -37,19 +37,21 @@ class Seen:
         self.moving, self.hooked = moving or {}, False
         self.ids: set[int] = set()
         self._forms = Forms()
-        self._taken: dict[int, Node | Leaf] = {}
+        self._taken: dict[int, tuple[Node | Leaf, bool]] = {}
 
     def begin(self) -> None:
         """The module is read anew."""
         self._taken.clear()
 
-    def take(self, value: Any) -> None:
-        """A constant was taken as it is."""
+    def take(self, value: Any, is_zero: bool = False) -> None:
+        """A constant was taken as it is. is_zero: for where it is zero, that is, pruned."""
         if isinstance(value, Constant) and value.node is not None:
-            self._taken[self._forms.number(value.node)] = value.node
+            self._taken[self._forms.number(value.node)] = value.node, is_zero
 
-    def answers(self, module: nn.Module, dtype: torch.dtype) -> Answers | None:
-        return Answers(module, list(self._taken.values()), dtype) if self._taken else None
+    def answers(self, module: nn.Module, dtype: torch.dtype, zeros: bool = True) -> Answers | None:
+        """zeros: with those that were taken for pruned entries."""
+        nodes = [node for node, is_zero in self._taken.values() if zeros or not is_zero]
+        return Answers(module, nodes, dtype) if nodes else None
 
     def unread(self, module: nn.Module) -> frozenset[str]:
         """Names of the tensors that a module holds, as `attributes` gives them, and that no run has read. None of
