@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .callables import PYTHONS, FunctionModule, Kept, key_of, original, parts_of
 from .capture.context import attribute
 from .compiled_field import CompiledField, compile_moving as compile_field
+from .counting import uncounted
 from .divergence_field import DivergenceField
 from .engines import choose
 from .field import UnsupportedFieldError
@@ -31,6 +32,7 @@ from .live import Watch
 from .odeint import odeint, odeint_adjoint
 from .trial import slower_than_torch
 from .warn import warn
+from .written import made_where_missing
 
 MOST_TOLD = 64  # entries of a report; beyond, those that were met first are left out
 MOST_FUNCTIONS = 64  # of those that read a module, or none
@@ -315,7 +317,7 @@ def _call(name: str, func: Any, y0: Any, t: Any, **arguments: Any) -> Any:
     original = _originals[name][1]
     field = None
     if not getattr(_inside, "call", False):
-        field = _field(func, y0, arguments)
+        field = _field(func, y0, t, arguments)
     if field is None:
         return original(func, y0, t, **arguments)
     try:
@@ -335,7 +337,7 @@ def _handing_on() -> Iterator[None]:
         _inside.call = before
 
 
-def _field(func: Any, y0: Any, arguments: dict) -> CompiledField | None:
+def _field(func: Any, y0: Any, t: Any, arguments: dict) -> CompiledField | None:
     if isinstance(func, (CompiledField, DivergenceField)) or not callable(func):
         return None
     if arguments.get("event_fn") is not None or any(getattr(func, name, None) is not None for name in CALLBACKS):
@@ -345,4 +347,15 @@ def _field(func: Any, y0: Any, arguments: dict) -> CompiledField | None:
     if here is None or isinstance(y0, list):
         return None
     module = func if isinstance(func, nn.Module) else here.module_of(func)
-    return None if module is None else here.field_for(module, y0)
+    if module is None:
+        return None
+    if any(map(made_where_missing, module.modules())):
+        _evaluate(module, t, y0)
+    return here.field_for(module, y0)
+
+
+def _evaluate(module: nn.Module, t: Any, y0: Any) -> None:
+    """The first evaluation of the solve, in which the module makes what it lacks (draws its noise, say) as it would
+    without us: the same numbers, from torch's random state. It is not counted, as the solve counts it again."""
+    with contextlib.suppress(Exception), torch.no_grad(), uncounted(module):  # what it raises is raised by the solve
+        module(t[0], y0)

@@ -75,6 +75,10 @@ class Counters:
     def __bool__(self) -> bool:
         return bool(self._counted)
 
+    def replace(self, others: dict[nn.Module, nn.Module]) -> None:
+        """Counts on in modules that stand where others stood."""
+        self._counted = [(others.get(part, part), key, step) for part, key, step in self._counted]
+
     def of(self, part: nn.Module) -> frozenset[str]:
         """The names of this part's own."""
         return frozenset(key for other, key, _ in self._counted if other is part)
@@ -100,6 +104,22 @@ def _kept(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:
     """What the parts of a module hold under names that forward writes, and nothing in the module reads."""
     own = (part for part in module.modules() if not type(part).__module__.startswith("torch."))
     return {(part, name): part.__dict__.get(name) for part in own for name in only_written(part)}
+
+
+@contextlib.contextmanager
+def uncounted(module: nn.Module) -> Iterator[None]:
+    """Calls of the module meanwhile are not counted by it."""
+    before = _numbers(module)
+    try:
+        yield
+    finally:
+        for (part, key), value in before.items():
+            now = part._buffers.get(key, part.__dict__.get(key))
+            if isinstance(now, Tensor):
+                with torch.no_grad():
+                    now.fill_(value)
+            else:
+                part.__dict__[key] = value
 
 
 def _is_number(value: Any) -> bool:

@@ -18,7 +18,7 @@ from torch import nn
 from .callables import FunctionModule, key_of
 from .compiled_field import CompiledField
 from .counting import KEPT
-from .live import Watch
+from .live import Watch, has_own_parameters
 
 MOST_FIELDS = 64  # of a module; beyond, those that were compiled first are forgotten
 MOST_FAMILIES = 256
@@ -138,20 +138,23 @@ def _code_of(module: nn.Module) -> Any:
     return getattr(forward, "__code__", type(module))
 
 
+def _form(module: nn.Module) -> tuple:
+    """What is the same of modules that are made anew round the same trained ones: wrappers of wrappers, paths."""
+    children = ((name, child) for name, child in module._modules.items() if child is not None)
+    forms = ((name, id(child) if has_own_parameters(child) else _form(child)) for name, child in children)
+    return type(module), module.training, *forms
+
+
 def stand_in(module: nn.Module) -> nn.Module | None:
     """A module of the same class with the same attributes, which is the same one for all wrappers of this class round
     the same trained modules: what is compiled of it serves those that are made anew for every solve. None where there
     is none."""
-    children = [child for child in module._modules.values() if child is not None]
-    trained = [child for child in children if next(child.parameters(), None) is not None]
-    if not trained or isinstance(module, torch.jit.ScriptModule):
+    trained = next((part for part in module.modules() if has_own_parameters(part)), None)
+    if trained is None or isinstance(module, torch.jit.ScriptModule):
         return None
-    # Each thread has its own: it holds the numbers of the wrapper that is solved for. What is not trained, a path
-    # through data, may be made anew as well.
-    own = [id(child) if child in trained else type(child) for child in children]
-    own += map(id, module._parameters.values())
-    key = type(module), _code_of(module), module.training, threading.get_ident(), *own
-    held = known(trained[0]).stand_ins
+    # Each thread has its own: it holds the numbers of the wrapper that is solved for.
+    key = _code_of(module), threading.get_ident(), _form(module), *map(id, module._parameters.values())
+    held = known(trained).stand_ins
     found = held.get(key)
     if found is None:
         while len(held) >= MOST_STAND_INS:

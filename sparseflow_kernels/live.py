@@ -24,11 +24,16 @@ MOST_MOVING = 1 << 16  # elements of a tensor
 
 
 def may_move(tensor: Tensor) -> bool:
-    """Whether a tensor that is no parameter may be read at every call like one. Zeros may be those of a mask, by which
-    the field is pruned: such a tensor stays a constant, unless a gradient is wanted."""
+    """Whether a tensor that is no parameter may be read at every call like one. Many zeros, or others of one size
+    beside them, may be those of a mask, by which the field is pruned: such a tensor stays a constant, unless a gradient
+    is wanted."""
     if tensor.layout != torch.strided or not tensor.is_floating_point() or not 0 < tensor.numel() <= MOST_MOVING:
         return False
-    return tensor.requires_grad or (not tensor.is_meta and bool(tensor.detach().all()))
+    if tensor.requires_grad or tensor.is_meta:
+        return tensor.requires_grad
+    others = tensor.detach()[tensor.detach() != 0].abs()
+    few = 4 * (tensor.numel() - others.numel()) <= tensor.numel()
+    return others.numel() == tensor.numel() or (few and not bool((others == others[0]).all()))
 
 
 @dataclass
@@ -81,8 +86,8 @@ class Watch:
         shapes, buffers = self._present_buffers()
         self._shapes, self._buffers = shapes, Snapshot(buffers) if buffers else None
         self._zeros = [
-            (part._parameters, name, Zeros(parameter.detach()))
-            for part in parts for name, parameter in part._parameters.items()
+            (number, name, Zeros(parameter.detach()))
+            for number, part in enumerate(parts) for name, parameter in part._parameters.items()
             if parameter is not None and parameter.layout == torch.strided and not bool(parameter.detach().all())
             and not (parameter.requires_grad and is_fresh(parameter.detach()))
         ]  # fmt: skip
@@ -148,7 +153,7 @@ class Watch:
             return True
         if not self._attributes.same() or not (self._answers is None or self._answers.same()):
             return True
-        return not all(zeros.still(parameters[name]) for parameters, name, zeros in self._zeros)
+        return not all(zeros.still(self._parts[number][1]._parameters[name]) for number, name, zeros in self._zeros)
 
     def moved(self) -> frozenset[str]:
         """Names of tensors that were taken for constants, and have other numbers now."""
@@ -166,8 +171,8 @@ class Watch:
         return True
 
     def _goes_on(self) -> bool:
-        """Whether submodules that are others stand where those stood, without anything that is trained: a path through
-        data, which is made anew for every batch. They are watched instead from now on."""
+        """Whether submodules that are others stand where those stood, without parameters of their own: a path through
+        data, a wrapper round a network, which are made anew for every batch. They are watched instead from now on."""
         if _places(self._module) != self._where:
             return False
         parts = [(path, part_named(self._module, path)) for path, _ in self._parts]
@@ -175,15 +180,22 @@ class Watch:
         for now, before in zip(children, self._children):
             if not all(new is old or self._replaces(new, old) for new, old in zip(now, before)):
                 return False
+        if self._counters is not None:
+            self._counters.replace({old: new for (_, old), (_, new) in zip(self._parts, parts)})
         self._parts, self._children = parts, children
         self._attributes.look_at(parts)
         self._look_at()
         return True
 
-    def _replaces(self, new: nn.Module | None, old: nn.Module | None) -> bool:
-        if new is None or old is None or type(new) is not type(old) or any(map(self.counted, old.modules())):
+    @staticmethod
+    def _replaces(new: nn.Module | None, old: nn.Module | None) -> bool:
+        if new is None or old is None or type(new) is not type(old):
             return False
-        return next(new.parameters(), None) is None and next(old.parameters(), None) is None
+        return list(new._modules) == list(old._modules) and not has_own_parameters(new)
+
+
+def has_own_parameters(part: nn.Module) -> bool:
+    return any(parameter is not None for parameter in part._parameters.values())
 
 
 def _places(module: nn.Module) -> list[tuple[str, int]]:

@@ -54,8 +54,9 @@ class Attributes:
         ]
         # Each of them is watched for itself, so that another one in its place is none.
         self._numbers = {
-            part: number for number, (_, part) in enumerate(parts) if next(part.parameters(), None) is None
-        }
+            part: number for number, (_, part) in enumerate(parts)
+            if all(parameter is None for parameter in part._parameters.values())
+        }  # fmt: skip
 
     def same(self) -> bool:
         for part, settings in zip(self._torchs, self._settings):

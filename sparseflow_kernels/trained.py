@@ -81,7 +81,8 @@ def starts_at_zero(origin: Origin, held: Mapping[str, Held]) -> Tensor:
     fresh = [held[name].moving or (held[name].trained and is_fresh(held[name].values)) for name in origin.parameters]
     found = torch.tensor([*fresh, False, False])[origin.parameter]  # -1 and -2: no plain entries
     if origin.computed:
-        recipe, now = Recipe({name: h.elements for name, h in held.items()}), {name: h.values for name, h in held.items()}
+        recipe = Recipe({name: h.elements for name, h in held.items()})
+        now = {name: h.values for name, h in held.items()}
         for detached in (None, now):  # a straight-through estimate moves in its gradient alone
             moved = Derivation(recipe, _moved(held), detached).tensor(origin)
             found |= (origin.parameter == COMPUTED) & (moved != 0).cpu()

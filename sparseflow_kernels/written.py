@@ -66,6 +66,15 @@ def _names_of(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
+def made_where_missing(part: nn.Module) -> bool:
+    """Whether the module holds None under a name that its forward writes and reads: what it makes in its next call, the
+    noise of a solve, say."""
+    if type(part).__module__.startswith("torch."):
+        return False
+    written, read = _attributes_of(type(part).forward)
+    return any(part.__dict__.get(name, part) is None for name in written & read)
+
+
 @functools.lru_cache(maxsize=4096)
 def _of_code(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
     written, read = set(), set()

@@ -507,3 +507,79 @@ def test_states_of_one_large_sample_go_to_the_quicker(seconds, monkeypatch):
     with accelerate() as context:
         torchdiffeq.odeint(field, x, T)
     assert len(ran) == (8 if slower else 16) and ("torch is quicker" in context.report()) == slower
+
+
+class Passes(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, t, x):
+        return self.inner(t, x)
+
+
+@pytest.mark.parametrize("kind", ["wrapper of a wrapper", "lambda over a wrapper"])
+def test_wrappers_inside_may_be_new_as_well(kind, monkeypatch):
+    inner, y = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double(), torch.randn(3, 2).double()
+    contexts = [torch.randn(3, 2).double() for _ in range(12)]
+
+    def solve(c):
+        wrapper = Passes(Wrapper(inner, c))
+        func = wrapper if kind == "wrapper of a wrapper" else lambda t, x: wrapper(t, x) - x
+        return odeint(func, y, T, method="rk4")[-1]
+
+    def run():
+        found = [solve(c) for c in contexts]
+        return found, torch.autograd.grad(sum(found).square().sum(), list(inner.parameters()))
+
+    wanted = run()
+    compiled = counted_compiles(monkeypatch)
+    with accelerate(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(run(), wanted, rtol=1e-9, atol=1e-9)
+    assert len(compiled) == 4
+
+
+class Noisy(nn.Module):
+    """FFJORD's: the noise is drawn in the first evaluation of a solve."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.noise = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)).double(), None
+        self.register_buffer("nfe", torch.tensor(0.0))
+
+    def before(self):
+        self.noise = None
+        self.nfe.fill_(0)
+
+    def forward(self, t, states):
+        y = states[0]
+        self.nfe += 1
+        if self.noise is None:
+            self.noise = torch.randn_like(y)
+        with torch.set_grad_enabled(True):
+            y.requires_grad_(True)
+            dy = self.net(y)
+            product = torch.autograd.grad(dy, y, self.noise, create_graph=True)[0]
+            return dy, -(product * self.noise).sum(1, keepdim=True)
+
+
+def test_noise_that_a_solve_draws_is_drawn_as_without():
+    def run():
+        torch.manual_seed(0)
+        field, found, counts = Noisy(), [], []
+        for _ in range(5):
+            field.before()
+            x = torch.randn(6, 2).double()
+            z, logp = odeint(field, (x, torch.zeros(6, 1).double()), T, rtol=1e-7, atol=1e-7)
+            loss = z[-1].square().sum() + logp[-1].sum()
+            found.append((z.detach(), logp.detach(), *torch.autograd.grad(loss, list(field.parameters()))))
+            counts.append(int(field.nfe))
+        return found, counts
+
+    wanted = run()
+    with accelerate() as context:
+        found = run()
+        assert context.report() == "Noisy: cpu engine, 5 solves"
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-6, atol=1e-6)
+    assert found[1] == wanted[1]

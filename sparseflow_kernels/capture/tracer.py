@@ -187,8 +187,12 @@ class Following(TorchDispatchMode):
         base = base_name(func)
         self.operation = base
         if torch.Tag.nondeterministic_seeded in func.tags and not _draws_nothing(base, args):
-            evaluation = "Call .eval() on the module first (dropout is active in training)"
-            refuse(f"randomness ({base})", evaluation if self.module.training else REMEDY)
+            if self.module.training and ("dropout" in base or base.startswith("bernoulli")):
+                refuse(f"randomness ({base})", "Call .eval() on the module first (dropout is active in training)")
+            refuse(
+                f"randomness ({base})",
+                "Draw the numbers before the solve, and keep them as an attribute: a tensor with a row for every sample",
+            )
 
         leaves = tree_leaves((args, kwargs))
         if any(map(is_complex, leaves)):
