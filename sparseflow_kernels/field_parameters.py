@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .capture.context import PREFIX, part_named, tensor_named
 from .capture.replay import TimeFormula
 from .field import GraphField, TimeFunction, VectorField
-from .field.graph import order
+from .field.graph import order, parts_with_gradient
 from .field.layout import Layout
 from .layer_parameters import LayerParameters, lost, zeroing
 from .live import Run, Watch
@@ -27,6 +27,7 @@ class FieldParameters(nn.Module):
 
     layout: Layout | None = None  # of its states, where they are not [..., dim]
     _watch: Watch | None = None  # of the module whose parameters are used
+    _idle: frozenset[int] = frozenset()  # parts of a graph that no gradient reaches: torch's is None for them, not zero
     moving: frozenset[str] = frozenset()  # names of tensors beside them that are used like them
     _pinned_tensors: Mapping[str, Tensor] = {}  # those of a field that stays what it is (`CompiledField.pinned`)
 
@@ -53,8 +54,10 @@ class FieldParameters(nn.Module):
         self._make_parameters(field, held)
         # The parameters hold the numbers from here on: the skeleton is the field without them.
         self.skeleton = field.map_tensors(lambda tensor: tensor.detach().to("meta"))
-        if isinstance(field, GraphField) and not field.layout.plain:
-            self.layout = field.layout
+        if isinstance(field, GraphField):
+            self._idle = frozenset(range(len(field.parts))) - parts_with_gradient(field.output)
+            if not field.layout.plain:
+                self.layout = field.layout
         self.register_load_state_dict_post_hook(follow_assigned)
         self._slots: list[tuple[nn.Module, str, str]] | None = None
         self._live: tuple[list[Tensor], VectorField] | None = None
@@ -203,7 +206,7 @@ class FieldParameters(nn.Module):
                 torch.compiler.is_compiling() or tensor is not self._masked[number, name]
             ):
                 tensor = tensor.masked_fill(self._absent[number, name].to(tensor.device), 0)
-            found.append(tensor)
+            found.append(tensor.detach() if number in self._idle else tensor)
         return found
 
     def _live_field(self) -> VectorField | GraphField:

@@ -358,3 +358,29 @@ def test_a_part_without_gradients(mode):
     field = sfk.compile(module, live=True)
     grads = [torch.autograd.grad(f(0.0, y).square().sum(), [y, *module.parameters()]) for f in (field, module)]
     torch.testing.assert_close(*grads)
+
+
+def test_parameters_that_cannot_change_the_field_have_no_gradient():
+    """Zeros for them would be moved by an optimizer's weight decay."""
+
+    class Energy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
+            self.other = torch.nn.Linear(4, 4).double()
+
+        def forward(self, t, y):
+            with torch.enable_grad():
+                y.requires_grad_(True)
+                g = torch.autograd.grad(self.net(y).sum(), y, create_graph=True)[0]
+            return torch.cat([g[:, 2:], -g[:, :2]], 1) + self.other(y).detach()
+
+    module, y = Energy(), torch.randn(3, 4).double()
+    field = sfk.compile(module, like=y, live=True)
+    grads = []
+    for f in (module, field):
+        module.zero_grad()
+        f(torch.tensor(0.0), y.clone()).square().sum().backward()
+        grads.append([p.grad for p in module.parameters()])
+    assert [g is None for g in grads[0]] == [g is None for g in grads[1]] == [False, False, False, True, True, True]
+    torch.testing.assert_close([g for g in grads[1] if g is not None], [g for g in grads[0] if g is not None])

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from .chain import Activation, Pattern
 from .convolution import Convolution
-from .nodes import CONTEXT, SAMPLES, STATE, TIME, Made, Matrix, Node, from_parts, order
+from .nodes import CONTEXT, SAMPLES, STATE, TIME, Made, Matrix, Node, from_parts, order, parts_with_gradient
 from .primitives import PRIMITIVES
 
 __all__ = [
     "CONTEXT", "SAMPLES", "STATE", "TIME", "Graph", "Matrix", "Node", "evaluate", "from_parts", "full_row", "order",
+    "parts_with_gradient",
 ]  # fmt: skip
 
 # The order of the terms of a sum: those that differ from sample to sample first.

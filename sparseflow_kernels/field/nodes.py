@@ -127,6 +127,21 @@ def order(
     return found
 
 
+def parts_with_gradient(output: Node) -> frozenset[int]:
+    """The parts of a field that a gradient reaches from its output: those that are read, and not only where forward
+    detaches."""
+    found: set[int] = set()
+    seen, waiting = {output}, [output]
+    while waiting:
+        node = waiting.pop()
+        found |= {holder.part for holder in (node, node.matrix) if holder is not None and holder.part is not None}
+        for operand in () if node.kind == "detached" else node.operands:
+            if operand not in seen:
+                seen.add(operand)
+                waiting.append(operand)
+    return frozenset(found)
+
+
 def from_parts(outputs: Sequence[Node]) -> bool:
     """Whether they depend on parts of the field."""
     return any(node.kind in ("vector", "made") or not (node.matrix is None or node.matrix.constant) for node in order(outputs))
