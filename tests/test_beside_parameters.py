@@ -1,0 +1,216 @@
+"""What stands beside a module's parameters inside `accelerate`: what forward writes into it, keeps, counts and reads from
+classes and settings."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from sparseflow_kernels import accelerate
+from torch import nn
+from torchdiffeq import odeint
+
+torch.set_num_threads(1)
+
+
+class Demo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+
+    def forward(self, t, y):
+        return self.net(y**3)
+
+
+class Lazy(nn.Module):
+    """An attribute that forward makes where it is missing, and that a script sets between solves."""
+
+    def __init__(self, first, mixes=False):
+        super().__init__()
+        self.net, self.held, self.first, self.mixes = nn.Linear(3, 3).double(), None, first, mixes
+
+    def forward(self, t, y):
+        if self.held is None:
+            self.held = self.first
+        mean = y.mean(0, keepdim=True) if self.mixes else 0.0
+        return torch.tanh(self.net(y)) * self.held - mean
+
+
+class Clamped(Lazy):
+    def forward(self, t, y):
+        self.held = self.held.clamp(-1.0, 1.0)
+        return torch.tanh(self.net(y)) @ self.held
+
+
+@pytest.mark.parametrize(
+    "make, values",
+    [
+        (lambda: Lazy(torch.ones(3).double()), [torch.full((3,), k).double() for k in (1.0, 2.0, 3.0)]),
+        (lambda: Lazy(1.0), [1.0, 2.0, 3.0]),
+        (lambda: Lazy(torch.ones(4, 3).double(), True), [torch.full((4, 3), k).double() for k in (1.0, 2.0, 3.0)]),
+        (lambda: Clamped(None), [torch.eye(3).double() * k for k in (0.1, 0.2, 3.0)]),
+    ],
+    ids=["vector", "number", "context that mixes", "written and read"],
+)
+def test_attributes_that_forward_writes_and_reads_are_watched(make, values):
+    module, y, times = make(), torch.randn(4, 3).double(), torch.tensor([0.0, 1.0]).double()
+
+    def run():
+        found = []
+        for value in values:
+            module.held = value
+            found.append(odeint(module, y, times, method="rk4"))
+        return found
+
+    wanted = run()
+    with accelerate():
+        torch.testing.assert_close(run(), wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_what_forward_keeps_for_others_is_kept():
+    class Keeps(Demo):
+        def forward(self, t, y):
+            self.last = out = super().forward(t, y)
+            return out
+
+    module, y, times = Keeps().double(), torch.randn(3, 2).double(), torch.tensor([0.0, 1.0]).double()
+    with accelerate(), pytest.warns(UserWarning, match="forward notes what it sees in 'last'"):
+        odeint(module, y, times, method="rk4")
+    assert module.last.shape == y.shape
+
+
+def test_a_limit_of_evaluations_and_what_depends_on_their_number():
+    class Limited(Demo):
+        def __init__(self):
+            super().__init__()
+            self.nfe = 0
+
+        def forward(self, t, y):
+            if self.nfe > 20:
+                raise RuntimeError("too many evaluations")
+            self.nfe += 1
+            return super().forward(t, y)
+
+    class Warms(Limited):
+        def forward(self, t, y):
+            self.nfe += 1
+            return Demo.forward(self, t, y) * (1.0 if self.nfe < 10000 else 0.5)
+
+    y, times = torch.randn(3, 2).double(), torch.tensor([0.0, 1.0]).double()
+    limited = Limited().double()
+    with accelerate() as context:
+        for _ in range(5):
+            odeint(limited, y, times, method="rk4")
+        assert limited.nfe == 20 and context.report() == "Limited: cpu engine, 5 solves"
+        with pytest.raises(RuntimeError, match="too many evaluations"):
+            odeint(limited, y, times, method="rk4")
+    with accelerate(), pytest.warns(UserWarning, match="depends on how often it was called"):
+        odeint(Warms().double(), y, times, method="rk4")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, (torch.tensor(0.0), torch.ones(2, 3)))])
+def test_torchscript_itself(make):
+    class Simple(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(3, 3)
+
+        def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.net(y) * (1 + t)
+
+    module, y, times = make(Simple()), torch.ones(2, 3), torch.tensor([0.0, 1.0])
+    wanted = odeint(module, y, times)
+    with accelerate():
+        torch.testing.assert_close(odeint(module, y, times), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_spectral_norm_in_training_moves_as_often_as_without():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3).double())
+
+        def forward(self, t, y):
+            return self.net(y)
+
+    y, times, modules = torch.randn(2, 3).double(), torch.tensor([0.0, 1.0]).double(), (Normed(), Normed())
+    wanted = odeint(modules[0], y, times, method="euler")
+    with accelerate(), pytest.warns(UserWarning, match="spectral norm"):
+        assert torch.equal(odeint(modules[1], y, times, method="euler"), wanted)
+    for one, other in zip(modules[0].buffers(), modules[1].buffers()):
+        assert torch.equal(one, other)
+
+
+def test_forward_without_gradients_has_none():
+    class NoGrad(Demo):
+        def forward(self, t, y):
+            with torch.no_grad():
+                return super().forward(t, y)
+
+    module, y, times = NoGrad().double(), torch.randn(3, 2).double(), torch.tensor([0.0, 1.0]).double()
+    grads = []
+    for context in (torch.enable_grad(), accelerate()):
+        with context:
+            start = y.clone().requires_grad_()
+            odeint(module, start, times, method="rk4")[-1].square().sum().backward()
+            grads.append(start.grad)
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+CONFIG = types.ModuleType("config")
+SETTINGS = types.SimpleNamespace(rate=1.0)
+
+
+class Rates:
+    rate = 1.0
+
+
+def rate_of_a_class():
+    return Rates.rate
+
+
+class Rated(nn.Module):
+    rate = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(2, 2).double()
+
+    @property
+    def as_property(self):
+        return SETTINGS.rate
+
+    @staticmethod
+    def as_static_method():
+        return SETTINGS.rate
+
+    def as_method(self):
+        return CONFIG.rate
+
+
+READERS = {
+    "of the class": "self.rate", "of a module": "CONFIG.rate", "of another class": "Rates.rate",
+    "by a function": "rate_of_a_class()", "by a property": "self.as_property",
+    "by a static method": "self.as_static_method()", "by a method": "self.as_method()",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_numbers_beside_the_module_are_watched(name):
+    namespace = dict(globals())
+    exec(f"class Reads(Rated):\n    def forward(self, t, y):\n        return self.net(y) * {READERS[name]}", namespace)
+    module, y, times = namespace["Reads"](), torch.randn(3, 2).double(), torch.tensor([0.0, 1.0]).double()
+
+    def run():
+        found = []
+        for rate in (1.0, 2.0, 3.0):
+            Rated.rate = Rates.rate = CONFIG.rate = SETTINGS.rate = rate
+            found.append(odeint(module, y, times, method="rk4"))
+        return found
+
+    wanted = run()
+    with accelerate():
+        torch.testing.assert_close(run(), wanted, rtol=1e-9, atol=1e-9)
