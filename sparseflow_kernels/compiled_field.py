@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from . import gradients, operators
 from .capture import unwrapped
-from .capture.context import attributes, dotted
-from .capture.seen import Seen, collecting
+from .capture.context import dotted
 from .devices import factories_on_cpu, lasting, ordinary
-from .counting import Counters
 from .divergence import KINDS, DivergencePlan, Kind
 from .engines import choose, reference_engine
 from .engines.base import Engine
@@ -24,17 +22,16 @@ from .engines.reference import ReferenceEngine, is_autocast_enabled, own_precisi
 from .field import GraphField, UnsupportedFieldError, VectorField
 from .field.from_chain import graph_of_chain
 from .field.layout import State
-from .field_parameters import FieldParameters, follow_assigned, time_formulas
+from .field_parameters import FieldParameters, follow_assigned
 from .hooks import CALLBACKS, GLOBAL_HOOKS, hooks_of
-from .live import Run, may_move
+from .live import Run
 from .origin import Key, Origin
-from .own_gradients import check_own_gradients
 from .packing import Packing
-from .reading import Reading, check_fits, example_of, read, shapes_of, state_of
+from .reading import Reading, check_fits, example_of, shapes_of
+from .reading_live import read_and_run, tell_what_was_taken
 from .report import describe_chain, describe_graph
 from .tables import Report
 from .trained import Held, check_made_again
-from .warn import warn
 from .write_back import write_back
 
 _follow_assigned = follow_assigned  # where pickles of version 0.1.0 look for it
@@ -88,14 +85,14 @@ def compile_moving(
         like = ordinary(like)
     if live and (not isinstance(source, nn.Module) or isinstance(source, CompiledField)):
         raise TypeError(f"live: needs the nn.Module whose parameters are to be used, not {type(source).__name__}")
-    found, run, seen = _read(source, dim, like, live, moving)
+    found, run, seen = read_and_run(source, dim, like, live, moving, _in_plain_torch)
     if dim is not None and found.field.dim != dim:
         raise ValueError(f"compile: dim is {dim}, but the field's state has {found.field.dim} components")
     if like is not None and isinstance(source, (CompiledField, VectorField, GraphField)):
         check_fits(found.field, like)
     found = found.simplified()
     if not live and isinstance(source, nn.Module):
-        _tell_what_was_taken(source, found, seen)
+        tell_what_was_taken(source, found, seen)
     compiled = CompiledField(
         found.field, engine, origins=found.origins, held=found.held, simplification=found.told,
         source=source if live else None, run=run,
@@ -112,68 +109,9 @@ def compile_moving(
     return compiled
 
 
-def _read(
-    source: nn.Module | VectorField | GraphField, dim: int | None, like: State | None, live: bool,
-    moving: frozenset[str],
-) -> tuple[Reading, Run | None, Seen]:  # fmt: skip
-    """The field, and of one that is live what running the module has shown. Tensors beside the parameters are read like
-    these where they are moving or require a gradient, if the field can be read so."""
-    tensors = {}
-    if live:
-        tensors = {
-            name: tensor for name, tensor in attributes(source)
-            if (name in moving or tensor.requires_grad) and may_move(tensor)
-        }  # fmt: skip
-    for these in (tensors, {}) if tensors else ({},):
-        try:
-            with collecting(these) as seen:
-                found = read(source, dim, like, these)
-                if isinstance(source, nn.Module) and not isinstance(source, FieldParameters):
-                    _check_gradients(source, found, like, seen)
-                run = _run_of(source, found, like, seen) if live else None
-        except (UnsupportedFieldError, TypeError, ValueError):
-            if not these:
-                raise
-            continue
-        kind = found.field.dtype, found.field.device
-        if not these or all((tensor.dtype, tensor.device) == kind for tensor in these.values()):
-            if not any(name in these for formula in time_formulas(found.field) for name in formula.names):
-                return found, run, seen
-    raise AssertionError("unreachable")
-
-
-def _check_gradients(module: nn.Module, found: Reading, like: State | None, seen: Seen) -> None:
-    time = torch.zeros((), dtype=found.field.dtype, device=found.field.device)
-
-    def of_field() -> Callable[[State], State]:
-        field = CompiledField(found.field, "reference", origins=found.origins, held=found.held, source=module)
-        return lambda state: field(time, state)
-
-    check_own_gradients(module, lambda state: module(time, state), of_field, state_of(found.field, like), seen)
-
-
-def _run_of(module: nn.Module, found: Reading, like: State | None, seen: Seen) -> Run:
-    time = torch.zeros((), dtype=found.field.dtype, device=found.field.device)
-    counters = Counters(module, lambda: module(time, state_of(found.field, like)))
-    origins = list(found.origins.values())
-    read = frozenset().union(*(origin.parameters for origin in origins), *(one.needs_whole() for one in origins))
-    moving = frozenset(seen.moving) & read
-    return Run(counters, seen.unread(module), seen.answers(module, found.field.dtype), moving)
-
-
-def _tell_what_was_taken(module: nn.Module, found: Reading, seen: Seen) -> None:
-    """Of a field with parameters of its own, which is not compiled anew."""
-    if (answers := seen.answers(module, found.field.dtype, zeros=False)) is None:
-        return
-    context = getattr(found.field, "read_context", None)
-    if context is not None and any(leaf.name in context.tensors for leaf in answers.leaves):
-        context.check = answers.same
-    trained = sorted(leaf.name for leaf in answers.leaves if leaf.name in found.held and found.held[leaf.name].trained)
-    if trained:
-        warn(
-            f"compile: forward makes a branch or a position of the parameter {trained[0]!r}, which stays what it is "
-            "now; where it is trained, compile with live=True"
-        )
+def _in_plain_torch(found: Reading, module: nn.Module) -> "CompiledField":
+    """What was read of a module, over its own parameters."""
+    return CompiledField(found.field, "reference", origins=found.origins, held=found.held, source=module)
 
 
 class CompiledField(FieldParameters):

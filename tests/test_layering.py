@@ -17,7 +17,7 @@ FLOORS = [
     ["engines"],
     [
         "accelerate", "callables", "compiled_field", "counting", "divergence_field", "field_parameters", "gradients", "known_fields", "layer_parameters", "live",
-        "live_attributes", "nonfinite", "odeint", "operators", "own_gradients", "packing", "products", "reading", "report", "solution",
+        "live_attributes", "nonfinite", "odeint", "operators", "own_gradients", "packing", "products", "reading", "reading_live", "report", "solution",
         "solving", "sparse_conv", "sparse_layer", "sparse_linear", "sparsify", "trial", "write_back", "written",
     ],
     ["pruning", "flows"],
