@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from .callables import PYTHONS, FunctionModule, Kept, key_of, original, parts_of
 from .capture.context import attribute
+from .capture.probe import untouched
 from .compiled_field import CompiledField, compile_moving as compile_field
-from .counting import uncounted
 from .divergence_field import DivergenceField
 from .engines import choose
 from .field import UnsupportedFieldError
@@ -234,7 +234,8 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
 
     def _in_plain_torch(self, field: CompiledField) -> str | None:
         """The reason where no engine takes the field but the one that is plain torch, which nobody asked for."""
-        engine, why = choose(field.vector_field, self.engine)
+        with torch.no_grad():
+            engine, why = choose(field.vector_field, self.engine)
         return why if engine.name == "reference" and self.engine == "auto" else None
 
     def module_of(self, function: Callable) -> FunctionModule | None:
@@ -349,13 +350,38 @@ def _field(func: Any, y0: Any, t: Any, arguments: dict) -> CompiledField | None:
     module = func if isinstance(func, nn.Module) else here.module_of(func)
     if module is None:
         return None
-    if any(map(made_where_missing, module.modules())):
-        _evaluate(module, t, y0)
-    return here.field_for(module, y0)
+    missing = [(part, name) for part in module.modules() for name in made_where_missing(part)]
+    if not missing:
+        return here.field_for(module, y0)
+    made, random_state = _made(module, t, y0, missing), torch.get_rng_state()
+    if made is not None:
+        torch.set_rng_state(made[1])
+        for (part, name), value in zip(missing, made[0]):
+            part.__dict__[name] = value
+    field = here.field_for(module, y0)
+    if field is None and made is not None:
+        torch.set_rng_state(random_state)
+        for part, name in missing:
+            part.__dict__[name] = None
+    return field
 
 
-def _evaluate(module: nn.Module, t: Any, y0: Any) -> None:
-    """The first evaluation of the solve, in which the module makes what it lacks (draws its noise, say) as it would
-    without us: the same numbers, from torch's random state. It is not counted, as the solve counts it again."""
-    with contextlib.suppress(Exception), torch.no_grad(), uncounted(module):  # what it raises is raised by the solve
-        module(t[0], y0)
+def _made(
+    module: nn.Module, t: Any, y0: Any, missing: list[tuple[nn.Module, str]]
+) -> tuple[list[Any], Tensor] | None:
+    """(What the module makes for what it lacks in the first evaluation of a solve, its noise say, and the random state
+    after that.) The module is left as it was. None where this is no constant of the solve, or has a gradient."""
+    found = []
+    with contextlib.suppress(Exception), untouched(module):  # what it raises is raised by the solve
+        for _ in range(2):
+            module(t[0], y0)
+            made = [part.__dict__.get(name) for part, name in missing]
+            kept = [one.detach().clone() if isinstance(one, Tensor) else one for one in made]
+            found.append((made, kept, torch.get_rng_state()))
+    if len(found) < 2:
+        return None
+    (first, numbers, state), (second, again, _) = found
+    for one, other, before, after in zip(first, second, numbers, again):
+        if one is not other or (isinstance(one, Tensor) and (one.requires_grad or not torch.equal(before, after))):
+            return None
+    return first, state

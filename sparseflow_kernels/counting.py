@@ -38,7 +38,7 @@ class Counters:
         self.run: list[nn.Module] = []
         self.reached: set[nn.Module]
         self.records: str | None = None
-        with untouched(module), _called(self.run), _reached() as self.reached:
+        with untouched(module), _called(self.run), _reached(module) as self.reached:
             seen, outputs, kept = [], [], _kept(module)
             for _ in range(2):
                 try:
@@ -106,22 +106,6 @@ def _kept(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:
     return {(part, name): part.__dict__.get(name) for part in own for name in only_written(part)}
 
 
-@contextlib.contextmanager
-def uncounted(module: nn.Module) -> Iterator[None]:
-    """Calls of the module meanwhile are not counted by it."""
-    before = _numbers(module)
-    try:
-        yield
-    finally:
-        for (part, key), value in before.items():
-            now = part._buffers.get(key, part.__dict__.get(key))
-            if isinstance(now, Tensor):
-                with torch.no_grad():
-                    now.fill_(value)
-            else:
-                part.__dict__[key] = value
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -164,11 +148,13 @@ def _called(parts: list[nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _reached() -> Iterator[set[nn.Module]]:
+def _reached(module: nn.Module) -> Iterator[set[nn.Module]]:
     """Gives the modules of which Python runs a method meanwhile, be it only to look for an attribute, and the
-    submodules that are found so: a path's `derivative` is no call of the path."""
+    submodules that are found so: a path's `derivative` is no call of the path. All of them where somebody profiles."""
     found: set[nn.Module] = set()
-    before = sys.getprofile()
+    if sys.getprofile() is not None:
+        yield set(module.modules())
+        return
 
     def called(frame: types.FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
@@ -186,4 +172,4 @@ def _reached() -> Iterator[set[nn.Module]]:
     try:
         yield found
     finally:
-        sys.setprofile(before)
+        sys.setprofile(None)

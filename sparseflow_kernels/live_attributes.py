@@ -34,6 +34,11 @@ class Attributes:
             frozenset() if _is_torchs(part) else only_written(part) | (counters.of(part) if counters else frozenset())
             for _, part in parts
         ]
+        self._classes = []  # what classes hold in the place of their modules
+        for kind, methods in methods_of(type(part) for _, part in parts).items():
+            others = [(name, one) for name, one in methods if name != "forward" or one is not kind]
+            if (plain := plain_of(kind)) or others:
+                self._classes.append((kind.__qualname__, others, plain))
         self.look_at(parts)
         # An `eps`, a `negative_slope`.
         self._settings = [
@@ -46,8 +51,6 @@ class Attributes:
 
     def look_at(self, parts: list[tuple[str, nn.Module]]) -> None:
         """Watches these parts in the place of those under the same paths."""
-        classes = ((path, kind, methods_of(kind), plain_of(kind)) for path, kind in ((p, type(m)) for p, m in parts))
-        self._classes = [one for one in classes if one[2] or one[3]]
         self._torchs = [part for _, part in parts if _is_torchs(part)]
         self._parts = [
             (path, part, written) for (path, part), written in zip(parts, self._written) if not _is_torchs(part)
@@ -75,11 +78,11 @@ class Attributes:
                 if key not in TORCHS and key not in written:
                     self._stamp(f"{PREFIX}{path}/{key}", value, DEEPEST, stamps, tensors)
             self._stamp(f"{PREFIX}{path}/forward", part.forward, 2, stamps, tensors)
-        for path, kind, methods, plain in self._classes:
-            for name in methods:
-                self._stamp(f"{PREFIX}{path}/{name}()", function_of(kind, name), 2, stamps, tensors)
+        for kind, methods, plain in self._classes:
+            for name, holder in methods:
+                self._stamp(f"{kind}.{name}()", function_of(holder, name), 2, stamps, tensors)
             for holder, name in plain:
-                self._stamp(f"{PREFIX}{path}/{name}", vars(holder).get(name), 2, stamps, tensors)
+                self._stamp(f"{kind}.{name}", vars(holder).get(name), 2, stamps, tensors)
         return stamps, tensors
 
     def _stamp(self, name: str, value: Any, depth: int, stamps: list, tensors: list[Tensor]) -> None:
@@ -87,7 +90,7 @@ class Attributes:
             if (free := self._followed.get(name)) is not None:
                 stamps += (name, *kind_of(value, free))
             elif not value.is_meta and name not in self._unread:
-                stamps.append(name)
+                stamps += (name, value.requires_grad)
                 tensors += strided(value.detach())
         elif value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device)):
             stamps += (name, type(value), value if value == value else None)

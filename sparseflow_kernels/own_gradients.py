@@ -1,4 +1,4 @@
-"""Gradients that forward has of its own: of an autograd.Function with a backward by hand, by a hook on a tensor.
+"""Gradients that forward has of its own: of an autograd.Function with a backward by hand, by hooks on tensors.
 
 What is read of a module are the operations of its forward, and their derivatives are the field's. A backward by hand
 may be the same one, computed with less memory, or another one on purpose (a straight-through estimator).
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
+from .capture.context import attributes
 from .capture.probe import untouched
 from .capture.seen import Seen, watched
 from .field import UnsupportedFieldError
@@ -38,16 +39,22 @@ def check_own_gradients(
             out = _flat(watched(lambda: call(state)))
         except Exception:  # noqa: BLE001 - it runs for states of another shape alone: what it needs is told when it is asked for
             return
-        if not seen.hooked and not any(map(_has_own, out)):
+        if seen.hooked:
+            raise UnsupportedFieldError(
+                f"module {type(module).__name__}: forward puts a hook on a tensor, which would not be called. Use the "
+                "module uncompiled with sfk.odeint, which hands it to torchdiffeq"
+            )
+        if not any(map(_has_own, out)):
             return
-        wanted = [*leaves, *(p for p in module.parameters() if p.requires_grad)]
+        held = [tensor for _, tensor in attributes(module) if tensor.requires_grad]
+        wanted = [*leaves, *(p for p in module.parameters() if p.requires_grad), *held]
         ours = _gradient(_flat(field()(state)), wanted)
         theirs = _gradient(out, wanted)
     for mine, own in zip(ours, theirs):
         if not bool((mine - own).abs().max() <= TOLERANCE[mine.dtype] * (1.0 + own.abs().max())):
             raise UnsupportedFieldError(
                 f"module {type(module).__name__}: it has a gradient of its own (an autograd.Function with a "
-                "backward, or a hook on a tensor), which is not the derivative of what forward computes, as a compiled "
+                "backward), which is not the derivative of what forward computes, as a compiled "
                 "field has it. Use the module uncompiled with sfk.odeint, which hands it to torchdiffeq"
             )
 
@@ -62,7 +69,7 @@ def _gradient(out: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[Tensor]:
     loss = sum((one * weight).sum() for one, weight in zip(out, weights))
     if not isinstance(loss, Tensor) or not loss.requires_grad:
         return [torch.zeros_like(one) for one in wanted]
-    found = torch.autograd.grad(loss, wanted, allow_unused=True)
+    found = torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=True)  # the caller's, in part
     return [torch.zeros_like(one) if grad is None else grad for one, grad in zip(wanted, found)]
 
 

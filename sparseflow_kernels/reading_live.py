@@ -36,6 +36,7 @@ def read_and_run(
             name: tensor for name, tensor in attributes(module)
             if (name in moving or tensor.requires_grad) and may_move(tensor)
         }  # fmt: skip
+    first: Exception | None = None
     for these in (tensors, {}) if tensors else ({},):
         try:
             with collecting(these) as seen:
@@ -43,10 +44,11 @@ def read_and_run(
                 if module is not None:
                     _check_gradients(module, found, like, seen, field_of)
                 run = _run_of(module, found, like, seen) if live and module is not None else None
-        except (UnsupportedFieldError, TypeError, ValueError):
-            if not these:
-                raise
-            continue
+        except (UnsupportedFieldError, TypeError, ValueError) as error:
+            first = first or error  # with them it says what is the matter
+            if these:
+                continue
+            raise first from first.__cause__
         kind = found.field.dtype, found.field.device
         if not these or all((tensor.dtype, tensor.device) == kind for tensor in these.values()):
             if not any(name in these for formula in time_formulas(found.field) for name in formula.names):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .capture.probe import untouched
 from .compiled_field import CompiledField
+from .devices import lasting
 from .field.layout import State
 from .odeint import odeint
 
@@ -24,6 +25,7 @@ MARGIN = 1.25  # by which torch has to be quicker
 STEPS, ROUNDS = 5, 3  # as few as a short solve takes
 
 
+@lasting
 def slower_than_torch(field: CompiledField, module: nn.Module, y0: State) -> str | None:
     """The reason to leave the module to torchdiffeq, for states like y0; None where there is none. With gradients where
     these are on."""
@@ -31,9 +33,15 @@ def slower_than_torch(field: CompiledField, module: nn.Module, y0: State) -> str
     samples = first.shape[:-1].numel() if layout is None else len(first) if layout.batched else 1
     if samples >= VECTOR or field.nnz < SMALLEST:
         return None
-    with untouched(module), torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad():
-        times = [[_seconds(lambda: _step(*one, y0)) for one in _sides(field, module)] for _ in range(1 + ROUNDS)][1:]
-    ours, theirs = map(min, zip(*times))
+    if any(parameter._backward_hooks for parameter in module.parameters()):
+        return None  # which would be called
+    times = []
+    try:
+        for _ in range(1 + ROUNDS):
+            times.append([_alone(module, lambda: _step(*one, y0)) for one in _sides(field, module)])
+    except Exception:  # noqa: BLE001 - what the user's code raises, it raises in the solve
+        return None
+    ours, theirs = map(min, zip(*times[1:]))
     if ours <= MARGIN * theirs:
         return None
     return (
@@ -60,6 +68,12 @@ def _step(solve: Callable[..., Any], func: nn.Module, y0: State) -> None:
     trained = [p for p in func.parameters() if p.requires_grad]
     loss: Tensor = sum(end[-1].sum() for end in ends)  # type: ignore[assignment]
     torch.autograd.grad(loss, [*starts, *trained], allow_unused=True, retain_graph=True)
+
+
+def _alone(module: nn.Module, run: Callable[[], None]) -> float:
+    """The seconds that it takes, after which the module is as it was."""
+    with untouched(module):
+        return _seconds(run)
 
 
 def _seconds(run: Callable[[], None]) -> float:

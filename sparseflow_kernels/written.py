@@ -6,8 +6,7 @@ import dis
 import functools
 import inspect
 import types
-import weakref
-from typing import Any
+from typing import Any, Iterable
 
 from torch import nn
 
@@ -18,36 +17,40 @@ def only_written(part: nn.Module) -> frozenset[str]:
     written, read = _attributes_of(type(part).forward)
     for kind in type(part).__mro__:
         if not kind.__module__.startswith("torch.") and written:
-            for member in vars(kind).values():
-                read |= _attributes_of(getattr(member, "fget", member))[1]
+            for name in vars(kind):
+                read |= _attributes_of(function_of(kind, name))[1]
     return written - read
 
 
-_methods: weakref.WeakKeyDictionary[type, tuple[str, ...]] = weakref.WeakKeyDictionary()
-
-
-def methods_of(kind: type) -> tuple[str, ...]:
-    """Names of the methods and properties of a module's class that its forward may come to, by the names in their code;
-    not torch's own, and not forward itself."""
-    if kind not in _methods:
-        known = {name for one in kind.__mro__ if not one.__module__.startswith("torch.") for name in vars(one)}
-        waiting = list(known & {"forward", "__call__"})
-        found: set[str] = set()
-        while waiting:
-            if (name := waiting.pop()) in found:
-                continue
-            found.add(name)
-            code = getattr(function_of(kind, name), "__code__", None)
-            if isinstance(code, types.CodeType):
-                waiting += [other for other in _names_of(code) if other in known]
-        _methods[kind] = tuple(sorted(name for name in found - {"forward"} if function_of(kind, name) is not None))
-    return _methods[kind]
+def methods_of(kinds: Iterable[type]) -> dict[type, list[tuple[str, type]]]:
+    """The methods and properties, not torch's own, of modules' classes that a forward among them may come to by the
+    names in its code: their names, and the class that has each."""
+    owners = {
+        kind: [one for one in kind.__mro__ if not one.__module__.startswith("torch.")] for kind in dict.fromkeys(kinds)
+    }
+    found: dict[type, list[tuple[str, type]]] = {kind: [] for kind in owners}
+    names, waiting = {"forward", "__call__"}, {"forward", "__call__"}
+    while waiting:
+        more: set[str] = set()
+        for kind, classes in owners.items():
+            for one in classes:
+                for name in waiting & vars(one).keys():
+                    code = getattr(function_of(one, name), "__code__", None)
+                    if isinstance(code, types.CodeType):
+                        found[kind].append((name, one))
+                        more |= _names_of(code)
+        waiting = more - names
+        names |= more
+    return found
 
 
 def function_of(kind: type, name: str) -> types.FunctionType | None:
-    """A method, or what a property is read by; None for what is neither, or not written in Python."""
-    value = getattr(kind, name, None)
-    value = getattr(value, "fget", getattr(value, "__func__", value))
+    """A method that a class itself has, or what a property is read by; None for what is neither, or not Python's."""
+    value = vars(kind).get(name)
+    if isinstance(value, property):
+        value = value.fget
+    elif isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
     return value if isinstance(value, types.FunctionType) else None
 
 
@@ -66,13 +69,13 @@ def _names_of(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def made_where_missing(part: nn.Module) -> bool:
-    """Whether the module holds None under a name that its forward writes and reads: what it makes in its next call, the
-    noise of a solve, say."""
+def made_where_missing(part: nn.Module) -> list[str]:
+    """The names under which a module holds None, and that its forward writes and reads: what it makes in its next call,
+    the noise of a solve, say."""
     if type(part).__module__.startswith("torch."):
-        return False
+        return []
     written, read = _attributes_of(type(part).forward)
-    return any(part.__dict__.get(name, part) is None for name in written & read)
+    return [name for name in written & read if part.__dict__.get(name, part) is None]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -100,5 +103,5 @@ def _of_code(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
 
 def _attributes_of(function: Any) -> tuple[frozenset[str], frozenset[str]]:
     """(names of attributes that a function assigns to, of those that it reads)."""
-    code = getattr(inspect.unwrap(function) if callable(function) else function, "__code__", None)
+    code = getattr(inspect.unwrap(function) if isinstance(function, types.FunctionType) else function, "__code__", None)
     return _of_code(code) if isinstance(code, types.CodeType) else (frozenset(), frozenset())

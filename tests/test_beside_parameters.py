@@ -3,6 +3,8 @@ classes and settings."""
 
 from __future__ import annotations
 
+import cProfile
+import sys
 import types
 
 import pytest
@@ -214,3 +216,143 @@ def test_numbers_beside_the_module_are_watched(name):
     wanted = run()
     with accelerate():
         torch.testing.assert_close(run(), wanted, rtol=1e-9, atol=1e-9)
+
+
+# --------------------------------------------------------------------------------------- the first evaluation of a solve
+
+
+class MadeInForward(nn.Module):
+    """What forward makes where it is missing. kind: of what it is made, and what else happens."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.norm = nn.Linear(3, 3).double(), nn.BatchNorm1d(3).double()
+        self.kind, self.held, self.list = kind, None, []
+
+    def forward(self, t, y):
+        if self.held is None:
+            self.held = self.net.weight.T.contiguous() if self.kind == "parameters" else torch.randn_like(y[:1])
+        if self.kind == "list":
+            self.list.append(float(t))
+        if self.kind == "dropout":
+            y = nn.functional.dropout(y, 0.5, self.training)
+        if self.kind == "norm":
+            y = self.norm(y)
+        if self.kind == "average":
+            self.held = 0.9 * self.held + 0.1 * y.detach().mean(0, keepdim=True)
+        if self.kind == "parameters":
+            return torch.tanh(y @ self.held)
+        return torch.tanh(self.net(y)) * self.held
+
+
+@pytest.mark.filterwarnings("ignore:accelerate")
+@pytest.mark.parametrize("kind", ["parameters", "noise", "list", "dropout", "norm", "average"])
+def test_the_first_evaluation_leaves_what_it_would_leave(kind):
+    y, times = torch.randn(5, 3).double(), torch.tensor([0.0, 1.0]).double()
+
+    def run():
+        module = MadeInForward(kind)
+        torch.manual_seed(1)
+        out = odeint(module, y, times, method="rk4", options={"step_size": 0.25})
+        grads = torch.autograd.grad(out[-1].square().sum(), module.net.weight)
+        return out, grads, module.held.detach(), len(module.list), module.norm.running_mean, torch.rand(1)
+
+    wanted = run()
+    with accelerate():
+        torch.testing.assert_close(run(), wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_numbers_that_require_a_gradient_later_have_one():
+    class Source(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.code = nn.Linear(3, 3).double(), None
+
+        def forward(self, t, y):
+            return torch.tanh(self.net(y)) * self.code
+
+    module, encoder, given = Source(), nn.Linear(2, 3).double(), torch.randn(2).double()
+    y, times = torch.randn(5, 3).double(), torch.tensor([0.0, 1.0]).double()
+
+    def run():
+        with torch.no_grad():  # validation, then training, on the same
+            module.code = encoder(given)
+            odeint(module, y, times, method="rk4")
+        module.code = encoder(given)
+        loss = odeint(module, y, times, method="rk4")[-1].square().sum()
+        return torch.autograd.grad(loss, list(encoder.parameters()))
+
+    wanted = run()
+    with accelerate():
+        torch.testing.assert_close(run(), wanted)
+
+
+def test_profilers_and_odd_attributes_of_classes_are_left_alone():
+    class Settings(dict):
+        __getattr__ = dict.__getitem__
+
+    class Raises:
+        def __get__(self, instance, owner):
+            raise RuntimeError("not here")
+
+    class Odd(Demo):
+        settings, raising = Settings(rate=2.0), Raises()
+
+        def forward(self, t, y):
+            return super().forward(t, y) * self.settings.rate
+
+    module, y, times = Odd().double(), torch.randn(3, 2).double(), torch.tensor([0.0, 1.0]).double()
+    wanted = odeint(module, y, times, method="rk4")
+    profiler = cProfile.Profile()
+    with accelerate() as context:
+        profiler.enable()
+        found = odeint(lambda t, y: module(t, y), y, times, method="rk4")
+        assert sys.getprofile() is profiler
+        profiler.disable()
+        torch.testing.assert_close(found, wanted)
+        Odd.settings = Settings(rate=3.0)
+        torch.testing.assert_close(odeint(module, y, times, method="rk4")[0], wanted[0])
+        assert "cpu engine" in context.report()
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(2, 2).double()
+
+    def factor(self):
+        return SETTINGS.rate
+
+    def forward(self, t, y):
+        return self.net(y) * self.factor()
+
+
+class Derived(Base):
+    def forward(self, t, y):
+        return super().forward(t, y) + 1.0
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Base()
+
+    def forward(self, t, y):
+        return self.inner.net(y) * self.inner.factor()
+
+
+@pytest.mark.parametrize("make", [Derived, Outer])
+def test_what_methods_of_parents_and_parts_read_is_watched(make):
+    module, y, times = make(), torch.randn(3, 2).double(), torch.tensor([0.0, 1.0]).double()
+
+    def run():
+        found = []
+        for rate in (1.0, 2.0):
+            SETTINGS.rate = rate
+            found.append(odeint(module, y, times, method="rk4"))
+        return found
+
+    wanted = run()
+    with accelerate():
+        torch.testing.assert_close(run(), wanted)

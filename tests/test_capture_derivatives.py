@@ -331,7 +331,7 @@ class ByHand(torch.nn.Module):
     "function, of_weights", [(Scaled.apply, False), (Scaled.apply, True), (hooked, False)], ids=["state", "weights", "hook"]
 )
 def test_other_gradients_than_the_derivative_are_refused(function, of_weights, live):
-    with pytest.raises(sfk.UnsupportedFieldError, match="ByHand: it has a gradient of its own"):
+    with pytest.raises(sfk.UnsupportedFieldError, match="ByHand: (it has a gradient of its own|forward puts a hook on a tensor)"):
         sfk.compile(ByHand(function, of_weights), live=live)
 
 
@@ -384,3 +384,25 @@ def test_parameters_that_cannot_change_the_field_have_no_gradient():
         grads.append([p.grad for p in module.parameters()])
     assert [g is None for g in grads[0]] == [g is None for g in grads[1]] == [False, False, False, True, True, True]
     torch.testing.assert_close([g for g in grads[1] if g is not None], [g for g in grads[0] if g is not None])
+
+
+@pytest.mark.parametrize("shape", [(4,), (5, 4)], ids=["moving", "context"])
+def test_gradients_by_hand_of_what_a_module_holds(shape):
+    """The graph behind it is the caller's, and is not freed."""
+
+    class Holds(ByHand):
+        def forward(self, t, y):
+            return self.b(torch.tanh(self.a(y)) + self.function(self.held))
+
+    y, encoder = torch.randn(5, 3).double(), torch.nn.Linear(2, 4).double()
+    given = torch.randn(*shape[:-1], 2).double()
+    for function, right in ((Scaled.apply, False), (Square.apply, True)):
+        module = Holds(function)
+        module.held = encoder(given).exp()
+        if not right:
+            with pytest.raises(sfk.UnsupportedFieldError, match="a gradient of its own"):
+                sfk.compile(module, like=y, live=True)
+            continue
+        field = sfk.compile(module, like=y, live=True)
+        grads = [torch.autograd.grad(f(0.0, y).sum(), encoder.weight, retain_graph=True)[0] for f in (field, module)]
+        torch.testing.assert_close(*grads)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dis
 import functools
+import inspect
 import types
 from typing import Any, Callable, Iterator, Sequence
 
@@ -64,10 +65,10 @@ def items_of(value: Any) -> Iterator[tuple[str, Any]]:
         for name, member in members:  # config.rate, of a module or a class
             holder = value.__globals__.get(name)
             if isinstance(holder, (types.ModuleType, type)) and not _is_librarys(holder):
-                item = getattr(holder, member, None)
+                item = inspect.getattr_static(holder, member, None)
                 if not (item is None or callable(item) or isinstance(item, (types.ModuleType, property))):
                     yield f"{name}.{member}", item
-    elif hasattr(value, "func") and hasattr(value, "keywords"):  # functools.partial
+    elif isinstance(value, functools.partial):
         yield from (("func", value.func), ("args", value.args), ("keywords", value.keywords))
 
 
