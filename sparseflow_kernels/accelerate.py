@@ -353,13 +353,14 @@ def _field(func: Any, y0: Any, t: Any, arguments: dict) -> CompiledField | None:
     missing = [(part, name) for part in module.modules() for name in made_where_missing(part)]
     if not missing:
         return here.field_for(module, y0)
-    made, random_state = _made(module, t, y0, missing), torch.get_rng_state()
-    if made is not None:
-        torch.set_rng_state(made[1])
-        for (part, name), value in zip(missing, made[0]):
-            part.__dict__[name] = value
+    random_state, (made, after) = torch.get_rng_state(), _made(module, t, y0, missing)
+    if made is None:
+        return None
+    torch.set_rng_state(after)
+    for (part, name), value in zip(missing, made):
+        part.__dict__[name] = value
     field = here.field_for(module, y0)
-    if field is None and made is not None:
+    if field is None:
         torch.set_rng_state(random_state)
         for part, name in missing:
             part.__dict__[name] = None
@@ -368,10 +369,10 @@ def _field(func: Any, y0: Any, t: Any, arguments: dict) -> CompiledField | None:
 
 def _made(
     module: nn.Module, t: Any, y0: Any, missing: list[tuple[nn.Module, str]]
-) -> tuple[list[Any], Tensor] | None:
+) -> tuple[list[Any] | None, Tensor]:
     """(What the module makes for what it lacks in the first evaluation of a solve, its noise say, and the random state
     after that.) The module is left as it was. None where this is no constant of the solve, or has a gradient."""
-    found = []
+    found, before_all = [], torch.get_rng_state()
     with contextlib.suppress(Exception), untouched(module):  # what it raises is raised by the solve
         for _ in range(2):
             module(t[0], y0)
@@ -379,9 +380,9 @@ def _made(
             kept = [one.detach().clone() if isinstance(one, Tensor) else one for one in made]
             found.append((made, kept, torch.get_rng_state()))
     if len(found) < 2:
-        return None
+        return [None] * len(missing), before_all
     (first, numbers, state), (second, again, _) = found
     for one, other, before, after in zip(first, second, numbers, again):
         if one is not other or (isinstance(one, Tensor) and (one.requires_grad or not torch.equal(before, after))):
-            return None
+            return None, before_all
     return first, state
