@@ -171,7 +171,6 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
 
     def _solving(self, entry: Entry) -> CompiledField | None:
         """Counts a solve of this entry."""
-        entry.solves += 1
         entry.family.has_solved()
         self._tell(entry, self._met.get(entry, 0) + 1)
         return entry.field
@@ -350,35 +349,56 @@ def _field(func: Any, y0: Any, t: Any, arguments: dict) -> CompiledField | None:
     module = func if isinstance(func, nn.Module) else here.module_of(func)
     if module is None:
         return None
+    with lock:
+        return _field_of_what_is_made(here, module, y0, t)
+
+
+def _field_of_what_is_made(here: accelerate, module: nn.Module, y0: Any, t: Any) -> CompiledField | None:
+    """`field_for`, once the module has what it makes in the first evaluation of a solve: its noise, say."""
     missing = [(part, name) for part in module.modules() for name in made_where_missing(part)]
-    if not missing:
+    kind = module.training, tuple((id(part), name) for part, name in missing)
+    if not missing or is_hooked(module) or known(module).never_made == kind:
         return here.field_for(module, y0)
-    random_state, (made, after) = torch.get_rng_state(), _made(module, t, y0, missing)
+    before = _random_state()
+    made, after = _made(module, t, y0, missing)
     if made is None:
         return None
-    torch.set_rng_state(after)
+    if all(value is None for value in made):
+        known(module).never_made = kind
+    _set_random_state(after)
     for (part, name), value in zip(missing, made):
         part.__dict__[name] = value
     field = here.field_for(module, y0)
     if field is None:
-        torch.set_rng_state(random_state)
+        _set_random_state(before)
         for part, name in missing:
             part.__dict__[name] = None
     return field
 
 
+def _random_state() -> tuple[Tensor, list[Tensor]]:
+    """Of the CPU, and of the GPUs that are in use."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
+
+
 def _made(
     module: nn.Module, t: Any, y0: Any, missing: list[tuple[nn.Module, str]]
-) -> tuple[list[Any] | None, Tensor]:
-    """(What the module makes for what it lacks in the first evaluation of a solve, its noise say, and the random state
-    after that.) The module is left as it was. None where this is no constant of the solve, or has a gradient."""
-    found, before_all = [], torch.get_rng_state()
+) -> tuple[list[Any] | None, tuple[Tensor, list[Tensor]]]:
+    """(What the module makes for what it lacks, and the random state after that.) The module is left as it was. None
+    where this is no constant of the solve, or has a gradient."""
+    found, before_all = [], _random_state()
     with contextlib.suppress(Exception), untouched(module):  # what it raises is raised by the solve
         for _ in range(2):
             module(t[0], y0)
             made = [part.__dict__.get(name) for part, name in missing]
             kept = [one.detach().clone() if isinstance(one, Tensor) else one for one in made]
-            found.append((made, kept, torch.get_rng_state()))
+            found.append((made, kept, _random_state()))
     if len(found) < 2:
         return [None] * len(missing), before_all
     (first, numbers, state), (second, again, _) = found

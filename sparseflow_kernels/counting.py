@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from .capture.probe import untouched
 from .capture.seen import watched
 from .capture.trees import tree_leaves
-from .written import only_written
+from .written import is_torchs, only_written
 
 LARGE = 10**9  # evaluations
 KEPT = "_sparseflow_kernels_kept"  # the attribute in which a module keeps what was compiled of it (known_fields.py)
@@ -55,19 +55,19 @@ class Counters:
                 self._counted.append((part, key, one - first))
         counted = {(part, key) for part, key, _ in self._counted}
         self.records = self.records or next((name for part, name in written if (part, name) not in counted), None)
-        self._module, self._call = module, call
-        self.by_number, self._ends = False, False
+        self.by_number = False
+        self._ending: tuple[nn.Module, Callable[[], Any]] | None = None  # what raises where it was called too often
         if self._counted:
-            self._try_a_large_number(outputs[0])
+            self._try_a_large_number(module, call, outputs[0])
 
-    def _try_a_large_number(self, expected: Any) -> None:
+    def _try_a_large_number(self, module: nn.Module, call: Callable[[], Any], expected: Any) -> None:
         """What a module does that was called very often: it may raise an error, which ends a solve."""
-        with untouched(self._module):
+        with untouched(module):
             self._add(LARGE)
             try:
-                found = self._call()
+                found = call()
             except Exception:  # noqa: BLE001 - whatever the user has chosen
-                self._ends = True
+                self._ending = module, call
                 return
         pairs = zip(tree_leaves(found), tree_leaves(expected))
         self.by_number = not all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
@@ -86,9 +86,10 @@ class Counters:
     def add(self, evaluations: int) -> None:
         """Raises what forward itself raises where it was called too often."""
         self._add(evaluations)
-        if self._ends:
-            with untouched(self._module):
-                self._call()
+        if self._ending is not None:
+            module, call = self._ending
+            with untouched(module):
+                call()
 
     def _add(self, evaluations: int) -> None:
         for part, key, step in self._counted:
@@ -102,7 +103,7 @@ class Counters:
 
 def _kept(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:
     """What the parts of a module hold under names that forward writes, and nothing in the module reads."""
-    own = (part for part in module.modules() if not type(part).__module__.startswith("torch."))
+    own = (part for part in module.modules() if not is_torchs(type(part)))
     return {(part, name): part.__dict__.get(name) for part in own for name in only_written(part)}
 
 
@@ -132,7 +133,7 @@ def _sizes(module: nn.Module) -> dict[str, int]:
     """Sizes of the lists and dicts that the parts of a module hold under their names."""
     return {
         f"{path}.{key}".lstrip("."): len(value)
-        for path, part in module.named_modules() if not type(part).__module__.startswith("torch.")
+        for path, part in module.named_modules() if not is_torchs(type(part))
         for key, value in part.__dict__.items() if isinstance(value, (list, dict)) and key not in TORCHS
     }  # fmt: skip
 

@@ -68,14 +68,13 @@ class Family:
 @dataclass(eq=False)
 class Entry:
     """What became of one module for states of one kind. field: None where its solves are handed on to torchdiffeq, for
-    this `reason`.  solves: how many there were.  refused: the module as it was when it was found that it cannot be
-    compiled.  settled: it stays so, whatever the module becomes.  stands: the module is a `stand_in`."""
+    this `reason`.  refused: the module as it was when it was found that it cannot be compiled.  settled: it stays so,
+    whatever the module becomes.  stands: the module is a `stand_in`."""
 
     module: weakref.ref
     family: Family
     field: CompiledField | None = None
     reason: str = ""
-    solves: int = 0
     refused: Watch | None = None
     settled: bool = False
     stands: bool = False
@@ -83,15 +82,17 @@ class Entry:
 
 class Known:
     """entries: what became of the module, by engine and kind of state, the last first.  functions: modules made of
-    functions that read the module, by their code.  stand_ins: `stand_in`'s, of wrappers of the module."""
+    functions that read the module, by their code.  stand_ins: `stand_in`'s, of wrappers of the module.  never_made:
+    what it lacks, and has not made in an evaluation either."""
 
     # and no __dict__, so that nobody takes it for something that forward reads
-    __slots__ = ("entries", "functions", "stand_ins")
+    __slots__ = ("entries", "functions", "stand_ins", "never_made")
 
     def __init__(self) -> None:
         self.entries: dict[tuple, list[Entry]] = {}
         self.functions: dict[tuple, FunctionModule] = {}
         self.stand_ins: dict[tuple, nn.Module] = {}
+        self.never_made: tuple = ()
 
     def __deepcopy__(self, memo: dict) -> "Known":
         return Known()

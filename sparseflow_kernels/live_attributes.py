@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .capture.context import PREFIX, inside
 from .counting import TORCHS, Counters
 from .packing import Snapshot, strided
-from .written import function_of, methods_of, only_written, plain_of
+from .written import function_of, is_torchs, methods_of, only_written, plain_of
 
 DEEPEST = 4  # containers in containers
 _SETTINGS = (bool, int, float, str, tuple, type(None))
@@ -31,7 +31,7 @@ class Attributes:
     ) -> None:  # fmt: skip
         self._followed, self._unread = followed, unread
         self._written = [
-            frozenset() if _is_torchs(part) else only_written(part) | (counters.of(part) if counters else frozenset())
+            frozenset() if is_torchs(type(part)) else only_written(part).union(counters.of(part) if counters else ())
             for _, part in parts
         ]
         self._classes = []  # what classes hold in the place of their modules
@@ -51,9 +51,9 @@ class Attributes:
 
     def look_at(self, parts: list[tuple[str, nn.Module]]) -> None:
         """Watches these parts in the place of those under the same paths."""
-        self._torchs = [part for _, part in parts if _is_torchs(part)]
+        self._torchs = [part for _, part in parts if is_torchs(type(part))]
         self._parts = [
-            (path, part, written) for (path, part), written in zip(parts, self._written) if not _is_torchs(part)
+            (path, part, written) for (path, part), written in zip(parts, self._written) if not is_torchs(type(part))
         ]
         # Each of them is watched for itself, so that another one in its place is none.
         self._numbers = {
@@ -120,7 +120,3 @@ def kind_of(value: Tensor | None, free: int) -> tuple:
     """What has to stay as it is of a tensor whose numbers are read at every call. free: first axes that may have
     another size; then the numbers are converted, too."""
     return () if value is None else (None if free else value.dtype, *value.shape[free:])
-
-
-def _is_torchs(part: nn.Module) -> bool:
-    return type(part).__module__.startswith("torch.")

@@ -11,12 +11,17 @@ from typing import Any, Iterable
 from torch import nn
 
 
+def is_torchs(kind: type) -> bool:
+    """Whether a module's class is one of torch's own."""
+    return kind.__module__.startswith("torch.")
+
+
 def only_written(part: nn.Module) -> frozenset[str]:
     """Names of attributes that forward assigns to, and that no method of the module reads: no part of what it
     computes."""
     written, read = _attributes_of(type(part).forward)
     for kind in type(part).__mro__:
-        if not kind.__module__.startswith("torch.") and written:
+        if not is_torchs(kind) and written:
             for name in vars(kind):
                 read |= _attributes_of(function_of(kind, name))[1]
     return written - read
@@ -26,7 +31,7 @@ def methods_of(kinds: Iterable[type]) -> dict[type, list[tuple[str, type]]]:
     """The methods and properties, not torch's own, of modules' classes that a forward among them may come to by the
     names in its code: their names, and the class that has each."""
     owners = {
-        kind: [one for one in kind.__mro__ if not one.__module__.startswith("torch.")] for kind in dict.fromkeys(kinds)
+        kind: [one for one in kind.__mro__ if not is_torchs(one)] for kind in dict.fromkeys(kinds)
     }
     found: dict[type, list[tuple[str, type]]] = {kind: [] for kind in owners}
     names, waiting = {"forward", "__call__"}, {"forward", "__call__"}
@@ -57,7 +62,7 @@ def function_of(kind: type, name: str) -> types.FunctionType | None:
 def plain_of(kind: type) -> tuple[tuple[type, str], ...]:
     """The attributes that a module's class holds as numbers, tensors and the like, and the class that has each."""
     return tuple(
-        (one, name) for one in kind.__mro__ if not one.__module__.startswith("torch.")
+        (one, name) for one in kind.__mro__ if not is_torchs(one)
         for name, value in vars(one).items()
         if not name.startswith("__") and value is not None and not callable(value)
         and not isinstance(value, (property, staticmethod, classmethod, types.MemberDescriptorType))
@@ -72,7 +77,7 @@ def _names_of(code: types.CodeType) -> set[str]:
 def made_where_missing(part: nn.Module) -> list[str]:
     """The names under which a module holds None, and that its forward writes and reads: what it makes in its next call,
     the noise of a solve, say."""
-    if type(part).__module__.startswith("torch."):
+    if is_torchs(type(part)):
         return []
     written, read = _attributes_of(type(part).forward)
     return [name for name in written & read if part.__dict__.get(name, part) is None]

@@ -30,8 +30,8 @@ AT_POSITIONS = {
 class Seen:
     """ids: of the tensors that torch was called with, be it for their shape alone. Kept by `collecting`.
 
-    hooked: forward has put a hook on a tensor.  moving: tensors beside the parameters, by the names of `attributes`, that are to be read like parameters, as they
-    will be others."""
+    hooked: forward has put a hook on a tensor.  moving: tensors beside the parameters, by the names of `attributes`, that
+    are to be read like parameters, as they will be others."""
 
     def __init__(self, moving: Mapping[str, Tensor] | None = None) -> None:
         self.moving, self.hooked = moving or {}, False
@@ -67,11 +67,9 @@ class Answers:
     def __init__(self, module: nn.Module, nodes: Sequence[Node | Leaf], dtype: torch.dtype) -> None:
         self._module, self._dtype = module, dtype
         self._replays = [Replay(node, dtype) for node in nodes]
+        self.leaves: frozenset[Leaf] = frozenset().union(*(replay.all_leaves() for replay in self._replays))
+        self._first = next(iter(self.leaves)).name
         self._were = self._now()
-
-    @property
-    def leaves(self) -> frozenset[Leaf]:
-        return frozenset(leaf for replay in self._replays for leaf in replay.all_leaves())
 
     @torch.no_grad()
     def _now(self) -> list[Tensor]:
@@ -79,8 +77,8 @@ class Answers:
             value = tensor_named(self._module, name)
             return value.detach().to(self._dtype) if value.is_floating_point() else value.detach()
 
-        first = tensor_named(self._module, next(iter(self.leaves)).name)
-        like = torch.empty(0, dtype=self._dtype, device=first.device)
+        device = tensor_named(self._module, self._first).device
+        like = torch.empty(0, dtype=self._dtype, device=device)
         return [replay.run(like, None, moved).clone() for replay in self._replays]
 
     def same(self) -> bool:
@@ -88,7 +86,12 @@ class Answers:
             present = self._now()
         except Exception:  # noqa: BLE001 - of tensors that have become smaller, say
             return False
-        return all(now.shape == was.shape and torch.equal(now, was) for now, was in zip(present, self._were))
+        return all(map(_alike, present, self._were))
+
+
+def _alike(now: Tensor, was: Tensor) -> bool:
+    """NaN is NaN: numbers that are missing in data."""
+    return now.shape == was.shape and bool(((now == was) | ((now != now) & (was != was))).all())
 
 
 _here = threading.local()
