@@ -139,6 +139,11 @@ class TestInstructions:
         op, function, *ulps = UNARY[name]
         x = special(dtype)
         found = elementwise(dtype, [(op, 1, 0)], x[:, None])
+        if name == "sigmoid":  # zero or denormal where exp(-x) is infinite
+            smallest = torch.finfo(dtype).smallest_normal
+            gone = function(x.double()) < 2 * smallest
+            assert gone.any() and bool((found[gone] >= 0).all() and (found[gone] <= 2 * smallest).all())
+            x, found = x[~gone], found[~gone]
         exact = function(x.double()) if dtype == torch.float32 else None
         assert_close(found, function(x), ulps[dtype == torch.float64], name, exact)
 

@@ -21,21 +21,6 @@ SF_INLINE Vec<T> lane_by_lane(Vec<T> x, Vec<T> y, F f) {
   return out;
 }
 
-// Whether a comparison holds in every lane.
-template <class T>
-SF_INLINE bool all_lanes(IVec<T> mask) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return _mm512_movepi32_mask((__m512i)mask) == 0xffff;
-  else return _mm512_movepi64_mask((__m512i)mask) == 0xff;
-#elif defined(__AVX2__)
-  return _mm256_movemask_epi8((__m256i)mask) == -1;
-#else
-  IVec<T> all = mask;
-  for (int i = 1; i < Simd<T>::kLanes; ++i) all[0] &= mask[i];
-  return all[0] != 0;
-#endif
-}
-
 template <class T>
 SF_INLINE Vec<T> square_root(Vec<T> x) {
 #if defined(__AVX512F__)
@@ -69,8 +54,7 @@ inline constexpr T kExpHigh = sizeof(T) == 4 ? T(89) : T(710);  // exp is infini
 
 template <class T>
 SF_INLINE Vec<T> exponential(Vec<T> x) {
-  const ExpParts<T> e = exp_parts(at_most<T>(at_least<T>(x, kExpLow<T>), kExpHigh<T>));
-  return scale_by_power_of_two<T>(e.tail + T(1), e.n);
+  return whole<T>(exp_parts(at_most<T>(at_least<T>(x, kExpLow<T>), kExpHigh<T>)));
 }
 
 // Of half the power, since the whole one may be infinite where the result is not.
@@ -78,7 +62,7 @@ template <class T>
 SF_INLINE Vec<T> exponential_minus_1(Vec<T> x) {
   const ExpParts<T> e = exp_parts(at_most<T>(at_least<T>(x, T(-60)), kExpHigh<T>));
   const Vec<T> power = scale_by_power_of_two<T>(splat<T>(0.5), e.n);
-  const Vec<T> half = power * e.tail + (power - T(0.5));
+  const Vec<T> half = power * tail<T>(e) + (power - T(0.5));
   return x == T(0) ? x : half + half;
 }
 

@@ -70,8 +70,8 @@ SF_INLINE void store(Vec<T> v, T* x, int lanes) {
 template <class T>
 void sigmoid_of_time(const T* slope, const T* offset, T t, int n, T* out) {
   elementwise<T>(n, [&](int i, int lanes) {
-    Vec<T> complement, e;
-    store<T>(sigmoid<T>(load<T>(slope + i, lanes) * t + load<T>(offset + i, lanes), complement, e), out + i, lanes);
+    Vec<T> complement;
+    store<T>(sigmoid<T>(load<T>(slope + i, lanes) * t + load<T>(offset + i, lanes), complement), out + i, lanes);
   });
 }
 

@@ -111,7 +111,7 @@ void run_instruction(Instruct op, const Strip<T>& s, T number) {
     case Instruct::kCos: return map<T>(s, [](V x) { return wave<T, true>(x); });
     case Instruct::kTan: return map<T>(s, [](V x) { return SF_LIBRARY(tan); });
     case Instruct::kTanh: return map<T>(s, [](V x) { return tanh(x); });
-    case Instruct::kSigmoid: return map<T>(s, [](V x) { V complement, e; return sigmoid<T>(x, complement, e); });
+    case Instruct::kSigmoid: return map<T>(s, [](V x) { V complement; return sigmoid<T>(x, complement); });
     case Instruct::kSoftplus: return map<T>(s, [](V x) { return softplus<T>(x); });
     case Instruct::kErf: return map<T>(s, [](V x) { return error_function(x); });
     case Instruct::kPowNumber: return power<T>(s, number);

@@ -83,6 +83,21 @@ SF_INLINE Vec<T> abs(Vec<T> x) {
   constexpr auto sign = decltype(IVec<T>{}[0] + 0)(1) << (sizeof(T) * 8 - 1);
   return as_real<T>(as_int<T>(x) & ~(IVec<T>{} + sign));
 }
+// Whether a comparison holds in every lane.
+template <class T>
+SF_INLINE bool all_lanes(IVec<T> mask) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_movepi32_mask((__m512i)mask) == 0xffff;
+  else return _mm512_movepi64_mask((__m512i)mask) == 0xff;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)mask) == -1;
+#else
+  IVec<T> all = mask;
+  for (int i = 1; i < Simd<T>::kLanes; ++i) all[0] &= mask[i];
+  return all[0] != 0;
+#endif
+}
+
 // max(low, x) and min(high, x), x where it is NaN: the order of the operands makes the machine's instructions do just that.
 template <class T>
 SF_INLINE Vec<T> at_least(Vec<T> x, T low) {

@@ -16,10 +16,10 @@ SF_INLINE Vec<T> horner(Vec<T> x, const T (&c)[N]) {  // c[0] + c[1] x + ...
   return sum;
 }
 
-// exp(x) = 2^n (1 + tail), |log(1 + tail)| <= log(2) / 2. x in about [-800, 800] (f32: [-110, 88]).
+// exp(x) = 2^n exp(r) and exp(r) = 1 + r + r^2 q, |r| <= log(2) / 2. x in about [-800, 800] (f32: [-110, 110]).
 template <class T>
 struct ExpParts {
-  Vec<T> n, tail;
+  Vec<T> n, r, q;
 };
 
 SF_INLINE ExpParts<float> exp_parts(Vec<float> x) {
@@ -29,7 +29,7 @@ SF_INLINE ExpParts<float> exp_parts(Vec<float> x) {
   r = r - n * 1.42860677e-6f;
   // (exp(r) - 1 - r) / r^2 on |r| <= 0.3467
   const Vec<float> q = horner<float>(r, {0.49999999551878493f, 0.166665771895718f, 0.04166685362032535f, 0.008363162139962861f, 0.001390129392167424f});
-  return {n, r + r * r * q};
+  return {n, r, q};
 }
 
 SF_INLINE ExpParts<double> exp_parts(Vec<double> x) {
@@ -39,17 +39,29 @@ SF_INLINE ExpParts<double> exp_parts(Vec<double> x) {
   const Vec<double> q = horner<double>(  // Taylor, degree 14 in all: the remainder is below 1e-18
       r, {1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800,
           1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0, 1.0 / 87178291200.0});
-  return {n, r + r * r * q};
+  return {n, r, q};
 }
 
+template <class T>
+SF_INLINE Vec<T> whole(const ExpParts<T>& e) {
+  return scale_by_power_of_two<T>((e.q * e.r + T(1)) * e.r + T(1), e.n);
+}
+
+// exp(r) - 1: nothing is lost where r is small.
+template <class T>
+SF_INLINE Vec<T> tail(const ExpParts<T>& e) {
+  return e.r + e.r * e.r * e.q;
+}
+
+template <class T>
+inline constexpr T kLargest = sizeof(T) == 4 ? T(3.40282347e38f) : T(1.7976931348623157e308);
 template <class T>
 inline constexpr T kExpLow = sizeof(T) == 4 ? T(-105) : T(-750);  // exp rounds to zero below
 
 // exp(x) for x <= 0.
 template <class T>
 SF_INLINE Vec<T> exp_of_negative(Vec<T> x) {
-  const ExpParts<T> e = exp_parts(at_least<T>(x, kExpLow<T>));
-  return scale_by_power_of_two<T>(e.tail + T(1), e.n);
+  return whole<T>(exp_parts(at_least<T>(x, kExpLow<T>)));
 }
 
 // exp(x) - 1 for x <= 0, accurate near zero.
@@ -57,7 +69,7 @@ template <class T>
 SF_INLINE Vec<T> expm1_of_negative(Vec<T> x) {
   const ExpParts<T> e = exp_parts(at_least<T>(x, T(-60)));
   const Vec<T> power = scale_by_power_of_two<T>(splat<T>(1), e.n);
-  return power * e.tail + (power - T(1));
+  return power * tail<T>(e) + (power - T(1));
 }
 
 // tanh from exp(-2|x|) - 1: exact to a few roundings everywhere.
@@ -84,9 +96,18 @@ SF_INLINE Vec<float> tanh(Vec<float> x) {
 #endif
 }
 
-// sigmoid(x) and sigmoid(-x) from one division; e = exp(-|x|) is returned for those who need it too
+// sigmoid(x) and sigmoid(-x) = exp(-x) sigmoid(x) from one division. Where exp(-x) is infinite the first is zero, as is torch's.
 template <class T>
-SF_INLINE Vec<T> sigmoid(Vec<T> x, Vec<T>& complement, Vec<T>& e) {
+SF_INLINE Vec<T> sigmoid(Vec<T> x, Vec<T>& complement) {
+  const Vec<T> e = whole<T>(exp_parts(at_most<T>(at_least<T>(-x, kExpLow<T>), -kExpLow<T>)));
+  const Vec<T> s = T(1) / (e + T(1));
+  complement = at_most<T>(e, kLargest<T>) * s;
+  return s;
+}
+
+// The same by e = exp(-|x|), which is returned for those who need it too.
+template <class T>
+SF_INLINE Vec<T> sigmoid_of_magnitude(Vec<T> x, Vec<T>& complement, Vec<T>& e) {
   e = exp_of_negative<T>(-abs<T>(x));
   const Vec<T> large = T(1) / (e + T(1)), small = e * large;
   complement = x < T(0) ? large : small;
@@ -158,11 +179,11 @@ SF_INLINE void sincos(Vec<T> x, Vec<T>& sine, Vec<T>& cosine) {
   }
   sine = as_real<T>(as_int<T>(r + r * u * s) ^ odd);
   cosine = as_real<T>(as_int<T>(T(1) - T(0.5) * u + u * u * c) ^ odd);
-  for (int i = 0; i < Simd<T>::kLanes; ++i) {
-    if (!(x[i] <= limit && x[i] >= -limit)) {
-      if constexpr (sizeof(T) == 4) sine[i] = __builtin_sinf(x[i]), cosine[i] = __builtin_cosf(x[i]);
-      else sine[i] = __builtin_sin(x[i]), cosine[i] = __builtin_cos(x[i]);
-    }
+  const IVec<T> reduced = abs<T>(x) <= splat<T>(limit);
+  for (int i = 0; !all_lanes<T>(reduced) && i < Simd<T>::kLanes; ++i) {
+    if (reduced[i]) continue;
+    if constexpr (sizeof(T) == 4) sine[i] = __builtin_sinf(x[i]), cosine[i] = __builtin_cosf(x[i]);
+    else sine[i] = __builtin_sin(x[i]), cosine[i] = __builtin_cos(x[i]);
   }
 }
 
@@ -199,15 +220,15 @@ SF_INLINE void activate(Vec<T> z, T a, T b, T inverse_a, Vec<T>& h, Vec<T>& slop
     slope = T(1) - h * h;
     curvature = T(-2) * h * slope;
   } else if constexpr (A == Activation::kSigmoid) {
-    Vec<T> complement, e;
-    h = sigmoid<T>(z, complement, e);
+    Vec<T> complement;
+    h = sigmoid<T>(z, complement);
     slope = h * complement;
     curvature = slope * (complement - h);
   } else if constexpr (A == Activation::kSoftplus) {
     const Vec<T> x = z * a;
     Vec<T> complement, e;
     const Vec<T> linear = x > splat<T>(b) ? splat<T>(1) : splat<T>(0);
-    const Vec<T> s = sigmoid<T>(x, complement, e);
+    const Vec<T> s = sigmoid_of_magnitude<T>(x, complement, e);
     const Vec<T> positive = at_least<T>(x, T(0));
     h = linear != T(0) ? z : (positive + log1p_unit(e)) * inverse_a;
     slope = linear != T(0) ? linear : s;
@@ -221,8 +242,8 @@ SF_INLINE void activate(Vec<T> z, T a, T b, T inverse_a, Vec<T>& h, Vec<T>& slop
     slope = z > T(0) ? splat<T>(1) : a * (below + T(1));
     curvature = z > T(0) ? splat<T>(0) : slope;
   } else if constexpr (A == Activation::kSilu) {
-    Vec<T> complement, e;
-    const Vec<T> s = sigmoid<T>(z, complement, e);
+    Vec<T> complement;
+    const Vec<T> s = sigmoid<T>(z, complement);
     h = z * s;
     slope = s + h * complement;
     curvature = s * complement * (T(2) + z * (complement - s));
