@@ -15,7 +15,7 @@ from . import gradients, operators
 from .capture import unwrapped
 from .capture.context import dotted
 from .devices import factories_on_cpu, lasting, ordinary
-from .divergence import KINDS, DivergencePlan, Kind
+from .divergence import DivergencePlan, Kind
 from .engines import choose, reference_engine
 from .engines.base import Engine
 from .engines.reference import ReferenceEngine, is_autocast_enabled, own_precision
@@ -29,7 +29,7 @@ from .origin import Key, Origin
 from .packing import Packing
 from .reading import Reading, check_fits, example_of, shapes_of
 from .reading_live import read_and_run, tell_what_was_taken
-from .report import describe_chain, describe_graph
+from .report import describe_chain, describe_graph, engine_lines
 from .tables import Report
 from .trained import Held, check_made_again
 from .write_back import write_back
@@ -479,7 +479,7 @@ class CompiledField(FieldParameters):
             before, rows, after = describe_graph(field)
         else:
             before, rows, after = describe_chain(field)
-        lines = [*after, "", *self._engine_lines(field)]
+        lines = [*after, "", *engine_lines(self, field)]
         if self._simplification:
             lines += ["", self._simplification]
         lines += [note for note in field.notes if note not in self._simplification]
@@ -488,31 +488,6 @@ class CompiledField(FieldParameters):
         if self.moving:
             lines += [f"read at every call, like parameters: {', '.join(sorted(map(dotted, self.moving)))}"]
         return Report(before, rows, lines)
-
-    def _engine_lines(self, field: VectorField | GraphField) -> list[str]:
-        """Who runs it, and how the divergence is computed."""
-        engine, reason = choose(field, self.requested)
-        lines = [f"multiply-adds per sample and evaluation: {self.nnz}", f"engine: {engine.name} ({reason})"]
-        lines += self.packed().describe()
-        lines += self._gradient_lines()
-        for kind in KINDS if self.layout is None or not self.layout.is_tuple else ():
-            plan = self.divergence_plan(kind)
-            costs = ", ".join(f"{name} {cost}" for name, cost in plan.costs.items())
-            form = type(plan.form).__name__.removesuffix("Form").lower()
-            lines.append(f"{kind} divergence: {form} form; {plan.reason} [multiply-adds: {costs}]")
-        return lines
-
-    def _gradient_lines(self) -> list[str]:
-        """Who makes the gradient in x and the parameters: one line, or one for the field and each divergence."""
-        told: dict[str, list[str]] = {}
-        for kind in (None, *(KINDS if self.layout is None or not self.layout.is_tuple else ())):
-            engine = self.packed(kind)
-            obstacle = engine.no_gradient(("x", "tensors"))
-            who = f"{engine.name}" if obstacle is None else f"reference, in plain PyTorch, because {obstacle}"
-            told.setdefault(who, []).append("field" if kind is None else kind)
-        if len(told) == 1:
-            return [f"gradient: {who}" for who in told]
-        return [f"gradient ({', '.join(kinds)}): {who}" for who, kinds in told.items()]
 
 
 @torch._disable_dynamo  # torch.compiler.disable, which would import the compiler with this package

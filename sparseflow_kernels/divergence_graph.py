@@ -132,11 +132,31 @@ def _multiply_adds(outputs: list[Node]) -> int:
     return sum(n.matrix.multiply_adds for n in order(outputs) if n.kind == "linear" and n.per_sample)
 
 
-@torch.no_grad()
+MOST_DIMENSIONS = 2**15  # of a state whose Jacobian's structure is looked at: a gigabyte of flags
+AT_ONCE = 2**24  # numbers that `structure` holds of one node
+
+
 def structure(output: Node, state: Node) -> Tensor:
-    """bool [rows of output, rows of state]: where the Jacobian can be other than zero."""
-    masks: dict[Node, Tensor | None] = {state: torch.eye(state.rows, dtype=torch.bool)}
-    for node in order([output], stop=lambda node: node is state):
+    """bool [rows of output, rows of state]: where the Jacobian can be other than zero. Raises ValueError for a state of
+    more than MOST_DIMENSIONS numbers."""
+    if state.rows > MOST_DIMENSIONS:
+        raise ValueError(
+            f"exact divergence: the state has {state.rows} numbers a sample, and the Jacobian of more than "
+            f'{MOST_DIMENSIONS} is not looked at; take kind="hutchinson"'
+        )
+    nodes = order([output], stop=lambda node: node is state)
+    step = max(1, AT_ONCE // max(node.rows for node in (state, *nodes)))
+    columns = torch.arange(state.rows).split(step)
+    return torch.cat([_structure(nodes, output, state, piece) for piece in columns], 1)
+
+
+@torch.no_grad()
+def _structure(nodes: list[Node], output: Node, state: Node, columns: Tensor) -> Tensor:
+    """These columns of it. nodes: down to the state, in order."""
+    own = torch.zeros(state.rows, len(columns), dtype=torch.bool)
+    own[columns, torch.arange(len(columns))] = True
+    masks: dict[Node, Tensor | None] = {state: own}
+    for node in nodes:
         if node is state:
             continue
         read = [masks[operand] for operand in node.operands]
@@ -153,16 +173,16 @@ def structure(output: Node, state: Node) -> Tensor:
         elif node.kind == "rows":
             pieces = []
             for operand, mask, (first, count) in zip(node.operands, read, node.pieces):
-                whole = torch.zeros(operand.rows, state.rows, dtype=torch.bool) if mask is None else mask
+                whole = torch.zeros(operand.rows, len(columns), dtype=torch.bool) if mask is None else mask
                 pieces.append(whole[first : first + count])
             masks[node] = torch.cat(pieces)
         else:
-            mask = torch.zeros(node.rows, state.rows, dtype=torch.bool)
+            mask = torch.zeros(node.rows, len(columns), dtype=torch.bool)
             for other in read:
                 mask = mask if other is None else mask | other
             masks[node] = mask
     found = masks[output]
-    return torch.zeros(output.rows, state.rows, dtype=torch.bool) if found is None else found
+    return torch.zeros(output.rows, len(columns), dtype=torch.bool) if found is None else found
 
 
 def colour(jacobian: Tensor) -> list[Tensor]:

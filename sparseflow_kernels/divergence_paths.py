@@ -22,6 +22,8 @@ from .field.transforms import tangent
 
 MOST_PATHS = 8  # of one term
 MOST_SLOPES = 2  # of one path
+MOST_ENTRIES = 2**26  # of a product of fixed factors, and of what leads to it: 256 MB in float32
+MOST_WORK = 2**36  # multiply-adds of the products of fixed factors behind one path: some seconds
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,30 @@ class Fixed:
         return x[first : first + rows]
 
     @property
+    def flipped(self) -> "Fixed":
+        """The transpose."""
+        if self.matrix is not None:
+            return Fixed(self.matrix, not self.transposed)
+        if self.diagonal is not None:
+            return self
+        rows, first, of = self.piece
+        return Fixed(_placed(of, first, rows))
+
+    @property
     def inputs(self) -> int:
         if self.matrix is not None:
             return self.matrix.shape[0 if self.transposed else 1]
         return self.diagonal.rows if self.diagonal is not None else self.piece[2]
+
+    @property
+    def multiply_adds(self) -> int:
+        return 0 if self.matrix is None else self.matrix.multiply_adds
+
+    @property
+    def outputs(self) -> int:
+        if self.matrix is not None:
+            return self.matrix.shape[1 if self.transposed else 0]
+        return self.diagonal.rows if self.diagonal is not None else self.piece[0]
 
 
 @dataclass(frozen=True)
@@ -81,15 +103,17 @@ class Path:
 
 
 def trace_by_paths(g: Graph, term: Node, state: Node) -> tuple[Node, int] | None:
-    """(the trace [1] of the term's Jacobian, its multiply-adds per sample), or None where there are too many paths, or
-    paths of too many slopes."""
+    """(the trace [1] of the term's Jacobian, its multiply-adds per sample), or None where there are too many paths,
+    paths of too many slopes, or products of matrices that are too large."""
     found = _paths(g, term, state)
     if found is None:
         return None
     total, cost = g.number(0.0), 0
     for path in found:
-        one, multiply_adds = _trace(g, path, state.rows)
-        total, cost = g.add(total, g.scaled(one, path.scale)), cost + multiply_adds
+        one = _trace(g, path, state.rows)
+        if one is None:
+            return None
+        total, cost = g.add(total, g.scaled(one[0], path.scale)), cost + one[1]
     return total, cost
 
 
@@ -151,19 +175,23 @@ def _of_rows(node: Node, known: dict[Node, list[Path]]) -> list[Path]:
                 path if (first, count) == (0, operand.rows) else path.behind(Fixed(piece=(count, first, operand.rows)))
             )
             if count != node.rows:  # a matrix puts the piece at its place among zeros
-                row_ptr = torch.arange(node.rows + 1).sub(start).clamp(0, count)
-                place = Pattern((node.rows, count), row_ptr, torch.arange(count))
-                piece = piece.behind(Fixed(Matrix(place)))
+                piece = piece.behind(Fixed(_placed(node.rows, start, count)))
             found.append(piece)
         start += count
     return found
 
 
+def _placed(rows: int, first: int, count: int) -> Matrix:
+    """What puts `count` rows at their place among `rows`, the others of which are zeros."""
+    row_ptr = torch.arange(rows + 1).sub(first).clamp(0, count)
+    return Matrix(Pattern((rows, count), row_ptr, torch.arange(count)))
+
+
 # ---------------------------------------------------------------------------------------------------- the identities
 
 
-def _trace(g: Graph, path: Path, dim: int) -> tuple[Node, int]:
-    """(the node of the trace of one path, multiply-adds per sample)."""
+def _trace(g: Graph, path: Path, dim: int) -> tuple[Node, int] | None:
+    """(the node of the trace of one path, multiply-adds per sample); None where its products are too large."""
     groups: list[list[Fixed]] = [[]]  # of fixed factors, between the slopes
     slopes: list[Node] = []
     for factor in path.factors:
@@ -172,16 +200,35 @@ def _trace(g: Graph, path: Path, dim: int) -> tuple[Node, int]:
             groups.append([])
         else:
             groups[-1].append(factor)
-    if not slopes:
-        return g.computed(lambda part, like: _product(groups[0], dim, part, like).trace()[None], 1), 0
-    # The factors of A_0 A_k: those behind the last slope, then those before the first.
-    outer = [*groups[-1], *groups[0]]
-    if len(slopes) == 1:
-        rows = slopes[0].rows
-        diagonal = g.computed(lambda part, like: _product(outer, rows, part, like).diagonal(), rows)
-        return g.total(g.mul(diagonal, slopes[0])), rows
+    if len(slopes) < 2:
+        # The factors of A_0 A_k: those behind the last slope, then those before the first.
+        outer = [*groups[-1], *groups[0]] if slopes else groups[0]
+        width = slopes[0].rows if slopes else dim
+        left, right = _halves(outer)
+        between = left[-1].inputs if left else width
+        if between * _multiply_adds(outer) > MOST_WORK:
+            return None
+        step = max(1, MOST_ENTRIES // max((factor.outputs for factor in (*left, *right)), default=width))
+
+        def diagonal(part: Callable[[int], Tensor], like: Tensor) -> Tensor:
+            # the diagonal of L R by the rows of L and of R', some of their columns at a time
+            total = like.new_zeros(width)
+            for first in range(0, between, step):
+                some = range(first, min(first + step, between))
+                rows = [_product(factors, width, part, like, some) for factors in (left, right)]
+                total = total + (rows[0] * rows[1]).sum(1)
+            return total
+
+        if not slopes:
+            return g.computed(lambda part, like: diagonal(part, like).sum()[None], 1), 0
+        return g.total(g.mul(g.computed(diagonal, width), slopes[0])), width
     upper, lower = slopes
-    inner = groups[1]
+    outer, inner = [*groups[2], *groups[0]], groups[1]
+    for factors, rows in ((outer, upper.rows), (inner, lower.rows)):
+        columns = _columns(factors, rows)
+        most_rows = max((factor.outputs for factor in factors), default=columns)
+        if columns * most_rows > MOST_ENTRIES or columns * _multiply_adds(factors) > MOST_WORK:
+            return None
     closed = (_structure(inner, lower.rows) > 0) & (_structure(outer, upper.rows).T > 0)
     pattern = Pattern.from_mask(closed)
     row, col = pattern.row, pattern.col
@@ -194,9 +241,29 @@ def _trace(g: Graph, path: Path, dim: int) -> tuple[Node, int]:
     return g.total(g.mul(upper, product)), pattern.nnz
 
 
-def _product(factors: Sequence[Fixed], width: int, part: Callable[[int], Tensor], like: Tensor) -> Tensor:
-    """The product of the factors, dense; without factors the identity of this width."""
-    x = torch.eye(factors[-1].inputs if factors else width, dtype=like.dtype, device=like.device)
+def _halves(factors: Sequence[Fixed]) -> tuple[list[Fixed], list[Fixed]]:
+    """The factors of L and of R' where L R is the product of all: cut where it is narrowest."""
+    cut = min(range(1, len(factors) + 1), key=lambda at: factors[at - 1].inputs, default=0)
+    return list(factors[:cut]), [factor.flipped for factor in reversed(factors[cut:])]
+
+
+def _multiply_adds(factors: Sequence[Fixed]) -> int:
+    """Of the product with one vector."""
+    return sum(factor.multiply_adds for factor in factors)
+
+
+def _columns(factors: Sequence[Fixed], width: int) -> int:
+    return factors[-1].inputs if factors else width
+
+
+def _product(
+    factors: Sequence[Fixed], width: int, part: Callable[[int], Tensor], like: Tensor, columns: range | None = None
+) -> Tensor:
+    """The product of the factors, dense, or these columns of it; without factors the identity of this width."""
+    rows = _columns(factors, width)
+    columns = range(rows) if columns is None else columns
+    x = torch.zeros(rows, len(columns), dtype=like.dtype, device=like.device)
+    x[columns.start : columns.stop].fill_diagonal_(1.0)
     for factor in reversed(factors):
         x = factor.times(x, part, like)
     return x

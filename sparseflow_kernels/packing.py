@@ -10,9 +10,9 @@ from torch import Tensor
 from . import divergence
 from .devices import lasting
 from .divergence import DivergencePlan, Kind
-from .engines import choose
+from .engines import choose, reference_engine
 from .engines.base import Engine
-from .field import GraphField, VectorField
+from .field import GraphField, UnsupportedFieldError, VectorField
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -124,6 +124,11 @@ class Packing:
             engine = None if known is None else known[1]
             if engine is None or not engine.update(present):
                 engine_class, _ = choose(present, self.requested)
-                engine = engine_class(present, self.plan(kind, field))
+                try:
+                    engine = engine_class(present, self.plan(kind, field))
+                except UnsupportedFieldError:  # because of the divergence: `choose` has asked for the field alone
+                    if self.requested != "auto":
+                        raise
+                    engine = reference_engine(present, self.plan(kind, field))
             known = self._engines[kind] = (snapshot, engine)
         return known[1]

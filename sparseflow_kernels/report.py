@@ -1,12 +1,17 @@
-"""A field as a table for people: a chain by its layers, a graph by its operations, one line each."""
+"""A field as a table for people: a chain by its layers, a graph by its operations, one line each; and who runs it."""
 
 from __future__ import annotations
 
+from typing import Any, Sequence
+
+from .divergence import KINDS, Kind
+from .engines import choose
 from .field import GraphField, LinearShift, Node, SigmoidGate, TimeFunction, VectorField
 from .field.graph import CONTEXT, TIME, order
 from .tables import Row
 
 MOST_LINES = 60  # of a graph
+MOST_PLANNED = 2**33  # multiply-adds that looking for the form of an exact divergence may take: a second
 _WHEN = {0: "once", CONTEXT: "once a call", TIME: "once an evaluation"}
 _PARTS = {SigmoidGate: "sigmoid", LinearShift: "linear", TimeFunction: "function of t"}
 
@@ -67,3 +72,36 @@ def describe_graph(field: GraphField) -> tuple[list[str], list[Row], list[str]]:
 
 def _when(node: Node) -> str:
     return "per sample" if node.per_sample else _WHEN[node.binding]
+
+
+def engine_lines(compiled: Any, field: VectorField | GraphField) -> list[str]:
+    """Who runs it, how the divergence is computed, and who makes the gradient. compiled: a CompiledField;
+    field: what it holds now."""
+    engine, reason = choose(field, compiled.requested)
+    lines = [f"multiply-adds per sample and evaluation: {compiled.nnz}", f"engine: {engine.name} ({reason})"]
+    lines += compiled.packed().describe()
+    kinds = KINDS if compiled.layout is None or not compiled.layout.is_tuple else ()
+    long = isinstance(field, GraphField) and field.dim * compiled.nnz > MOST_PLANNED
+    planned = [kind for kind in kinds if kind != "exact" or not long]
+    lines += _gradient_lines(compiled, planned)
+    if len(planned) < len(kinds):
+        lines.append(f"exact divergence: planned where it is asked for, as {field.dim} numbers a sample take long")
+    for kind in planned:
+        plan = compiled.divergence_plan(kind)
+        costs = ", ".join(f"{name} {cost}" for name, cost in plan.costs.items())
+        form = type(plan.form).__name__.removesuffix("Form").lower()
+        lines.append(f"{kind} divergence: {form} form; {plan.reason} [multiply-adds: {costs}]")
+    return lines
+
+
+def _gradient_lines(compiled: Any, kinds: Sequence[Kind]) -> list[str]:
+    """Who makes the gradient in x and the parameters: one line, or one for the field and each divergence."""
+    told: dict[str, list[str]] = {}
+    for kind in (None, *kinds):
+        engine = compiled.packed(kind)
+        obstacle = engine.no_gradient(("x", "tensors"))
+        who = f"{engine.name}" if obstacle is None else f"reference, in plain PyTorch, because {obstacle}"
+        told.setdefault(who, []).append("field" if kind is None else kind)
+    if len(told) == 1:
+        return [f"gradient: {who}" for who in told]
+    return [f"gradient ({', '.join(kinds)}): {who}" for who, kinds in told.items()]

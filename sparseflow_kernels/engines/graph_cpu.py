@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Collection, Sequence
+from typing import Any, Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from ..divergence import DivergencePlan
-from ..field import GraphField, Node
+from ..field import GraphField, Node, UnsupportedFieldError
 from ..field.graph import CONTEXT, STATE, order
 from ..threads import get_num_threads
 from .ahead import Ahead, in_torch, sums_of
@@ -73,14 +73,25 @@ class GraphCpuEngine(GraphNativeEngine):
         if adjoint:
             names = {COTANGENT: g.input(COTANGENT, field.dim, STATE), TRACE_COTANGENT: g.input(TRACE_COTANGENT, 1, STATE)}
             writer.write_adjoint(output, trace, names, without)
-            program = GraphProgram(builder.compile_adjoint(), writer)
+            program = GraphProgram(self._compiled(builder.compile_adjoint), writer)
         else:
             writer.write(output, [] if trace is None else summands(trace))
-            program = GraphProgram(builder.compile(), writer)
+            program = GraphProgram(self._compiled(builder.compile), writer)
         program.ahead = self._ahead([node for _, node in program.computed if not in_torch(node)])
         if writer.timed:
             self._answer_times(program)
         return program
+
+    def _compiled(self, compile: Callable[[], Any]) -> Any:
+        try:
+            return compile()
+        except ValueError as error:
+            if self.plan is None:
+                raise
+            raise UnsupportedFieldError(
+                f"the cpu engine cannot run the {self.plan.kind} divergence of this field ({self.plan.reason}): {error}; "
+                'take kind="hutchinson", or engine="reference"'
+            ) from error
 
     def _ahead(self, nodes: Sequence[Node]) -> Ahead | None:
         key = tuple(nodes)
