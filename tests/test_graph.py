@@ -218,3 +218,16 @@ def test_activations_are_the_fused_ones():
         (dot,) = tangent(g, [node], {z: g.number(1.0)})
         torch.testing.assert_close(run([dot], x)[0].expand(1, 7), activations.derivative(activation, x))
     assert math.isnan(float(run([g.activation(Activation("relu"), z)], x * math.nan)[0][0, 0]))
+
+
+def test_a_graph_is_printed_node_by_node_and_not_path_by_path():
+    g = Graph()
+    state, time, _ = GraphField.inputs(g, 3)
+    h = state
+    for _ in range(60):  # 2 ** 60 paths
+        h = g.add(g.apply("tanh", h), h)
+    field = GraphField(g, state, time, None, h, [], torch.device("cpu"), torch.float64)
+    lines = repr(field).splitlines()
+    assert lines[1].endswith("<Node input [3] state>") and lines[3].endswith("<Node add [3]> 1, 0")
+    assert lines[51] == "  ... 21 more" and len(lines) == 102
+    assert repr(h) == "<Node add [3]>" and len(repr(field.__dict__)) < 1000

@@ -55,6 +55,9 @@ class Pattern:
             if bool((same_row & (col[1:] <= col[:-1])).any()):
                 raise ValueError("Pattern: columns must ascend strictly within each row")
 
+    def __repr__(self) -> str:
+        return f"<Pattern {self.shape[0]} x {self.shape[1]}, {self.nnz} entries>"
+
     @staticmethod
     def from_mask(mask: Tensor) -> "Pattern":
         """Pattern of the True entries of a bool [out, in]."""

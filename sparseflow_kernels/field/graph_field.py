@@ -13,6 +13,9 @@ from .graph import CONTEXT, STATE, TIME, Graph, Node, order
 from .layout import Layout
 
 
+_MOST_LINES = 100  # of a field that is printed
+
+
 @dataclass(eq=False)
 class Part:
     """One tensor of a graph: the values [nnz] of a matrix, or one number per row [rows] (pattern None)."""
@@ -55,6 +58,15 @@ class GraphField:
     def __post_init__(self) -> None:
         if self.layout is None:
             self.layout = Layout(((self.dim,),))
+
+    def __repr__(self) -> str:
+        """A node on each line: its number, what it is, the numbers of its operands."""
+        nodes = order([self.output])
+        number = {node: str(at) for at, node in enumerate(nodes)}
+        lines = [f"{number[node]:>5} {node!r} {', '.join(number[operand] for operand in node.operands)}".rstrip() for node in nodes]
+        if len(lines) > _MOST_LINES:
+            lines[_MOST_LINES // 2 : -_MOST_LINES // 2] = [f"  ... {len(lines) - _MOST_LINES} more"]
+        return "\n".join([f"GraphField over {self.layout}, {self.dtype} on {self.device}", *lines])
 
     @staticmethod
     def inputs(graph: Graph, dim: int, context: int = 0) -> tuple[Node, Node, Node | None]:

@@ -95,6 +95,12 @@ class Node:
     made: Made | None = None
     origin: str = ""
 
+    def __repr__(self) -> str:
+        """Without its operands, which other nodes have too: written out, a graph would be as long as it has paths."""
+        name = self.name or (f"part {self.part}" if self.part >= 0 else "")
+        told = [f"[{self.rows}]", *(text for text in (name, self.origin) if text)]
+        return f"<Node {self.kind} {' '.join(told)}>"
+
     @property
     def elementwise(self) -> bool:
         """Its kind is a primitive."""
