@@ -1,4 +1,5 @@
-"""Gradients that forward has of its own: of an autograd.Function with a backward by hand, by hooks on tensors.
+"""Gradients that forward has of its own: of an autograd.Function with a backward by hand, by hooks on tensors, or as it
+computes something else while gradients are wanted.
 
 What is read of a module are the operations of its forward, and their derivatives are the field's. A backward by hand
 may be the same one, computed with less memory, or another one on purpose (a straight-through estimator).
@@ -26,7 +27,8 @@ def check_own_gradients(
     module: nn.Module, call: Callable[[State], State], field: Callable[[], Callable[[State], State]], start: State,
     seen: Seen,
 ) -> None:  # fmt: skip
-    """Raises UnsupportedFieldError where the module has gradients of its own, and they are not the field's.
+    """Raises UnsupportedFieldError where the module has gradients of its own, and they are not the field's, or where it
+    computes something else while gradients are wanted.
 
     call: an evaluation of the module.  field: gives one of what was read, over the module's parameters.  start: the
     state to evaluate at.  seen: what reading the module has shown.
@@ -36,6 +38,9 @@ def check_own_gradients(
     state = tuple(leaves) if isinstance(start, tuple) else leaves[0]
     with untouched(module), torch.enable_grad():
         try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                copies = [part.detach().clone() for part in parts]
+                plain = _flat(call(tuple(copies) if isinstance(start, tuple) else copies[0]))
             out = _flat(watched(lambda: call(state)))
         except Exception:  # noqa: BLE001 - it runs for states of another shape alone: what it needs is told when it is asked for
             return
@@ -43,6 +48,12 @@ def check_own_gradients(
             raise UnsupportedFieldError(
                 f"module {type(module).__name__}: forward puts a hook on a tensor, which would not be called. Use the "
                 "module uncompiled with sfk.odeint, which hands it to torchdiffeq"
+            )
+        if not all(map(_alike, plain, out)):
+            raise UnsupportedFieldError(
+                f"module {type(module).__name__}: forward computes something else where gradients are wanted "
+                "(torch.is_grad_enabled() or requires_grad decides in it), and a compiled field does not. "
+                "Use the module uncompiled with sfk.odeint, which hands it to torchdiffeq"
             )
         if not any(map(_has_own, out)):
             return
@@ -57,6 +68,11 @@ def check_own_gradients(
                 "backward), which is not the derivative of what forward computes, as a compiled "
                 "field has it. Use the module uncompiled with sfk.odeint, which hands it to torchdiffeq"
             )
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    limit = TOLERANCE.get(a.dtype, 1e-3)
+    return a.shape == b.shape and torch.allclose(a.detach(), b.detach(), rtol=limit, atol=limit, equal_nan=True)
 
 
 def _flat(state: Any) -> tuple[Tensor, ...]:

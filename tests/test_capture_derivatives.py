@@ -335,6 +335,33 @@ def test_other_gradients_than_the_derivative_are_refused(function, of_weights, l
         sfk.compile(ByHand(function, of_weights), live=live)
 
 
+ASKED = {
+    "mode": lambda y, h: torch.is_grad_enabled(), "state": lambda y, h: y.requires_grad, "value": lambda y, h: h.grad_fn is not None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("name", ASKED)
+def test_what_computes_something_else_while_gradients_are_wanted_is_refused(name, live):
+    class Asks(ByHand):
+        def forward(self, t, y):
+            h = self.a(y).tanh()
+            return self.b(h if ASKED[name](y, h) else 0.5 * h)
+
+    module, y = Asks(None), torch.randn(5, 3).double()
+    with pytest.raises(sfk.UnsupportedFieldError, match="something else where gradients are wanted"):
+        sfk.compile(module, live=live)
+    t = torch.tensor([0.0, 1.0]).double()
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            start = y.clone().requires_grad_()
+            wanted = torchdiffeq.odeint(module, start, t, method="rk4", options={"step_size": 0.25})
+            with sfk.accelerate():
+                found = torchdiffeq.odeint(module, start, t, method="rk4", options={"step_size": 0.25})
+        torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("of_weights", [False, True])
 def test_the_derivative_by_hand_is_the_fields(of_weights):
     module, y = ByHand(Square.apply, of_weights), torch.randn(5, 3).double()
