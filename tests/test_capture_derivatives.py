@@ -308,6 +308,16 @@ class Square(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] * gradient
 
 
+class Clipped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clamp(-1e3, 1e3)
+
+
 def hooked(x):
     if x.requires_grad:
         x.register_hook(lambda gradient: 0.1 * gradient)
@@ -328,7 +338,8 @@ class ByHand(torch.nn.Module):
 
 @pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize(
-    "function, of_weights", [(Scaled.apply, False), (Scaled.apply, True), (hooked, False)], ids=["state", "weights", "hook"]
+    "function, of_weights", [(Scaled.apply, False), (Scaled.apply, True), (Clipped.apply, False), (hooked, False)],
+    ids=["state", "weights", "clipped", "hook"],
 )
 def test_other_gradients_than_the_derivative_are_refused(function, of_weights, live):
     with pytest.raises(sfk.UnsupportedFieldError, match="ByHand: (it has a gradient of its own|forward puts a hook on a tensor)"):
