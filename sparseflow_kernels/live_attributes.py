@@ -3,20 +3,34 @@ close over."""
 
 from __future__ import annotations
 
+import array
+import collections
+import functools
 import types
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, Mapping
 
+import numpy
 import torch
 from torch import Tensor, nn
 
 from .capture.context import PREFIX, inside
-from .counting import TORCHS, Counters
+from .counting import KEPT, TORCHS, Counters
 from .packing import Snapshot, strided
-from .written import function_of, is_torchs, methods_of, only_written, plain_of
+from .written import function_of, is_torchs, methods_of, names_of, only_written, plain_of
 
-DEEPEST = 4  # containers in containers
+_WHOLE = frozenset(("getattr", "vars", "__dict__", "asdict", "astuple", "attrgetter", "fields"))  # read by other names
+# Methods that no evaluation comes to by an operator.
+_ASIDE = frozenset(f"__{name}__" for name in (
+    "init", "new", "post_init", "repr", "str", "del", "enter", "exit", "getstate", "setstate", "reduce", "eq", "hash",
+    "setattr", "delattr", "init_subclass", "dir", "sizeof", "format", "copy", "deepcopy",
+))  # fmt: skip
+DEEPEST = 8  # containers in containers
 _SETTINGS = (bool, int, float, str, tuple, type(None))
-LONGEST = 64  # items of one: longer ones are records of what happened
+_PLAIN = (bool, int, float, complex, str, bytes, range, slice, Fraction, Decimal, torch.dtype, torch.device)
+_COMMON = (list, tuple, dict, types.FunctionType, types.MethodType)
+LONGEST = 1024  # items of one: longer ones are records of what happened
 
 
 class Attributes:
@@ -46,12 +60,22 @@ class Attributes:
             | {"forward": part.__dict__.get("forward")}
             for part in self._torchs
         ]
-        self._stamps, tensors = self._present()
+        # The names in the code that forward runs; of an object of settings, or one that trains the module, the rest is
+        # not read. They grow as functions are met, so that the first look may not be the last one.
+        self._read: set[str] = set()
+        self._whole: dict[type, bool] | None = None  # the classes whose objects are looked at as a whole, once learned
+        known = -1
+        while known < len(self._read):
+            known = len(self._read)
+            self._stamps, tensors = self._present()
+        self._whole = {}
         self._tensors = Snapshot(tensors) if tensors else None
 
     def look_at(self, parts: list[tuple[str, nn.Module]]) -> None:
         """Watches these parts in the place of those under the same paths."""
         self._torchs = [part for _, part in parts if is_torchs(type(part))]
+        self._extras = [(path, part, _extras(part)) for path, part in parts if is_torchs(type(part))]
+        self._inside = {id(one) for _, part in parts for one in part.modules()}
         self._parts = [
             (path, part, written) for (path, part), written in zip(parts, self._written) if not is_torchs(type(part))
         ]
@@ -77,10 +101,15 @@ class Attributes:
             for key, value in part.__dict__.items():
                 if key not in TORCHS and key not in written:
                     self._stamp(f"{PREFIX}{path}/{key}", value, DEEPEST, stamps, tensors)
-            self._stamp(f"{PREFIX}{path}/forward", part.forward, 2, stamps, tensors)
+            self._stamp(f"{PREFIX}{path}/forward", part.forward, DEEPEST, stamps, tensors)
+        for path, part, names in self._extras:
+            held = part.__dict__
+            stamps.append(len(held) - (KEPT in held))
+            for key in names:
+                self._stamp(f"{PREFIX}{path}/{key}", held.get(key), DEEPEST, stamps, tensors)
         for kind, methods, plain in self._classes:
             for name, holder in methods:
-                self._stamp(f"{kind}.{name}()", function_of(holder, name), 2, stamps, tensors)
+                self._stamp(f"{kind}.{name}()", function_of(holder, name), DEEPEST, stamps, tensors)
             for holder, name in plain:
                 self._stamp(f"{kind}.{name}", vars(holder).get(name), 2, stamps, tensors)
         return stamps, tensors
@@ -92,18 +121,74 @@ class Attributes:
             elif not value.is_meta and name not in self._unread:
                 stamps += (name, value.requires_grad)
                 tensors += strided(value.detach())
-        elif value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device)):
+        elif value is None or isinstance(value, _PLAIN):
             stamps += (name, type(value), value if value == value else None)
-        elif type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
-            stamps += (name, value.tobytes() if value.nbytes < 1 << 16 else value.shape)
-        else:
+        elif type(value) in _COMMON or not self._stamp_whole(name, value, depth, stamps, tensors):
             stamps += (name, self._which(value))
             if not depth or isinstance(value, (nn.Module, type, types.ModuleType)):
                 return
-            items = list(inside(value))
+            if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
+                self._stamp(f"{name}/self", value.__self__, depth - 1, stamps, tensors)
+            for holder, key in _settings_of(type(value)):
+                self._stamp(f"{name}.{key}", vars(holder).get(key), 0, stamps, tensors)
+            items = list(inside(dict(value) if isinstance(value, types.MappingProxyType) else value))
+            if not self._read_whole(value):
+                items = [(key, item) for key, item in items if key in self._read]
             stamps.append(len(items))
             for key, item in items if len(items) <= LONGEST else ():
                 self._stamp(f"{name}/{key}", item, depth - 1, stamps, tensors)
+
+    def _stamp_whole(self, name: str, value: Any, depth: int, stamps: list, tensors: list[Tensor]) -> bool:
+        """Of what is compared as a whole, or is no part of the watched module; False for all others."""
+        if isinstance(value, (set, frozenset)):
+            stamps += (name, type(value), frozenset(value))
+        elif isinstance(value, array.array):
+            stamps += (name, value.tobytes())
+        elif isinstance(value, numpy.ndarray) and value.dtype.kind in "biufc" and value.flags.writeable:
+            stamps += (name, value.shape, value.dtype)
+            tensors.append(torch.from_numpy(numpy.ascontiguousarray(value).view(numpy.uint8).reshape(-1)))
+        elif isinstance(value, (numpy.ndarray, numpy.generic)):
+            stamps += (name, value.tobytes())
+        elif isinstance(value, nn.Module) and id(value) not in self._inside:
+            self._stamp_outside(name, value, depth, stamps, tensors)
+        else:
+            return False
+        return True
+
+    def _read_whole(self, value: Any) -> bool:
+        """Whether all of a value may be read: of an object that is no container, only what the code names. Learns the
+        names in the code of functions, and in the methods of classes that it names."""
+        kind = type(value)
+        if kind in (list, tuple, dict):
+            return True
+        if self._whole is not None and (known := self._whole.get(kind)) is not None:
+            return known
+        whole = self._learn(kind, value)
+        if self._whole is not None:
+            self._whole[kind] = whole
+        return whole
+
+    def _learn(self, kind: type, value: Any) -> bool:
+        if kind in (types.FunctionType, types.MethodType):
+            self._read |= _names_of(getattr(value, "__code__", None))
+            return True
+        if not hasattr(value, "__dict__") or isinstance(value, (list, tuple, dict, collections.deque)):
+            return True
+        for one in kind.__mro__[:-1]:
+            for name in {name for name in vars(one) if name in self._read or (name[:2] == "__" and name not in _ASIDE)}:
+                self._read |= _names_of(getattr(function_of(one, name), "__code__", None))
+        return bool(self._read & _WHOLE) or hasattr(kind, "__getattr__") or isinstance(value, types.ModuleType)
+
+    def _stamp_outside(self, name: str, module: nn.Module, depth: int, stamps: list, tensors: list[Tensor]) -> None:
+        """Of a module that is no part of the watched one (it stands in a list, say), whose numbers are constants."""
+        for path, part in module.named_modules():
+            stamps += (name, path, type(part), part.training)
+            for tensor in (*part._parameters.values(), *part._buffers.values()):
+                if tensor is not None and not tensor.is_meta:
+                    tensors += strided(tensor.detach())
+            for key, value in part.__dict__.items() if depth else ():
+                if key not in TORCHS and not (is_torchs(type(part)) and key.startswith("_")):
+                    self._stamp(f"{name}/{path}/{key}", value, depth - 1, stamps, tensors)
 
     def _which(self, value: Any) -> Any:
         """What tells an object from another one that holds the same: a function's code, the place of a module that is
@@ -116,7 +201,28 @@ class Attributes:
         return value if whole or (callable(value) and not hasattr(value, "__dict__")) else type(value)
 
 
+@functools.lru_cache(maxsize=4096)
+def _settings_of(kind: type) -> tuple[tuple[type, str], ...]:
+    """What the class of an object holds in its place."""
+    return () if kind.__module__ in ("builtins", "collections") or is_torchs(kind) else plain_of(kind)
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_of(code: types.CodeType | None) -> frozenset[str]:
+    return frozenset() if code is None else frozenset(names_of(code))
+
+
 def kind_of(value: Tensor | None, free: int) -> tuple:
     """What has to stay as it is of a tensor whose numbers are read at every call. free: first axes that may have
     another size; then the numbers are converted, too."""
     return () if value is None else (None if free else value.dtype, *value.shape[free:])
+
+
+def _extras(part: nn.Module) -> list[str]:
+    """What somebody hung on a module of torch's. The weight that a pruning hook or a normalization makes is none."""
+    ends = ("_orig", "_g", "_v")
+    made = {name.removesuffix(end) for name in part._parameters.keys() for end in ends if name.endswith(end)}
+    return [
+        key for key, value in part.__dict__.items()
+        if key not in TORCHS and key not in made and not key.startswith("_") and not isinstance(value, _SETTINGS)
+    ]  # fmt: skip

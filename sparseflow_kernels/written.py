@@ -43,7 +43,7 @@ def methods_of(kinds: Iterable[type]) -> dict[type, list[tuple[str, type]]]:
                     code = getattr(function_of(one, name), "__code__", None)
                     if isinstance(code, types.CodeType):
                         found[kind].append((name, one))
-                        more |= _names_of(code)
+                        more |= names_of(code)
         waiting = more - names
         names |= more
     return found
@@ -69,8 +69,8 @@ def plain_of(kind: type) -> tuple[tuple[type, str], ...]:
     )  # fmt: skip
 
 
-def _names_of(code: types.CodeType) -> set[str]:
-    inner = (_names_of(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+def names_of(code: types.CodeType) -> set[str]:
+    inner = (names_of(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
     return set(code.co_names).union(*inner)
 
 

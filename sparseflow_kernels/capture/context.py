@@ -6,6 +6,7 @@ others between two solves.
 
 from __future__ import annotations
 
+import collections
 import copy
 import dis
 import functools
@@ -46,7 +47,7 @@ def attributes(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def items_of(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         yield from ((str(key), item) for key, item in value.items())
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, (list, tuple, collections.deque)):
         yield from ((str(number), item) for number, item in enumerate(value))
     elif isinstance(value, types.MethodType):
         yield from items_of(value.__func__)
@@ -80,6 +81,11 @@ def inside(value: Any) -> Iterator[tuple[str, Any]]:
         yield item
     if empty and not isinstance(value, (Tensor, type, types.ModuleType, types.FunctionType, types.MethodType)):
         yield from getattr(value, "__dict__", {}).items()
+        for kind in type(value).__mro__:
+            slots = kind.__dict__.get("__slots__", ())
+            for name in (slots,) if isinstance(slots, str) else slots:
+                if name != "__dict__" and not name.startswith("__") and hasattr(value, name):
+                    yield name, getattr(value, name)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,0 +1,240 @@
+"""What forward reads beside parameters, in all the places where people keep it: a change of it is seen."""
+
+from __future__ import annotations
+
+import array
+import collections
+import dataclasses
+import fractions
+import types
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torchdiffeq
+from torch import nn
+
+import sparseflow_kernels as sfk
+
+Y = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)).double()
+T = torch.tensor([0.0, 1.0]).double()
+
+
+def solve(function, y=Y):
+    return torchdiffeq.odeint(function, y, T, method="rk4", options={"step_size": 0.25})
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+class Field(nn.Module):
+    """tanh of a layer, times what `factor(self)` makes of something that it holds under `held`."""
+
+    def __init__(self, held, factor):
+        super().__init__()
+        self.net, self.held, self.factor = mlp(), held, factor
+
+    def forward(self, t, y):
+        return self.net(y) * self.factor(self.held)
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    rate: float = 1.0
+
+
+class Settings:
+    rate = 1.0
+
+
+class Rate:
+    def __init__(self, rate):
+        self.rate = rate
+
+    def __mul__(self, other):
+        return self.rate * other
+
+
+def nested(rate):
+    space = types.SimpleNamespace(rate=rate)
+    for _ in range(5):
+        space = types.SimpleNamespace(inner=space)
+    return space
+
+
+def innermost(space):
+    while hasattr(space, "inner"):
+        space = space.inner
+    return space
+
+
+def slotted(held):
+    held.rate = 3.0
+
+
+def class_of(held):
+    type(held).rate = 3.0
+
+
+HELD = {  # name -> (what is held, the factor, how it is changed: in place, or by another in its place)
+    "range": (lambda: range(2), len, lambda h: range(4)),
+    "set": (lambda: {1}, len, lambda h: h.update((2, 3))),
+    "frozenset": (lambda: frozenset({1}), sum, lambda h: frozenset({2})),
+    "slice": (lambda: slice(0, 2), lambda h: h.stop, lambda h: slice(0, 3)),
+    "deque": (lambda: collections.deque([1.0]), lambda h: h[0], lambda h: h.appendleft(3.0)),
+    "fraction": (lambda: fractions.Fraction(1, 2), float, lambda h: fractions.Fraction(3, 2)),
+    "bytes": (lambda: b"a", lambda h: h[0] / 100, lambda h: b"z"),
+    "array": (lambda: array.array("d", [1.0]), lambda h: h[0], lambda h: h.__setitem__(0, 3.0)),
+    "large numpy": (lambda: np.ones(10_000), lambda h: float(h[0]), lambda h: h.__setitem__(0, 3.0)),
+    "proxy": (lambda: types.MappingProxyType({"a": 1.0}), lambda h: h["a"], lambda h: types.MappingProxyType({"a": 3.0})),
+    "long list": (lambda: [1.0] * 100, lambda h: h[99], lambda h: h.__setitem__(99, 3.0)),
+    "long list of tensors": (lambda: [torch.ones(3).double() for _ in range(100)], lambda h: h[99], lambda h: h.append(h.pop().mul_(3.0))),
+    "slots": (Slots, lambda h: h.rate, slotted),
+    "class of settings": (Settings, lambda h: h.rate, class_of),
+    "operator": (lambda: Rate(1.0), lambda h: h * 2.0, slotted),
+    "six deep": (lambda: nested(1.0), lambda h: h.inner.inner.inner.inner.inner.rate, lambda h: slotted(innermost(h))),
+    "activation in a list": (lambda: [nn.LeakyReLU(0.1)], lambda h: h[0](-torch.ones(3).double()),
+                             lambda h: setattr(h[0], "negative_slope", 0.5)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_change_of_what_a_module_holds(name):
+    make, factor, change = HELD[name]
+    Settings.rate = 1.0
+    module = Field(make(), factor)
+    with sfk.accelerate() as context:
+        torch.testing.assert_close(solve(module), solve_plain(module))
+        other = change(module.held)
+        module.held = module.held if other is None else other
+        torch.testing.assert_close(solve(module), solve_plain(module))
+    assert context.report() == "Field: cpu engine, 2 solves"
+    Settings.rate = 1.0
+
+
+def solve_plain(module):
+    """The same in plain torch: rk4's 3/8 rule, as torchdiffeq has it."""
+    y, h = Y, 0.25
+    with torch.no_grad():
+        for t in torch.arange(4).double() * h:
+            k1 = module(t, y)
+            k2 = module(t + h / 3, y + h * k1 / 3)
+            k3 = module(t + 2 * h / 3, y + h * (k2 - k1 / 3))
+            k4 = module(t + h, y + h * (k1 - k2 + k3))
+            y = y + h * (k1 + 3 * (k2 + k3) + k4) / 8
+    return torch.stack([Y, y])
+
+
+class Drift:
+    def __init__(self, net):
+        self.net = net
+
+    def drift(self, y):
+        return self.net(y)
+
+
+OUTSIDE = {  # where a frozen network is that is no part of the module
+    "list": (lambda net: [net], lambda held, y: held[0](y)),
+    "dict": (lambda net: {"net": net}, lambda held, y: held["net"](y)),
+    "object": (Drift, lambda held, y: held.drift(y)),
+    "bound": (lambda net: net.forward, lambda held, y: held(y)),
+}
+
+
+@pytest.mark.parametrize("where", OUTSIDE)
+def test_a_network_outside_the_module_tree(where):
+    hold, apply = OUTSIDE[where]
+    net = mlp().requires_grad_(False)
+
+    class Student(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.held = mlp(), hold(net)
+
+        def forward(self, t, y):
+            return self.net(y) - 0.5 * apply(self.held, y)
+
+    student = Student()
+    with sfk.accelerate() as context:
+        for _ in range(2):
+            torch.testing.assert_close(solve(student), solve_plain(student))
+            with torch.no_grad():  # an average of the student's, say
+                for mean, one in zip(net.parameters(), student.net.parameters()):
+                    mean.lerp_(one, 0.5)
+    assert context.report() == "Student: cpu engine, 2 solves"
+
+
+def masked(layer, y):
+    return nn.functional.linear(y, layer.weight * layer.weight_mask, layer.bias)
+
+
+@pytest.mark.parametrize("how", ["tensor", "patched", "list", "function", "numpy", "late"])
+def test_what_is_hung_on_a_module_of_torch(how):
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3).double()
+
+        def forward(self, t, y):
+            layer = self.layer
+            if how == "patched":
+                return layer(y)
+            scale = getattr(layer, "scale", None)
+            return layer(y) * (1.0 if scale is None else scale() if callable(scale) else scale if how == "tensor" else scale[0])
+
+    module = Module()
+    layer = module.layer
+    rate = [1.0]
+    if how == "patched":
+        layer.weight_mask = torch.ones(3, 3).double()
+        layer.forward = types.MethodType(masked, layer)
+    elif how != "late":
+        layer.scale = {"tensor": torch.ones(3).double(), "list": rate, "function": lambda: rate[0], "numpy": np.ones(1)}[how]
+    with sfk.accelerate() as context:
+        torch.testing.assert_close(solve(module), solve_plain(module))
+        if how == "patched":
+            layer.weight_mask[0, 1] = 0.0
+        elif how == "late":
+            layer.scale = [2.0]
+        elif how == "tensor":
+            layer.scale.mul_(2.0)
+        elif how == "function":
+            rate[0] = 2.0
+        else:
+            layer.scale[0] = 2.0
+        torch.testing.assert_close(solve(module), solve_plain(module))
+    assert context.report() == "Module: cpu engine, 2 solves"
+
+
+@pytest.mark.parametrize("how", ["bound", "lambda"])
+def test_what_trains_a_network_may_change_with_every_step(how):
+    class Trainer:
+        def __init__(self):
+            torch.manual_seed(0)
+            self.net, self.step, self.losses, self.best, self.settings = mlp(), 0, [], 1e9, {"rate": 1.0}
+            self.optimizer = torch.optim.Adam(self.net.parameters(), 1e-2)
+
+        def rhs(self, t, y):
+            return self.net(y) * self.settings["rate"]
+
+        def train(self):
+            for _ in range(12):
+                function = self.rhs if how == "bound" else lambda t, y: self.net(y) * self.settings["rate"]
+                loss = solve(function)[-1].square().mean()
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+                self.step, self.best = self.step + 1, min(self.best, loss.item())
+                self.losses.append(loss.item())
+                if self.step == 6:
+                    self.settings["rate"] = 2.0
+            return self.losses
+
+    wanted = Trainer().train()
+    with warnings.catch_warnings(), sfk.accelerate() as context:
+        warnings.simplefilter("error")
+        found = Trainer().train()
+    assert found == pytest.approx(wanted, rel=1e-9)
+    assert context.report().endswith("cpu engine, 12 solves")
