@@ -223,6 +223,8 @@ class CompiledField(FieldParameters):
         The engine is `packed(kind)`, or the reference engine where only torch operations may take part."""
         if self._watch is not None:
             self.follow()
+            if not gradients.only_torch():
+                self._watch.make_weights()
         reference = lambda: self.reference(kind)
         if gradients.only_torch():
             return reference(), reference

@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import sys
 import types
+from collections import deque
 from typing import Any, Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from .capture.context import inside
 from .capture.probe import untouched
 from .capture.seen import watched
 from .capture.trees import tree_leaves
-from .written import is_torchs, only_written
+from .written import for_others, is_torchs, plain_of, writes_globals
 
+_FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
+DEEPEST = 3  # containers in containers
+LONGEST = 64  # items of one
 LARGE = 10**9  # evaluations
 KEPT = "_sparseflow_kernels_kept"  # the attribute in which a module keeps what was compiled of it (known_fields.py)
 TORCHS = frozenset(nn.Module().__dict__) | {KEPT}  # attributes that are none of the user's
@@ -39,22 +44,34 @@ class Counters:
         self.reached: set[nn.Module]
         self.records: str | None = None
         with untouched(module), _called(self.run), _reached(module) as self.reached:
-            seen, outputs, kept = [], [], _kept(module)
+            seen, outputs, kept, states = [], [], _kept(module), []
             for _ in range(2):
                 try:
                     outputs.append(watched(call))
                 except Exception:  # noqa: BLE001 - whatever a module raises: what it refuses is told when it is asked for
                     break
                 seen.append(_numbers(module))
+                states.append(_state(module))
             self.records = next((name for name, size in _sizes(module).items() if size > sizes.get(name, size)), None)
             written = [one for one, value in _kept(module).items() if value is not kept[one]]
         self._counted: list[tuple[nn.Module, str, float]] = []
         for (part, key), first in before.items() if len(seen) == 2 else ():
             one, two = (values.get((part, key)) for values in seen)
-            if one is not None and two is not None and two - one == one - first != 0:
+            # What is added is a whole number, or it may be a sum of what forward computes.
+            if one is None or two is None or not two - one == one - first != 0:
+                continue
+            if float(one - first).is_integer():
                 self._counted.append((part, key, one - first))
         counted = {(part, key) for part, key, _ in self._counted}
         self.records = self.records or next((name for part, name in written if (part, name) not in counted), None)
+        if self.records is None and len(states) == 2:  # a sum that every call adds to, a running mean
+            once, twice = states
+            self.records = next((
+                key for (part, key), value in twice.items()
+                if (part, key) not in counted and not _alike(once.get((part, key)), value)
+            ), None)  # fmt: skip
+        if self.records is None and (part := next(filter(writes_globals, module.modules()), None)) is not None:
+            self.records = f"a global of {type(part).__name__}"
         self.by_number = False
         self._ending: tuple[nn.Module, Callable[[], Any]] | None = None  # what raises where it was called too often
         if self._counted:
@@ -102,9 +119,44 @@ class Counters:
 
 
 def _kept(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:
-    """What the parts of a module hold under names that forward writes, and nothing in the module reads."""
+    """What the parts of a module hold under names that forward writes for others to read."""
     own = (part for part in module.modules() if not is_torchs(type(part)))
-    return {(part, name): part.__dict__.get(name) for part in own for name in only_written(part)}
+    return {(part, name): part.__dict__.get(name) for part in own for name in for_others(part)}
+
+
+def _state(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:
+    """What all parts of a module hold under their names, and their classes: copies of tensors, the items of containers
+    and of plain objects."""
+    found = {}
+    for part in module.modules():
+        for key, value in part._buffers.items():
+            found[part, key] = _copied(value, DEEPEST)
+        for key, value in part.__dict__.items() if not is_torchs(type(part)) else ():
+            if key not in TORCHS:
+                found[part, key] = _copied(value, DEEPEST)
+        for holder, key in plain_of(type(part)):
+            found[part, f"{holder.__name__}.{key}"] = _copied(vars(holder).get(key), DEEPEST)
+    return found
+
+
+def _copied(value: Any, depth: int) -> Any:
+    if isinstance(value, Tensor):
+        return None if value.is_meta or value.layout != torch.strided else value.detach().clone()
+    if value is None or isinstance(value, (bool, int, float, complex, str)):
+        return value
+    if isinstance(value, (set, frozenset)):
+        return len(value)
+    whole = not depth or isinstance(value, (nn.Module, type, types.ModuleType, *_FUNCTIONS))
+    items = [] if whole else list(inside(value))
+    return [(key, _copied(item, depth - 1)) for key, item in items] if len(items) <= LONGEST else len(items)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(one[0] == other[0] and _alike(one[1], other[1]) for one, other in zip(a, b))
+    return type(a) is type(b) and (a == b or a != a)
 
 
 def _is_number(value: Any) -> bool:
@@ -130,11 +182,11 @@ def _numbers(module: nn.Module) -> dict[tuple[nn.Module, str], float]:
 
 
 def _sizes(module: nn.Module) -> dict[str, int]:
-    """Sizes of the lists and dicts that the parts of a module hold under their names."""
+    """Sizes of the lists, dicts and the like that the parts of a module hold under their names."""
     return {
         f"{path}.{key}".lstrip("."): len(value)
         for path, part in module.named_modules() if not is_torchs(type(part))
-        for key, value in part.__dict__.items() if isinstance(value, (list, dict)) and key not in TORCHS
+        for key, value in part.__dict__.items() if isinstance(value, (list, dict, set, deque)) and key not in TORCHS
     }  # fmt: skip
 
 

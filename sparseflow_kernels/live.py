@@ -9,6 +9,8 @@ from typing import Any, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .callables import FunctionModule
 from .capture.context import PREFIX, attributes, part_named
@@ -20,6 +22,7 @@ from .packing import Snapshot, strided
 from .trained import is_fresh
 
 
+_MAKERS = (prune.BasePruningMethod, WeightNorm)
 MOST_MOVING = 1 << 16  # elements of a tensor
 
 
@@ -80,7 +83,7 @@ class Watch:
         ]
         self._attributes = Attributes(self._parts, followed, unread, counters)
         self._look_at()
-        self._structure = list(map(_which, self._names))
+        self._structure = self._present_structure()
         self._hooks = [list(hooks.values()) for hooks in self._hooks_now]
         self._modes, self._kinds = [part.training for part in parts], [type(part) for part in parts]
         shapes, buffers = self._present_buffers()
@@ -91,6 +94,9 @@ class Watch:
             if parameter is not None and parameter.layout == torch.strided and not bool(parameter.detach().all())
             and not (parameter.requires_grad and is_fresh(parameter.detach()))
         ]  # fmt: skip
+        self._makers = [
+            (hook, part) for part in parts for hook in part._forward_pre_hooks.values() if isinstance(hook, _MAKERS)
+        ]
         left = {*followed, *unread}
         fixed = ((name, tensor) for name, tensor in attributes(module) if name not in left)
         self._fixed = {name: tensor.detach().clone() for name, tensor in fixed if may_move(tensor)}
@@ -99,6 +105,14 @@ class Watch:
         """The dictionaries of the present parts, which are looked at in every call."""
         self._names = [names for _, part in self._parts for names in (part._parameters, part._buffers)]
         self._hooks_now = [hooks for _, part in self._parts for hooks in hooks_of(part)[:2]]  # of forward
+
+    def _present_structure(self) -> list:
+        """The names of parameters and buffers, which of them hold something, and the parameters' shapes."""
+        parameters, buffers = self._names[::2], self._names[1::2]
+        return [
+            [[(name, None if value is None else value.shape) for name, value in names.items()] for names in parameters],
+            [[(name, value is None) for name, value in names.items()] for names in buffers],
+        ]
 
     def _present_buffers(self) -> tuple[list, list[Tensor]]:
         """(Kinds and shapes of those of which the field reads the numbers at every call; the others)."""
@@ -111,6 +125,12 @@ class Watch:
             elif buffer is not None:
                 tensors += strided(buffer)
         return shapes, tensors
+
+    def make_weights(self) -> None:
+        """What torch's hooks make of masked and of normalized weights in front of every forward: `layer.weight` is to
+        be of the present parameters for those who read it beside the field, for a penalty, or to prune further."""
+        for hook, part in self._makers:
+            hook(part, ())
 
     def __getstate__(self) -> dict:
         return {"_module": self._module}
@@ -140,7 +160,7 @@ class Watch:
             return True
         if not self._children_are_same() and not self._goes_on():
             return True
-        if list(map(_which, self._names)) != self._structure:
+        if self._present_structure() != self._structure:
             return True
         if [list(hooks.values()) for hooks in self._hooks_now] != self._hooks:
             return True
@@ -203,11 +223,6 @@ def _places(module: nn.Module) -> list[tuple[str, int]]:
     numbers: dict[int, int] = {}
     found = module.named_modules(remove_duplicate=False)
     return [(path, numbers.setdefault(id(part), len(numbers))) for path, part in found]
-
-
-def _which(names: Mapping[str, Tensor | None]) -> list[tuple[str, bool]]:
-    """The names, and which of them hold something."""
-    return [(name, value is None) for name, value in names.items()]
 
 
 def _are(children: Iterable[nn.Module], others: tuple[nn.Module, ...]) -> bool:

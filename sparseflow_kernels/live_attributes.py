@@ -129,7 +129,8 @@ class Attributes:
                 return
             if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
                 self._stamp(f"{name}/self", value.__self__, depth - 1, stamps, tensors)
-            for holder, key in _settings_of(type(value)):
+            kind: type = type(value)
+            for holder, key in _settings_of(kind):
                 self._stamp(f"{name}.{key}", vars(holder).get(key), 0, stamps, tensors)
             items = list(inside(dict(value) if isinstance(value, types.MappingProxyType) else value))
             if not self._read_whole(value):

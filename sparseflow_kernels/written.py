@@ -17,14 +17,44 @@ def is_torchs(kind: type) -> bool:
 
 
 def only_written(part: nn.Module) -> frozenset[str]:
-    """Names of attributes that forward assigns to, and that no method of the module reads: no part of what it
+    """Names of attributes that forward, or what it calls, assigns to, and that nothing of it reads: no part of what it
     computes."""
-    written, read = _attributes_of(type(part).forward)
+    written, read = _of_forward(type(part))
+    return written - read
+
+
+def for_others(part: nn.Module) -> frozenset[str]:
+    """Names of attributes that forward assigns to, and that the module's other methods read, or nobody in it does:
+    results that are kept for others."""
+    written, read = _of_forward(type(part))
+    others: frozenset[str] = frozenset()
+    reached = {name for name, _ in methods_of([type(part)])[type(part)]}
     for kind in type(part).__mro__:
         if not is_torchs(kind) and written:
-            for name in vars(kind):
-                read |= _attributes_of(function_of(kind, name))[1]
-    return written - read
+            for name in vars(kind).keys() - reached - {"__init__"}:
+                others |= _attributes_of(function_of(kind, name))[1]
+    return written & others | written - read
+
+
+def writes_globals(part: nn.Module) -> bool:
+    """Whether forward, or what it calls of the module, assigns to a global name or an attribute of its class."""
+    kind = type(part)
+    found = (function_of(holder, name) for name, holder in methods_of([kind])[kind])
+    return any("STORE_GLOBAL" in _operations(getattr(function, "__code__", None)) for function in found)
+
+
+@functools.lru_cache(maxsize=4096)
+def _operations(code: types.CodeType | None) -> frozenset[str]:
+    return frozenset() if code is None else frozenset(one.opname for one in dis.get_instructions(code))
+
+
+def _of_forward(kind: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
+    """(names of attributes that forward and the methods that it comes to assign to, of those that they read)."""
+    written, read = _attributes_of(kind.forward)
+    for name, holder in methods_of([kind])[kind]:
+        inner = _attributes_of(function_of(holder, name))
+        written, read = written | inner[0], read | inner[1]
+    return written, read
 
 
 def methods_of(kinds: Iterable[type]) -> dict[type, list[tuple[str, type]]]:

@@ -238,3 +238,134 @@ def test_what_trains_a_network_may_change_with_every_step(how):
         found = Trainer().train()
     assert found == pytest.approx(wanted, rel=1e-9)
     assert context.report().endswith("cpu engine, 12 solves")
+
+
+class Writes(nn.Module):
+    """Notes something of every evaluation: `write(self, t, y)`."""
+
+    total = 0
+
+    def __init__(self, **held):
+        super().__init__()
+        self.net = mlp()
+        self.__dict__.update(held)
+        self.register_buffer("mean", torch.zeros(3).double())
+
+    def forward(self, t, y):
+        h = self.net(y)
+        self.write(t, h)
+        return h
+
+    def last(self):
+        return self.h
+
+
+def counts_in_its_class(self, t, h):
+    Writes.total += 1
+
+
+def keeps_and_reads(self, t, h):
+    self.h = h
+    return self.h + 1
+
+
+NOTES = {  # name -> (what is held, what forward writes, what is there afterwards)
+    "sum": (dict(reg=0.0), lambda self, t, h: setattr(self, "reg", self.reg + h.square().sum()), lambda m: m.reg),
+    "running mean": ({}, lambda self, t, h: self.mean.mul_(0.9).add_(h.mean(0), alpha=0.1), lambda m: m.mean),
+    "for a method": ({}, keeps_and_reads, lambda m: m.last()),
+    "dict": (dict(stats={"nfe": 0}), lambda self, t, h: self.stats.update(nfe=self.stats["nfe"] + 1), lambda m: m.stats["nfe"]),
+    "space": (dict(space=types.SimpleNamespace(n=0)), lambda self, t, h: setattr(self.space, "n", self.space.n + 1), lambda m: m.space.n),
+    "queue": (dict(times=collections.deque(maxlen=3)), lambda self, t, h: self.times.append(float(h[0, 0])), lambda m: list(m.times)),
+    "set": (dict(times=set()), lambda self, t, h: self.times.add(float(h[0, 0])), lambda m: sorted(m.times)),
+    "class": ({}, counts_in_its_class, lambda m: Writes.total),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_what_forward_notes_is_noted(name):
+    held, write, look = NOTES[name]
+    kind = type("Writing", (Writes,), {"write": write})
+    found = []
+    for context in (None, sfk.accelerate()):
+        torch.manual_seed(0)
+        Writes.total = 0
+        module = kind(**{key: type(value)(value) if isinstance(value, (dict, set)) else value for key, value in held.items()})
+        if name == "space":
+            module.space = types.SimpleNamespace(n=0)
+        if name == "queue":
+            module.times = collections.deque(maxlen=3)
+        with warnings.catch_warnings(), torch.no_grad(), context or torch.no_grad():
+            warnings.simplefilter("ignore")
+            y = solve(module)
+        found.append((y, look(module)))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("how", ["prune", "weight_norm"])
+def test_the_weight_that_a_hook_makes_is_of_the_present_parameters(how):
+    def train():
+        torch.manual_seed(0)
+        module = Field(1.0, float)
+        layer = module.net[0]
+        if how == "prune":
+            nn.utils.prune.identity(layer, "weight")
+        else:
+            nn.utils.weight_norm(layer)
+        optimizer, losses = torch.optim.SGD(module.parameters(), 0.1), []
+        for step in range(6):
+            optimizer.zero_grad()
+            loss = solve(module)[-1].square().mean() + 0.1 * layer.weight.square().sum()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            if how == "prune" and step == 2:  # by the weights as they are now
+                nn.utils.prune.l1_unstructured(layer, "weight", 0.3)
+        return losses
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        wanted = train()
+        with sfk.accelerate() as context:
+            found = train()
+    assert found == pytest.approx(wanted, rel=1e-9)
+    assert context.report() == "Field: cpu engine, 6 solves" or "gone" in context.report()
+
+
+def test_parameters_of_another_shape():
+    class LowRank(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rank(2)
+
+        def rank(self, n):
+            torch.manual_seed(n)
+            self.u, self.v = nn.Parameter(torch.randn(3, n).double()), nn.Parameter(torch.randn(n, 3).double())
+
+        def forward(self, t, y):
+            return torch.tanh(y @ self.u) @ self.v
+
+    module = LowRank()
+    live = sfk.compile(module, live=True)
+    for rank in (2, 4, 1):
+        module.rank(rank)
+        torch.testing.assert_close(live(0.0, Y), module(0.0, Y))
+
+
+def test_random_states_of_the_module_are_left_alone():
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.generator = torch.Generator().manual_seed(3)
+            self.numbers = np.random.default_rng(3)
+
+        def forward(self, t, y):
+            noise = torch.randn(3, generator=self.generator).double()
+            return noise - y * self.numbers.random() * np.random.rand()
+
+    found = []
+    for context in (None, sfk.accelerate()):
+        np.random.seed(1)
+        with warnings.catch_warnings(), torch.no_grad(), context or torch.no_grad():
+            warnings.simplefilter("ignore")
+            found.append(solve(Draws()))
+    torch.testing.assert_close(*found)
