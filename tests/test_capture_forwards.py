@@ -265,3 +265,38 @@ def test_a_line_that_is_masked_whole_is_refused() -> None:
     module = made(masked, {"qkv": L(3, 18), "out": L(6, 3), "triangle": torch.zeros(POINTS, POINTS, dtype=F64)})
     with pytest.raises(sfk.UnsupportedFieldError, match="every element is masked"):
         sfk.compile(module, like=TOKENS)
+
+
+AT_ZERO = {
+    "asinh": torch.asinh, "clamp": lambda y: y.clamp(min=0.0), "clamp_min": lambda y: y.clamp_min(0.0), "sinc": torch.sinc,
+    "atan2": lambda y: torch.atan2(y, 2.0 * y), "hardshrink": lambda y: torch.nn.functional.hardshrink(y, 0.0),
+    "threshold": lambda y: torch.nn.functional.threshold(y, 0.0, 0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AT_ZERO)
+def test_derivatives_at_zero_are_torchs(name: str) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, t, y):
+            return 2.0 * AT_ZERO[name](y) - y
+
+    module = Module()
+    field = sfk.compile(module, dim=2)
+    found = [torch.zeros(3, 2).requires_grad_() for _ in range(2)]
+    for function, y in zip((field, module), found):
+        function(0.0, y).sum().backward()
+    torch.testing.assert_close(found[0].grad, found[1].grad)
+    for size in (1e-6, 1e-3, 0.1, 3.0):
+        y = size * torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(field(0.0, y), module(0.0, y), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.float64, 1e-15)])
+def test_waves_of_large_numbers(dtype: torch.dtype, limit: float) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, t, y):
+            return torch.cos(y) + torch.sin(y)
+
+    y = (torch.rand(500, 2, generator=torch.Generator().manual_seed(0)).double() * 1e5).to(dtype)
+    found = sfk.compile(Module(), dim=2).to(dtype)(0.0, y)
+    assert float((found.double() - (y.double().cos() + y.double().sin())).abs().max()) < limit

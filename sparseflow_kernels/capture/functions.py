@@ -160,10 +160,19 @@ def inverse_tanh(g: Graph, a: Node) -> Node:
 
 
 def inverse_sinh(g: Graph, a: Node) -> Node:
-    """Of the magnitude, so that nothing cancels."""
-    size = g.apply("abs", a)
-    inner = g.add(size, g.apply("sqrt", g.add(g.square(size), g.number(1.0))))
-    return g.mul(g.apply("sign", a), g.apply("log", inner))
+    """Of the magnitude, so that nothing cancels; near zero by its series, which has the derivative there."""
+    size, one = g.apply("abs", a), g.number(1.0)
+    over = g.apply("div", g.square(size), g.add(one, g.apply("sqrt", g.add(g.square(size), one))))
+    far = g.mul(g.apply("sign", a), g.apply("log1p", g.add(size, over)))
+    near = g.mul(a, g.sub(one, g.scaled(g.square(a), 1.0 / 6.0)))
+    return choose(g, g.apply("gt", size, g.number(1e-4)), far, near)
+
+
+def cardinal_sine(g: Graph, a: Node) -> Node:
+    """sin(pi a) / (pi a): at zero another number is divided by, as a gradient goes through what is not chosen, too."""
+    at_zero = g.apply("eq", a, g.number(0.0))
+    angle = g.scaled(choose(g, at_zero, g.number(1.0), a), math.pi)
+    return choose(g, at_zero, g.number(1.0), g.apply("div", g.apply("sin", angle), angle))
 
 
 def inverse_cosh(g: Graph, a: Node) -> Node:
@@ -264,7 +273,7 @@ ELEMENTWISE: dict[str, Callable[..., Node]] = {
     "lerp": lambda g, a, b, w: g.add(a, g.mul(w, g.sub(b, a))),
     "prelu": lambda g, a, w: choose(g, above(g, a), a, g.mul(w, a)),
     "_prelu_kernel": lambda g, a, w: choose(g, above(g, a), a, g.mul(w, a)),
-    "threshold": lambda g, a, bound, value: choose(g, g.apply("gt", a, bound), a, value),
+    "threshold": lambda g, a, bound, value: choose(g, g.apply("ge", bound, a), value, a),
     "hardtanh": lambda g, a, low=None, high=None: between(
         g, a, -1.0 if low is None else low.value, 1.0 if high is None else high.value
     ),
@@ -287,10 +296,7 @@ ELEMENTWISE: dict[str, Callable[..., Node]] = {
         g, g.apply("eq", a, g.number(0.0)), g.number(0.0), g.mul(a, g.apply("log1p", b))
     ),
     "heaviside": lambda g, a, b: choose(g, g.apply("eq", a, g.number(0.0)), b, above(g, a)),
-    "sinc": lambda g, a: choose(
-        g, g.apply("eq", a, g.number(0.0)), g.number(1.0),
-        g.apply("div", g.apply("sin", g.scaled(a, math.pi)), g.scaled(a, math.pi)),
-    ),
+    "sinc": cardinal_sine,
     # gradients that torch computes inside forward: grad, then what the function keeps
     "tanh_backward": lambda g, d, y: g.mul(d, complement(g, g.square(y))),
     "sigmoid_backward": lambda g, d, y: g.mul(d, g.mul(y, complement(g, y))),

@@ -105,8 +105,6 @@ def addcdiv(e: Elements, func, args, kwargs, out) -> Any:
 @rule("clamp", "clip")
 def clamp(e: Elements, func, args, kwargs, out) -> Any:
     low, high = argument(args, kwargs, 1, "min"), argument(args, kwargs, 2, "max")
-    if low == 0 and isinstance(low, (int, float)) and high is None:
-        return e.pointwise(activation("relu"), args[0])
     bounds = [b for b in (low, high) if b is not None]
     return e.pointwise(
         lambda g, a, *given: clamped(
@@ -239,9 +237,10 @@ def shrink(e: Elements, func, args, kwargs, out) -> Any:
     bound = number(args, kwargs, 1, "lambd", 0.5)
 
     def make(g: Graph, a: Node) -> Node:
-        low, high = above(g, g.neg(a), bound), above(g, a, bound)
         if base_name(func) == "hardshrink":
-            return choose(g, g.add(low, high), a, g.number(0.0))
+            inner = g.mul(g.apply("ge", a, g.number(-bound)), g.apply("ge", g.number(bound), a))
+            return choose(g, inner, g.number(0.0), a)
+        low, high = above(g, g.neg(a), bound), above(g, a, bound)
         return choose(g, high, g.sub(a, g.number(bound)), choose(g, low, g.add(a, g.number(bound)), g.number(0.0)))
 
     return e.pointwise(make, args[0])

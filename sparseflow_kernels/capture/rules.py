@@ -291,21 +291,9 @@ def celu(reading: Reading, func, args, kwargs, out) -> Any:
     return _elu(reading, args[0], alpha, 1.0, 1.0 / alpha, out)
 
 
-@rule("cos")  # sin(x + pi / 2)
-def cos(reading: Reading, func, args, kwargs, out) -> Any:
-    return _activate(reading, add(reading, args[0], math.pi / 2, out), Activation("sin"))
-
-
 @rule("pow")
 def power(reading: Reading, func, args, kwargs, out) -> Any:
     name = {1.0: "identity", 2.0: "square", 3.0: "cube"}.get(args[1] if isinstance(args[1], (int, float)) else None)
     if name is None:
         refuse("a power of the state other than 2 and 3")
     return args[0] if name == "identity" else _activate(reading, args[0], Activation(name))
-
-
-@rule("clamp", "clamp_min")
-def clamp(reading: Reading, func, args, kwargs, out) -> Any:
-    if number(args, kwargs, 1, "min", None) != 0 or number(args, kwargs, 2, "max", None) is not None:
-        refuse("clamping the state other than at 0 from below")
-    return _activate(reading, args[0], Activation("relu"))

@@ -88,8 +88,10 @@ def _power(g: Builder, node: Node, operands: Sequence[Node]) -> list[Node]:
 
 
 def _angle(g: Builder, node: Node, operands: Sequence[Node]) -> list[Node]:
+    """Zero at the origin, as torch has it."""
     y, x = operands
-    inverse = g.apply("reciprocal", g.add(g.square(x), g.square(y)))
+    square = g.add(g.square(x), g.square(y))
+    inverse = g.apply("reciprocal", g.add(square, g.apply("eq", square, g.number(0.0))))
     return [g.mul(x, inverse), g.neg(g.mul(y, inverse))]
 
 
