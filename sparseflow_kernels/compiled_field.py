@@ -358,7 +358,7 @@ class CompiledField(FieldParameters):
                 raise ValueError(
                     f"this field has a context [batch, {node.rows}]: give it by field.with_context(context)"
                 )
-            found = (self._pinned or self.skeleton.read_context)()
+            found = (self._pinned or self.skeleton.read_context)(batch)
         if found.shape != (batch, node.rows):
             raise ValueError(
                 f"context: is {list(found.shape)}, for a state of {batch} samples it must be [{batch}, {node.rows}]; "

@@ -369,3 +369,28 @@ def test_random_states_of_the_module_are_left_alone():
             warnings.simplefilter("ignore")
             found.append(solve(Draws()))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("shape", ["expand", "view", "reshape"])
+def test_sizes_that_forward_takes_of_the_batch(shape, live):
+    class Conditional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.code = nn.Linear(3 + 4, 3).double(), torch.randn(16, 4).double()
+
+        def forward(self, t, x):
+            code = {
+                "expand": lambda: self.code.expand(len(x), -1), "view": lambda: self.code.view(len(x), 4),
+                "reshape": lambda: self.code.reshape(x.shape[0], 2, 2).flatten(1),
+            }[shape]()  # fmt: skip
+            return torch.tanh(self.net(torch.cat([x, code], 1)))
+
+    module = Conditional()
+    field = sfk.compile(module, like=torch.randn(16, 3).double(), live=live)
+    for rows, samples in ((16, 16), (9, 9), (16, 16), (1, 1), (1, 5)):
+        if shape != "expand" and rows != samples:
+            continue
+        module.code = torch.randn(rows, 4).double()
+        x = torch.randn(samples, 3).double()
+        torch.testing.assert_close(field(0.0, x), module(0.0, x))

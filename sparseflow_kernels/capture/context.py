@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..field.graph import CONTEXT
 from .elements import Elements
 from .refusal import REMEDY, refuse
-from .replay import Attribute, Replay
+from .replay import Attribute, Replay, with_samples
 from .samples import STRIDE
 from .values import Constant
 
@@ -151,7 +151,7 @@ class Context:
 
     def __init__(self, e: Elements, batch: int, rows: int) -> None:
         """rows: how many columns there will be, or a number that is larger than that."""
-        self._e, self._batch = e, batch
+        self._e, self.batch = e, batch
         self._input = e.table.add(e.graph.input("context", rows, CONTEXT))
         self._known: dict[tuple, Tensor] = {}
         self.count = 0
@@ -173,7 +173,7 @@ class Context:
             )
         flat = samples.reshape(-1)
         for axis, size in enumerate(value.shape):
-            if size != self._batch:
+            if size != self.batch:
                 continue
             by_sample = torch.arange(value.value.numel()).view(value.shape).movedim(axis, 0).reshape(size, -1)
             column = torch.full((value.value.numel(),), -1)
@@ -202,6 +202,9 @@ class Context:
         return self._known[key][inverse]
 
 
+MOST_BATCHES = 16  # numbers of samples, the parts for which are kept
+
+
 class ReadContext:
     """Calls give the present context [samples, columns] of a module, with a graph where the module's numbers have one."""
 
@@ -209,10 +212,9 @@ class ReadContext:
         self._module = module
         self._held: dict[str, Tensor] = {}  # what is read in the place of the module's tensors of these names
         self.check: Callable[[], bool] | None = None  # whether what the field took for given still holds
-        self._parts = [
-            (Replay(node, dtype), axis, columns, _without(value.shape, axis))
-            for node, axis, columns, value in context.parts
-        ]
+        self._read = [(node, axis, columns, _without(value.shape, axis)) for node, axis, columns, value in context.parts]
+        self._parts = [(Replay(node, dtype), *rest) for node, *rest in self._read]
+        self._batch, self._others = context.batch, collections.OrderedDict()  # number of samples -> parts of as many
         self._dtype = dtype
 
     @property
@@ -233,7 +235,19 @@ class ReadContext:
         other._held = {name: attribute(self._module, name) for name in self.tensors}
         return other
 
-    def __call__(self) -> Tensor:
+    def _of(self, samples: int | None) -> list[tuple]:
+        if samples is None or samples == self._batch:
+            return self._parts
+        if samples not in self._others:
+            while len(self._others) >= MOST_BATCHES:
+                self._others.popitem(last=False)
+            self._others[samples] = [
+                (Replay(with_samples(node, self._batch, samples), self._dtype), *rest) for node, *rest in self._read
+            ]
+        return self._others[samples]
+
+    def __call__(self, samples: int | None = None) -> Tensor:
+        """samples: how many the state has; None: as many as the module's tensors say."""
         if self.check is not None and not self.check():
             raise ValueError(
                 f"context: a number, a branch or a position that forward made of {', '.join(self.names)} is another now "
@@ -244,7 +258,7 @@ class ReadContext:
             held = (x for _, x in attributes(self._module) if x.is_floating_point())
             like = next(held, torch.empty(0, dtype=self._dtype))
         like = torch.empty(0, dtype=self._dtype, device=like.device)
-        parts = [self._part(like, *part) for part in self._parts]
+        parts = [self._part(like, *part) for part in self._of(samples)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _part(self, like: Tensor, replay: Replay, axis: int, columns: Tensor, sample: tuple[int, ...]) -> Tensor:

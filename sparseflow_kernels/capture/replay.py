@@ -66,6 +66,32 @@ def with_tensors(node: Node | Leaf, tensor: Callable[[Attribute], Tensor]) -> An
     return value(node)
 
 
+_SIZED = ("expand", "view", "reshape", "_unsafe_view", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "empty")
+
+
+def with_samples(node: Node | Leaf, batch: int, samples: int) -> Any:
+    """The graph for another number of samples: sizes that were `batch`, the first of each operation."""
+    done: dict[int, Any] = {}
+
+    def sizes(a: Any) -> Any:
+        if not isinstance(a, (list, tuple)) or not all(isinstance(size, int) for size in a) or batch not in a:
+            return a
+        at = a.index(batch)
+        return type(a)((*a[:at], samples, *a[at + 1 :]))
+
+    def value(a: Any) -> Any:
+        if not isinstance(a, Node):
+            return a
+        if id(a) not in done:
+            args, kwargs = tree_map(value, a.args), tree_map(value, a.kwargs)
+            if a.operation is not None and getattr(a.operation, "__name__", "").split(".")[0] in _SIZED:
+                args = tuple(map(sizes, args))
+            done[id(a)] = Node(a.operation, args, kwargs)
+        return done[id(a)]
+
+    return value(node)
+
+
 class Forms:
     """Numbers for graphs that are equal for those that compute the same from the same leaves: what a loop over the samples
     computes from parameters, once for each."""
