@@ -312,6 +312,7 @@ def _put_back() -> None:
     _originals.clear()
 
 
+@torch._disable_dynamo  # a model that is compiled round the solve breaks off here
 def _call(name: str, func: Any, y0: Any, t: Any, **arguments: Any) -> Any:
     """What torchdiffeq's functions do while a context lasts."""
     original = _originals[name][1]

@@ -17,7 +17,7 @@ from typing import Any, Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from .capture.context import inside, part_named
+from .capture.context import PREFIX, inside, part_named
 
 DEEPEST = 4  # of what is looked into: functions that functions call, containers, attributes of objects
 LONGEST = 64  # items of a container that are looked at
@@ -57,7 +57,7 @@ class FunctionModule(nn.Module):
         parameter of these names: a method may belong to a model of which it needs a part."""
         own = {id(inner) for part in called if part is not self for inner in part.modules()}
         own |= set(map(id, reached))
-        own |= {id(part_named(self, name.rpartition(".")[0])) for name in names}
+        own |= {id(part_named(self, name.rpartition(".")[0])) for name in names if not name.startswith(PREFIX)}
         paths = [path for path, part in self.named_modules() if id(part) in own]
         holders = {path[:end] for path in paths for end in range(len(path)) if path[end] == "."} | {""}
         return [part for path, part in self.named_modules() if id(part) in own or path in holders]

@@ -19,7 +19,9 @@ def hooks_of(module: nn.Module) -> tuple[dict, ...]:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether the module or a part of it has hooks of the user's. Those by which torch prunes and normalizes weights
-    compute what is read anyway."""
+    compute what is read anyway. Those on all modules are everybody's."""
+    if any(GLOBAL_HOOKS):
+        return True
     for part in module.modules():
         for hooks in hooks_of(part):
             if hooks and any(not _is_torchs(hook) for hook in hooks.values()):

@@ -56,7 +56,9 @@ def check_own_gradients(
                 "(torch.is_grad_enabled() or requires_grad decides in it), and a compiled field does not. "
                 "Use the module uncompiled with sfk.odeint, which hands it to torchdiffeq"
             )
-        if not any(map(_has_own, out)):
+        # TorchScript detaches what it differentiates itself, once it has seen gradients wanted.
+        scripted = any(isinstance(part, torch.jit.ScriptModule) for part in module.modules())
+        if not scripted and not any(map(_has_own, out)):
             return
         held = [tensor for _, tensor in attributes(module) if tensor.requires_grad]
         wanted = [*leaves, *(p for p in module.parameters() if p.requires_grad), *held]
@@ -69,7 +71,7 @@ def check_own_gradients(
         ):
             raise UnsupportedFieldError(
                 f"module {type(module).__name__}: it has a gradient of its own (an autograd.Function with a "
-                "backward), which is not the derivative of what forward computes, as a compiled "
+                "backward, a part of TorchScript), which is not the derivative of what forward computes, as a compiled "
                 "field has it. Use the module uncompiled with sfk.odeint, which hands it to torchdiffeq"
             )
 

@@ -394,3 +394,62 @@ def test_sizes_that_forward_takes_of_the_batch(shape, live):
         module.code = torch.randn(rows, 4).double()
         x = torch.randn(samples, 3).double()
         torch.testing.assert_close(field(0.0, x), module(0.0, x))
+
+
+def test_names_with_dots_and_hooks_on_all_modules_and_a_compiled_model_around():
+    module = Field(1.0, float)
+    values = {name: value.detach().clone().requires_grad_() for name, value in module.named_parameters()}  # net.0.weight, ...
+    call = lambda t, y: torch.func.functional_call(module, values, (t, y))
+    wanted = torch.autograd.grad(solve(call)[-1].sum(), list(values.values()))
+    with sfk.accelerate():
+        found = torch.autograd.grad(solve(call)[-1].sum(), list(values.values()))
+    torch.testing.assert_close(found, wanted)
+
+    handle = nn.modules.module.register_module_forward_hook(lambda part, args, out: out * 0.5 if part is module else None)
+    try:
+        with warnings.catch_warnings(), sfk.accelerate() as context:
+            warnings.simplefilter("ignore")
+            torch.testing.assert_close(solve(module), solve_plain(module))
+        assert "handed on" in context.report() or context.report() == "no module was solved for"
+    finally:
+        handle.remove()
+
+
+def test_a_compiled_model_round_a_solve():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.field, self.head = Field(1.0, float), nn.Linear(3, 1).double()
+
+        def forward(self, y):
+            return self.head(solve(self.field, y)[-1])
+
+    model = Model()
+    wanted = model(Y)
+    with sfk.accelerate() as context:
+        torch.testing.assert_close(torch.compile(model, backend="eager")(Y), wanted)
+    assert context.report() == "Field: cpu engine, 1 solves"
+
+
+def test_a_part_of_torchscript_that_was_differentiated_before():
+    def make():
+        class Scripted(nn.Module):
+            def __init__(self):
+                super().__init__()
+                torch.manual_seed(0)
+                self.part, self.other = torch.jit.script(mlp()), nn.Linear(3, 3).double()
+
+            def forward(self, t, y):
+                return self.part(y) + self.other(y)
+
+        return Scripted()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = make()
+        for _ in range(3):
+            solve(module)[-1].sum().backward()
+            wanted, module = [p.grad for p in module.parameters()], make()
+        with sfk.accelerate():
+            solve(module)[-1].sum().backward()
+    torch.testing.assert_close([p.grad for p in module.parameters()], wanted)

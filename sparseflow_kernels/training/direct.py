@@ -22,7 +22,7 @@ from ..engines import choose
 from ..engines.base import Engine, SolveRequest, SolveResult
 from ..field import GraphField, VectorField
 from ..flows import ContinuousFlow, ImageFlow, NeuralClassifier, NeuralODE
-from ..hooks import GLOBAL_HOOKS, is_hooked
+from ..hooks import is_hooked
 from ..solution import SolverError
 from ..solving.arguments import upward
 from ..solving.engine_call import EngineCall, request_of
@@ -68,7 +68,7 @@ class DirectGradient:
             return None
         if any(field.layout is not None and (field.layout.is_tuple or not field.layout.batched) for field in fields):
             return None
-        if is_hooked(model) or any(GLOBAL_HOOKS):  # which would not be called
+        if is_hooked(model):  # which would not be called
             return None
         like = next(model.parameters())
         if like.device.type != "cpu":  # a GPU's step waits for other things than Python
