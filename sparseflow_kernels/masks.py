@@ -13,6 +13,8 @@ from typing import Iterable, Iterator, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -22,6 +24,12 @@ def effective(module: nn.Module, name: str) -> Tensor:
     original = module._parameters.get(f"{name}_orig")
     if original is not None and f"{name}_mask" in module._buffers:
         return original.detach() * module._buffers[f"{name}_mask"]
+    for hook in module._forward_pre_hooks.values():  # their attribute is of the last forward pass, too
+        if isinstance(hook, (WeightNorm, SpectralNorm)) and hook.name == name:
+            with torch.no_grad():
+                if isinstance(hook, WeightNorm):
+                    return hook.compute_weight(module)
+                return hook.compute_weight(module, do_power_iteration=False)
     return getattr(module, name).detach()
 
 

@@ -291,6 +291,15 @@ def test_derivatives_at_zero_are_torchs(name: str) -> None:
         torch.testing.assert_close(field(0.0, y), module(0.0, y), rtol=1e-5, atol=0)
 
 
+def test_asinh_of_what_has_no_square() -> None:
+    class Module(torch.nn.Module):
+        def forward(self, t, y):
+            return torch.asinh(y)
+
+    y = torch.tensor([[1e30, -1e30], [math.inf, -math.inf], [1e8, -1e10]])
+    torch.testing.assert_close(sfk.compile(Module(), dim=2)(0.0, y), torch.asinh(y.double()).float())
+
+
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.float64, 1e-15)])
 def test_waves_of_large_numbers(dtype: torch.dtype, limit: float) -> None:
     class Module(torch.nn.Module):

@@ -657,3 +657,13 @@ def test_on_a_gpu():
     torch.testing.assert_close(found[1].cpu(), wanted[1][linear.weight_mask.bool()], rtol=1e-4, atol=1e-3)
     with pytest.raises(ValueError, match="x is torch.float32 on cpu, the layer torch.float32 on cuda:0"):
         layer(host)
+
+
+@pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_that_an_older_norm_makes_is_made_of_the_present_parameters(norm):
+    layer, other = (norm(torch.nn.Linear(4, 3)) for _ in range(2))
+    layer(torch.randn(2, 4))
+    other.load_state_dict(layer.state_dict())  # its attribute `weight` is of the last forward pass: there was none
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(sfk.SparseLinear.from_linear(other.eval())(x), layer.eval()(x))

@@ -161,10 +161,16 @@ def inverse_tanh(g: Graph, a: Node) -> Node:
 
 def inverse_sinh(g: Graph, a: Node) -> Node:
     """Of the magnitude, so that nothing cancels; near zero by its series, which has the derivative there."""
-    size, one = g.apply("abs", a), g.number(1.0)
+    whole, one, limit = g.apply("abs", a), g.number(1.0), g.number(1e9)
+    size = clamped(g, whole, None, limit)  # beyond, the square might be infinite
     over = g.apply("div", g.square(size), g.add(one, g.apply("sqrt", g.add(g.square(size), one))))
-    far = g.mul(g.apply("sign", a), g.apply("log1p", g.add(size, over)))
-    near = g.mul(a, g.sub(one, g.scaled(g.square(a), 1.0 / 6.0)))
+    magnitude = choose(
+        g, g.apply("gt", whole, limit), g.add(g.apply("log", clamped(g, whole, limit, None)), g.number(math.log(2.0))),
+        g.apply("log1p", g.add(size, over)),
+    )
+    far = g.mul(g.apply("sign", a), magnitude)
+    small = clamped(g, clamped(g, a, g.number(-1.0), None), None, one)
+    near = g.mul(small, g.sub(one, g.scaled(g.square(small), 1.0 / 6.0)))
     return choose(g, g.apply("gt", size, g.number(1e-4)), far, near)
 
 

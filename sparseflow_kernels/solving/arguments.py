@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch._C._functorch import is_batchedtensor
 
 from ..engines.base import SolveRequest
@@ -128,6 +129,11 @@ def upward(t: Tensor, device: torch.device) -> tuple[Tensor, int]:
         raise AssertionError(f"t must be strictly increasing or decreasing{bad}")
     if not all(map(math.isfinite, values)):
         raise AssertionError("t must be finite")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None:
+        raise NotImplementedError(
+            "t has a forward-mode tangent (torch.func.jvp, jacfwd), along which a solve has no derivative here: "
+            "differentiate in t backwards (torch.func.vjp, jacrev, backward)"
+        )
     times = (t if sign > 0 else -t).to(torch.float64)
     return times, sign
 
