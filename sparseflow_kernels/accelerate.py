@@ -166,7 +166,8 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
         """Whether this is still what becomes of the module. What was refused in an earlier context is tried again where
         the module is another now."""
         if entry.field is not None:
-            return _fits(entry.field, y0) and not entry.field.changed()
+            trains = torch.is_grad_enabled() and entry.field.bare_zeros
+            return not trains and _fits(entry.field, y0) and not entry.field.changed()
         return entry.settled or entry in self._met or (entry.refused is not None and not entry.refused.changed())
 
     def _solving(self, entry: Entry) -> CompiledField | None:
@@ -205,10 +206,11 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
 
     def _compiled(self, module: nn.Module, y0: Any, entry: Entry, moving: frozenset[str]) -> Entry:
         like = tuple(part.detach() for part in y0) if isinstance(y0, tuple) else y0.detach()
+        zeros = torch.is_grad_enabled()  # torch trains zeros that no mask keeps
         kept = Kept(module.function) if isinstance(module, FunctionModule) else None
         try:
             with torch.no_grad(), _handing_on():  # a solve that forward makes is a part of it
-                field = compile_field(module, self.engine, None, like, True, moving)
+                field = compile_field(module, self.engine, None, like, True, moving, zeros)
             if (name := field._watch.records) is not None:
                 raise UnsupportedFieldError(f"forward notes what it sees in {name!r}, which a compiled field would not")
             if field._watch.by_number:

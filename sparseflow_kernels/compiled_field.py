@@ -76,16 +76,17 @@ def compile(  # noqa: A001 (the field's own word; the builtin is not needed here
 @lasting
 def compile_moving(
     module_or_field: nn.Module | VectorField | GraphField, engine: str, dim: int | None, like: State | None, live: bool,
-    moving: frozenset[str] = frozenset(),
+    moving: frozenset[str] = frozenset(), zeros: bool = False,
 ) -> "CompiledField":  # fmt: skip
     """`compile`. moving: names of tensors beside a live field's parameters that have had other numbers before
-    (`live.Watch.moved`), and are read like parameters."""
+    (`live.Watch.moved`), and are read like parameters.  zeros: those of trained parameters are no pruned
+    entries."""
     source = unwrapped(module_or_field)
     if like is not None:
         like = ordinary(like)
     if live and (not isinstance(source, nn.Module) or isinstance(source, CompiledField)):
         raise TypeError(f"live: needs the nn.Module whose parameters are to be used, not {type(source).__name__}")
-    found, run, seen = read_and_run(source, dim, like, live, moving, _in_plain_torch)
+    found, run, seen = read_and_run(source, dim, like, live, moving, _in_plain_torch, zeros)
     if dim is not None and found.field.dim != dim:
         raise ValueError(f"compile: dim is {dim}, but the field's state has {found.field.dim} components")
     if like is not None and isinstance(source, (CompiledField, VectorField, GraphField)):
@@ -161,6 +162,11 @@ class CompiledField(FieldParameters):
         """Whether the module is another than the one that this field was compiled from (`live`)."""
         return self._watch.changed()
 
+    @property
+    def bare_zeros(self) -> bool:
+        """Whether it leaves entries out that torch would train (`live`): zeros of parameters without a mask."""
+        return self._watch.bare_zeros
+
     def moved(self) -> frozenset[str]:
         """Names of tensors that the module held as constants, and that have other numbers now (`live`)."""
         return self._watch.moved()
@@ -173,7 +179,7 @@ class CompiledField(FieldParameters):
         like = self._like()
         dim = None if self.layout is not None or like is not None else self.dim
         moving = self.moving | self._watch.moved()
-        fresh = compile_moving(self.module, self.requested, dim, like, True, moving)
+        fresh = compile_moving(self.module, self.requested, dim, like, True, moving, self._watch.zeros)
         own = {
             name
             for name in self.__dict__

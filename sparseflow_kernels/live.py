@@ -43,12 +43,14 @@ def may_move(tensor: Tensor) -> bool:
 class Run:
     """What running a module has shown. counters: what it counts, which is no part of what it computes.  unread: names
     of tensors that forward never reads.  answers: what of the module's numbers was taken as it was.  moving: names of
-    tensors beside the parameters that the field reads like them at every call."""
+    tensors beside the parameters that the field reads like them at every call.  zeros: those of trained parameters are
+    no pruned entries."""
 
     counters: Counters
     unread: frozenset[str]
     answers: Answers | None
     moving: frozenset[str] = frozenset()
+    zeros: bool = False
 
 
 class Watch:
@@ -68,7 +70,7 @@ class Watch:
         followed = followed or {}
         counters = None if run is None else run.counters
         unread, self._answers = (frozenset(), None) if run is None else (run.unread, run.answers)
-        self._module, self._counters = module, counters
+        self._module, self._counters, self.zeros = module, counters, run is not None and run.zeros
         parts = list(module.modules())
         if isinstance(module, FunctionModule) and counters is not None:
             parts = module.used(counters.run, counters.reached, names)
@@ -93,6 +95,7 @@ class Watch:
             for number, part in enumerate(parts) for name, parameter in part._parameters.items()
             if parameter is not None and parameter.layout == torch.strided and not bool(parameter.detach().all())
             and not (parameter.requires_grad and is_fresh(parameter.detach()))
+            and not (self.zeros and parameter.requires_grad and not _is_masked(part, name))
         ]  # fmt: skip
         self._makers = [
             (hook, part) for part in parts for hook in part._forward_pre_hooks.values() if isinstance(hook, _MAKERS)
@@ -144,6 +147,16 @@ class Watch:
     def by_number(self) -> bool:
         """Whether what the module computes depends on how often it was called."""
         return self._counters is not None and self._counters.by_number
+
+    @property
+    def bare_zeros(self) -> bool:
+        """Whether entries of trained parameters count as pruned which no mask keeps at zero: torch would train them."""
+        for number, name, _ in self._zeros:
+            part = self._parts[number][1]
+            parameter = part._parameters.get(name)
+            if parameter is not None and parameter.requires_grad and not _is_masked(part, name):
+                return True
+        return False
 
     def count(self, evaluations: int) -> None:
         """Of so many evaluations the module's own counters know by this."""
@@ -212,6 +225,10 @@ class Watch:
         if new is None or old is None or type(new) is not type(old):
             return False
         return list(new._modules) == list(old._modules) and not has_own_parameters(new)
+
+
+def _is_masked(part: nn.Module, name: str) -> bool:
+    return name.endswith("_orig") and f"{name[:-5]}_mask" in part._buffers.keys()
 
 
 def has_own_parameters(part: nn.Module) -> bool:

@@ -39,10 +39,10 @@ class Reading:
 
 def read(
     source: nn.Module | VectorField | GraphField, dim: int | None, like: State | None,
-    moving: Mapping[str, Tensor] | None = None,
+    moving: Mapping[str, Tensor] | None = None, zeros: bool = False,
 ) -> Reading:  # fmt: skip
-    """Of a module, a field, or the present values of a compiled field. moving: tensors beside the module's parameters
-    that are taken for some (`capture.seen`).
+    """Of a module, a field, or the present values of a compiled field. moving, zeros: as of `Held.by_module`, and as
+    what is being collected has them (`capture.seen`).
 
     Raises UnsupportedFieldError, ValueError and TypeError as `compile` does.
     """
@@ -53,7 +53,7 @@ def read(
         return Reading(field, origins, source.held())
     if isinstance(source, (VectorField, GraphField)):
         return Reading(source, *Held.by_tensors(source))
-    return Reading(*capture_with_origins(source, dim, like), Held.by_module(source, moving))
+    return Reading(*capture_with_origins(source, dim, like), Held.by_module(source, moving, zeros))
 
 
 def check_fits(field: VectorField | GraphField, like: State) -> None:

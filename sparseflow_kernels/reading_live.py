@@ -21,7 +21,7 @@ from .warn import warn
 
 def read_and_run(
     source: nn.Module | VectorField | GraphField, dim: int | None, like: State | None, live: bool,
-    moving: frozenset[str], field_of: Callable[[Reading, nn.Module], Callable[..., State]],
+    moving: frozenset[str], field_of: Callable[[Reading, nn.Module], Callable[..., State]], zeros: bool = False,
 ) -> tuple[Reading, Run | None, Seen]:  # fmt: skip
     """The field, and of one that is live what running the module has shown. Tensors beside the parameters are read like
     these where they are moving or require a gradient, if the field can be read so.
@@ -39,8 +39,8 @@ def read_and_run(
     first: Exception | None = None
     for these in (tensors, {}) if tensors else ({},):
         try:
-            with collecting(these) as seen:
-                found = read(source, dim, like, these)
+            with collecting(these, zeros) as seen:
+                found = read(source, dim, like, these, zeros)
                 if module is not None:
                     _check_gradients(module, found, like, seen, field_of)
                 run = _run_of(module, found, like, seen) if live and module is not None else None
@@ -74,7 +74,7 @@ def _run_of(module: nn.Module, found: Reading, like: State | None, seen: Seen) -
     origins = list(found.origins.values())
     read = frozenset().union(*(origin.parameters for origin in origins), *(one.needs_whole() for one in origins))
     moving = frozenset(seen.moving) & read
-    return Run(counters, seen.unread(module), seen.answers(module, found.field.dtype), moving)
+    return Run(counters, seen.unread(module), seen.answers(module, found.field.dtype), moving, seen.zeros)
 
 
 def tell_what_was_taken(module: nn.Module, found: Reading, seen: Seen) -> None:

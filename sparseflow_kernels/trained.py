@@ -26,12 +26,21 @@ FAR_MOVES = (1.0, 1.0, 10.0, 1000.0)  # times the mean size of a parameter's ent
 class Held:
     """Elements of one parameter of a module. elements: int64 [n], ascending; None for all of them, `values` in the
     parameter's own shape then.  values: what they are.  trained: the parameter requires a gradient.  moving: it is no
-    parameter, and its zeros are no pruned entries."""
+    parameter, and its zeros are no pruned entries.  fresh: nor are those of this parameter, which is trained; None:
+    `is_fresh` says."""
 
     elements: Tensor | None
     values: Tensor
     trained: bool
     moving: bool = False
+    fresh: bool | None = None
+
+    @property
+    def grows(self) -> bool:
+        """Its zeros are no pruned entries."""
+        if self.moving or self.fresh is not None:
+            return self.moving or bool(self.fresh)
+        return self.trained and is_fresh(self.values)
 
     def take(self, elements: Tensor) -> Tensor:
         where = elements if self.elements is None else torch.searchsorted(self.elements, elements)
@@ -47,9 +56,16 @@ class Held:
         return Held(elements, values[order.to(values.device)], parts[0].trained)
 
     @staticmethod
-    def by_module(module: nn.Module, moving: Mapping[str, Tensor] | None = None) -> dict[str, "Held"]:
-        """moving: tensors beside the parameters that are taken for some."""
-        found = {name: Held(None, p.detach(), p.requires_grad) for name, p in module.named_parameters()}
+    def by_module(
+        module: nn.Module, moving: Mapping[str, Tensor] | None = None, zeros: bool = False
+    ) -> dict[str, "Held"]:
+        """moving: tensors beside the parameters that are taken for some.  zeros: exact zeros of trained parameters are
+        trained; else they are pruned entries, where a parameter is not as it was initialised."""
+        found, buffers = {}, {name for name, _ in module.named_buffers()} if zeros else set()
+        for name, p in module.named_parameters():
+            masked = name.endswith("_orig") and f"{name[:-5]}_mask" in buffers
+            fresh = p.requires_grad and ((zeros and not masked) or is_fresh(p.detach()))
+            found[name] = Held(None, p.detach(), p.requires_grad, fresh=fresh)
         for name, tensor in (moving or {}).items():
             found[name] = Held(None, tensor.detach(), tensor.requires_grad, moving=True)
         return found
@@ -78,7 +94,7 @@ def starts_at_zero(origin: Origin, held: Mapping[str, Held]) -> Tensor:
     """bool [n]: which zeros of a tensor are where training starts, and not pruned: entries of a trained parameter that
     is still as it was initialised, and results that are zero only until such a parameter, or one that is not zero, has
     moved."""
-    fresh = [held[name].moving or (held[name].trained and is_fresh(held[name].values)) for name in origin.parameters]
+    fresh = [held[name].grows for name in origin.parameters]
     found = torch.tensor([*fresh, False, False])[origin.parameter]  # -1 and -2: no plain entries
     if origin.computed:
         recipe = Recipe({name: h.elements for name, h in held.items()})
@@ -120,7 +136,7 @@ def _moved(held: Mapping[str, Held]) -> dict[str, Tensor]:
     for name, h in held.items():
         noise = (0.01 + 0.01 * torch.rand(h.values.shape, generator=generator)).to(h.values)
         noise = noise * (1.0 - 1.5j) if noise.is_complex() else noise  # both parts move
-        moved = h.values + noise if h.moving or is_fresh(h.values) else h.values * (1.0 + noise)
+        moved = h.values + noise if h.grows else h.values * (1.0 + noise)
         found[name] = moved if h.trained or h.moving else h.values
     return found
 

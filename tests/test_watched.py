@@ -453,3 +453,52 @@ def test_a_part_of_torchscript_that_was_differentiated_before():
         with sfk.accelerate():
             solve(module)[-1].sum().backward()
     torch.testing.assert_close([p.grad for p in module.parameters()], wanted)
+
+
+class Matrix(nn.Module):
+    def __init__(self, start):
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(start).double())
+
+    def forward(self, t, y):
+        return y @ self.a.T
+
+
+@pytest.mark.parametrize("start", [
+    [[0.0, 1.0, 0.5], [-1.0, -0.5, 0.0], [0.0, 0.0, -0.3]],
+    [[-2.0, 1.0, 0.0], [1.0, -2.0, 1.0], [0.0, 1.0, -2.0]],
+    [[0.0, 0.0, 0.0], [0.3, 0.0, 0.0], [0.0, 0.0, 0.7]],
+])  # fmt: skip
+def test_zeros_that_no_mask_keeps_are_trained_as_torch_trains_them(start):
+    def train():
+        module = Matrix(start)
+        optimizer, losses = torch.optim.SGD(module.parameters(), 0.05), []
+        for _ in range(5):
+            with torch.no_grad():
+                before = solve(module)[-1].square().mean()
+            loss = solve(module)[-1].square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses += [before.item(), loss.item()]
+        return losses, module.a.grad
+
+    wanted = train()
+    with sfk.accelerate() as context:
+        found = train()
+    torch.testing.assert_close(found, wanted)
+    assert "handed on" not in context.report()
+
+
+def test_zeros_under_a_mask_stay_pruned_and_so_do_all_where_nothing_is_trained():
+    masked = sfk.prune_weights_(Field(1.0, float), keep=0.2)
+    bare = Field(1.0, float)
+    with torch.no_grad():
+        bare.net[0].weight[1:] = 0.0
+    with sfk.accelerate() as context:
+        solve(masked)
+        with torch.no_grad():
+            solve(bare)
+        counts = [field.nnz for field in (entry.field for entry in context._met)]
+    remaining = [layer.weight_mask.count_nonzero() for layer in (masked.net[0], masked.net[2])]
+    assert 0 < counts[0] <= int(sum(remaining)) and 0 < counts[1] <= 3 + 3

@@ -45,7 +45,7 @@ def _layer(tracer: Tracer, a: Affine, activation: Activation, name: str) -> tupl
     weight = tracer.table.dense(a)
     mask = (weight.value != 0).cpu()
     if not bool(mask.all()):
-        held = Held.by_module(tracer.module, tracer.seen.moving)
+        held = Held.by_module(tracer.module, tracer.seen.moving, tracer.seen.zeros)
         start = starts_at_zero(tracer.parameters.origin(weight), held)
         mask |= start.view(mask.shape)
         take_zeros(weight, ~mask, tracer.parameters, held)

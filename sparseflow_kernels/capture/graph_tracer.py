@@ -50,7 +50,8 @@ class GraphTracer(Following):
         super().__init__(module, probe.dtype)
         self.probe, self.graph = probe, Graph()
         self._input, self._time, _ = GraphField.inputs(self.graph, probe.layout.dim)
-        self.table = GraphTable(self.graph, self.parameters, Held.by_module(module, self.seen.moving), probe.device)
+        held = Held.by_module(module, self.seen.moving, self.seen.zeros)
+        self.table = GraphTable(self.graph, self.parameters, held, probe.device)
         self.elements = Elements(self.table, probe.batch, lambda: self.stack.path, self.layer_name)
         self.context: Context | None = None
         self._context_names = {}

@@ -31,10 +31,11 @@ class Seen:
     """ids: of the tensors that torch was called with, be it for their shape alone. Kept by `collecting`.
 
     hooked: forward has put a hook on a tensor.  moving: tensors beside the parameters, by the names of `attributes`, that
-    are to be read like parameters, as they will be others."""
+    are to be read like parameters, as they will be others.  zeros: exact zeros of trained parameters are no pruned
+    entries."""
 
-    def __init__(self, moving: Mapping[str, Tensor] | None = None) -> None:
-        self.moving, self.hooked = moving or {}, False
+    def __init__(self, moving: Mapping[str, Tensor] | None = None, zeros: bool = False) -> None:
+        self.moving, self.zeros, self.hooked = moving or {}, zeros, False
         self.ids: set[int] = set()
         self._forms = Forms()
         self._taken: dict[int, tuple[Node | Leaf, bool]] = {}
@@ -98,9 +99,9 @@ _here = threading.local()
 
 
 @contextlib.contextmanager
-def collecting(moving: Mapping[str, Tensor] | None = None) -> Iterator[Seen]:
-    """Gives what is seen of the modules that are run by `watched` meanwhile, in this thread. moving: as of `Seen`."""
-    before, _here.seen = getattr(_here, "seen", None), Seen(moving)
+def collecting(moving: Mapping[str, Tensor] | None = None, zeros: bool = False) -> Iterator[Seen]:
+    """Gives what is seen of the modules that `watched` runs meanwhile, in this thread. moving, zeros: as of `Seen`."""
+    before, _here.seen = getattr(_here, "seen", None), Seen(moving, zeros)
     try:
         yield _here.seen
     finally:
