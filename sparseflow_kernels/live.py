@@ -70,7 +70,8 @@ class Watch:
         followed = followed or {}
         counters = None if run is None else run.counters
         unread, self._answers = (frozenset(), None) if run is None else (run.unread, run.answers)
-        self._module, self._counters, self.zeros = module, counters, run is not None and run.zeros
+        self._module, self._counters = module, counters
+        self.zeros = run is not None and run.zeros  # those of trained parameters are no pruned entries
         parts = list(module.modules())
         if isinstance(module, FunctionModule) and counters is not None:
             parts = module.used(counters.run, counters.reached, names)
@@ -136,7 +137,7 @@ class Watch:
             hook(part, ())
 
     def __getstate__(self) -> dict:
-        return {"_module": self._module}
+        return {"_module": self._module, "zeros": self.zeros}
 
     @property
     def records(self) -> str | None:

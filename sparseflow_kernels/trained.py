@@ -64,7 +64,7 @@ class Held:
         found, buffers = {}, {name for name, _ in module.named_buffers()} if zeros else set()
         for name, p in module.named_parameters():
             masked = name.endswith("_orig") and f"{name[:-5]}_mask" in buffers
-            fresh = p.requires_grad and ((zeros and not masked) or is_fresh(p.detach()))
+            fresh = True if zeros and p.requires_grad and not masked else None
             found[name] = Held(None, p.detach(), p.requires_grad, fresh=fresh)
         for name, tensor in (moving or {}).items():
             found[name] = Held(None, tensor.detach(), tensor.requires_grad, moving=True)

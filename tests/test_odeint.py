@@ -748,7 +748,7 @@ def test_the_step_after_an_output_is_as_long_as_the_one_before():
 
 
 def test_a_forward_mode_derivative_in_t_is_refused():
-    field, y, t = compiled(engine=ReferenceEngine), torch.randn(3, 3), torch.tensor([0.0, 1.0])
+    field, y, t = compiled(engine=ReferenceEngine), torch.randn(3, 3).double(), torch.tensor([0.0, 1.0]).double()
     for method in ("rk4", "dopri5"):
         with pytest.raises(NotImplementedError, match="forward-mode.*backwards"):
-            torch.func.jvp(lambda t: odeint(field, y, t, method=method), (t,), (torch.ones(2),))
+            torch.func.jvp(lambda t: odeint(field, y, t, method=method), (t,), (torch.ones_like(t),))
