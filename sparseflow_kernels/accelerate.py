@@ -106,8 +106,7 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
             if entry.field is None:
                 lines[id(entry.module), entry.reason] = [f"{name}: handed on to torchdiffeq ({entry.reason})", None]
             else:
-                engine = entry.field.engine_name
-                line = lines.setdefault((id(entry.module), engine), [f"{name}: {engine} engine", 0])
+                line = lines.setdefault((id(entry.module), entry.engine), [f"{name}: {entry.engine} engine", 0])
                 line[1] += solves
         told = [line if count is None else f"{line}, {count} solves" for line, count in lines.values()]
         return "\n".join(told) or "no module was solved for"
@@ -222,7 +221,7 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
             with _handing_on():
                 reason = self._in_plain_torch(field) or slower_than_torch(field, module, y0)
             if reason is None:
-                entry.field = field
+                entry.field, entry.engine = field, field.engine_name
             else:
                 entry.reason, entry.settled = reason, True
                 self._warn(module, reason)
@@ -314,9 +313,12 @@ def _put_back() -> None:
     _originals.clear()
 
 
-@torch._disable_dynamo  # a model that is compiled round the solve breaks off here
 def _call(name: str, func: Any, y0: Any, t: Any, **arguments: Any) -> Any:
-    """What torchdiffeq's functions do while a context lasts."""
+    """What torchdiffeq's functions do while a context lasts. A model compiled round a solve breaks off there."""
+    return (_call_eagerly if torch.compiler.is_compiling() else _call_here)(name, func, y0, t, arguments)
+
+
+def _call_here(name: str, func: Any, y0: Any, t: Any, arguments: dict) -> Any:
     original = _originals[name][1]
     field = None
     if not getattr(_inside, "call", False):
@@ -328,6 +330,9 @@ def _call(name: str, func: Any, y0: Any, t: Any, **arguments: Any) -> Any:
             return CALLS[name](field, y0, t, **arguments)
     finally:
         give_back(field, func)
+
+
+_call_eagerly = torch._disable_dynamo(_call_here)
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ class Family:
 class Entry:
     """What became of one module for states of one kind. field: None where its solves are handed on to torchdiffeq, for
     this `reason`.  refused: the module as it was when it was found that it cannot be compiled.  settled: it stays so,
-    whatever the module becomes.  stands: the module is a `stand_in`."""
+    whatever the module becomes.  stands: the module is a `stand_in`.  engine: the name of the field's."""
 
     module: weakref.ref
     family: Family
@@ -78,6 +78,7 @@ class Entry:
     refused: Watch | None = None
     settled: bool = False
     stands: bool = False
+    engine: str = ""
 
 
 class Known:

@@ -101,6 +101,7 @@ class Watch:
         self._makers = [
             (hook, part) for part in parts for hook in part._forward_pre_hooks.values() if isinstance(hook, _MAKERS)
         ]
+        self._made_at: list[tuple[int, int]] | None = None  # of which parameters, and in which state
         left = {*followed, *unread}
         fixed = ((name, tensor) for name, tensor in attributes(module) if name not in left)
         self._fixed = {name: tensor.detach().clone() for name, tensor in fixed if may_move(tensor)}
@@ -132,9 +133,17 @@ class Watch:
 
     def make_weights(self) -> None:
         """What torch's hooks make of masked and of normalized weights in front of every forward: `layer.weight` is to
-        be of the present parameters for those who read it beside the field, for a penalty, or to prune further."""
-        for hook, part in self._makers:
-            hook(part, ())
+        be of the present parameters for those who read it beside the field, for a penalty, or to prune further. A
+        backward pass uses its graph up; without one it is made where a parameter has changed."""
+        if not self._makers:
+            return
+        graph = torch.is_grad_enabled()
+        held = () if graph else (p for _, part in self._makers for p in part._parameters.values() if p is not None)
+        versions = None if graph else [(id(parameter), parameter._version) for parameter in held]
+        if graph or versions != self._made_at:
+            for hook, part in self._makers:
+                hook(part, ())
+        self._made_at = versions
 
     def __getstate__(self) -> dict:
         return {"_module": self._module, "zeros": self.zeros}

@@ -104,7 +104,7 @@ class Attributes:
             self._stamp(f"{PREFIX}{path}/forward", part.forward, DEEPEST, stamps, tensors)
         for path, part, names in self._extras:
             held = part.__dict__
-            stamps.append(len(held) - (KEPT in held))
+            stamps.append(len(held) - (KEPT in held))  # another may come
             for key in names:
                 self._stamp(f"{PREFIX}{path}/{key}", held.get(key), DEEPEST, stamps, tensors)
         for kind, methods, plain in self._classes:
@@ -127,11 +127,13 @@ class Attributes:
             stamps += (name, self._which(value))
             if not depth or isinstance(value, (nn.Module, type, types.ModuleType)):
                 return
-            if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
-                self._stamp(f"{name}/self", value.__self__, depth - 1, stamps, tensors)
             kind: type = type(value)
-            for holder, key in _settings_of(kind):
-                self._stamp(f"{name}.{key}", vars(holder).get(key), 0, stamps, tensors)
+            if kind is types.MethodType:
+                if isinstance(value.__self__, nn.Module) and id(value.__self__) not in self._inside:
+                    self._stamp_outside(f"{name}/self", value.__self__, depth - 1, stamps, tensors)
+            elif kind not in _COMMON:
+                for holder, key in _settings_of(kind):
+                    self._stamp(f"{name}.{key}", vars(holder).get(key), 0, stamps, tensors)
             items = list(inside(dict(value) if isinstance(value, types.MappingProxyType) else value))
             if not self._read_whole(value):
                 items = [(key, item) for key, item in items if key in self._read]
@@ -160,7 +162,7 @@ class Attributes:
         """Whether all of a value may be read: of an object that is no container, only what the code names. Learns the
         names in the code of functions, and in the methods of classes that it names."""
         kind = type(value)
-        if kind in (list, tuple, dict):
+        if kind in (list, tuple, dict) or (self._whole is not None and kind in _COMMON):
             return True
         if self._whole is not None and (known := self._whole.get(kind)) is not None:
             return known
