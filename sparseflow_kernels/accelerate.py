@@ -221,7 +221,8 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
             with _handing_on():
                 reason = self._in_plain_torch(field) or slower_than_torch(field, module, y0)
             if reason is None:
-                entry.field, entry.engine = field, field.engine_name
+                with torch.no_grad():
+                    entry.field, entry.engine = field, field.engine_name
             else:
                 entry.reason, entry.settled = reason, True
                 self._warn(module, reason)

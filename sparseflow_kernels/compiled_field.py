@@ -424,7 +424,16 @@ class CompiledField(FieldParameters):
         context = self.context_of(len(x)) if isinstance(self.skeleton, GraphField) else None
         found = gradients.evaluate(*ready, t, x, noise, context)
         self.count(1)
-        return found
+        return self.reaching(found)
+
+    def reaching(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The outputs, from which a gradient of zeros reaches what forward computes with and the field leaves out: the
+        weights of a layer that is pruned away. torch's is zero for them, and not None, as those expect who take its
+        norm, or who wait for it (DistributedDataParallel)."""
+        if not self.dead or not torch.is_grad_enabled() or gradients.only_torch():
+            return outputs
+        dead = [parameter for parameter in map(self.entry, self.dead) if parameter.requires_grad]
+        return (gradients.Reaching.apply(outputs[0], *dead), *outputs[1:]) if dead else outputs
 
     def _check_time(self, t: Tensor | float) -> Tensor:
         like = self._first()

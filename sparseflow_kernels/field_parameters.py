@@ -29,6 +29,7 @@ class FieldParameters(nn.Module):
     _watch: Watch | None = None  # of the module whose parameters are used
     _idle: frozenset[int] = frozenset()  # parts of a graph that no gradient reaches: torch's is None for them, not zero
     moving: frozenset[str] = frozenset()  # names of tensors beside them that are used like them
+    dead: tuple[str, ...] = ()  # parameters that the field does not read, and a gradient of zeros reaches
     _pinned_tensors: Mapping[str, Tensor] = {}  # those of a field that stays what it is (`CompiledField.pinned`)
 
     def __init__(
@@ -51,6 +52,8 @@ class FieldParameters(nn.Module):
         self.origins = origins
         whole = (name for formula in time_formulas(field) for name in formula.names)
         self.shares = Shares(origins, held, whole, live=source is not None)
+        if run is not None:
+            self.dead = tuple(sorted(run.reached - self.shares.recipe.held.keys()))
         self._make_parameters(field, held)
         # The parameters hold the numbers from here on: the skeleton is the field without them.
         self.skeleton = field.map_tensors(lambda tensor: tensor.detach().to("meta"))

@@ -11,7 +11,7 @@ import copy
 import math
 from dataclasses import replace
 from functools import partial
-from typing import Callable, Collection, Sequence
+from typing import Any, Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -116,6 +116,20 @@ def only_torch() -> bool:
     differentiation, torch.jit.trace and torch.export."""
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     return transformed or torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+class Reaching(torch.autograd.Function):
+    """y as it is, with a gradient of zeros for other tensors: y does not depend on them, and torch would say so by
+    zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *others: Tensor) -> Tensor:
+        ctx.kinds = [(other.shape, other.dtype, other.device) for other in others]
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.kinds)
 
 
 def is_batched(*tensors: Tensor | None) -> bool:

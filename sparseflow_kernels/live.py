@@ -44,13 +44,14 @@ class Run:
     """What running a module has shown. counters: what it counts, which is no part of what it computes.  unread: names
     of tensors that forward never reads.  answers: what of the module's numbers was taken as it was.  moving: names of
     tensors beside the parameters that the field reads like them at every call.  zeros: those of trained parameters are
-    no pruned entries."""
+    no pruned entries.  reached: names of the parameters that gradients reach."""
 
     counters: Counters
     unread: frozenset[str]
     answers: Answers | None
     moving: frozenset[str] = frozenset()
     zeros: bool = False
+    reached: frozenset[str] = frozenset()
 
 
 class Watch:

@@ -7,7 +7,7 @@ may be the same one, computed with less memory, or another one on purpose (a str
 
 from __future__ import annotations
 
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ def check_own_gradients(
     seen: Seen,
 ) -> None:  # fmt: skip
     """Raises UnsupportedFieldError where the module has gradients of its own, and they are not the field's, or where it
-    computes something else while gradients are wanted.
+    computes something else while gradients are wanted. Notes the parameters that gradients reach (`Seen.reached`).
 
     call: an evaluation of the module.  field: gives one of what was read, over the module's parameters.  start: the
     state to evaluate at.  seen: what reading the module has shown.
@@ -56,6 +56,8 @@ def check_own_gradients(
                 "(torch.is_grad_enabled() or requires_grad decides in it), and a compiled field does not. "
                 "Use the module uncompiled with sfk.odeint, which hands it to torchdiffeq"
             )
+        reached = _variables(out)
+        seen.reached = frozenset(name for name, p in module.named_parameters() if id(p) in reached)
         # TorchScript detaches what it differentiates itself, once it has seen gradients wanted.
         scripted = any(isinstance(part, torch.jit.ScriptModule) for part in module.modules())
         if not scripted and not any(map(_has_own, out)):
@@ -101,13 +103,23 @@ def _home(node: Any) -> str:
 
 def _has_own(tensor: Tensor) -> bool:
     """Whether there is a function by hand among those that a gradient goes back through."""
-    waiting, known = [tensor.grad_fn], set()
+    return any(
+        isinstance(node, BackwardCFunction) and not _home(node).startswith(KNOWN) for node in _functions([tensor])
+    )
+
+
+def _variables(out: Sequence[Tensor]) -> set[int]:
+    """The ids of the leaves that a gradient goes back to."""
+    return {id(node.variable) for node in _functions(out) if hasattr(node, "variable")}
+
+
+def _functions(out: Sequence[Tensor]) -> Iterator[Any]:
+    """What a gradient goes back through."""
+    waiting, known = [tensor.grad_fn for tensor in out], set()
     while waiting:
         node = waiting.pop()
         if node is None or node in known:
             continue
         known.add(node)
-        if isinstance(node, BackwardCFunction) and not _home(node).startswith(KNOWN):
-            return True
+        yield node
         waiting += [following for following, _ in node.next_functions]
-    return False

@@ -74,7 +74,7 @@ def _run_of(module: nn.Module, found: Reading, like: State | None, seen: Seen) -
     origins = list(found.origins.values())
     read = frozenset().union(*(origin.parameters for origin in origins), *(one.needs_whole() for one in origins))
     moving = frozenset(seen.moving) & read
-    return Run(counters, seen.unread(module), seen.answers(module, found.field.dtype), moving, seen.zeros)
+    return Run(counters, seen.unread(module), seen.answers(module, found.field.dtype), moving, seen.zeros, seen.reached)
 
 
 def tell_what_was_taken(module: nn.Module, found: Reading, seen: Seen) -> None:

@@ -435,3 +435,30 @@ def test_products_with_pruned_entries_stay_pruned():
         module.b.parametrizations.weight.original1[:, ::2] = 0.0
     field = sfk.compile(module, live=True)
     assert field._watch._answers is None and field.nnz <= 24 + 12
+
+
+@pytest.mark.parametrize("dead", ["a layer", "all"])
+def test_what_is_pruned_away_has_a_gradient_of_zeros(dead):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.unread = nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(2, 2)
+
+        def forward(self, t, y):
+            return self.b(torch.tanh(self.a(y))) * (0.0 if dead == "all" and t is None else 1.0)
+
+    module = Net()
+    prune.custom_from_mask(module.b, "weight", torch.zeros(3, 4))
+    if dead == "all":
+        prune.custom_from_mask(module.b, "bias", torch.zeros(3))
+    live, y = sfk.compile(module, live=True), torch.randn(5, 3)
+    for function in (live, module):
+        module.zero_grad(set_to_none=True)
+        out = sfk.odeint(function, y, torch.tensor([0.0, 1.0])) if function is live else module(0.0, y)
+        out.sum().backward()
+        given = {name for name, p in module.named_parameters() if p.grad is not None}
+        assert given == {name for name, _ in module.named_parameters() if "unread" not in name}
+        assert not module.a.weight.grad.any() and not module.b.weight_orig.grad.any()
+    module.zero_grad(set_to_none=True)
+    live(0.0, y).sum().backward()
+    assert module.a.weight.grad is not None and module.unread.weight.grad is None

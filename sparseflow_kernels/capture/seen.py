@@ -32,11 +32,12 @@ class Seen:
 
     hooked: forward has put a hook on a tensor.  moving: tensors beside the parameters, by the names of `attributes`, that
     are to be read like parameters, as they will be others.  zeros: exact zeros of trained parameters are no pruned
-    entries."""
+    entries.  reached: names of the parameters that gradients of forward reach."""
 
     def __init__(self, moving: Mapping[str, Tensor] | None = None, zeros: bool = False) -> None:
         self.moving, self.zeros, self.hooked = moving or {}, zeros, False
         self.ids: set[int] = set()
+        self.reached: frozenset[str] = frozenset()
         self._forms = Forms()
         self._taken: dict[int, tuple[Node | Leaf, bool]] = {}
 

@@ -232,6 +232,7 @@ class EngineCall:
         return self._solution(tuple(ys), stats)
 
     def _solution(self, ys: tuple[Tensor, ...], stats: Stats) -> Solution:
+        ys = (self.func.field if isinstance(self.func, DivergenceField) else self.func).reaching(ys)
         return Solution(ys if isinstance(self.y0, tuple) else ys[0], stats)
 
 
