@@ -16,7 +16,7 @@ from .capture.context import inside
 from .capture.probe import untouched
 from .capture.seen import watched
 from .capture.trees import tree_leaves
-from .written import for_others, is_torchs, plain_of, writes_globals
+from .written import for_others, globals_of, is_torchs, plain_of
 
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 DEEPEST = 3  # containers in containers
@@ -70,8 +70,6 @@ class Counters:
                 key for (part, key), value in twice.items()
                 if (part, key) not in counted and not _alike(once.get((part, key)), value)
             ), None)  # fmt: skip
-        if self.records is None and (part := next(filter(writes_globals, module.modules()), None)) is not None:
-            self.records = f"a global of {type(part).__name__}"
         self.by_number = False
         self._ending: tuple[nn.Module, Callable[[], Any]] | None = None  # what raises where it was called too often
         if self._counted:
@@ -134,6 +132,8 @@ def _state(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:
         for key, value in part.__dict__.items() if not is_torchs(type(part)) else ():
             if key not in TORCHS:
                 found[part, key] = _copied(value, DEEPEST)
+        for space, key in globals_of(part):
+            found[part, f"{key} of {space.get('__name__')}"] = _copied(space.get(key), DEEPEST)
         for holder, key in plain_of(type(part)):
             found[part, f"{holder.__name__}.{key}"] = _copied(vars(holder).get(key), DEEPEST)
     return found

@@ -97,7 +97,7 @@ class Watch:
             for number, part in enumerate(parts) for name, parameter in part._parameters.items()
             if parameter is not None and parameter.layout == torch.strided and not bool(parameter.detach().all())
             and not (parameter.requires_grad and is_fresh(parameter.detach()))
-            and not (self.zeros and parameter.requires_grad and not _is_masked(part, name))
+            and not (self.zeros and parameter.requires_grad)
         ]  # fmt: skip
         self._makers = [
             (hook, part) for part in parts for hook in part._forward_pre_hooks.values() if isinstance(hook, _MAKERS)
@@ -165,8 +165,10 @@ class Watch:
         for number, name, _ in self._zeros:
             part = self._parts[number][1]
             parameter = part._parameters.get(name)
-            if parameter is not None and parameter.requires_grad and not _is_masked(part, name):
-                return True
+            if parameter is not None and parameter.requires_grad:
+                mask = part._buffers.get(f"{name[:-5]}_mask") if name.endswith("_orig") else None
+                if mask is None or bool(((parameter.detach() == 0) & (mask != 0)).any()):
+                    return True
         return False
 
     def count(self, evaluations: int) -> None:
@@ -236,10 +238,6 @@ class Watch:
         if new is None or old is None or type(new) is not type(old):
             return False
         return list(new._modules) == list(old._modules) and not has_own_parameters(new)
-
-
-def _is_masked(part: nn.Module, name: str) -> bool:
-    return name.endswith("_orig") and f"{name[:-5]}_mask" in part._buffers.keys()
 
 
 def has_own_parameters(part: nn.Module) -> bool:

@@ -4,7 +4,7 @@ close over."""
 from __future__ import annotations
 
 import array
-import collections
+import copy
 import functools
 import types
 from decimal import Decimal
@@ -15,7 +15,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from .capture.context import PREFIX, inside
+from .capture.context import PREFIX, functions_of_modules, inside, is_librarys
 from .counting import KEPT, TORCHS, Counters
 from .packing import Snapshot, strided
 from .written import function_of, is_torchs, methods_of, names_of, only_written, plain_of
@@ -23,8 +23,8 @@ from .written import function_of, is_torchs, methods_of, names_of, only_written,
 _WHOLE = frozenset(("getattr", "vars", "__dict__", "asdict", "astuple", "attrgetter", "fields"))  # read by other names
 # Methods that no evaluation comes to by an operator.
 _ASIDE = frozenset(f"__{name}__" for name in (
-    "init", "new", "post_init", "repr", "str", "del", "enter", "exit", "getstate", "setstate", "reduce", "eq", "hash",
-    "setattr", "delattr", "init_subclass", "dir", "sizeof", "format", "copy", "deepcopy",
+    "init", "new", "post_init", "del", "enter", "exit", "getstate", "setstate", "reduce", "setattr", "delattr",
+    "init_subclass", "dir", "sizeof", "copy", "deepcopy",
 ))  # fmt: skip
 DEEPEST = 8  # containers in containers
 _SETTINGS = (bool, int, float, str, tuple, type(None))
@@ -63,6 +63,7 @@ class Attributes:
         # The names in the code that forward runs; of an object of settings, or one that trains the module, the rest is
         # not read. They grow as functions are met, so that the first look may not be the last one.
         self._read: set[str] = set()
+        self._plain: dict[str, Any] = {}  # containers of numbers and words, by name, as they were
         self._whole: dict[type, bool] | None = None  # the classes whose objects are looked at as a whole, once learned
         known = -1
         while known < len(self._read):
@@ -97,6 +98,7 @@ class Attributes:
     def _present(self) -> tuple[list, list[Tensor]]:
         stamps: list[Any] = []
         tensors: list[Tensor] = []
+        self._seen: dict[int, tuple[int, Any]] = {}  # numbers of what has been looked at, which is kept as long
         for path, part, written in self._parts:
             for key, value in part.__dict__.items():
                 if key not in TORCHS and key not in written:
@@ -112,6 +114,7 @@ class Attributes:
                 self._stamp(f"{kind}.{name}()", function_of(holder, name), DEEPEST, stamps, tensors)
             for holder, name in plain:
                 self._stamp(f"{kind}.{name}", vars(holder).get(name), 2, stamps, tensors)
+        self._seen = {}
         return stamps, tensors
 
     def _stamp(self, name: str, value: Any, depth: int, stamps: list, tensors: list[Tensor]) -> None:
@@ -124,9 +127,16 @@ class Attributes:
         elif value is None or isinstance(value, _PLAIN):
             stamps += (name, type(value), value if value == value else None)
         elif type(value) in _COMMON or not self._stamp_whole(name, value, depth, stamps, tensors):
+            if type(value) in (list, tuple, dict) and self._same_plain(name, value, stamps):
+                return
             stamps += (name, self._which(value))
             if not depth or isinstance(value, (nn.Module, type, types.ModuleType)):
                 return
+            if id(value) in self._seen:  # in another place, or within itself
+                stamps.append(self._seen[id(value)][0])
+                return
+            if type(value) is not types.MethodType:  # made anew whenever it is asked for
+                self._seen[id(value)] = len(self._seen), value
             kind: type = type(value)
             if kind is types.MethodType:
                 if isinstance(value.__self__, nn.Module) and id(value.__self__) not in self._inside:
@@ -141,6 +151,17 @@ class Attributes:
             for key, item in items if len(items) <= LONGEST else ():
                 self._stamp(f"{name}/{key}", item, depth - 1, stamps, tensors)
 
+    def _same_plain(self, name: str, value: Any, stamps: list) -> bool:
+        """Of a container of nothing but numbers and words, however long: whether it is equal to what it was."""
+        if self._whole is None:  # looked at for the first time
+            if not _is_plain(value, DEEPEST):
+                return False
+            self._plain[name] = copy.deepcopy(value)
+        elif name not in self._plain:
+            return False
+        stamps += (name, type(value), value == self._plain[name])
+        return True
+
     def _stamp_whole(self, name: str, value: Any, depth: int, stamps: list, tensors: list[Tensor]) -> bool:
         """Of what is compared as a whole, or is no part of the watched module; False for all others."""
         if isinstance(value, (set, frozenset)):
@@ -151,7 +172,7 @@ class Attributes:
             stamps += (name, value.shape, value.dtype)
             tensors.append(torch.from_numpy(numpy.ascontiguousarray(value).view(numpy.uint8).reshape(-1)))
         elif isinstance(value, (numpy.ndarray, numpy.generic)):
-            stamps += (name, value.tobytes())
+            stamps += (name, value.tolist() if value.dtype.kind == "O" else value.tobytes())
         elif isinstance(value, nn.Module) and id(value) not in self._inside:
             self._stamp_outside(name, value, depth, stamps, tensors)
         else:
@@ -159,10 +180,13 @@ class Attributes:
         return True
 
     def _read_whole(self, value: Any) -> bool:
-        """Whether all of a value may be read: of an object that is no container, only what the code names. Learns the
-        names in the code of functions, and in the methods of classes that it names."""
+        """Whether all of a value may be read: of an object that trains a network (it holds one, or an optimizer, and
+        counts what it does), only what the code names. Learns the names in the code of functions, and in the methods
+        of such classes."""
         kind = type(value)
         if kind in (list, tuple, dict) or (self._whole is not None and kind in _COMMON):
+            return True
+        if kind not in _COMMON and not _trains(value):
             return True
         if self._whole is not None and (known := self._whole.get(kind)) is not None:
             return known
@@ -173,14 +197,13 @@ class Attributes:
 
     def _learn(self, kind: type, value: Any) -> bool:
         if kind in (types.FunctionType, types.MethodType):
-            self._read |= _names_of(getattr(value, "__code__", None))
-            return True
-        if not hasattr(value, "__dict__") or isinstance(value, (list, tuple, dict, collections.deque)):
+            self._read |= _names_in(value)
             return True
         for one in kind.__mro__[:-1]:
             for name in {name for name in vars(one) if name in self._read or (name[:2] == "__" and name not in _ASIDE)}:
-                self._read |= _names_of(getattr(function_of(one, name), "__code__", None))
-        return bool(self._read & _WHOLE) or hasattr(kind, "__getattr__") or isinstance(value, types.ModuleType)
+                self._read |= _names_in(function_of(one, name))
+        dynamic = hasattr(kind, "__getattr__") or kind.__getattribute__ is not object.__getattribute__
+        return bool(self._read & _WHOLE) or dynamic
 
     def _stamp_outside(self, name: str, module: nn.Module, depth: int, stamps: list, tensors: list[Tensor]) -> None:
         """Of a module that is no part of the watched one (it stands in a list, say), whose numbers are constants."""
@@ -210,9 +233,45 @@ def _settings_of(kind: type) -> tuple[tuple[type, str], ...]:
     return () if kind.__module__ in ("builtins", "collections") or is_torchs(kind) else plain_of(kind)
 
 
+def _is_plain(value: Any, depth: int) -> bool:
+    if type(value) is dict:
+        return depth > 0 and all(map(_is_word, value)) and all(_is_plain(one, depth - 1) for one in value.values())
+    if type(value) in (list, tuple):
+        return depth > 0 and all(_is_plain(one, depth - 1) for one in value)
+    return _is_word(value)
+
+
+def _is_word(value: Any) -> bool:
+    return value is None or type(value) in (bool, int, float, complex, str, bytes)
+
+
+def _trains(value: Any) -> bool:
+    held = getattr(value, "__dict__", None)
+    return bool(held) and any(isinstance(one, (nn.Module, torch.optim.Optimizer)) for one in list(held.values()))
+
+
+def _names_in(function: Any) -> set[str]:
+    """The names in the code of a function, of what it wraps, and of the user's functions that it calls by the names of
+    their modules."""
+    found: set[str] = set()
+    waiting, known = [function], set()
+    while waiting:
+        one = waiting.pop()
+        code = getattr(one, "__code__", None)
+        if code is None or code in known or is_librarys(one):
+            continue
+        known.add(code)
+        found |= _names_of(code)
+        if (wrapped := getattr(one, "__wrapped__", None)) is not None:
+            waiting.append(wrapped)
+        waiting += [cell.cell_contents for cell in getattr(one, "__closure__", None) or () if cell != types.CellType()]
+        waiting += functions_of_modules(one)
+    return found
+
+
 @functools.lru_cache(maxsize=4096)
-def _names_of(code: types.CodeType | None) -> frozenset[str]:
-    return frozenset() if code is None else frozenset(names_of(code))
+def _names_of(code: types.CodeType) -> frozenset[str]:
+    return frozenset(names_of(code))
 
 
 def kind_of(value: Tensor | None, free: int) -> tuple:

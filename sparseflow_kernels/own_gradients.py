@@ -7,6 +7,7 @@ may be the same one, computed with less memory, or another one on purpose (a str
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Callable, Iterator, Sequence
 
 import torch
@@ -38,10 +39,11 @@ def check_own_gradients(
     leaves = [part.detach().clone().requires_grad_() for part in parts]
     state = tuple(leaves) if isinstance(start, tuple) else leaves[0]
     with untouched(module), torch.enable_grad():
+        plain: tuple[Tensor, ...] | None = None
+        with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]), torch.no_grad():  # it may need a graph
+            copies = [part.detach().clone() for part in parts]
+            plain = _flat(call(tuple(copies) if isinstance(start, tuple) else copies[0]))
         try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
-                copies = [part.detach().clone() for part in parts]
-                plain = _flat(call(tuple(copies) if isinstance(start, tuple) else copies[0]))
             out = _flat(watched(lambda: call(state)))
         except Exception:  # noqa: BLE001 - it runs for states of another shape alone: what it needs is told when it is asked for
             return
@@ -50,7 +52,7 @@ def check_own_gradients(
                 f"module {type(module).__name__}: forward puts a hook on a tensor, which would not be called. Use the "
                 "module uncompiled with sfk.odeint, which hands it to torchdiffeq"
             )
-        if not all(map(_alike, plain, out)):
+        if plain is not None and not all(map(_alike, plain, out)):
             raise UnsupportedFieldError(
                 f"module {type(module).__name__}: forward computes something else where gradients are wanted "
                 "(torch.is_grad_enabled() or requires_grad decides in it), and a compiled field does not. "

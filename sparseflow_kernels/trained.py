@@ -61,11 +61,9 @@ class Held:
     ) -> dict[str, "Held"]:
         """moving: tensors beside the parameters that are taken for some.  zeros: exact zeros of trained parameters are
         trained; else they are pruned entries, where a parameter is not as it was initialised."""
-        found, buffers = {}, {name for name, _ in module.named_buffers()} if zeros else set()
+        found = {}
         for name, p in module.named_parameters():
-            masked = name.endswith("_orig") and f"{name[:-5]}_mask" in buffers
-            fresh = True if zeros and p.requires_grad and not masked else None
-            found[name] = Held(None, p.detach(), p.requires_grad, fresh=fresh)
+            found[name] = Held(None, p.detach(), p.requires_grad, fresh=True if zeros and p.requires_grad else None)
         for name, tensor in (moving or {}).items():
             found[name] = Held(None, tensor.detach(), tensor.requires_grad, moving=True)
         return found
@@ -96,6 +94,7 @@ def starts_at_zero(origin: Origin, held: Mapping[str, Held]) -> Tensor:
     moved."""
     fresh = [held[name].grows for name in origin.parameters]
     found = torch.tensor([*fresh, False, False])[origin.parameter]  # -1 and -2: no plain entries
+    found &= (origin.scale != 0).cpu()  # under a mask
     if origin.computed:
         recipe = Recipe({name: h.elements for name, h in held.items()})
         now = {name: h.values for name, h in held.items()}

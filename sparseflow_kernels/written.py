@@ -36,16 +36,16 @@ def for_others(part: nn.Module) -> frozenset[str]:
     return written & others | written - read
 
 
-def writes_globals(part: nn.Module) -> bool:
-    """Whether forward, or what it calls of the module, assigns to a global name or an attribute of its class."""
+def globals_of(part: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """The globals that forward, or what it calls of the module, assigns to: where they are, and their names."""
     kind = type(part)
     found = (function_of(holder, name) for name, holder in methods_of([kind])[kind])
-    return any("STORE_GLOBAL" in _operations(getattr(function, "__code__", None)) for function in found)
+    return [(one.__globals__, name) for one in found if one is not None for name in _stored(one.__code__)]
 
 
 @functools.lru_cache(maxsize=4096)
-def _operations(code: types.CodeType | None) -> frozenset[str]:
-    return frozenset() if code is None else frozenset(one.opname for one in dis.get_instructions(code))
+def _stored(code: types.CodeType) -> tuple[str, ...]:
+    return tuple({one.argval for one in dis.get_instructions(code) if one.opname == "STORE_GLOBAL"})
 
 
 def _of_forward(kind: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
@@ -100,8 +100,10 @@ def plain_of(kind: type) -> tuple[tuple[type, str], ...]:
 
 
 def names_of(code: types.CodeType) -> set[str]:
+    """The names in code, and what it has for words: of a `match`, or a getattr."""
     inner = (names_of(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return set(code.co_names).union(*inner)
+    words = {word for constant in code.co_consts for word in (constant if isinstance(constant, tuple) else (constant,))}
+    return {*code.co_names, *(word for word in words if isinstance(word, str))}.union(*inner)
 
 
 def made_where_missing(part: nn.Module) -> list[str]:

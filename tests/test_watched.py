@@ -6,6 +6,8 @@ import array
 import collections
 import dataclasses
 import fractions
+import functools
+import operator
 import types
 import warnings
 
@@ -502,3 +504,119 @@ def test_zeros_under_a_mask_stay_pruned_and_so_do_all_where_nothing_is_trained()
         counts = [field.nnz for field in (entry.field for entry in context._met)]
     remaining = [layer.weight_mask.count_nonzero() for layer in (masked.net[0], masked.net[2])]
     assert 0 < counts[0] <= int(sum(remaining)) and 0 < counts[1] <= 3 + 3
+
+
+def test_settings_that_code_does_not_name_are_watched_too():
+    @dataclasses.dataclass
+    class Config:
+        k: float = 1.0
+
+        @torch.no_grad()
+        def twice(self):
+            return 2.0 * self.k
+
+    def matched(held):
+        match held:
+            case Config(k=number):
+                return number
+
+    OTHER, get = Config(3.0), operator.attrgetter("k")
+    ways = {
+        "decorated": lambda c: c.twice(), "equal": lambda c: 2.0 if c == OTHER else 1.0, "match": matched, "getter": get,
+    }
+    for factor in ways.values():
+        module = Field(Config(), factor)
+        with sfk.accelerate():
+            torch.testing.assert_close(solve(module), solve_plain(module))
+            module.held.k = 3.0
+            torch.testing.assert_close(solve(module), solve_plain(module))
+    module = Field(functools.partial(torch.mul, torch.ones(3).double()), lambda held: held(2.0))
+    with sfk.accelerate():
+        torch.testing.assert_close(solve(module), solve_plain(module))
+        module.held = functools.partial(torch.mul, 3.0 * torch.ones(3).double())
+        torch.testing.assert_close(solve(module), solve_plain(module))
+
+
+def test_large_and_linked_containers_cost_little():
+    nodes = [types.SimpleNamespace(rate=1.0, others=[]) for _ in range(12)]
+    for number, node in enumerate(nodes):
+        node.others = [nodes[(number + step) % 12] for step in range(1, 7)]
+    held = {"nodes": nodes, "table": [[1.0] * 100 for _ in range(100)]}
+    module = Field(held, lambda held: held["nodes"][3].rate * held["table"][99][99])
+    live = sfk.compile(module, live=True)
+    looks = []
+    attributes = live._watch._attributes
+    count = attributes._stamp
+    attributes._stamp = lambda *arguments: (looks.append(1), count(*arguments))[1]
+    live(0.0, Y)
+    assert len(looks) < 400
+    for change in (lambda: setattr(nodes[3], "rate", 2.0), lambda: held["table"][99].__setitem__(99, 3.0)):
+        change()
+        torch.testing.assert_close(live(0.0, Y), module(0.0, Y))
+
+
+def test_sizes_that_only_happen_to_be_the_batchs():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.code = nn.Linear(3 + 2, 3).double(), torch.randn(4, 2).double()
+            self.base = torch.randn(2).double()
+
+        def forward(self, t, x):
+            heads = self.base.unsqueeze(0).expand(4, -1).sum(0)  # four heads, whatever the batch
+            return torch.tanh(self.net(torch.cat([x, self.code * heads], 1)))
+
+    module = Heads()
+    field = sfk.compile(module, like=torch.randn(4, 3).double(), live=True)
+    for samples in (4, 7, 2):
+        module.code = torch.randn(samples, 2).double()
+        x = torch.randn(samples, 3).double()
+        torch.testing.assert_close(field(0.0, x), module(0.0, x))
+
+
+def test_a_gradient_of_its_own_of_what_needs_a_graph_is_seen():
+    class Straight(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1.0
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 0.5 * gradient
+
+    class Needs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, t, y):
+            assert torch.is_grad_enabled()
+            return Straight.apply(self.net(y))
+
+    with pytest.raises((sfk.UnsupportedFieldError, AssertionError)):
+        sfk.compile(Needs(), dim=3)
+
+
+def test_a_connection_that_grows_again_under_its_mask_is_trained():
+    def train():
+        torch.manual_seed(0)
+        module = Field(1.0, float)
+        layer = module.net[0]
+        nn.utils.prune.custom_from_mask(layer, "weight", (torch.rand(8, 3) > 0.6))
+        optimizer, losses = torch.optim.SGD(module.parameters(), 0.1), []
+        for step in range(6):
+            optimizer.zero_grad()
+            loss = solve(module)[-1].square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            if step == 2:  # as RigL does: some connections begin again, at zero
+                with torch.no_grad():
+                    grown = layer.weight_mask == 0
+                    layer.weight_mask.masked_fill_(grown, 1.0)
+                    layer.weight_orig.masked_fill_(grown, 0.0)
+        return losses
+
+    wanted = train()
+    with sfk.accelerate():
+        assert train() == pytest.approx(wanted, rel=1e-9)

@@ -54,8 +54,8 @@ def items_of(value: Any) -> Iterator[tuple[str, Any]]:
         if not isinstance(value.__self__, nn.Module):  # whose parts are looked at anyway
             yield "self", value.__self__
     elif isinstance(value, types.FunctionType):
-        if (value.__module__ or "").startswith(("torch.", "numpy.", "sparseflow_kernels.")):
-            return  # nothing of the user's is in there
+        if is_librarys(value):
+            return
         cells = zip(value.__code__.co_freevars, value.__closure__ or ())
         yield from ((name, cell.cell_contents) for name, cell in cells if cell != types.CellType())
         yield from ((f"default{i}", item) for i, item in enumerate(value.__defaults__ or ()))
@@ -103,6 +103,21 @@ def _globals_of(code: types.CodeType) -> tuple[tuple[str, ...], tuple[tuple[str,
             inner = _globals_of(constant)
             names, members = [*names, *inner[0]], [*members, *inner[1]]
     return tuple(dict.fromkeys(names)), tuple(dict.fromkeys(members))
+
+
+def functions_of_modules(function: Any) -> list[Any]:
+    """The user's functions that a function calls as attributes of their modules."""
+    found = []
+    for name, member in _globals_of(function.__code__)[1]:
+        holder = getattr(function, "__globals__", {}).get(name)
+        if isinstance(holder, types.ModuleType) and not _is_librarys(holder):
+            found.append(inspect.getattr_static(holder, member, None))
+    return found
+
+
+def is_librarys(function: Any) -> bool:
+    """Whether a function is one of torch's, numpy's or this package's: nothing of the user's is in there."""
+    return (getattr(function, "__module__", None) or "").startswith(("torch.", "numpy.", "sparseflow_kernels."))
 
 
 def _is_librarys(holder: types.ModuleType | type) -> bool:
@@ -216,6 +231,7 @@ class ReadContext:
         self._parts = [(Replay(node, dtype), *rest) for node, *rest in self._read]
         self._batch, self._others = context.batch, collections.OrderedDict()  # number of samples -> parts of as many
         self._dtype = dtype
+        self._resizes: bool | None = None  # whether sizes that forward takes are known to be the batch's
 
     @property
     def tensors(self) -> frozenset[str]:
@@ -235,9 +251,9 @@ class ReadContext:
         other._held = {name: attribute(self._module, name) for name in self.tensors}
         return other
 
-    def _of(self, samples: int | None) -> list[tuple]:
-        if samples is None or samples == self._batch:
-            return self._parts
+    def _of(self, samples: int) -> list[tuple]:
+        """The parts as forward computes them for another number of samples than it was read with, of which it may have
+        taken sizes."""
         if samples not in self._others:
             while len(self._others) >= MOST_BATCHES:
                 self._others.popitem(last=False)
@@ -245,6 +261,44 @@ class ReadContext:
                 (Replay(with_samples(node, self._batch, samples), self._dtype), *rest) for node, *rest in self._read
             ]
         return self._others[samples]
+
+    def _present(self, like: Tensor, samples: int | None) -> list[Tensor]:
+        """What the parts are now. Where they do not come to as many rows as there are samples, sizes that forward takes
+        may be those of the batch that it was read with."""
+        try:
+            parts = [self._part(like, *part) for part in self._parts]
+            if samples is None or samples == self._batch or all(len(part) == samples for part in parts):
+                return parts
+        except (RuntimeError, ValueError):
+            if samples is None or samples == self._batch or not self._follows(like, samples):
+                raise
+            return [self._part(like, *part) for part in self._of(samples)]
+        return [self._part(like, *part) for part in self._of(samples)] if self._follows(like, samples) else parts
+
+    @torch.no_grad()
+    def _follows(self, like: Tensor, samples: int) -> bool:
+        """Whether the sizes are the batch's: a sample's numbers are the same however many others there are."""
+        if self._resizes is None:
+            names = {leaf.name: tensor_named(self._module, leaf.name) for replay, *_ in self._parts for leaf in replay.all_leaves()}
+
+            def rows(name: str, count: int) -> Tensor:
+                value = names[name]
+                if name.startswith(PREFIX) and value.dim() and len(value) == samples:
+                    value = value[torch.arange(count, device=value.device) % samples]
+                return value.to(like.device, like.dtype if value.is_floating_point() else None)
+
+            more, axes = self._batch + 1, [axis for _, axis, *_ in self._read]
+            try:
+                old = [replay.run(like, None, lambda name: rows(name, self._batch)) for replay, *_ in self._parts]
+                new = [replay.run(like, None, lambda name: rows(name, more)) for replay, *_ in self._of(more)]
+            except RuntimeError:
+                return False
+            self._resizes = all(
+                b.dim() == a.dim() and b.shape[axis] == more
+                and torch.allclose(a, b.narrow(axis, 0, self._batch), equal_nan=True)
+                for a, b, axis in zip(old, new, axes)
+            )  # fmt: skip
+        return self._resizes
 
     def __call__(self, samples: int | None = None) -> Tensor:
         """samples: how many the state has; None: as many as the module's tensors say."""
@@ -258,7 +312,7 @@ class ReadContext:
             held = (x for _, x in attributes(self._module) if x.is_floating_point())
             like = next(held, torch.empty(0, dtype=self._dtype))
         like = torch.empty(0, dtype=self._dtype, device=like.device)
-        parts = [self._part(like, *part) for part in self._of(samples)]
+        parts = self._present(like, samples)
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _part(self, like: Tensor, replay: Replay, axis: int, columns: Tensor, sample: tuple[int, ...]) -> Tensor:

@@ -206,7 +206,7 @@ class _Other:
         elif isinstance(value, numpy.random.Generator):
             self._before = value.bit_generator.state
         elif isinstance(value, (set, deque)):
-            self._before = type(value)(value)
+            self._before = list(value)
         elif isinstance(value, type):
             self._before = {k: v for k, v in vars(value).items() if isinstance(v, (int, float)) and k[:2] != "__"}
         elif hasattr(value, "__dict__") and not isinstance(value, _NO_OBJECTS) and not callable(value):
