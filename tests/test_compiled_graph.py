@@ -352,11 +352,14 @@ def test_a_call_leaves_nothing_to_the_garbage_collector():
     field = sfk.compile(module, like=y)
     run = lambda: (field(0.1, y).sum() + sfk.odeint(field, y, T)[-1].sum()).backward()
     run()
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(5):
-            run()
-        assert gc.collect() == 0
-    finally:
-        gc.enable()
+    left = []
+    for _ in range(3):  # what a test before this one held may go meanwhile; what a call leaves is left every time
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(5):
+                run()
+            left.append(gc.collect())
+        finally:
+            gc.enable()
+    assert min(left) == 0, left
