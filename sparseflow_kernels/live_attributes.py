@@ -60,8 +60,8 @@ class Attributes:
             | {"forward": part.__dict__.get("forward")}
             for part in self._torchs
         ]
-        # The names in the code that forward runs; of an object of settings, or one that trains the module, the rest is
-        # not read. They grow as functions are met, so that the first look may not be the last one.
+        # The names in the code that forward runs: of an object that trains the module the rest is not read. They grow
+        # as functions are met, so that the first look may not be the last one.
         self._read: set[str] = set()
         self._plain: dict[str, Any] = {}  # containers of numbers and words, by name, as they were
         self._whole: dict[type, bool] | None = None  # the classes whose objects are looked at as a whole, once learned
@@ -207,6 +207,10 @@ class Attributes:
 
     def _stamp_outside(self, name: str, module: nn.Module, depth: int, stamps: list, tensors: list[Tensor]) -> None:
         """Of a module that is no part of the watched one (it stands in a list, say), whose numbers are constants."""
+        if id(module) in self._seen:
+            stamps.append(self._seen[id(module)][0])
+            return
+        self._seen[id(module)] = len(self._seen), module
         for path, part in module.named_modules():
             stamps += (name, path, type(part), part.training)
             for tensor in (*part._parameters.values(), *part._buffers.values()):

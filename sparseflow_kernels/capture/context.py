@@ -251,6 +251,11 @@ class ReadContext:
         other._held = {name: attribute(self._module, name) for name in self.tensors}
         return other
 
+    def _tensor(self, name: str, like: Tensor) -> Tensor:
+        if (value := self._held.get(name)) is None:
+            value = tensor_named(self._module, name)
+        return value.to(like.device, like.dtype if value.is_floating_point() else None)
+
     def _of(self, samples: int) -> list[tuple]:
         """The parts as forward computes them for another number of samples than it was read with, of which it may have
         taken sizes."""
@@ -279,13 +284,12 @@ class ReadContext:
     def _follows(self, like: Tensor, samples: int) -> bool:
         """Whether the sizes are the batch's: a sample's numbers are the same however many others there are."""
         if self._resizes is None:
-            names = {leaf.name: tensor_named(self._module, leaf.name) for replay, *_ in self._parts for leaf in replay.all_leaves()}
 
             def rows(name: str, count: int) -> Tensor:
-                value = names[name]
+                value = self._tensor(name, like)
                 if name.startswith(PREFIX) and value.dim() and len(value) == samples:
                     value = value[torch.arange(count, device=value.device) % samples]
-                return value.to(like.device, like.dtype if value.is_floating_point() else None)
+                return value
 
             more, axes = self._batch + 1, [axis for _, axis, *_ in self._read]
             try:
@@ -318,12 +322,7 @@ class ReadContext:
     def _part(self, like: Tensor, replay: Replay, axis: int, columns: Tensor, sample: tuple[int, ...]) -> Tensor:
         """sample: the shape that one sample has."""
 
-        def moved(name: str) -> Tensor:
-            if (value := self._held.get(name)) is None:
-                value = tensor_named(self._module, name)
-            return value.to(like.device, like.dtype if value.is_floating_point() else None)
-
-        value = replay.run(like, None, moved)
+        value = replay.run(like, None, lambda name: self._tensor(name, like))
         if value.dim() <= len(sample) or _without(value.shape, axis) != sample:
             names = ", ".join(sorted(dotted(leaf.name) for leaf in replay.all_leaves()))
             raise ValueError(
