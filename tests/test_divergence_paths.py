@@ -89,3 +89,24 @@ def test_where_a_path_takes_too_much_columns_are_taken(monkeypatch):
     assert "colours" in field.divergence_plan("exact").reason
     _, minus = sfk.with_divergence(field, "exact")(0.3, (x, torch.zeros(2, dtype=torch.float64)))
     torch.testing.assert_close(-minus, trace_of(module, x))
+
+
+def test_a_report_computes_no_numbers(monkeypatch):
+    """The exact divergence of 600 rows behind a LayerNorm reads 600 columns that follow from the parameters: to say who
+    runs it takes none of them."""
+    from sparseflow_kernels.engines.graph_native import GraphNativeEngine
+
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.read, self.norm, self.write = nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6)
+
+        def forward(self, t, x):
+            return self.write(torch.tanh(self.norm(self.read(x))))
+
+    module, x = Normed(), torch.randn(3, 6)
+    field = sfk.compile(module)
+    monkeypatch.setattr(GraphNativeEngine, "renew", lambda *_: pytest.fail("numbers were computed"))
+    assert "6 colours" in field.report()
+    monkeypatch.undo()
+    assert torch.allclose(field(0.0, x), module(0.0, x), atol=1e-5)

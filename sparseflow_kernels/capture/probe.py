@@ -187,11 +187,16 @@ def real_dtype(x: Tensor) -> torch.dtype:
     return x.dtype.to_real() if x.is_complex() else x.dtype
 
 
+_PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, list, tuple, dict, OrderedDict, Tensor, nn.Parameter))
+
+
 def _others(modules: list[nn.Module]) -> Iterator[Any]:
-    """What modules hold that is changed in place: generators, sets, queues, plain objects; and their own classes."""
-    for module in modules:
-        yield from module.__dict__.values()
-        yield from (kind for kind in type(module).__mro__[:-1] if not kind.__module__.startswith("torch."))
+    """What modules hold that is changed in place: generators, sets, queues, plain objects; and their own classes. Each
+    once; plain values and containers are kept elsewhere, and asking torch what they are takes long."""
+    kinds = {type(module) for module in modules}
+    found = {id(value): value for module in modules for value in module.__dict__.values() if type(value) not in _PLAIN}
+    yield from found.values()
+    yield from {own for kind in kinds for own in kind.__mro__[:-1] if not own.__module__.startswith("torch.")}
 
 
 class _Other:

@@ -3,7 +3,7 @@ operations have, several times quicker. Capture does little else."""
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 
 
 def _is_record(x: Any) -> bool:
@@ -13,20 +13,21 @@ def _is_record(x: Any) -> bool:
 
 def tree_leaves(tree: Any) -> list:
     found: list = []
-    _collect(tree, found)
+    _collect((tree,), found)
     return found
 
 
-def _collect(tree: Any, found: list) -> None:
-    kind = type(tree)
-    if kind is tuple or kind is list or _is_record(tree):
-        for item in tree:
+def _collect(items: Iterable[Any], found: list) -> None:
+    for item in items:
+        kind = type(item)
+        if kind is tuple or kind is list:
             _collect(item, found)
-    elif kind is dict:
-        for item in tree.values():
+        elif kind is dict:
+            _collect(item.values(), found)
+        elif isinstance(item, tuple) and _is_record(item):
             _collect(item, found)
-    else:
-        found.append(tree)
+        else:
+            found.append(item)
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:

@@ -47,7 +47,7 @@ class GraphCpuEngine(GraphNativeEngine):
         super().__init__(field, plan)
         self._programs: dict[tuple[bool, tuple[Node, ...], tuple[Node, ...]], GraphProgram] = {}  # as `_program` is asked
         self._aheads: dict[tuple[Node, ...], Ahead] = {}
-        self._program(False)
+        self._written(False)  # refuses here what it cannot run; the numbers are computed when it runs
 
     # ---- programs
 
@@ -55,14 +55,19 @@ class GraphCpuEngine(GraphNativeEngine):
         self, adjoint: bool, more: tuple[Node, ...] = (), without: tuple[Node, ...] = ()
     ) -> GraphProgram:  # fmt: skip
         """more: inputs that are rows of the state too (`state_bindings`).  without: those whose cotangents nobody wants."""
+        program = self._written(adjoint, more, without)
+        if program.stamp != self.stamp:
+            self.renew(program)
+        return program
+
+    def _written(
+        self, adjoint: bool, more: tuple[Node, ...] = (), without: tuple[Node, ...] = ()
+    ) -> GraphProgram:  # fmt: skip
         key = adjoint, more, without
         if key not in self._programs:
             with torch.no_grad():
                 self._programs[key] = self._write(*key)
-        program = self._programs[key]
-        if program.stamp != self.stamp:
-            self.renew(program)
-        return program
+        return self._programs[key]
 
     def _write(self, adjoint: bool, more: tuple[Node, ...], without: tuple[Node, ...]) -> GraphProgram:
         field, g = self._field, self._field.graph
