@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .callables import PYTHONS, FunctionModule, Kept, key_of, original, parts_of
 from .capture.context import attribute
-from .capture.probe import untouched
+from .capture.untouched import untouched
 from .compiled_field import CompiledField, compile_moving as compile_field
 from .divergence_field import DivergenceField
 from .engines import choose

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .capture.context import inside
-from .capture.probe import untouched
+from .capture.untouched import untouched
 from .capture.seen import watched
 from .capture.trees import tree_leaves
 from .written import for_others, globals_of, is_torchs, plain_of

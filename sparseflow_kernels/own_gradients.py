@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from .capture.context import attributes
-from .capture.probe import untouched
+from .capture.untouched import untouched
 from .capture.seen import Seen, watched
 from .field import UnsupportedFieldError
 from .field.layout import State

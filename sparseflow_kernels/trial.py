@@ -13,7 +13,7 @@ import torch
 import torchdiffeq
 from torch import Tensor, nn
 
-from .capture.probe import untouched
+from .capture.untouched import untouched
 from .compiled_field import CompiledField
 from .devices import lasting
 from .field.layout import State

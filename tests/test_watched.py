@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import collections
+import copy
 import dataclasses
 import fractions
 import functools
@@ -280,6 +281,9 @@ NOTES = {  # name -> (what is held, what forward writes, what is there afterward
     "queue": (dict(times=collections.deque(maxlen=3)), lambda self, t, h: self.times.append(float(h[0, 0])), lambda m: list(m.times)),
     "set": (dict(times=set()), lambda self, t, h: self.times.add(float(h[0, 0])), lambda m: sorted(m.times)),
     "class": ({}, counts_in_its_class, lambda m: Writes.total),
+    "list in a dict": (dict(log={"x": []}), lambda self, t, h: self.log["x"].append(float(h[0, 0])), lambda m: m.log["x"]),
+    "default": (dict(log=collections.defaultdict(list)), lambda self, t, h: self.log["x"].append(float(h[0, 0])), lambda m: m.log["x"]),
+    "meter in a dict": (dict(log={"x": types.SimpleNamespace(seen=[])}), lambda self, t, h: self.log["x"].seen.append(float(h[0, 0])), lambda m: m.log["x"].seen),
 }  # fmt: skip
 
 
@@ -291,11 +295,7 @@ def test_what_forward_notes_is_noted(name):
     for context in (None, sfk.accelerate()):
         torch.manual_seed(0)
         Writes.total = 0
-        module = kind(**{key: type(value)(value) if isinstance(value, (dict, set)) else value for key, value in held.items()})
-        if name == "space":
-            module.space = types.SimpleNamespace(n=0)
-        if name == "queue":
-            module.times = collections.deque(maxlen=3)
+        module = kind(**copy.deepcopy(held))
         with warnings.catch_warnings(), torch.no_grad(), context or torch.no_grad():
             warnings.simplefilter("ignore")
             y = solve(module)

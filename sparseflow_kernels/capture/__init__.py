@@ -32,7 +32,8 @@ from ..origin import Key, Origin
 from .assemble import assemble
 from .attempts import find_probe
 from .graph_reading import read_graph, unforeseen
-from .probe import Probe, check_arguments, check_like, untouched, unwrapped
+from .probe import Probe, check_arguments, check_like, unwrapped
+from .untouched import untouched
 from .reads import compare_runs
 from .refusal import REMEDY, NotFinite, with_sparsify
 from .tracer import Tracer

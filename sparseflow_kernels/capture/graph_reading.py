@@ -13,7 +13,8 @@ from ..origin import Key, Origin
 from .elements import WHOLE
 from .graph_probe import GraphProbe, probes
 from .graph_tracer import MOST_CONTEXT, GraphTracer
-from .probe import Probe, check_settled, dtype_and_device, untouched
+from .probe import Probe, check_settled, dtype_and_device
+from .untouched import untouched
 from .reads import compare_runs
 from .refusal import REMEDY, NeedsContext, NotFinite
 from .verify import verify_graph

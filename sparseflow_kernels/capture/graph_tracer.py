@@ -23,7 +23,7 @@ from .graph_table import GraphTable
 from .graph_time import TimeReader
 from .memory import found_in, geometry, overlap, replaced, taken
 from .operations import FACTORIES, base_name
-from .probe import untouched
+from .untouched import untouched
 from .reads import Reads, checks
 from .refusal import REMEDY, refuse
 from .samples import STRIDE

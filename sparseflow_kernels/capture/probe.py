@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import random
-import sys
-import types
-from collections import OrderedDict, deque
 from dataclasses import dataclass
-from typing import Any, Iterator
+from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -22,7 +16,6 @@ from ..field import UnsupportedFieldError
 from .refusal import NotFinite
 from .seen import watched
 
-_NO_OBJECTS = (Tensor, nn.Module, type, types.ModuleType, dict, list, tuple)
 TIME = 0.6180339887498949  # one that no number in a user's code is likely to equal
 
 
@@ -185,103 +178,3 @@ def dtype_and_device(module: nn.Module, example: Tensor | None) -> tuple[torch.d
 def real_dtype(x: Tensor) -> torch.dtype:
     """Its dtype; of a complex tensor that of its parts."""
     return x.dtype.to_real() if x.is_complex() else x.dtype
-
-
-_PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, list, tuple, dict, OrderedDict, Tensor, nn.Parameter))
-
-
-def _others(modules: list[nn.Module]) -> Iterator[Any]:
-    """What modules hold that is changed in place: generators, sets, queues, plain objects; and their own classes. Each
-    once; plain values and containers are kept elsewhere, and asking torch what they are takes long."""
-    kinds = {type(module) for module in modules}
-    found = {id(value): value for module in modules for value in module.__dict__.values() if type(value) not in _PLAIN}
-    yield from found.values()
-    yield from {own for kind in kinds for own in kind.__mro__[:-1] if not own.__module__.startswith("torch.")}
-
-
-class _Other:
-    """One of them as it was."""
-
-    def __init__(self, value: Any) -> None:
-        self._value, self._before = value, None
-        if isinstance(value, torch.Generator):
-            self._before = value.get_state()
-        elif isinstance(value, random.Random):
-            self._before = value.getstate()
-        elif isinstance(value, numpy.random.Generator):
-            self._before = value.bit_generator.state
-        elif isinstance(value, (set, deque)):
-            self._before = list(value)
-        elif isinstance(value, type):
-            self._before = {k: v for k, v in vars(value).items() if isinstance(v, (int, float)) and k[:2] != "__"}
-        elif hasattr(value, "__dict__") and not isinstance(value, _NO_OBJECTS) and not callable(value):
-            self._before = dict(value.__dict__)
-
-    def restore(self) -> None:
-        value, before = self._value, self._before
-        if before is None:
-            return
-        if isinstance(value, torch.Generator):
-            value.set_state(before)
-        elif isinstance(value, random.Random):
-            value.setstate(before)
-        elif isinstance(value, numpy.random.Generator):
-            value.bit_generator.state = before
-        elif isinstance(value, (set, deque)):
-            value.clear()
-            value.update(before) if isinstance(value, set) else value.extend(before)
-        elif isinstance(value, type):
-            for name, number in before.items():
-                if vars(value).get(name) is not number:
-                    setattr(value, name, number)
-        else:
-            held = value.__dict__
-            if len(held) != len(before) or any(held.get(name) is not one for name, one in before.items()):
-                held.clear()
-                held.update(before)
-
-
-@contextlib.contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
-    """Leaves parameters, buffers, attributes and random states as they were."""
-    submodules = list(module.modules())
-    attributes = [
-        {k: type(v)(v) if type(v) in (dict, list, OrderedDict) else v for k, v in m.__dict__.items() if k != "_modules"}
-        for m in submodules
-    ]
-    others = [_Other(value) for value in _others(submodules)]
-    randoms = random.getstate(), numpy.random.get_state()
-    held = [x for m in submodules for x in m.__dict__.values() if isinstance(x, Tensor) and not x.is_meta]
-    tensors = [(x, x.detach().clone()) for x in [*module.parameters(), *module.buffers(), *held]]
-    gpus = {x.device for x, _ in tensors if x.device.type == "cuda"}
-    kinds = {"cpu", *(x.device.type for x, _ in tensors)}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=list(gpus)))
-        stack.enter_context(torch.inference_mode(False))
-        for kind in filter(torch.amp.is_autocast_available, kinds):
-            stack.enter_context(torch.autocast(kind, enabled=False))  # the field is the module in its own dtype
-        if "torch._dynamo" in sys.modules:  # what is compiled inside (submodules, functions) runs as it was written
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            yield
-        finally:
-            random.setstate(randoms[0])
-            numpy.random.set_state(randoms[1])
-            for other in others:
-                other.restore()
-            for m, saved in zip(submodules, attributes):
-                for key in [k for k in m.__dict__ if k not in saved and k != "_modules"]:
-                    del m.__dict__[key]
-                for key, value in saved.items():
-                    now = m.__dict__.get(key)
-                    if type(now) is type(value) and type(value) in (dict, OrderedDict):
-                        now.clear()  # in place: others (hook handles) may hold the dictionary
-                        now.update(value)
-                    elif type(now) is type(value) and type(value) is list:
-                        now[:] = value
-                    else:
-                        m.__dict__[key] = value
-            with torch.no_grad():
-                for x, value in tensors:
-                    if x.layout != torch.strided or not torch.equal(x, value):
-                        x.copy_(value)
