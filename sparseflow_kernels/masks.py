@@ -19,9 +19,22 @@ from torch.nn.utils.weight_norm import WeightNorm
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
+def check_has_numbers(which: str, parameter: Tensor | None) -> None:
+    """Raises ValueError for a parameter of a lazy layer, or on the meta device. which: it, for people."""
+    if parameter is None:
+        return
+    if nn.parameter.is_lazy(parameter):
+        raise ValueError(f"{which} has no size yet; call the module once, for its lazy layers")
+    if parameter.is_meta:
+        raise ValueError(f"{which} is on the meta device; materialise the module first")
+
+
 def effective(module: nn.Module, name: str) -> Tensor:
-    """The parameter `name` of this very module as its forward uses it: masks and parametrizations applied, detached."""
+    """The parameter `name` of this very module as its forward uses it: masks and parametrizations applied, detached.
+    Raises ValueError for one that has no numbers yet."""
     original = module._parameters.get(f"{name}_orig")
+    held = module._parameters.get(name) if original is None else original
+    check_has_numbers(f"the {name} of {type(module).__name__}", held)
     if original is not None and f"{name}_mask" in module._buffers:
         return original.detach() * module._buffers[f"{name}_mask"]
     for hook in module._forward_pre_hooks.values():  # their attribute is of the last forward pass, too

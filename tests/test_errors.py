@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import sparseflow_kernels as sfk
 import torch
+from torch import nn
 
 from sparseflow_kernels.flows import mlp_field
 
@@ -81,3 +82,13 @@ def test_a_pool_of_processes_hands_them_on():
     # the process that made them is gone
     assert {kind: type(error) for kind, error in errors.items()} == expected
     assert errors["solve"].rows == (1,) and errors["solve"].t == 0.0 and errors["solve"].ys.shape == (2, 3, 2)
+
+
+@pytest.mark.parametrize("use", [
+    lambda m: sfk.prune_weights_(m, keep=0.5), lambda m: sfk.prune_neurons_(m, keep=0.5), sfk.sparsify_,
+    lambda m: sfk.SparseLinear.from_linear(m[0]), sfk.compile,
+])  # fmt: skip
+def test_a_weight_without_numbers(use):
+    module = nn.Sequential(nn.Linear(3, 3, device="meta"), nn.Tanh(), nn.Linear(3, 3, device="meta"))
+    with pytest.raises(ValueError, match="meta device; materialise the module first"):
+        use(module)

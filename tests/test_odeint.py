@@ -521,6 +521,14 @@ def test_dense():
     torch.testing.assert_close(torch.stack([ours(point) for point in points]), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("options", [None, dict(step_t=torch.tensor([0.7, 0.5], dtype=F64))])
+def test_dense_backwards_in_time(options):
+    times = torch.tensor([1.0, 0.6, 0.25, 0.0], dtype=F64)
+    ours = odeint_dense(kinked, start(), times[0], times[-1], rtol=1e-6, atol=1e-6, options=options)
+    expected = torchdiffeq.odeint(kinked, start(), times, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.stack([ours(point) for point in times]), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["odeint", "odeint_adjoint", "odeint_event", "odeint_dense"])
 def test_signatures_are_torchdiffeqs(name):
     """`import sparseflow_kernels as torchdiffeq` has everything torchdiffeq has."""

@@ -13,6 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils._pytree import tree_map
 
 from ..field import UnsupportedFieldError
+from ..masks import check_has_numbers
 from .refusal import NotFinite
 from .seen import watched
 
@@ -86,10 +87,7 @@ def check_arguments(module: nn.Module, dim: int | None) -> None:
         remedy = "; " + ("make an instance of it" if isinstance(module, type) else wrap) if callable(module) else ""
         raise TypeError(f"module_or_field must be an nn.Module with forward(t, y) or a VectorField, not {what}{remedy}")
     for name, parameter in module.named_parameters():
-        if nn.parameter.is_lazy(parameter):
-            raise ValueError(f"parameter {name!r} has no size yet; call the module once, for its lazy layers")
-        if parameter.is_meta:
-            raise ValueError(f"parameter {name!r} is on the meta device; materialise the module first")
+        check_has_numbers(f"parameter {name!r}", parameter)
     try:
         parameters = inspect.signature(module.forward)
     except (TypeError, ValueError):  # compiled code tells no signature
