@@ -30,7 +30,7 @@ from .hooks import CALLBACKS, is_hooked
 from .known_fields import Entry, Family, family_of, give_back, known, lock, stand_in
 from .live import Watch
 from .odeint import odeint, odeint_adjoint
-from .trial import slower_than_torch
+from .trial import is_over_at_once, slower_than_torch
 from .warn import warn
 from .written import made_where_missing
 
@@ -38,6 +38,7 @@ MOST_TOLD = 64  # entries of a report; beyond, those that were met first are lef
 MOST_FUNCTIONS = 64  # of those that read a module, or none
 MOST_ALONE = 3  # the same, after which one stands for all wrappers of a class round the same modules
 MOST_COMPILED = 8  # times that a module is compiled for one solve each, after which it is handed on
+MOST_SHORT = 16  # solves of a step or two that an engine makes of a module; then they are told from a single one
 CALLS = {"odeint": odeint, "odeint_adjoint": odeint_adjoint}
 
 
@@ -81,6 +82,7 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
     _met: dict[Entry, int] = dataclass_field(default_factory=dict, repr=False)  # and the solves here
     _functions: dict[tuple, FunctionModule] = dataclass_field(default_factory=dict, repr=False)  # that read no modules
     _hooked: weakref.WeakSet = dataclass_field(default_factory=weakref.WeakSet, repr=False)
+    _short: weakref.WeakKeyDictionary = dataclass_field(default_factory=weakref.WeakKeyDictionary, repr=False)  # solves
 
     def __enter__(self) -> "accelerate":
         with _state_lock:
@@ -109,6 +111,8 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
                 line = lines.setdefault((id(entry.module), entry.engine), [f"{name}: {entry.engine} engine", 0])
                 line[1] += solves
         told = [line if count is None else f"{line}, {count} solves" for line, count in lines.values()]
+        why = "left to torchdiffeq, which is through before an engine begins"
+        told += [f"{_name(module)}: {count} solves of a step or two {why}" for module, count in self._short.items()]
         return "\n".join(told) or "no module was solved for"
 
     def field_for(self, module: nn.Module, y0: Any) -> CompiledField | None:
@@ -323,13 +327,15 @@ def _call_here(name: str, func: Any, y0: Any, t: Any, arguments: dict) -> Any:
     original = _originals[name][1]
     field = None
     if not getattr(_inside, "call", False):
-        field = _field(func, y0, t, arguments)
+        field = _field(name, func, y0, t, arguments)
     if field is None:
         return original(func, y0, t, **arguments)
+    field.mark_looked_at(True)
     try:
         with _handing_on():
             return CALLS[name](field, y0, t, **arguments)
     finally:
+        field.mark_looked_at(False)
         give_back(field, func)
 
 
@@ -346,7 +352,7 @@ def _handing_on() -> Iterator[None]:
         _inside.call = before
 
 
-def _field(func: Any, y0: Any, t: Any, arguments: dict) -> CompiledField | None:
+def _field(name: str, func: Any, y0: Any, t: Any, arguments: dict) -> CompiledField | None:
     if isinstance(func, (CompiledField, DivergenceField)) or not callable(func):
         return None
     if arguments.get("event_fn") is not None or any(getattr(func, name, None) is not None for name in CALLBACKS):
@@ -358,6 +364,12 @@ def _field(func: Any, y0: Any, t: Any, arguments: dict) -> CompiledField | None:
     module = func if isinstance(func, nn.Module) else here.module_of(func)
     if module is None:
         return None
+    if name == "odeint" and is_over_at_once(module, y0, t, arguments["method"], arguments["options"]):
+        held = known(module)
+        held.short += 1
+        if held.short > MOST_SHORT:
+            here._short[module] = here._short.get(module, 0) + 1
+            return None
     with lock:
         return _field_of_what_is_made(here, module, y0, t)
 

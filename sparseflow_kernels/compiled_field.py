@@ -6,6 +6,7 @@ It is an nn.Module that goes wherever the original `f(t, y)` went. Values come f
 
 from __future__ import annotations
 
+import threading
 from typing import Any, Callable
 
 import torch
@@ -153,10 +154,16 @@ class CompiledField(FieldParameters):
         self._packing = Packing(engine)
         self._own_times: tuple[Packing, GraphField] | None = None  # a chain as the graph that takes a time per sample
         self._inner_hooks: list[dict] | None = None
+        self._looked_at: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         forgotten = dict.fromkeys(("_own_times", "_inner_hooks"))
-        return {**super().__getstate__(), **forgotten, "_packing": Packing(self.requested)}
+        return {**super().__getstate__(), **forgotten, "_looked_at": None, "_packing": Packing(self.requested)}
+
+    def mark_looked_at(self, looked_at: bool) -> None:
+        """Whether the caller, in this thread, has just seen that the module is what it was: the next solve does
+        not look once more."""
+        self.__dict__["_looked_at"] = threading.get_ident() if looked_at else None
 
     def changed(self) -> bool:
         """Whether the module is another than the one that this field was compiled from (`live`)."""
@@ -174,7 +181,12 @@ class CompiledField(FieldParameters):
     def follow(self) -> bool:
         """Compile anew where the module is no longer the one that this field was compiled from (`live`). True where it
         is not."""
-        if self._pinned is not None or not self.changed():
+        if self._pinned is not None:
+            return False
+        if self._looked_at is not None and self._looked_at == threading.get_ident():
+            self.mark_looked_at(False)
+            return False
+        if not self.changed():
             return False
         like = self._like()
         dim = None if self.layout is not None or like is not None else self.dim

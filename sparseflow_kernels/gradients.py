@@ -22,6 +22,7 @@ from . import memory, nonfinite
 from .devices import factories_on_cpu
 from .engines.base import Engine, Gradient, SolveRequest, SolveResult
 from .engines.reference import ReferenceEngine
+from .records import changed
 from .solution import GradientError
 
 SOLVE_INPUTS = ("x", "l", "times", "grid", "noise", "context")
@@ -196,7 +197,7 @@ class _Solve(torch.autograd.Function):
     def forward(ctx, engine: Engine, reference: ReferenceEngine, request: SolveRequest, box: list, *inputs):
         native = engine.no_gradient(wanted(SOLVE_INPUTS, ctx.needs_input_grad[4:]), request) is None
         named = {n: None if v is None else v.detach() for n, v in zip(SOLVE_INPUTS, inputs)}
-        request, stamp = replace(request, record=native, **named), engine.stamp
+        request, stamp = changed(request, record=native, **named), engine.stamp
         result = engine.solve(request)
         x_slopes, l_slopes = result.slopes or (None, None)
         # Tensors are kept by save_for_backward, so that changes are noticed and memory goes when backward is done; the
@@ -204,7 +205,7 @@ class _Solve(torch.autograd.Function):
         ctx.save_for_backward(result.states, result.derivatives, x_slopes, l_slopes, *inputs)
         result.states = result.derivatives = result.slopes = None
         ctx.engine, ctx.stamp, ctx.reference, ctx.native = engine, stamp, reference, native
-        ctx.request = replace(request, **dict.fromkeys(SOLVE_INPUTS))
+        ctx.request = changed(request, **dict.fromkeys(SOLVE_INPUTS))
         ctx.result = copy.copy(result)
         ctx.result.xs = ctx.result.ls = None
         box.append(result)
@@ -214,7 +215,7 @@ class _Solve(torch.autograd.Function):
     def backward(ctx, grad_xs, grad_ls):
         # raises where a parameter was changed in place since
         states, derivatives, x_slopes, l_slopes, *inputs = ctx.saved_tensors
-        request, result = replace(ctx.request, **dict(zip(SOLVE_INPUTS, inputs))), copy.copy(ctx.result)
+        request, result = changed(ctx.request, **dict(zip(SOLVE_INPUTS, inputs))), copy.copy(ctx.result)
         result.states, result.derivatives = states, derivatives
         result.slopes = None if x_slopes is None else (x_slopes, l_slopes)
         needs = ctx.needs_input_grad[4:]

@@ -84,16 +84,17 @@ class Entry:
 class Known:
     """entries: what became of the module, by engine and kind of state, the last first.  functions: modules made of
     functions that read the module, by their code.  stand_ins: `stand_in`'s, of wrappers of the module.  never_made:
-    what it lacks, and has not made in an evaluation either."""
+    what it lacks, and has not made in an evaluation either.  short: how many solves were over at once."""
 
     # and no __dict__, so that nobody takes it for something that forward reads
-    __slots__ = ("entries", "functions", "stand_ins", "never_made")
+    __slots__ = ("entries", "functions", "stand_ins", "never_made", "short")
 
     def __init__(self) -> None:
         self.entries: dict[tuple, list[Entry]] = {}
         self.functions: dict[tuple, FunctionModule] = {}
         self.stand_ins: dict[tuple, nn.Module] = {}
         self.never_made: tuple = ()
+        self.short = 0
 
     def __deepcopy__(self, memo: dict) -> "Known":
         return Known()

@@ -121,7 +121,8 @@ class Recipe:
 
     def steps(self, origin: Origin, like: Tensor) -> list[tuple]:
         """(name, or None for the constants, or the expression; from which elements; times what; to which entries) in
-        turn, on the device and in the dtype of `like`. None: all of them in order; times 1."""
+        turn, on the device and in the dtype of `like`. None: all of them in order; times 1. Which elements: a tensor of
+        their numbers, or how many from the first on."""
         known = self._steps.get(id(origin))
         if known is None or known[1] != (like.device, like.dtype):
             known = self._steps[id(origin)] = (origin, (like.device, like.dtype), list(self._make(origin, like)))
@@ -138,11 +139,11 @@ class Recipe:
             size = None
             if isinstance(source, str) and (elements := self.held[source]) is not None:
                 index, size = torch.searchsorted(elements, index), elements.numel()
-            if index.numel() == size and torch.equal(index, torch.arange(size, device=index.device)):
-                index = None
+            if torch.equal(index, torch.arange(index.numel(), device=index.device)):
+                index = None if index.numel() == size else index.numel()
             where = None if bool(own.all()) else own.nonzero()[:, 0].to(like.device)
             yield (
-                source, None if index is None else index.to(like.device),
+                source, index.to(like.device) if isinstance(index, Tensor) else index,
                 None if bool((scale == 1).all()) else scale, where,
             )  # fmt: skip
 
@@ -175,7 +176,10 @@ class Derivation:
                 made = scale
                 continue
             piece = self._values[source].reshape(-1) if isinstance(source, str) else self.result(source)
-            piece = piece if index is None else piece.index_select(0, index)
+            if isinstance(index, Tensor):
+                piece = piece.index_select(0, index)
+            elif index is not None and index != piece.numel():
+                piece = piece[:index]
             piece = piece if scale is None else piece * scale
             made = piece if where is None else made.index_put((where,), piece)
         return made

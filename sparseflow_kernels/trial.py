@@ -1,11 +1,16 @@
-"""Whether a field is worth its kernels for a few large samples: the nodes of a graph, a grid, as one or as some.
+"""Whether a field is worth its kernels.
 
-The kernels' vectors hold a number of several samples each. Of few samples they use few places, while torch multiplies
-whole matrices. Which of the two is quicker depends on both, so a few steps of each are timed.
+For a few large samples (the nodes of a graph, a grid, as one or as some) it may not be. The kernels' vectors hold a
+number of several samples each. Of few samples they use few places, while torch multiplies whole matrices. Which of the
+two is quicker depends on both, so a few steps of each are timed.
+
+Nor is it for one or two evaluations of a small net, as between the observations of an ODE-RNN: to begin a solve takes
+as long as several of them.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, Callable
 
@@ -17,12 +22,32 @@ from .capture.untouched import untouched
 from .compiled_field import CompiledField
 from .devices import lasting
 from .field.layout import State
+from .gradients import only_torch
+from .numerics.tableaus import METHODS, FixedTableau
 from .odeint import odeint
 
 VECTOR = 16  # samples, of float32
 SMALLEST = 8192  # multiply-adds a sample; below, torch's overhead alone takes longer
 MARGIN = 1.25  # by which torch has to be quicker
 STEPS, ROUNDS = 5, 3  # as few as a short solve takes
+FEW, LITTLE = 2, 1_000_000  # evaluations, and their multiply-adds: half a millisecond of torch's with gradients
+
+
+def is_over_at_once(module: nn.Module, y0: Any, t: Any, method: str | None, options: dict | None) -> bool:
+    """Whether a solve has so few evaluations, of so little work, that torch is through before an engine has begun."""
+    tableau, options = METHODS.get(method or ""), options or {}
+    if not isinstance(tableau, FixedTableau) or not isinstance(y0, Tensor) or not isinstance(t, Tensor) or only_torch():
+        return False
+    steps, size = t.numel() - 1, options.get("step_size")
+    if options.get("grid_constructor") is not None or t.dim() != 1 or steps < 1:
+        return False
+    if size is not None:
+        steps = math.ceil(abs(float(t[-1].detach() - t[0].detach())) / float(size)) if float(size) > 0 else 0
+    evaluations = steps * tableau.stages_per_step
+    if not 0 < evaluations <= FEW:
+        return False
+    samples, numbers = y0.shape[:-1].numel(), sum(parameter.numel() for parameter in module.parameters())
+    return 0 < evaluations * samples * numbers < LITTLE
 
 
 @lasting

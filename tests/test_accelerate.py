@@ -423,3 +423,27 @@ def test_functions_of_one_code_over_other_functions_are_told_apart():
     wanted = [solve(act) for act in inner]
     with accelerate():
         torch.testing.assert_close([solve(act) for act in inner], wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_many_solves_of_one_step_are_left_to_torchdiffeq():
+    """As between the observations of an ODE-RNN: to begin a solve here takes as long as several evaluations."""
+    torch.manual_seed(0)
+    net, t = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)), torch.tensor([0.0, 0.1])
+    field = lambda t, y: net(y)  # noqa: E731
+    large = nn.Linear(600, 600)
+    large_field, long_field = lambda t, y: -large(y), lambda t, y: -net(y)  # noqa: E731
+    found = []
+    for context in (contextlib.nullcontext(), accelerate()):
+        y, wide = torch.ones(4, 3, requires_grad=True), torch.ones(4, 600)
+        start = y
+        with context as running:
+            for _ in range(20):
+                y = odeint(field, y, t, method="euler")[-1]
+                wide = odeint(large_field, wide, t, method="euler")[-1]
+                y = odeint(long_field, y, t, method="euler", options={"step_size": 0.02})[-1]
+        found.append((y, wide, *torch.autograd.grad(y.sum() + wide.sum(), [start, *net.parameters()])))
+    torch.testing.assert_close(*found)
+    told = running.report().splitlines()
+    assert any("cpu engine, 16 solves" in line for line in told)
+    assert any("4 solves of a step or two left to torchdiffeq" in line for line in told)
+    assert sum("cpu engine, 20 solves" in line for line in told) == 2

@@ -10,7 +10,7 @@ NAME = sparseflow_kernels.__name__
 
 # From the ground up. A file belongs to the entry that is the longest beginning of its name.
 FLOORS = [
-    ["devices", "files", "finite", "hooks", "memory", "tables", "threads", "warn"],
+    ["devices", "files", "finite", "hooks", "memory", "records", "tables", "threads", "warn"],
     ["numerics", "field", "origin", "data", "masks", "build_info"],
     ["activations", "folding", "simplify", "simplify_graph", "trained", "divergence", "divergence_graph", "divergence_paths"],
     ["capture"],

@@ -10,13 +10,15 @@ This file imports nothing else of the library.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field as dataclass_field, replace
+from dataclasses import dataclass, field as dataclass_field
 from functools import cached_property
 from typing import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+
+from ..records import changed
 
 MOST_AXES = 4  # states with more axes are treated as those with so many
 
@@ -295,8 +297,8 @@ class VectorField:
             return value
 
         layers = [
-            replace(layer, values=function(layer.values), bias=function(layer.bias),
+            changed(layer, values=function(layer.values), bias=function(layer.bias),
                     gate=part(layer.gate), shift=part(layer.shift))
             for layer in self.layers
         ]
-        return VectorField(layers, list(self.notes), dict(self.refused_axes))
+        return changed(self, layers=layers, notes=list(self.notes), refused_axes=dict(self.refused_axes))
