@@ -8,6 +8,7 @@ exchanged while the context lasts, and put back after it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import types
 import weakref
@@ -26,7 +27,7 @@ from .divergence_field import DivergenceField
 from .engines import choose
 from .field import UnsupportedFieldError
 from .gradients import only_torch
-from .hooks import CALLBACKS, is_hooked
+from .hooks import ADJOINT_CALLBACKS, CALLBACKS, is_hooked
 from .known_fields import Entry, Family, family_of, give_back, known, lock, stand_in
 from .live import Watch
 from .odeint import odeint, odeint_adjoint
@@ -63,6 +64,23 @@ _TRAMPOLINES = {"odeint": _trampoline_odeint, "odeint_adjoint": _trampoline_odei
 
 
 @dataclass(eq=False)
+class Line:
+    """Of a report: what became of one entry. number: its own.  module: of which it is an entry; entries of one module
+    may share it.  solves: here."""
+
+    number: int
+    module: int
+    name: str
+    stands: bool
+    engine: str | None = None
+    reason: str = ""
+    solves: int = 0
+
+
+_numbers = itertools.count()
+
+
+@dataclass(eq=False)
 class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like a function, in a with statement
     """Inside the `with`, what torchdiffeq is asked to solve is solved by compiled fields, where that is possible.
 
@@ -79,7 +97,9 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
     """
 
     engine: str = "auto"
-    _met: dict[Entry, int] = dataclass_field(default_factory=dict, repr=False)  # and the solves here
+    # Entries belong to their modules, and go with them; what became of them is told for longer.
+    _met: weakref.WeakKeyDictionary = dataclass_field(default_factory=weakref.WeakKeyDictionary, repr=False)
+    _lines: dict[int, Line] = dataclass_field(default_factory=dict, repr=False)
     _functions: dict[tuple, FunctionModule] = dataclass_field(default_factory=dict, repr=False)  # that read no modules
     _hooked: weakref.WeakSet = dataclass_field(default_factory=weakref.WeakSet, repr=False)
     _short: weakref.WeakKeyDictionary = dataclass_field(default_factory=weakref.WeakKeyDictionary, repr=False)  # solves
@@ -100,16 +120,12 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
     def report(self) -> str:
         """For people: a line for every module, which says by which engine it ran, or why it did not."""
         lines: dict[tuple, list] = {}  # name and end of a line, and the solves
-        for entry, solves in list(self._met.items()):
-            module = entry.module()
-            name = "a module that is gone" if module is None else _name(module)
-            if entry.field is None and entry.stands:
-                continue
-            if entry.field is None:
-                lines[id(entry.module), entry.reason] = [f"{name}: handed on to torchdiffeq ({entry.reason})", None]
-            else:
-                line = lines.setdefault((id(entry.module), entry.engine), [f"{name}: {entry.engine} engine", 0])
-                line[1] += solves
+        for line in list(self._lines.values()):
+            if line.engine is not None:
+                told = lines.setdefault((line.module, line.engine), [f"{line.name}: {line.engine} engine", 0])
+                told[1] += line.solves
+            elif not line.stands:
+                lines[line.module, line.reason] = [f"{line.name}: handed on to torchdiffeq ({line.reason})", None]
         told = [line if count is None else f"{line}, {count} solves" for line, count in lines.values()]
         why = "left to torchdiffeq, which is through before an engine begins"
         told += [f"{_name(module)}: {count} solves of a step or two {why}" for module, count in self._short.items()]
@@ -176,14 +192,18 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
     def _solving(self, entry: Entry) -> CompiledField | None:
         """Counts a solve of this entry."""
         entry.family.has_solved()
-        self._tell(entry, self._met.get(entry, 0) + 1)
+        self._tell(entry, 1)
         return entry.field
 
     def _tell(self, entry: Entry, solves: int) -> None:
-        if entry not in self._met:
-            while len(self._met) >= MOST_TOLD:
-                del self._met[next(iter(self._met))]
-        self._met[entry] = solves
+        line = self._met.get(entry)
+        if line is None or line.number not in self._lines:
+            while len(self._lines) >= MOST_TOLD:
+                del self._lines[next(iter(self._lines))]
+            line = Line(next(_numbers), id(entry.module), _name(entry.module()), entry.stands)
+            self._met[entry] = self._lines[line.number] = line
+        line.engine, line.reason = None if entry.field is None else entry.engine, entry.reason
+        line.solves += solves
 
     def _refuse_family(self, module: nn.Module, family: Family) -> None:
         reason = (
@@ -355,7 +375,8 @@ def _handing_on() -> Iterator[None]:
 def _field(name: str, func: Any, y0: Any, t: Any, arguments: dict) -> CompiledField | None:
     if isinstance(func, (CompiledField, DivergenceField)) or not callable(func):
         return None
-    if arguments.get("event_fn") is not None or any(getattr(func, name, None) is not None for name in CALLBACKS):
+    callbacks = ADJOINT_CALLBACKS if name == "odeint_adjoint" else CALLBACKS
+    if arguments.get("event_fn") is not None or any(getattr(func, one, None) is not None for one in callbacks):
         return None
     with _state_lock:
         here = _active[-1] if _active else None

@@ -7,7 +7,7 @@ It is an nn.Module that goes wherever the original `f(t, y)` went. Values come f
 from __future__ import annotations
 
 import threading
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -444,8 +444,22 @@ class CompiledField(FieldParameters):
         norm, or who wait for it (DistributedDataParallel)."""
         if not self.dead or not torch.is_grad_enabled() or gradients.only_torch():
             return outputs
-        dead = [parameter for parameter in map(self.entry, self.dead) if parameter.requires_grad]
-        return (gradients.Reaching.apply(outputs[0], *dead), *outputs[1:]) if dead else outputs
+        return self._with_zeros_for(map(self.entry, self.dead), outputs)
+
+    def reaching_module(self, ys: State) -> State:
+        """The outputs of a solve, from which a gradient of zeros reaches all of a live field's module that forward does
+        not read, as it does by torchdiffeq's adjoint."""
+        if not self.live or not torch.is_grad_enabled() or gradients.only_torch():
+            return ys
+        read = {id(self.entry(name)) for name in (*self.shares.recipe.held, *self.dead)}
+        unread = (parameter for parameter in self.module.parameters() if id(parameter) not in read)
+        found = self._with_zeros_for(unread, ys if isinstance(ys, tuple) else (ys,))
+        return found if isinstance(ys, tuple) else found[0]
+
+    @staticmethod
+    def _with_zeros_for(parameters: Iterable[Tensor], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        return (gradients.Reaching.apply(outputs[0], *trained), *outputs[1:]) if trained else outputs
 
     def _check_time(self, t: Tensor | float) -> Tensor:
         like = self._first()

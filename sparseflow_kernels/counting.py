@@ -108,7 +108,7 @@ class Counters:
 
     def _add(self, evaluations: int) -> None:
         for part, key, step in self._counted:
-            value = part._buffers.get(key, part.__dict__.get(key))
+            value = part._buffers.get(key, part.__dict__.get(key, getattr(type(part), key, None)))  # its class's at first
             if isinstance(value, Tensor):
                 with torch.no_grad():
                     value.add_(step * evaluations)
@@ -146,6 +146,8 @@ def _copied(value: Any, depth: int) -> Any:
         return value
     if isinstance(value, (set, frozenset)):
         return len(value)
+    if isinstance(value, types.FunctionType):  # its attributes
+        value = {name: item for name, item in value.__dict__.items() if name != "__wrapped__"}
     whole = not depth or isinstance(value, (nn.Module, type, types.ModuleType, *_FUNCTIONS))
     items = [] if whole else list(inside(value))
     return [(key, _copied(item, depth - 1)) for key, item in items] if len(items) <= LONGEST else len(items)
@@ -164,9 +166,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _numbers(module: nn.Module) -> dict[tuple[nn.Module, str], float]:
-    """Numbers, and tensors of one element, that the parts of a module hold under their names."""
+    """Numbers, and tensors of one element, that the parts of a module hold under their names, or their classes do."""
     found = {}
     for part in module.modules():
+        for holder, key in reversed(plain_of(type(part))):
+            if _is_number(vars(holder).get(key)):
+                found[part, key] = vars(holder)[key]
         for key, value in (*part.__dict__.items(), *part._buffers.items()):
             if isinstance(value, Tensor):
                 if (

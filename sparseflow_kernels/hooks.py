@@ -10,6 +10,7 @@ GLOBAL_HOOKS = (
     nn_module._global_backward_pre_hooks,
 )  # fmt: skip
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")  # of torchdiffeq, at every step
+ADJOINT_CALLBACKS = (*CALLBACKS, *(f"{name}_adjoint" for name in CALLBACKS))  # and of its backward solve
 
 
 def hooks_of(module: nn.Module) -> tuple[dict, ...]:

@@ -34,7 +34,7 @@ class Family:
     holds other numbers at every solve. compiled: how often one of them was.  solves: that they had.  debt: of
     compilations for which there have not been SOLVES solves.  told: that no more of them are compiled.  handed_on:
     solves since then, of which the next compilation waits for `patience`.  stood_for: that a `stand_in` solves for new
-    ones, where it can.  of: one of the parameters."""
+    ones, where it can.  of: a part that holds some of the parameters."""
 
     of: weakref.ref
     compiled: int = 0
@@ -129,7 +129,9 @@ def family_of(module: nn.Module) -> Family:
     if found is None or found.of() is None:  # another one's parameters had these addresses
         while len(_families) >= MOST_FAMILIES:
             del _families[next(iter(_families))]
-        found = _families[key] = Family(weakref.ref(parameters[0] if parameters else module))
+        # by a part that holds parameters: torch exchanges those only that nobody has a weak reference to
+        owner = next(filter(has_own_parameters, module.modules()), module)
+        found = _families[key] = Family(weakref.ref(owner))
     return found
 
 

@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .callables import FunctionModule
-from .capture.context import PREFIX, attributes, part_named
+from .capture.context import PREFIX, attributes, part_named, tensor_named
 from .capture.seen import Answers
 from .counting import Counters
 from .hooks import hooks_of
@@ -44,7 +44,8 @@ class Run:
     """What running a module has shown. counters: what it counts, which is no part of what it computes.  unread: names
     of tensors that forward never reads.  answers: what of the module's numbers was taken as it was.  moving: names of
     tensors beside the parameters that the field reads like them at every call.  zeros: those of trained parameters are
-    no pruned entries.  reached: names of the parameters that gradients reach."""
+    no pruned entries.  reached: names of the parameters that gradients reach.  flags: names of those of which forward
+    has asked whether they require one."""
 
     counters: Counters
     unread: frozenset[str]
@@ -52,6 +53,7 @@ class Run:
     moving: frozenset[str] = frozenset()
     zeros: bool = False
     reached: frozenset[str] = frozenset()
+    flags: frozenset[str] = frozenset()
 
 
 class Watch:
@@ -85,9 +87,12 @@ class Watch:
             for key in part._buffers.keys()
             if f"{PREFIX}{path[part]}/{key}" not in unread and not (counters and key in counters.of(part))
         ]
-        self._attributes = Attributes(self._parts, followed, unread, counters)
+        self._asked = () if run is None else tuple(run.flags)
+        self._flags = self._present_flags()
+        self._ties: dict[int, int] = {}  # numbers of the present parameters, by their ids
         self._look_at()
         self._structure = self._present_structure()
+        self._attributes = Attributes(self._parts, followed, unread, counters, self._ties)
         self._hooks = [list(hooks.values()) for hooks in self._hooks_now]
         self._modes, self._kinds = [part.training for part in parts], [type(part) for part in parts]
         shapes, buffers = self._present_buffers()
@@ -112,12 +117,24 @@ class Watch:
         self._names = [names for _, part in self._parts for names in (part._parameters, part._buffers)]
         self._hooks_now = [hooks for _, part in self._parts for hooks in hooks_of(part)[:2]]  # of forward
 
+    def _present_flags(self) -> list[bool]:
+        """Of the parameters of which forward asks whether they require a gradient."""
+        return [tensor_named(self._module, name).requires_grad for name in self._asked]
+
     def _present_structure(self) -> list:
-        """The names of parameters and buffers, which of them hold something, and the parameters' shapes."""
+        """The names of parameters and buffers, which of them hold something, the parameters' shapes, and which of them
+        are one parameter; which buffers require a gradient."""
         parameters, buffers = self._names[::2], self._names[1::2]
+        self._ties.clear()
+
+        def kind(parameter: Tensor | None) -> tuple | None:
+            if parameter is None:
+                return None
+            return parameter.shape, self._ties.setdefault(id(parameter), len(self._ties))
+
         return [
-            [[(name, None if value is None else value.shape) for name, value in names.items()] for names in parameters],
-            [[(name, value is None) for name, value in names.items()] for names in buffers],
+            [[(name, kind(one)) for name, one in names.items()] for names in parameters],
+            [[(name, None if one is None else one.requires_grad) for name, one in names.items()] for names in buffers],
         ]
 
     def _present_buffers(self) -> tuple[list, list[Tensor]]:
@@ -191,6 +208,8 @@ class Watch:
         if [list(hooks.values()) for hooks in self._hooks_now] != self._hooks:
             return True
         if [part.training for _, part in self._parts] != self._modes:
+            return True
+        if self._asked and self._present_flags() != self._flags:
             return True
         if [type(part) for _, part in self._parts] != self._kinds:
             return True

@@ -4,9 +4,13 @@ close over."""
 from __future__ import annotations
 
 import array
+import contextvars
 import copy
+import ctypes
 import functools
+import marshal
 import types
+import weakref
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any, Mapping
@@ -27,6 +31,8 @@ _ASIDE = frozenset(f"__{name}__" for name in (
     "init_subclass", "dir", "sizeof", "copy", "deepcopy",
 ))  # fmt: skip
 DEEPEST = 8  # containers in containers
+_WHOLE_VALUES = 2  # marshal's version that writes no references, which depend on who else holds a value
+_OF_C = (ctypes._SimpleCData, ctypes.Array, ctypes.Structure)
 _SETTINGS = (bool, int, float, str, tuple, type(None))
 _PLAIN = (bool, int, float, complex, str, bytes, range, slice, Fraction, Decimal, torch.dtype, torch.device)
 _COMMON = (list, tuple, dict, types.FunctionType, types.MethodType)
@@ -37,13 +43,13 @@ class Attributes:
     """The attributes of a module's own parts as they were. What forward itself writes (it counts its calls, say) is
     left out, and so are tensors whose numbers the field reads at every call, but for their shape. parts: those that are
     watched, with their paths.  followed: names of such tensors (`live.Watch`).  unread: names of tensors that forward
-    never reads.  counters: what the module counts."""
+    never reads.  counters: what the module counts.  ties: numbers of the parameters that there are, by their ids."""
 
     def __init__(
         self, parts: list[tuple[str, nn.Module]], followed: Mapping[str, int], unread: frozenset[str],
-        counters: Counters | None,
+        counters: Counters | None, ties: Mapping[int, int],
     ) -> None:  # fmt: skip
-        self._followed, self._unread = followed, unread
+        self._followed, self._unread, self._ties = followed, unread, ties
         self._written = [
             frozenset() if is_torchs(type(part)) else only_written(part).union(counters.of(part) if counters else ())
             for _, part in parts
@@ -119,13 +125,14 @@ class Attributes:
 
     def _stamp(self, name: str, value: Any, depth: int, stamps: list, tensors: list[Tensor]) -> None:
         if isinstance(value, Tensor):
+            tied = self._ties.get(id(value))
             if (free := self._followed.get(name)) is not None:
-                stamps += (name, *kind_of(value, free))
+                stamps += (name, tied, *kind_of(value, free))
             elif not value.is_meta and name not in self._unread:
-                stamps += (name, value.requires_grad)
+                stamps += (name, tied, value.requires_grad)
                 tensors += strided(value.detach())
         elif value is None or isinstance(value, _PLAIN):
-            stamps += (name, type(value), value if value == value else None)
+            stamps += (name, type(value), value if value == value != 0 else str(value))  # NaN is NaN, -0.0 is not 0.0
         elif type(value) in _COMMON or not self._stamp_whole(name, value, depth, stamps, tensors):
             if type(value) in (list, tuple, dict) and self._same_plain(name, value, stamps):
                 return
@@ -156,18 +163,27 @@ class Attributes:
         if self._whole is None:  # looked at for the first time
             if not _is_plain(value, DEEPEST):
                 return False
-            self._plain[name] = copy.deepcopy(value)
+            self._plain[name] = marshal.dumps(value, _WHOLE_VALUES), copy.deepcopy(value)
         elif name not in self._plain:
             return False
-        stamps += (name, type(value), value == self._plain[name])
+        written, before = self._plain[name]
+        try:
+            same = marshal.dumps(value, _WHOLE_VALUES) == written
+        except ValueError:  # there is something else in it now
+            same = False
+        stamps += (name, same or _is_same(value, before))  # words may be written in two ways
         return True
 
     def _stamp_whole(self, name: str, value: Any, depth: int, stamps: list, tensors: list[Tensor]) -> bool:
         """Of what is compared as a whole, or is no part of the watched module; False for all others."""
         if isinstance(value, (set, frozenset)):
             stamps += (name, type(value), frozenset(value))
-        elif isinstance(value, array.array):
-            stamps += (name, value.tobytes())
+        elif isinstance(value, (array.array, bytearray, memoryview, *_OF_C)):
+            stamps += (name, bytes(value))
+        elif isinstance(value, contextvars.ContextVar):
+            self._stamp(name, value.get(None), depth, stamps, tensors)
+        elif isinstance(value, weakref.ref):
+            self._stamp(name, value(), depth, stamps, tensors)
         elif isinstance(value, numpy.ndarray) and value.dtype.kind in "biufc" and value.flags.writeable:
             stamps += (name, value.shape, value.dtype)
             tensors.append(torch.from_numpy(numpy.ascontiguousarray(value).view(numpy.uint8).reshape(-1)))
@@ -235,6 +251,17 @@ class Attributes:
 def _settings_of(kind: type) -> tuple[tuple[type, str], ...]:
     """What the class of an object holds in its place."""
     return () if kind.__module__ in ("builtins", "collections") or is_torchs(kind) else plain_of(kind)
+
+
+def _is_same(value: Any, before: Any) -> bool:
+    """Of a plain value, of which every part has to be of the same type, and items in the same order."""
+    if type(value) is not type(before):
+        return False
+    if type(value) is dict:
+        return _is_same(list(value.items()), list(before.items()))
+    if type(value) in (list, tuple):
+        return len(value) == len(before) and all(map(_is_same, value, before))
+    return (value == before and str(value) == str(before)) or (value != value and before != before)
 
 
 def _is_plain(value: Any, depth: int) -> bool:

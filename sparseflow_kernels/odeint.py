@@ -22,9 +22,11 @@ import torchdiffeq
 from torch import Tensor, nn
 
 from .compiled_field import CompiledField
+from .devices import ordinary
 from .divergence_field import DivergenceField
 from .engines.reference import is_autocast_enabled
 from .field import VectorField
+from .hooks import ADJOINT_CALLBACKS
 from .numerics.tableaus import METHODS
 from .solution import Solution
 from .solving.adjoint_call import watched
@@ -39,6 +41,7 @@ __all__ = ["odeint", "odeint_adjoint", "odeint_dense", "odeint_event", "solve"]
 # in the worst case the outputs have no correct digit. `solve` ends their steps at the outputs.
 _COARSE_OUTPUTS = ("dopri8",)
 
+_GRAPHLESS = ("scipy_solver",)  # torchdiffeq's solve by it cannot be differentiated, its adjoint can
 _OTHER_METHODS = ("explicit_adams", "implicit_adams", "fixed_adams", "scipy_solver")  # torchdiffeq's, no tableaus
 
 
@@ -199,12 +202,15 @@ def odeint_adjoint(
         f"{given[0]} is the adjoint's" if given
         else "func is not a compiled field" if not isinstance(func, (CompiledField, DivergenceField))
         else "an event ends the solve" if event_fn is not None
+        else "func has callbacks of the adjoint's" if any(getattr(func, one, None) for one in ADJOINT_CALLBACKS)
+        else f"method {method!r} keeps no graph" if method in _GRAPHLESS
         else None
     )  # fmt: skip
     if gradient == "discrete" and obstacle is not None:
         raise ValueError(f"gradient='discrete' is not to be had: {obstacle}; use gradient='adjoint'")
     if gradient != "adjoint" and obstacle is None:
-        return odeint(func, y0, t, rtol=rtol, atol=atol, method=method, options=options)
+        ys = odeint(func, y0, t, rtol=rtol, atol=atol, method=method, options=options)
+        return (func.field if isinstance(func, DivergenceField) else func).reaching_module(ys)
     _refuse_tsit5(method, "the continuous adjoint")
     _refuse_tsit5(adjoint_method, "the continuous adjoint")
     func = with_own_numbers(func, y0)
@@ -281,12 +287,15 @@ def _are_all(parameters: Any, func: Callable) -> bool:
 
 
 def _in_own_dtype(func: Callable, y0: State) -> State:
-    """A state of another dtype in the field's, under torch.autocast (`CompiledField.in_own_dtype`)."""
+    """A state of another dtype in the field's, under torch.autocast (`CompiledField.in_own_dtype`); an inference_mode's
+    as one that autograd takes."""
     first = y0[0] if isinstance(y0, tuple) and y0 else y0
-    if not isinstance(first, Tensor) or not is_autocast_enabled(first):
-        return y0
     field = func.field if isinstance(func, DivergenceField) else func
-    if not isinstance(field, CompiledField):
+    if not isinstance(first, Tensor) or not isinstance(field, CompiledField):
+        return y0
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and first.is_inference():
+        y0 = ordinary(y0)
+    if not is_autocast_enabled(first):
         return y0
     return tuple(map(field.in_own_dtype, y0)) if isinstance(y0, tuple) else field.in_own_dtype(y0)
 

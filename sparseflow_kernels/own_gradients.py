@@ -52,6 +52,11 @@ def check_own_gradients(
                 f"module {type(module).__name__}: forward puts a hook on a tensor, which would not be called. Use the "
                 "module uncompiled with sfk.odeint, which hands it to torchdiffeq"
             )
+        if any(id(parameter) in seen.grads for parameter in module.parameters()):
+            raise UnsupportedFieldError(
+                f"module {type(module).__name__}: forward reads the gradient of a parameter (.grad), which changes "
+                "without it. Use the module uncompiled with sfk.odeint, which hands it to torchdiffeq"
+            )
         if plain is not None and not all(map(_alike, plain, out)):
             raise UnsupportedFieldError(
                 f"module {type(module).__name__}: forward computes something else where gradients are wanted "

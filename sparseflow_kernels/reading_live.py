@@ -74,7 +74,9 @@ def _run_of(module: nn.Module, found: Reading, like: State | None, seen: Seen) -
     origins = list(found.origins.values())
     read = frozenset().union(*(origin.parameters for origin in origins), *(one.needs_whole() for one in origins))
     moving = frozenset(seen.moving) & read
-    return Run(counters, seen.unread(module), seen.answers(module, found.field.dtype), moving, seen.zeros, seen.reached)
+    flags = frozenset(name for name, parameter in module.named_parameters() if id(parameter) in seen.flags)
+    answers = seen.answers(module, found.field.dtype)
+    return Run(counters, seen.unread(module), answers, moving, seen.zeros, seen.reached, flags)
 
 
 def tell_what_was_taken(module: nn.Module, found: Reading, seen: Seen) -> None:

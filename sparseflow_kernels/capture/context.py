@@ -11,6 +11,8 @@ import copy
 import dis
 import functools
 import inspect
+import sys
+import sysconfig
 import types
 from typing import Any, Callable, Iterator, Sequence
 
@@ -25,6 +27,7 @@ from .samples import STRIDE
 from .values import Constant
 
 PREFIX = "attribute:"
+_INSTALLED = tuple(sysconfig.get_path(one) for one in ("stdlib", "platstdlib", "purelib", "platlib"))
 REGISTERED = ("_parameters", "_modules")
 
 
@@ -60,14 +63,17 @@ def items_of(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((name, cell.cell_contents) for name, cell in cells if cell != types.CellType())
         yield from ((f"default{i}", item) for i, item in enumerate(value.__defaults__ or ()))
         yield from (value.__kwdefaults__ or {}).items()
-        names, members = _globals_of(value.__code__)
+        yield from ((name, item) for name, item in value.__dict__.items() if name != "__wrapped__")
+        names, members, imported = _globals_of(value.__code__)
         read = ((name, value.__globals__.get(name)) for name in names)
         yield from ((name, item) for name, item in read if not isinstance(item, (types.NoneType, types.ModuleType)))
-        for name, member in members:  # config.rate, of a module or a class
-            holder = value.__globals__.get(name)
+        held = [(name, value.__globals__.get(name), member) for name, member in members]  # config.rate
+        held += [(name, _imported(name, level, value), member) for name, level, member in imported]
+        for name, holder, member in held:
             if isinstance(holder, (types.ModuleType, type)) and not _is_librarys(holder):
                 item = inspect.getattr_static(holder, member, None)
-                if not (item is None or callable(item) or isinstance(item, (types.ModuleType, property))):
+                own = not callable(item) or (isinstance(holder, types.ModuleType) and not _is_installed(holder.__name__))
+                if own and not (item is None or isinstance(item, (types.ModuleType, property, nn.Module))):
                     yield f"{name}.{member}", item
     elif isinstance(value, functools.partial):
         yield from (("func", value.func), ("args", value.args), ("keywords", value.keywords))
@@ -89,20 +95,42 @@ def inside(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _globals_of(code: types.CodeType) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """(the globals that code reads, what it reads of them), that of the functions in it included."""
+def _globals_of(
+    code: types.CodeType,
+) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...], tuple[tuple[str, int, str], ...]]:
+    """(the globals that code reads, what it reads of them, what it imports or reads of what it imports: the module's
+    name, how relative that is, and the member), that of the functions in it included."""
     instructions = [one for one in dis.get_instructions(code) if one.opname not in ("CACHE", "PUSH_NULL")]
-    reads = ("LOAD_GLOBAL", "LOAD_NAME")
+    reads, members_of = ("LOAD_GLOBAL", "LOAD_NAME"), ("LOAD_ATTR", "LOAD_METHOD")
     names = [one.argval for one in instructions if one.opname in reads]
     members = [
         (one.argval, following.argval) for one, following in zip(instructions, instructions[1:])
-        if one.opname in reads and following.opname in ("LOAD_ATTR", "LOAD_METHOD")
+        if one.opname in reads and following.opname in members_of
     ]  # fmt: skip
+    imported, home, local = [], ("", 0), {}
+    for number, one in enumerate(instructions):
+        following = instructions[number + 1] if number + 1 < len(instructions) else one
+        if one.opname == "IMPORT_NAME":
+            home = one.argval, instructions[number - 2].argval
+            if following.opname == "STORE_FAST":
+                local[following.argval] = home
+        elif one.opname == "IMPORT_FROM":
+            imported.append((*home, one.argval))
+        elif one.opname.startswith("LOAD_FAST") and one.argval in local and following.opname in members_of:
+            imported.append((*local[one.argval], following.argval))
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             inner = _globals_of(constant)
-            names, members = [*names, *inner[0]], [*members, *inner[1]]
-    return tuple(dict.fromkeys(names)), tuple(dict.fromkeys(members))
+            names, members, imported = [*names, *inner[0]], [*members, *inner[1]], [*imported, *inner[2]]
+    return tuple(dict.fromkeys(names)), tuple(dict.fromkeys(members)), tuple(dict.fromkeys(imported))
+
+
+def _imported(name: str, level: int, function: types.FunctionType) -> Any:
+    """The module that an import within a function names, where it is there already."""
+    if level:
+        package = (function.__globals__.get("__package__") or "").split(".")
+        name = ".".join([*package[: len(package) - level + 1], *([name] if name else [])])
+    return sys.modules.get(name)
 
 
 def functions_of_modules(function: Any) -> list[Any]:
@@ -123,6 +151,15 @@ def is_librarys(function: Any) -> bool:
 def _is_librarys(holder: types.ModuleType | type) -> bool:
     home = holder.__name__ if isinstance(holder, types.ModuleType) else holder.__module__
     return home.split(".")[0] in ("torch", "numpy", "math", "scipy", "einops", "torchdiffeq", "sparseflow_kernels")
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_installed(module: str) -> bool:
+    """Whether a module comes with Python or with a package: its functions stay what they are."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None:
+        return module.split(".")[0] in sys.stdlib_module_names
+    return file.startswith(_INSTALLED)
 
 
 def _inside(name: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:

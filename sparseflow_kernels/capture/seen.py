@@ -27,16 +27,22 @@ AT_POSITIONS = {
 }  # fmt: skip
 
 
+_REQUIRES_GRAD, _GRAD = Tensor.requires_grad.__get__, Tensor.grad.__get__
+
+
 class Seen:
     """ids: of the tensors that torch was called with, be it for their shape alone. Kept by `collecting`.
 
-    hooked: forward has put a hook on a tensor.  moving: tensors beside the parameters, by the names of `attributes`, that
+    hooked: forward has put a hook on a tensor.  flags, grads: ids of the tensors that it has asked for requires_grad, and
+    for their .grad.  moving: tensors beside the parameters, by the names of `attributes`, that
     are to be read like parameters, as they will be others.  zeros: exact zeros of trained parameters are no pruned
     entries.  reached: names of the parameters that gradients of forward reach."""
 
     def __init__(self, moving: Mapping[str, Tensor] | None = None, zeros: bool = False) -> None:
         self.moving, self.zeros, self.hooked = moving or {}, zeros, False
         self.ids: set[int] = set()
+        self.flags: set[int] = set()
+        self.grads: set[int] = set()
         self.reached: frozenset[str] = frozenset()
         self._forms = Forms()
         self._taken: dict[int, tuple[Node | Leaf, bool]] = {}
@@ -123,6 +129,8 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         self.seen.ids.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         self.seen.hooked |= func is Tensor.register_hook
+        if args and (func == _REQUIRES_GRAD or func == _GRAD):
+            (self.seen.flags if func == _REQUIRES_GRAD else self.seen.grads).add(id(args[0]))
         return func(*args, **kwargs)
 
 

@@ -252,8 +252,10 @@ class Following(TorchDispatchMode):
                 what = "a truth value" if isinstance(out, bool) else "a whole number"
                 refuse_python_value(f"{what} is made of t (an if, a comparison in Python, an index of a list)")
             return out
-        if has_time and torch.Tag.dynamic_output_shape in func.tags:
-            self.read_by_python = True  # the shape
+        if torch.Tag.dynamic_output_shape in func.tags:
+            self.read_by_python |= has_time  # the shape
+            for a in leaves:
+                self.seen.take(a)
         if "out" in kwargs and (has_state or has_time):
             refuse(f"out= of {base}", "Use the result instead")
         if base == "lift_fresh" and isinstance(args[0], Constant) and out.is_floating_point():

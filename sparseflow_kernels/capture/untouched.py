@@ -51,6 +51,8 @@ def _held(modules: list[nn.Module]) -> Iterator[Any]:
 
 
 def _is_object(value: Any) -> bool:
+    if isinstance(value, types.FunctionType):  # which may count its calls
+        return True
     return hasattr(value, "__dict__") and not isinstance(value, _NO_OBJECTS) and not callable(value)
 
 

@@ -217,13 +217,17 @@ def grid_of(t: Tensor, times: Tensor, sign: int, options: dict) -> Tensor:
     elif step_size is not None:
         start, end = times[0], times[-1]
         size = float(step_size)
-        # the caller's dtype decides how many steps there are, as it does in torchdiffeq
-        span = t.detach()[-1] * sign - t.detach()[0] * sign
+        # The caller's dtype decides how many steps there are, and where they begin, as it does in torchdiffeq.
+        first = t.detach()[0] * sign
+        span = t.detach()[-1] * sign - first
         count = int(torch.ceil(span / size + 1).item())
         if count > _MOST_STEPS:
             span = span.item()
             raise ValueError(f"options['step_size'] of {size:g} makes {count} points, for a span of {span:g}: too many")
-        inner = torch.arange(0, max(count - 1, 0), dtype=torch.float64) * size + start
+        steps = torch.arange(0, max(count - 1, 0), dtype=t.dtype) * size
+        inner = (steps + first.cpu()).to(torch.float64)
+        # By rounding, the last of them may lie at the end or beyond: a step of next to nothing in torchdiffeq, too.
+        inner = inner.minimum(torch.nextafter(end.detach(), start.detach())) + (start - start.detach())
         grid = torch.cat((inner, end[None])) if len(times) > 1 else times
     else:
         return times
