@@ -193,7 +193,7 @@ GRAPHS = {
         _spec("points", "16 points of 3, shared 3x64 tanh, mean of the cloud", (64, 16, 3), 2.5),
     )
 }
-TRAIN_GRAPHS = ("cfm", "latent")
+TRAIN_GRAPHS = ("cfm", "latent", "images")
 
 
 @dataclass

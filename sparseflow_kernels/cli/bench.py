@@ -118,7 +118,7 @@ def bench(
     """Time whole solves (dopri5, rtol = atol = 1e-5, float32, one core; flows with their divergence) and print ratios.
 
     With --train, time training steps: a loss and its gradient in all parameters, of flows a log-likelihood against
-    torchdiffeq's odeint_adjoint on dense weights, of cfm and latent their own losses against autograd.
+    torchdiffeq's odeint_adjoint on dense weights, of cfm, latent and images their own losses against autograd.
     The optimizer's own time is left out; taking over the weights it changed is not.
 
     ratio: torchdiffeq's time over the contender's, median over interleaved rounds. floor share: the arithmetic at this
