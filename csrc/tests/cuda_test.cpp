@@ -3,9 +3,10 @@
 // double, in several orders of threads; and programs with one number spoiled, which must be refused or run without touching
 // foreign memory. CMake's target is sparseflow_cuda_test; by hand, in csrc, with S="-O1 -g -fsanitize=address,undefined
 // -fno-sanitize-recover=all" (or nothing) and F="-std=c++17 $S -I. -DSPARSEFLOW_HOST_SHIM -Wno-unknown-pragmas":
-//   for f in cuda/*.cpp cuda/*.cu tests/cuda_host/shim.cpp tests/cuda_test.cpp; do g++ $F -x c++ -c $f -o $(basename $f).o; done
+//   for f in cuda/*.cpp cuda/*.cu $(ls tests/cuda_host/*.cpp | grep -v _test) tests/cuda_test.cpp; do
+//     g++ $F -x c++ -c $f -o $(basename $f).o; done
 //   g++ $F *.o <objects of csrc/*.cpp and csrc/cpu, as for sparseflow_native_test> -o cuda_test -pthread
-// For races: S="-O1 -g", the .cu also with -fsanitize=thread, shim.cpp with -DSHIM_RACES, link with -rdynamic -ldl.
+// For races: S="-O1 -g", the .cu also with -fsanitize=thread, the shim's with -DSHIM_RACES, link with -rdynamic -ldl.
 // Argument: "quick" for a tenth of the programs.
 #include "cuda_graphs.h"
 

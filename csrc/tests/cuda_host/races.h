@@ -1,6 +1,6 @@
 // Finds accesses to one place by two threads of a block that no barrier puts in order, at least one of them a write. The
-// compiler tells of every access: sources built with -fsanitize=thread call __tsan_read4 and its like, which shim.cpp
-// defines when it is built with SHIM_RACES (and which is then linked without -fsanitize=thread).
+// compiler tells of every access: sources built with -fsanitize=thread call __tsan_read4 and its like, which race_hooks.cpp
+// defines when the shim is built with SHIM_RACES (and linked without -fsanitize=thread then).
 //
 // In order are: what __syncthreads parts, for the whole block, and what __syncwarp parts, for the lanes of its mask.
 // Shuffles and votes put no memory in order, as CUDA says. Atomics are left out, and so are threads of different
