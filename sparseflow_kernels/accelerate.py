@@ -235,10 +235,12 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
             with torch.no_grad(), _handing_on():  # a solve that forward makes is a part of it
                 field = compile_field(module, self.engine, None, like, True, moving, zeros)
             if (name := field._watch.records) is not None:
+                entry.settled = True  # what it notes is something else at every look
                 raise UnsupportedFieldError(f"forward notes what it sees in {name!r}, which a compiled field would not")
             if field._watch.by_number:
                 raise UnsupportedFieldError("what forward computes depends on how often it was called")
             if kept is not None and kept.restore():
+                entry.settled = True
                 raise UnsupportedFieldError(
                     "it writes what it reads (a counter, a list), which a compiled field would not"
                 )

@@ -108,7 +108,7 @@ class Counters:
 
     def _add(self, evaluations: int) -> None:
         for part, key, step in self._counted:
-            value = part._buffers.get(key, part.__dict__.get(key, getattr(type(part), key, None)))  # its class's at first
+            value = part._buffers.get(key, part.__dict__.get(key, getattr(type(part), key, None)))
             if isinstance(value, Tensor):
                 with torch.no_grad():
                     value.add_(step * evaluations)

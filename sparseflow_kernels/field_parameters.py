@@ -193,6 +193,13 @@ class FieldParameters(nn.Module):
             node.kind == "detached" for node in order([self.skeleton.output])
         )
 
+    @property
+    def python_functions(self) -> list[Any]:
+        """Functions of time that are computed in Python at every stage."""
+        if isinstance(self.skeleton, GraphField):
+            return [node.function for node in self.skeleton.functions]
+        return [part.function for _, _, part in time_functions(self.skeleton)]
+
     def ordered(self) -> list[Tensor]:
         """The field's tensors in the order of `VectorField.tensors()`, differentiable in the parameters; plainly
         enough for torch.compile to read."""

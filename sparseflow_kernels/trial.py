@@ -4,6 +4,9 @@ For a few large samples (the nodes of a graph, a grid, as one or as some) it may
 number of several samples each. Of few samples they use few places, while torch multiplies whole matrices. Which of the
 two is quicker depends on both, so a few steps of each are timed.
 
+Where Python computes functions of t at every stage (`capture.python_times`), that may take longer than what the
+kernels gain; both are timed as well.
+
 Nor is it for one or two evaluations of a small net, as between the observations of an ODE-RNN: to begin a solve takes
 as long as several of them.
 """
@@ -56,7 +59,8 @@ def slower_than_torch(field: CompiledField, module: nn.Module, y0: State) -> str
     these are on."""
     first, layout = y0[0] if isinstance(y0, tuple) else y0, field.layout
     samples = first.shape[:-1].numel() if layout is None else len(first) if layout.batched else 1
-    if samples >= VECTOR or field.nnz < SMALLEST:
+    in_python = bool(field.python_functions)
+    if not in_python and (samples >= VECTOR or field.nnz < SMALLEST):
         return None
     if any(parameter._backward_hooks for parameter in module.parameters()):
         return None  # which would be called
@@ -69,6 +73,11 @@ def slower_than_torch(field: CompiledField, module: nn.Module, y0: State) -> str
     ours, theirs = map(min, zip(*times[1:]))
     if ours <= MARGIN * theirs:
         return None
+    if in_python:
+        return (
+            f"what Python computes of t is computed at every stage, and torch is quicker: {STEPS} steps take "
+            f"{1e3 * theirs:.2g} ms there and {1e3 * ours:.2g} ms here; compute it with tensors"
+        )
     return (
         f"its state is {samples} large sample{'s' * (samples > 1)}, of which torch is quicker: {STEPS} steps take "
         f"{1e3 * theirs:.2g} ms there and {1e3 * ours:.2g} ms here, where vectors hold {VECTOR} samples"

@@ -272,9 +272,9 @@ def net(**parts):
     (["samples of the batch"], lambda m, t, y: m.b(torch.tanh(m.a(y - y.mean(0)))), net()),
     (["samples of the batch", "like=y0"], lambda m, t, y: m.b(m.a(torch.softmax(y @ y.T, -1) @ y).tanh()), net()),
     (["number out of the state"], lambda m, t, y: m.b(m.a(y).tanh()) * y[0, 0].item(), net()),
-    (["whole number", "torch.where"], lambda m, t, y: m.b(m.a(y).tanh()) * int(t), net()),
+    (["whole number", "torch.where"], lambda m, t, y: m.b([m.a, m.c][int(t) % 2](y).tanh()), net(c=L(2, 5))),
     (["state outside torch", "numpy"], lambda m, t, y: m.b(m.a(y).tanh()) * float(y.detach().numpy().max()), net()),
-    (["computed from t in Python", "mul"], lambda m, t, y: m.b(m.a(y).tanh()) * (2 * t.item()), net()),
+    (["branches on values of t", "torch.where"], lambda m, t, y: m.b(m.a(y).tanh()) if 2 * t.item() < 7.3 else -y, net()),
     (["size that its values say"], lambda m, t, y: m.b(m.a(y).mode(-1, keepdim=True)[0] * m.a(y)), net()),
     (["depends on t or on the state", "torch.where"], lambda m, t, y: m.b(m.a(y).index_fill(1, (t > 0).long().reshape(1), 0.0)), net()),
 ])

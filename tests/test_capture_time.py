@@ -126,53 +126,55 @@ def test_functions_of_time_that_are_kept(name: str) -> None:
 REFUSED = {
     "truth value": {
         "a loop": lambda m, t, v: v * wrapped(t),
-        "so many": lambda m, t, v: v * sum(1.0 if t > k else 0.5 for k in range(40)),
-        "torch.equal": lambda m, t, v: v * (2.0 if torch.equal(t, torch.tensor(7.0)) else 1.0),
-        "torch.allclose": lambda m, t, v: v * (2.0 if torch.allclose(t, torch.tensor(7.0), atol=0.5) else 1.0),
-        "in a tensor": lambda m, t, v: v * (2.0 if t in KNOTS else 1.0),
     },
     "whole number": {
-        "int": lambda m, t, v: v + STEPS[min(max(int(t), 0), 29)],
-        "item of an index": lambda m, t, v: v + TABLE[(KNOTS - t).abs().argmin().item()],
-        "a list": lambda m, t, v: v * [1.0, 2.0, 3.0][t.long().clamp(0, 2)],
         "a choice of layers": lambda m, t, v: [v, -v][int(t) % 2],
         "a slice": lambda m, t, v: v + TABLE[: t.long().clamp(1, 6)].sum(0),
-        "a count": lambda m, t, v: v * int((KNOTS <= t).sum()),
         "copied": lambda m, t, v: v + torch.tensor([t.long(), 0, 1]),
         "roll": lambda m, t, v: v + torch.roll(TABLE[0], int(t)),
     },
-    "taken out of its tensor": {
-        "numpy": lambda m, t, v: v + float(t.detach().cpu().numpy() > 9),
-        "asarray": lambda m, t, v: v + float(np.asarray(t) > 7),
-        "a function of numpy": lambda m, t, v: v * np.sin(t),
-        "tolist": lambda m, t, v: v + float(t.reshape(1).tolist()[0] > 7),
-        "from_numpy": lambda m, t, v: v + torch.from_numpy(np.interp(t.numpy(), [0, 9], [0, 1]).reshape(1)).to(v),
-        "data_ptr": lambda m, t, v: v * (t.data_ptr() % 2 + 1),
-    },
     "computed from t in Python|branches on values of t": {
-        "min": lambda m, t, v: v * min(float(t), 3.0),
-        "min far out": lambda m, t, v: v * min(max(float(t), -1e5), 1e5),
-        "math": lambda m, t, v: v * math.sin(float(t)),
-        "math of a tensor": lambda m, t, v: v * math.exp(-(t * 0.01) ** 2),
-        "too small to be seen in values": lambda m, t, v: v + 1e-9 * math.floor(t.item()),
-        "numpy of a number": lambda m, t, v: v * float(np.sin(float(t))),
-        "interp": lambda m, t, v: v + torch.tensor(np.interp(t.item(), [0.0, 9.0], [0.0, 1.0]), dtype=v.dtype),
-        "a power": lambda m, t, v: v * t.item() ** 2,
-        "a formatted number": lambda m, t, v: v * float(f"{t.item():.1f}"),
-        "beside the number": lambda m, t, v: v + torch.tensor([t.item(), 2 * t.item(), 1.0]),
-        "a narrow window": lambda m, t, v: v + (1.0 if 600.01 < float(t) < 600.02 else 0.0),
-        "near a point": lambda m, t, v: v + (1.0 if abs(t.item() - 50) < 0.2 else 0.0),
-        "one point": lambda m, t, v: v + (1.0 if float(t) == 77.0 else 0.0),
-        "a schedule": lambda m, t, v: v + m.dose(float(t)),
-        "the time of day": lambda m, t, v: v * (1.0 if float(t) % 24.0 < 23.9 else 0.5),
-        "bisect": lambda m, t, v: v + TABLE[min(bisect.bisect([1.0, 2.0, 500.0], float(t)), 2)],
-        "a table by int of float": lambda m, t, v: v + STEPS[min(max(int(float(t)), 0), 29)],
-        "a table of zeros": lambda m, t, v: v + torch.zeros(30)[min(max(int(float(t)), 0), 29)],
         "other layers": lambda m, t, v: v if float(t) < 37.5 else m.other(v),
         "other layers, far out": lambda m, t, v: v if float(t) < 4000 else m.other(v),
-        "the length of a mask": lambda m, t, v: v * len(KNOTS[KNOTS < t]),
-        "kept on the module": lambda m, t, v: (setattr(m, "now", math.floor(t.item() / 1e4)), v * (m.now + 1))[1],
     },
+}
+
+# What Python makes of t, where forward runs the same operations at all times.
+IN_PYTHON = {
+    "so many": lambda m, t, v: v * sum(1.0 if t > k else 0.5 for k in range(40)),
+    "torch.equal": lambda m, t, v: v * (2.0 if torch.equal(t, torch.tensor(7.0)) else 1.0),
+    "torch.allclose": lambda m, t, v: v * (2.0 if torch.allclose(t, torch.tensor(7.0), atol=0.5) else 1.0),
+    "in a tensor": lambda m, t, v: v * (2.0 if t in KNOTS else 1.0),
+    "int": lambda m, t, v: v + STEPS[min(max(int(t), 0), 29)],
+    "item of an index": lambda m, t, v: v + TABLE[(KNOTS - t).abs().argmin().item()],
+    "a list": lambda m, t, v: v * [1.0, 2.0, 3.0][t.long().clamp(0, 2)],
+    "a count": lambda m, t, v: v * int((KNOTS <= t).sum()),
+    "numpy": lambda m, t, v: v + float(t.detach().cpu().numpy() > 9),
+    "asarray": lambda m, t, v: v + float(np.asarray(t) > 7),
+    "a function of numpy": lambda m, t, v: v * np.sin(t),
+    "tolist": lambda m, t, v: v + float(t.reshape(1).tolist()[0] > 7),
+    "from_numpy": lambda m, t, v: v + torch.from_numpy(np.interp(t.numpy(), [0, 9], [0, 1]).reshape(1)).to(v),
+    "data_ptr": lambda m, t, v: v * (t.data_ptr() % 2 + 1),
+    "min": lambda m, t, v: v * min(float(t), 3.0),
+    "min far out": lambda m, t, v: v * min(max(float(t), -1e5), 1e5),
+    "math": lambda m, t, v: v * math.sin(float(t)),
+    "math of a tensor": lambda m, t, v: v * math.exp(-(t * 0.01) ** 2),
+    "too small to be seen in values": lambda m, t, v: v + 1e-9 * math.floor(t.item()),
+    "numpy of a number": lambda m, t, v: v * float(np.sin(float(t))),
+    "interp": lambda m, t, v: v + torch.tensor(np.interp(t.item(), [0.0, 9.0], [0.0, 1.0]), dtype=v.dtype),
+    "a power": lambda m, t, v: v * t.item() ** 2,
+    "a formatted number": lambda m, t, v: v * float(f"{t.item():.1f}"),
+    "beside the number": lambda m, t, v: v + torch.tensor([t.item(), 2 * t.item(), 1.0]),
+    "a narrow window": lambda m, t, v: v + (1.0 if 600.01 < float(t) < 600.02 else 0.0),
+    "near a point": lambda m, t, v: v + (1.0 if abs(t.item() - 50) < 0.2 else 0.0),
+    "one point": lambda m, t, v: v + (1.0 if float(t) == 77.0 else 0.0),
+    "a schedule": lambda m, t, v: v + m.dose(float(t)),
+    "the time of day": lambda m, t, v: v * (1.0 if float(t) % 24.0 < 23.9 else 0.5),
+    "bisect": lambda m, t, v: v + TABLE[min(bisect.bisect([1.0, 2.0, 500.0], float(t)), 2)],
+    "a table by int of float": lambda m, t, v: v + STEPS[min(max(int(float(t)), 0), 29)],
+    "a table of zeros": lambda m, t, v: v + torch.zeros(30)[min(max(int(float(t)), 0), 29)],
+    "the length of a mask": lambda m, t, v: v * len(KNOTS[KNOTS < t]),
+    "kept on the module": lambda m, t, v: (setattr(m, "now", math.floor(t.item() / 1e4)), v * (m.now + 1))[1],
 }
 
 
@@ -182,6 +184,21 @@ def test_what_python_makes_of_time_is_refused(words: str, name: str) -> None:
     with pytest.raises(sfk.UnsupportedFieldError, match=words) as error:
         sfk.compile(Timed(REFUSED[words][name]))
     assert "torch.searchsorted" in str(error.value) and "sfk.odeint" in str(error.value)
+
+
+FAR = (-883.9, -30.2, 7.0, 9.0, 23.95, 37.5, 47.95, 50.1, 77.0, 100.14, 600.015, 4000.0, 12345.0, 2e5)
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__")
+@pytest.mark.parametrize("name", IN_PYTHON)
+def test_what_python_makes_of_time_is_made_at_every_time(name: str) -> None:
+    module, y = Timed(IN_PYTHON[name]), torch.randn(4, 3)
+    field = sfk.compile(module)
+    assert field.engine_name == "cpu"
+    for value in (*TIMES, *FAR):
+        t = torch.tensor(value)
+        with torch.no_grad():
+            torch.testing.assert_close(field(t, y), module(t, y), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -200,8 +217,10 @@ def test_torchscript_hides_nothing() -> None:
 
     with pytest.raises(sfk.UnsupportedFieldError, match="truth value"):
         sfk.compile(torch.jit.script(Branch()))
-    with pytest.raises(sfk.UnsupportedFieldError, match="computed from t in Python"):
-        sfk.compile(torch.jit.script(Number()))
+    number, y = torch.jit.script(Number()), torch.randn(4, 3)
+    field = sfk.compile(number)
+    for value in (0.3, 1.0, 7.9):
+        torch.testing.assert_close(field(value, y), number(torch.tensor(value), y))
 
 
 def test_a_field_that_is_defined_for_some_times_only() -> None:

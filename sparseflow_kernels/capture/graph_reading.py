@@ -13,10 +13,11 @@ from ..origin import Key, Origin
 from .elements import WHOLE
 from .graph_probe import GraphProbe, probes
 from .graph_tracer import MOST_CONTEXT, GraphTracer
-from .probe import Probe, check_settled, dtype_and_device
+from .probe import Probe, check_settled, dtype_and_device, plain_operations
 from .untouched import untouched
+from .python_times import PythonTimes
 from .reads import compare_runs
-from .refusal import REMEDY, NeedsContext, NotFinite
+from .refusal import REMEDY, NeedsContext, NotFinite, PythonValue
 from .verify import verify_graph
 
 WRONG_WAY = (WHOLE, "one by one")  # in errors: samples meet each other, or rows do
@@ -40,8 +41,12 @@ def read_graph(
         ways = list(probes(module, found, like, dtype, device))
     errors: list[UnsupportedFieldError] = []
     for probe in ways:
+        one = like if probe.plain is not None and isinstance(like, Tensor) else None
         try:
-            return _read(module, probe, like if probe.plain is not None and isinstance(like, Tensor) else None)
+            try:
+                return _read(module, probe, one)
+            except PythonValue as error:
+                return _read_with_slots(module, probe, one, error)
         except UnsupportedFieldError as error:
             if probe.only and probe.only not in str(error):
                 error = UnsupportedFieldError(f"{error} ({probe.only})")
@@ -55,11 +60,21 @@ def read_graph(
     raise next((error for error in errors if not any(words in str(error) for words in WRONG_WAY)), errors[0])
 
 
-def _read(module: nn.Module, probe: GraphProbe, like: Tensor | None) -> Result:
+def _read_with_slots(module: nn.Module, probe: GraphProbe, like: Tensor | None, error: PythonValue) -> Result:
+    """With functions of time for what Python makes of t. Raises the error where that cannot be."""
+    try:
+        with untouched(module), torch.no_grad(), plain_operations():
+            times = PythonTimes(module, probe)
+        return _read(module, probe, like, times)
+    except UnsupportedFieldError:
+        raise error from error.__cause__
+
+
+def _read(module: nn.Module, probe: GraphProbe, like: Tensor | None, times: PythonTimes | None = None) -> Result:
     tracer = None
     try:
-        tracer, output, notes = _trace(module, probe)
-        if tracer.read_by_python:
+        tracer, output, notes = _trace(module, probe, times)
+        if tracer.read_by_python and times is None:
             with untouched(module), torch.no_grad():
                 compare_runs(module, probe)
         with untouched(module), torch.no_grad():
@@ -72,14 +87,16 @@ def _read(module: nn.Module, probe: GraphProbe, like: Tensor | None) -> Result:
     return field, dict(tracer.table.origins)
 
 
-def _trace(module: nn.Module, probe: GraphProbe) -> tuple[GraphTracer, Any, list[str]]:
+def _trace(
+    module: nn.Module, probe: GraphProbe, times: PythonTimes | None
+) -> tuple[GraphTracer, Any, list[str]]:  # fmt: skip
     """Runs the module and reads the run. Where tensors of the module turn out to be its context the module is read again,
     until the number of the context's rows, which every reading needs to begin with, is that of the reading before."""
     rows, names = MOST_CONTEXT if probe.only else None, None
-    flagged = True
+    flagged = times is None
     for _ in range(MOST_READINGS):
         with untouched(module), torch.no_grad():
-            tracer = GraphTracer(module, probe, rows, names)
+            tracer = GraphTracer(module, probe, rows, names, times)
             try:
                 output, notes = tracer.read(flagged)
             except NeedsContext:

@@ -23,6 +23,7 @@ from .graph_operations import apply_to_elements
 from .graph_rules import WHOLE
 from .operations import aten, base_name, call
 from .provenance import ParameterNumbers
+from .python_times import Slot
 from .refusal import REMEDY, refuse
 from .replay import Attribute, Leaf, Node, TimeFormula
 from .trees import tree_leaves, tree_map
@@ -158,12 +159,19 @@ class TimeReader:
             self._known[key] = (a, Read(constant.value, constant))
         return self._known[key][1]
 
-    def _of_samples(self, constant: Constant) -> StateValue:
-        """The elements of a tensor of the module that has a row for every sample, along its first axis."""
+    def _of_samples(self, constant: Constant, axis: int = 0) -> StateValue:
+        """The elements of a tensor of the module, or of what is computed of it, that has a row for every sample along an
+        axis."""
         entries = torch.arange(constant.value.numel()).view(constant.shape)
-        lead = [len(entries)] + [1] * (entries.dim() - 1)
-        samples = torch.arange(len(entries)).view(lead).expand(constant.shape)
+        lead = [-1 if i == axis else 1 for i in range(entries.dim())]
+        samples = torch.arange(constant.shape[axis]).view(lead).expand(constant.shape)
         return StateValue(self._e.context_ids(self._e.typed(constant), entries, samples))
+
+    def _spread(self, a: Any) -> Any:
+        """An argument beside others that are the same for all samples, and do not tell whose its numbers are."""
+        if isinstance(a, Constant) and a.value.is_floating_point() and self._e.size in a.shape and a.from_attributes:
+            return self._of_samples(a, list(a.shape).index(self._e.size))
+        return a
 
     def _abstract(self, node: Node, args: tuple, kwargs: dict, out: Tensor) -> Any:
         leaves = tree_leaves((args, kwargs))
@@ -172,6 +180,8 @@ class TimeReader:
                 return algebra.evaluate(node.operation, args, kwargs, out)
             constants = [a for a in leaves if isinstance(a, Constant)]
             return Constant(out) if all(c.source is None for c in constants) else Unread(node)
+        if isinstance(node.operation, Slot):
+            return StateValue(self._function(node, out)) if out.dtype == self._e.table.dtype else Unread(node)
         if not isinstance(node.operation, torch._ops.OpOverload):  # .item(), where func takes a number
             one = next(a for a in leaves if isinstance(a, (StateValue, Unread)))
             return StateValue(one.ids.reshape(())) if isinstance(one, StateValue) else Unread(node)
@@ -180,6 +190,7 @@ class TimeReader:
         if not any(isinstance(a, Unread) for a in leaves):
             with contextlib.suppress(UnsupportedFieldError):
                 self._e.copies_whole = self._is_whole(node)
+                args, kwargs = tree_map(self._spread, args), tree_map(self._spread, kwargs)
                 made = apply_to_elements(self._e, node.operation, args, kwargs, out)
                 if isinstance(made, StateValue) and made.ids.shape == out.shape:
                     return made

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..field import Graph, GraphField, Node, UnsupportedFieldError
 from ..trained import Held
@@ -24,6 +23,8 @@ from .graph_time import TimeReader
 from .memory import found_in, geometry, overlap, replaced, taken
 from .operations import FACTORIES, base_name
 from .untouched import untouched
+from .probe import plain_operations
+from .python_times import PythonTimes, SlotReader
 from .reads import Reads, checks
 from .refusal import REMEDY, refuse
 from .samples import STRIDE
@@ -39,15 +40,18 @@ class GraphTracer(Following):
 
     context: None: constants that differ from sample to sample raise NeedsContext; else they become the context, and this
     is its number of rows, or more than that.  names: of the module's tensors that may be the context; None: all of those
-    with a row for every sample.
+    with a row for every sample.  times: what Python makes of t, where forward reads it.
     """
 
     attends = True
 
     def __init__(
-        self, module: nn.Module, probe: GraphProbe, context: int | None = None, names: set[str] | None = None
-    ) -> None:
+        self, module: nn.Module, probe: GraphProbe, context: int | None = None, names: set[str] | None = None,
+        times: PythonTimes | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(module, probe.dtype)
+        if times is not None:
+            self.slots = SlotReader(times, probe.dtype, probe.device)
         self.probe, self.graph = probe, Graph()
         self._input, self._time, _ = GraphField.inputs(self.graph, probe.layout.dim)
         held = Held.by_module(module, self.seen.moving, self.seen.zeros)
@@ -71,29 +75,30 @@ class GraphTracer(Following):
         self.bind_time(t)
         reader = TimeReader(self.elements, self._time, t.detach().reshape(()), self.parameters, self._attribute)
         self.elements.time_ids = reader.ids
-        self.branches = Branches(reader.ids)
+        ways = Branches(reader.ids)
+        self.branches = ways if self.slots is None else None  # slots are what they are on all ways
         error = None
-        while self.branches.begin():
+        while ways.begin():
             state = self.probe.state(rows)
             parts = list(state) if isinstance(state, tuple) else [state]
             self._keep += [state, parts]
             for part, ids in zip(parts, self.probe.parts_of(lines)):
                 self.bind(part.requires_grad_(flagged), StateValue(ids))
-            again = untouched(self.module) if len(self.branches.ways) > 1 else contextlib.nullcontext()
+            again = untouched(self.module) if len(ways.ways) > 1 else contextlib.nullcontext()
             try:
-                with again, torch.set_grad_enabled(flagged), Reads(self), self, self.stack.following(), _plain_operations():
+                with again, torch.set_grad_enabled(flagged), Reads(self), self, self.stack.following(), plain_operations():
                     out = self.probe.call(self.module, t, state)
             except (AssertionError, ValueError) as raised:  # on this way
-                if isinstance(raised, UnsupportedFieldError) or not self.branches.now.asked:
+                if isinstance(raised, UnsupportedFieldError) or not ways.now.asked:
                     raise
                 error = raised
                 continue
             with self.stack.naming(), torch.no_grad():
-                self.branches.now.rows = self._result(out, lines)
-        if error is not None and all(way.rows is None for way in self.branches.ways):
+                ways.now.rows = self._result(out, lines)
+        if error is not None and all(way.rows is None for way in ways.ways):
             raise error
         with self.stack.naming(), torch.no_grad():
-            return self.table.node_of(self.branches.chosen(self.elements)), [
+            return self.table.node_of(ways.chosen(self.elements)), [
                 f"capture: {formula.names or 'a function of t'} is kept as a general function of t"
                 for formula in reader.functions
             ]
@@ -234,17 +239,3 @@ class GraphTracer(Following):
         if isinstance(value, (StateValue, Opaque)) and checks(base_name(func), args):
             value = replace(value, checks=True)
         return value
-
-
-@contextlib.contextmanager
-def _plain_operations() -> Iterator[None]:
-    """While this lasts, torch runs attention and recurrent layers by the single operations that they consist of."""
-    quick, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags warns about other settings that it touches
-    try:
-        with sdpa_kernel([SDPBackend.MATH]):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(quick)
-        torch._C._set_mkldnn_enabled(onednn)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils._pytree import tree_map
@@ -21,7 +23,8 @@ TIME = 0.6180339887498949  # one that no number in a user's code is likely to eq
 
 
 class Points:
-    """The points that a module is called at: of `batch` samples of `dim` numbers, t of the shape `t_shape`."""
+    """The points that a module is called at: of `batch` samples of `dim` numbers, t of the shape `t_shape`. `state` makes
+    a state of rows, and `call` is module(t, state)."""
 
     def time(self, t: float) -> Tensor:
         return torch.full(self.t_shape, t, dtype=self.dtype, device=self.device)
@@ -48,6 +51,13 @@ class Probe(Points):
     between: tuple[int, ...] = ()  # forward takes y [batch, *between, dim]; all of them 1
     only: str = ""  # why forward runs for this batch alone
     grad: bool = False  # forward differentiates, and relies on its caller for a state that requires a gradient
+
+    def state(self, rows: Tensor) -> Any:
+        """rows [batch, dim] as forward gets them."""
+        return rows
+
+    def call(self, module: nn.Module, t: Tensor, state: Any) -> Any:
+        return self.run(module, t, state)
 
     def run(self, module: nn.Module, t: Tensor, y: Tensor) -> Tensor:
         """module(t, y) for y [batch, dim]."""
@@ -176,3 +186,17 @@ def dtype_and_device(module: nn.Module, example: Tensor | None) -> tuple[torch.d
 def real_dtype(x: Tensor) -> torch.dtype:
     """Its dtype; of a complex tensor that of its parts."""
     return x.dtype.to_real() if x.is_complex() else x.dtype
+
+
+@contextlib.contextmanager
+def plain_operations() -> Iterator[None]:
+    """While this lasts, torch runs attention and recurrent layers by the single operations that they consist of."""
+    quick, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags warns about other settings that it touches
+    try:
+        with sdpa_kernel([SDPBackend.MATH]):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(quick)
+        torch._C._set_mkldnn_enabled(onednn)

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import types
-from typing import Any, Iterator
+from typing import Any, Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from ..field import UnsupportedFieldError
 from . import seen
 from .branches import QUESTION
 from .operations import written
-from .probe import Probe
+from .probe import Points
 from .refusal import refuse, refuse_python_value
 from .trees import tree_leaves
 from .values import Opaque, Overwritten, StateValue, TimeValue
@@ -125,7 +125,7 @@ class Reads(TorchFunctionMode):
                 refuse(f"reading the state outside torch (.{name}())")
             elif isinstance(value, (StateValue, Overwritten)):
                 refuse("reading a number out of the state (an if on its values)")
-            elif not isinstance(value, TimeValue):
+            elif not isinstance(value, TimeValue) or self.tracer.slots is not None:
                 return
             elif name in ARRAYS:
                 refuse_python_value(f"t, or something computed from it, is taken out of its tensor by .{name}()")
@@ -146,7 +146,7 @@ class Reads(TorchFunctionMode):
             if isinstance(value, StateValue):
                 refuse("copying numbers of the state (torch.tensor([...]); torch.stack keeps them)")
             if isinstance(value, TimeValue):
-                if not leaf.is_floating_point() or leaf.numel() != 1:
+                if self.tracer.slots is None and (not leaf.is_floating_point() or leaf.numel() != 1):
                     refuse_python_value("whole numbers made of t are copied by torch.tensor([...])")
                 self.tracer.follow(leaf.item(), value)
 
@@ -212,17 +212,21 @@ def checks(base: str, args: Any) -> bool:
 # -------------------------------------------------------------------------------------------- numbers made of float(t)
 
 
-class _Run(TorchDispatchMode):
-    """What reaches the operations of one run besides tensors of the run itself: numbers, and tensors from elsewhere."""
+class Run(TorchDispatchMode):
+    """What reaches the operations of one run besides tensors of the run itself: numbers, and tensors from elsewhere.
+
+    entries: (operation, its leaves).  wanted: the operations whose leaves are taken down, by number; None: all.
+    """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # as in `Following`
 
-    def __init__(self, t: Tensor, y: Tensor) -> None:
+    def __init__(self, t: Tensor, state: list[Tensor], wanted: Collection[int] | None = None) -> None:
         super().__init__()
         self.entries: list[tuple[Any, list]] = []
-        self.known = {id(t): t, id(y): y}
+        self._wanted = wanted
+        self.known = {id(x): x for x in (t, *state)}
         self.timed = {id(t)}  # what depends on t
         self.read: list[float] = [t.item()]
 
@@ -236,7 +240,8 @@ class _Run(TorchDispatchMode):
                 self.read.append(out)
             self.entries.append((func, [None]))
             return out
-        self.entries.append((func, [(a, a.clone()) if isinstance(a, Tensor) else a for a in leaves]))
+        taken = self._wanted is None or len(self.entries) in self._wanted
+        self.entries.append((func, [(a, a.clone()) if isinstance(a, Tensor) else a for a in leaves] if taken else []))
         out = func(*args, **kwargs)
         made = {id(x): x for x in tree_leaves(out) if isinstance(x, Tensor)}
         if not written(func):
@@ -249,7 +254,7 @@ class _Run(TorchDispatchMode):
 class _Calls(TorchFunctionMode):
     """Numbers that torch.tensor([...]) reads out of tensors; indices as `Reads` makes them."""
 
-    def __init__(self, run: _Run) -> None:
+    def __init__(self, run: Run) -> None:
         super().__init__()
         self.run = run
 
@@ -270,15 +275,26 @@ class _Calls(TorchFunctionMode):
         return _is_whole_number(part) and id(part) in self.run.timed
 
 
-def compare_runs(module: nn.Module, probe: Probe) -> None:
+def compare_runs(module: nn.Module, probe: Points) -> None:
     """Raises UnsupportedFieldError if a number that depends on t reaches an operation and is not one that was read out
     of a tensor and left as it was."""
+    for func, _, _ in unfollowed(module, probe):
+        name = func._schema.name.split("::")[-1]
+        refuse_python_value(
+            f"module {type(module).__name__}: a number computed from t in Python (min, max, round, the "
+            f"math module, numpy, a lookup or a branch by float(t)) goes into the operation {name}"
+        )
+
+
+def unfollowed(module: nn.Module, probe: Points) -> Iterator[tuple[Any, tuple[int, int], Any]]:
+    """(operation, its number and that of a leaf, the leaf) of what stands there at some time and not at others, though it
+    was not read out of a tensor and left as it was. Raises UnsupportedFieldError where forward runs other operations."""
     start = probe.point()[0].item()
-    _run(module, probe, start)  # what the first call keeps for later ones is there from now on
-    base = _run(module, probe, start)
+    run_at(module, probe, start)  # what the first call keeps for later ones is there from now on
+    base = run_at(module, probe, start)
     for time in _times(module):
         try:
-            run = _run(module, probe, time)
+            run = run_at(module, probe, time)
         except UnsupportedFieldError:
             raise
         except Exception:  # forward is not defined there
@@ -291,21 +307,18 @@ def compare_runs(module: nn.Module, probe: Probe) -> None:
                 f"module {type(module).__name__}: forward branches on values of t that Python read (it computes "
                 f"something else at t = {time:g} than at t = {base.read[0]:.3g})"
             )
-        for (func, before), (_, after) in zip(base.entries, run.entries):
-            for one, other in zip(before, after):
+        for number, ((func, before), (_, after)) in enumerate(zip(base.entries, run.entries)):
+            for leaf, (one, other) in enumerate(zip(before, after)):
                 if not _follows(one, other, base.read, run.read):
-                    name = func._schema.name.split("::")[-1]
-                    refuse_python_value(
-                        f"module {type(module).__name__}: a number computed from t in Python (min, max, round, the "
-                        f"math module, numpy, a lookup or a branch by float(t)) goes into the operation {name}"
-                    )
+                    yield func, (number, leaf), one[0] if isinstance(one, tuple) else one
 
 
-def _run(module: nn.Module, probe: Probe, time: float) -> _Run:
-    t, y = probe.point(time)
-    run = _Run(t, y)
+def run_at(module: nn.Module, probe: Points, time: float, wanted: Collection[int] | None = None) -> Run:
+    t, rows = probe.point(time)
+    state = probe.state(rows)
+    run = Run(t, list(state) if isinstance(state, tuple) else [state], wanted)
     with run, _Calls(run):
-        probe.run(module, t, y)
+        probe.call(module, t, state)
     return run
 
 

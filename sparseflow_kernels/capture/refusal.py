@@ -31,6 +31,10 @@ class NeedsContext(Exception):
     """A constant that differs from sample to sample: read again, with the module's tensors as context."""
 
 
+class PythonValue(UnsupportedFieldError):
+    """Python makes something of the value that t has in one call (`python_times`)."""
+
+
 def refuse(what: str, remedy: str = REMEDY, cause: Exception | None = None) -> NoReturn:
     """Raises UnsupportedFieldError; the tracer puts the module path in front of it."""
     raise UnsupportedFieldError(f"{what} cannot be expressed as a layer of a vector field. {remedy}.") from cause
@@ -38,7 +42,7 @@ def refuse(what: str, remedy: str = REMEDY, cause: Exception | None = None) -> N
 
 def refuse_python_value(what: str) -> NoReturn:
     """The same for what Python makes of the value that t or y has in one call."""
-    raise UnsupportedFieldError(
+    raise PythonValue(
         f"{what}: Python sees the value of one call alone, so the field would be wrong at every other. {TENSORS}. Or "
         f"{REMEDY[0].lower()}{REMEDY[1:]}."
     )

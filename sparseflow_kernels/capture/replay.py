@@ -66,6 +66,23 @@ def with_tensors(node: Node | Leaf, tensor: Callable[[Attribute], Tensor]) -> An
     return value(node)
 
 
+def frozen(node: Node) -> Node:
+    """The graph with copies of its tensors, which somebody may write to."""
+    done: dict[int, Any] = {}
+
+    def value(a: Any) -> Any:
+        if not isinstance(a, (Node, Tensor)):
+            return a
+        if id(a) not in done:
+            if isinstance(a, Tensor):
+                done[id(a)] = a.clone()
+            else:
+                done[id(a)] = Node(a.operation, tree_map(value, a.args), tree_map(value, a.kwargs))
+        return done[id(a)]
+
+    return value(node)
+
+
 _SIZED = ("expand", "view", "reshape", "_unsafe_view", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "empty")
 
 
@@ -223,7 +240,7 @@ class TimeFormula(nn.Module):
     def __init__(self, node: Node, dtype: torch.dtype, value: Callable[[str], Tensor]) -> None:
         """value: what a parameter that the graph reads, by name, holds now."""
         super().__init__()
-        self._replay = Replay(node, dtype)
+        self._replay = Replay(frozen(node), dtype)
         self.names = tuple(sorted(self._replay.leaves()))
         for number, name in enumerate(self.names):
             self.register_parameter(str(number), nn.Parameter(value(name).detach().clone()))

@@ -4,6 +4,7 @@ each tensor."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import Any, Iterator
 
 import torch
@@ -22,7 +23,8 @@ from .operations import ADDITIVE, BILINEAR, FACTORIES, FULL, aten, base_name, is
 from .probe import Probe
 from .provenance import ParameterNumbers
 from .reads import Reads, is_finiteness
-from .refusal import REMEDY, refuse, refuse_python_value
+from .python_times import SlotReader
+from .refusal import REMEDY, PythonValue, refuse, refuse_python_value
 from .replay import Node, Replay
 from .rows import Affine, Hidden, RowTable
 from .rules import Reading, apply_to_state
@@ -87,7 +89,8 @@ class ModuleStack:
                 raise
             line = line_of_forward()
             at = f" ({line})" if line is not None and line not in str(error) else ""
-            self.refusal = UnsupportedFieldError(f"{self}: {error}{at}")
+            kind = PythonValue if isinstance(error, PythonValue) else UnsupportedFieldError
+            self.refusal = kind(f"{self}: {error}{at}")
             raise self.refusal from error.__cause__
 
 
@@ -96,6 +99,7 @@ class Following(TorchDispatchMode):
 
     attends = False  # attention is followed, not refused where it is called
     branches: Branches | None = None  # on t, that are followed
+    slots: SlotReader | None = None  # what Python makes of t
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -198,7 +202,12 @@ class Following(TorchDispatchMode):
         if any(map(is_complex, leaves)):
             return self._complex(func, args, kwargs, None)
 
+        slots = {} if self.slots is None else self.slots.at(func, leaves)
+        number = itertools.count()
+
         def lift(a):
+            if (slot := slots.get(next(number))) is not None:
+                return slot
             if isinstance(a, Tensor):
                 return self.value_of(a)
             return self.numbers.get(a, a) if isinstance(a, float) else a
@@ -248,7 +257,7 @@ class Following(TorchDispatchMode):
                 self._refuse_number_of_parameter(args[0])
             if has_time and isinstance(out, float):
                 self.follow(out, args[0])
-            elif has_time and not (base == "_local_scalar_dense" and is_finiteness(args[0].node)):
+            elif has_time and self.slots is None and not (base == "_local_scalar_dense" and is_finiteness(args[0].node)):
                 what = "a truth value" if isinstance(out, bool) else "a whole number"
                 refuse_python_value(f"{what} is made of t (an if, a comparison in Python, an index of a list)")
             return out
@@ -258,6 +267,12 @@ class Following(TorchDispatchMode):
                 self.seen.take(a)
         if "out" in kwargs and (has_state or has_time):
             refuse(f"out= of {base}", "Use the result instead")
+        if base == "select" and isinstance(args[2], TimeValue):  # a slot
+            axis, place = args[1], apply(aten.reshape.default, args[2], [1])
+            behind = apply(aten.add.Tensor, place, args[0].shape[axis])  # counted from the end
+            place = apply(aten.where.self, apply(aten.lt.Scalar, place, 0), behind, place)
+            one = self._abstract(aten.index_select.default, (args[0], axis, place), {}, out.unsqueeze(axis))
+            return self._abstract(aten.squeeze.dim, (one, axis), {}, out)
         if base == "lift_fresh" and isinstance(args[0], Constant) and out.is_floating_point():
             return self._with_numbers(args[0])
         number = next((a for a in (*args[1:], *kwargs.values()) if isinstance(a, TimeValue)), None)

@@ -7,6 +7,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
+from time import perf_counter
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from .refusal import REMEDY
 TIMES = (-1.0, -0.37, 0.0, 0.45, 1.3, 2.0, 0.0013, -6.71, 11.3, 57.7, -143.0, 997.3)
 NEAR = 10.0
 SCALES = (1.0, 0.2, 3.0, 0.01, 30.0)  # sizes of y, a row each
+PATIENCE = 2.0  # seconds for one run of forward with states of other shapes
 COST = 3e7  # multiply-adds of a comparison that may be left out
 MANY_NODES = 600  # of a graph, which is compared at fewer times then
 ROUNDING = 64  # units in the last place by which t and y are moved, to see what rounding does to the module
@@ -218,11 +220,20 @@ def _axes(comparison: _Comparison) -> dict[int, str]:
         lead = lambda size, axes=axes: (2,) * (axes - 3) + (size,) * min(axes - 1, 2)
         sizes = (dim, 1) if axes == 3 else (dim,)
         leads = [(4, 3, 2)[: axes - 1], *filter(comparison.cheap, map(lead, sizes))] if axes > 1 else [()]
+        begin = perf_counter()
         results = [_rows(comparison, lead) for lead in leads]
         if axes > 1 and all(isinstance(found, Exception) for found in results):
-            # Perhaps it needs as many rows as a tensor it holds has.
-            leads = list(filter(comparison.cheap, map(lead, held)))[:24]
+            # Perhaps it needs as many rows as a tensor it holds has. A forward that makes Hessians of what it gets, and
+            # gets too much, may take all memory for that.
+            before, seconds = max(map(math.prod, leads)), perf_counter() - begin
+            every = list(filter(comparison.cheap, map(lead, held)))[:24]
+            leads = [one for one in every if seconds * max(1.0, math.prod(one) / before) ** 3 < PATIENCE]
             results = [_rows(comparison, lead) for lead in leads]
+            if leads != every:
+                refused[axes] = (
+                    f"forward of module {type(comparison.module).__name__} was not run for states with {axes} axes, which "
+                    "would take long; where it takes them, compile it with one as an example: sfk.compile(module, like=y0)"
+                )
         wrong = next((lead for lead, found in zip(leads, results) if isinstance(found, float)), None)
         if wrong is not None:
             refused[axes] = (
