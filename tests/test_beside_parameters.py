@@ -6,9 +6,11 @@ from __future__ import annotations
 import cProfile
 import sys
 import types
+import warnings
 
 import pytest
 import torch
+import sparseflow_kernels as sfk
 from sparseflow_kernels import accelerate
 from torch import nn
 from torchdiffeq import odeint
@@ -385,3 +387,43 @@ def test_what_is_never_made_is_not_waited_for_at_every_solve():
         for _ in range(3):
             odeint(module, y, times, method="rk4")
         assert context.report() == "Never: cpu engine, 4 solves" and evaluations.count == before
+
+
+LABELLED = {
+    "sum": lambda m, te, ye, x: m.net(m.lift(x) + (te + ye)),
+    "product": lambda m, te, ye, x: m.net(m.lift(x) + te * ye),
+    "joined": lambda m, te, ye, x: m.net(m.lift(x) + torch.cat((te[:, :4], ye[:, :4]), 1)),
+    "a layer behind": lambda m, te, ye, x: m.net(m.lift(x) + torch.relu(m.mix(te + ye))),
+    "one hot": lambda m, te, ye, x: m.net(m.lift(x) + (te + nn.functional.one_hot(m.labels, 5).to(x) @ m.table.weight)),
+}
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_labels_beside_a_function_of_time(name):
+    """As conditional U-Nets embed time and label before the state joins: numbers per sample, and no single large sample."""
+
+    class Labelled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.lift, self.time, self.mix = nn.Linear(2, 8), nn.Linear(1, 8), nn.Linear(8, 8)
+            self.table, self.net = nn.Embedding(5, 8), nn.Sequential(nn.SiLU(), nn.Linear(8, 2))
+            self.labels = torch.randint(0, 5, (6,))
+            self.double()
+
+        def forward(self, t, x):
+            te = torch.tanh(self.time(t.expand(len(x))[:, None]))
+            return LABELLED[name](self, te, self.table(self.labels), x)
+
+    found = []
+    for context in (None, accelerate()):
+        module, x = Labelled(), torch.randn(6, 2).double().fill_(0.3).requires_grad_()
+        with context or warnings.catch_warnings():
+            y = odeint(module, x, torch.tensor([0.0, 1.0]).double(), method="rk4", options={"step_size": 0.2})[-1]
+            gradients = torch.autograd.grad(y.sum(), [x, *module.parameters()], allow_unused=True, materialize_grads=True)
+            module.labels = torch.tensor([4, 0, 2])  # of another batch
+            more = odeint(module, x[:3].detach(), torch.tensor([0.0, 1.0]).double(), method="rk4", options={"step_size": 0.2})[-1]
+        found.append((y, gradients, more))
+    torch.testing.assert_close(*found)
+    field = sfk.compile(Labelled(), like=torch.zeros(6, 2).double())
+    assert field.layout is None and field.has_context

@@ -444,3 +444,31 @@ def test_gradients_by_hand_of_what_a_module_holds(shape):
         field = sfk.compile(module, like=y, live=True)
         grads = [torch.autograd.grad(f(0.0, y).sum(), encoder.weight, retain_graph=True)[0] for f in (field, module)]
         torch.testing.assert_close(*grads)
+
+
+def test_hessians_are_not_made_of_states_of_other_shapes():
+    """To see whether forward takes more axes it is run with some; a Hessian of (16, 16, 4) numbers took 16 GB."""
+    sizes = []
+
+    class Lagrangian(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 16), nn.Softplus(), nn.Linear(16, 1))
+
+        def lagrangian(self, q, v):
+            return self.net(torch.cat((q, v))).squeeze() + 1.5 * v.square().sum()
+
+        def acceleration(self, x):
+            sizes.append(x.numel())
+            q, v = x[:2], x[2:]
+            hessian = torch.func.hessian(self.lagrangian, 1)(q, v)
+            mixed = torch.func.jacrev(torch.func.grad(self.lagrangian, 1), 0)(q, v)
+            return torch.cat((v, torch.linalg.solve(hessian, torch.func.grad(self.lagrangian, 0)(q, v) - mixed @ v)))
+
+        def forward(self, t, x):
+            return torch.vmap(self.acceleration)(x)
+
+    module, x = Lagrangian(), torch.randn(5, 4)
+    field = sfk.compile(module, like=x)
+    torch.testing.assert_close(field(0.0, x), module(0.0, x), rtol=1e-4, atol=1e-5)
+    assert max(sizes) < 1024
