@@ -54,7 +54,7 @@ class Counters:
                 states.append(_state(module))
             self.records = next((name for name, size in _sizes(module).items() if size > sizes.get(name, size)), None)
             written = [one for one, value in _kept(module).items() if value is not kept[one]]
-        self._counted: list[tuple[nn.Module, str, float]] = []
+        self._counted: list[tuple[nn.Module | type, str, float]] = []
         for (part, key), first in before.items() if len(seen) == 2 else ():
             one, two = (values.get((part, key)) for values in seen)
             # What is added is a whole number, or it may be a sum of what forward computes.
@@ -62,7 +62,14 @@ class Counters:
                 continue
             if float(one - first).is_integer():
                 self._counted.append((part, key, one - first))
+        classes = self.of_classes()
+        if classes:  # a number that its class holds looks like the part's own
+            self._counted = [
+                (part, key, step) for part, key, step in self._counted
+                if isinstance(part, type) or not any((kind, key) in classes for kind in type(part).__mro__)
+            ]  # fmt: skip
         counted = {(part, key) for part, key, _ in self._counted}
+        counted |= {(part, f"{kind.__name__}.{key}") for part in module.modules() for kind, key in classes}
         self.records = self.records or next((name for part, name in written if (part, name) not in counted), None)
         if self.records is None and len(states) == 2:  # a sum that every call adds to, a running mean
             once, twice = states
@@ -92,7 +99,12 @@ class Counters:
 
     def replace(self, others: dict[nn.Module, nn.Module]) -> None:
         """Counts on in modules that stand where others stood."""
-        self._counted = [(others.get(part, part), key, step) for part, key, step in self._counted]
+        now: dict[Any, Any] = dict(others)
+        self._counted = [(now.get(part, part), key, step) for part, key, step in self._counted]
+
+    def of_classes(self) -> frozenset[tuple[type, str]]:
+        """(class, name) of those that classes hold: `type(self).nfe += 1`."""
+        return frozenset((part, key) for part, key, _ in self._counted if isinstance(part, type))
 
     def of(self, part: nn.Module) -> frozenset[str]:
         """The names of this part's own."""
@@ -108,6 +120,9 @@ class Counters:
 
     def _add(self, evaluations: int) -> None:
         for part, key, step in self._counted:
+            if isinstance(part, type):
+                setattr(part, key, getattr(part, key) + step * evaluations)
+                continue
             value = part._buffers.get(key, part.__dict__.get(key, getattr(type(part), key, None)))
             if isinstance(value, Tensor):
                 with torch.no_grad():
@@ -165,13 +180,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _numbers(module: nn.Module) -> dict[tuple[nn.Module, str], float]:
+def _numbers(module: nn.Module) -> dict[tuple[nn.Module | type, str], float]:
     """Numbers, and tensors of one element, that the parts of a module hold under their names, or their classes do."""
-    found = {}
+    found: dict[tuple[nn.Module | type, str], float] = {}
     for part in module.modules():
         for holder, key in reversed(plain_of(type(part))):
             if _is_number(vars(holder).get(key)):
-                found[part, key] = vars(holder)[key]
+                found[part, key] = found[holder, key] = vars(holder)[key]
         for key, value in (*part.__dict__.items(), *part._buffers.items()):
             if isinstance(value, Tensor):
                 if (

@@ -54,10 +54,11 @@ class Attributes:
             frozenset() if is_torchs(type(part)) else only_written(part).union(counters.of(part) if counters else ())
             for _, part in parts
         ]
+        counted = counters.of_classes() if counters else frozenset()
         self._classes = []  # what classes hold in the place of their modules
         for kind, methods in methods_of(type(part) for _, part in parts).items():
             others = [(name, one) for name, one in methods if name != "forward" or one is not kind]
-            if (plain := plain_of(kind)) or others:
+            if (plain := [one for one in plain_of(kind) if one not in counted]) or others:
                 self._classes.append((kind.__qualname__, others, plain))
         self.look_at(parts)
         # An `eps`, a `negative_slope`.

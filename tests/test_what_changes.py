@@ -302,3 +302,24 @@ def test_a_grid_whose_last_point_but_one_rounds_to_the_end(ends, size, method, d
             y = torchdiffeq.odeint(module, Y, torch.tensor(ends, dtype=dtype), method=method, options={"step_size": size})
         found.append((y, module.nfe))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("where", ["part", "class"])
+def test_counters_that_begin_on_the_class(where):
+    class Counting(Net):
+        nfe = 0
+
+        def forward(self, t, y):
+            owner = type(self) if where == "class" else self
+            owner.nfe += 1
+            return super().forward(t, y)
+
+    found = []
+    for context in (None, sfk.accelerate()):
+        Counting.nfe, module = 0, Counting()
+        with context or warnings.catch_warnings(), torch.no_grad():
+            for _ in range(2):
+                torchdiffeq.odeint(module, Y, T, method="rk4", options={"step_size": 0.1})
+        found.append((module.nfe, Counting.nfe, module.__dict__.get("nfe")))
+    assert found[0] == found[1] and found[0][0] == 80
+    assert context.report() == "Counting: cpu engine, 2 solves"
