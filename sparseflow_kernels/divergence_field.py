@@ -168,7 +168,13 @@ class DivergenceField(nn.Module):
         field = self.field
         rows = field.flatten("x", x)
         if l.numel() != len(rows):
-            raise ValueError(f"l: must have a number for each of {len(rows)} samples, not be of shape {list(l.shape)}")
+            one = "" if field.layout.batched else (
+                "; this field takes its whole state for one sample, as forward joins what may be samples (a mean over "
+                "them, a concatenation along their axis): there is one divergence of all of it"
+            )  # fmt: skip
+            raise ValueError(
+                f"l: must have a number for each of {len(rows)} samples, not be of shape {list(l.shape)}{one}"
+            )
         noise = self._probe(x)
         noise = None if noise is None else field.layout.flatten(noise).contiguous()
         dx, trace = field._run(self.kind, field._check_time(t), rows, noise)

@@ -309,3 +309,29 @@ def test_waves_of_large_numbers(dtype: torch.dtype, limit: float) -> None:
     y = (torch.rand(500, 2, generator=torch.Generator().manual_seed(0)).double() * 1e5).to(dtype)
     found = sfk.compile(Module(), dim=2).to(dtype)(0.0, y)
     assert float((found.double() - (y.double().cos() + y.double().sin())).abs().max()) < limit
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_attention_under_a_mask(weights):
+    """Minus infinity above the diagonal, added to the scores of several heads."""
+
+    class Causal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.register_buffer("mask", torch.full((5, 5), -torch.inf).triu(1))
+            self.double()
+
+        def forward(self, t, x):
+            return self.attention(x, x, x, attn_mask=self.mask, need_weights=weights)[0]
+
+    module, x = Causal(), torch.randn(6, 5, 4).double()
+    field = sfk.compile(module, like=x, live=True)
+    assert field.layout.batched and field.engine_name == "cpu"
+    found = []
+    for func in (module, field):
+        y = x.clone().requires_grad_()
+        out = func(torch.tensor(0.0).double(), y)
+        found.append((out, torch.autograd.grad(out.square().sum(), [y, *module.parameters()])))
+    torch.testing.assert_close(*found)

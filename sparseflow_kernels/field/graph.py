@@ -412,6 +412,8 @@ def evaluate(
                 x = wide(operands[0], node.operands[0].rows)
                 if isinstance(node.matrix, Convolution) or _is_large(node.matrix.pattern):
                     value = node.matrix.product(x, node.matrix.values(part, like), node.transposed)
+                elif node.matrix.picks and not node.transposed:
+                    value = x[:, node.matrix.pattern.col.to(x.device)]
                 else:
                     value = x @ (weight(node.matrix) if node.transposed else weight(node.matrix).T)
             case "rows":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Callable, Iterable, Sequence
 
 import torch
@@ -58,6 +59,12 @@ class Matrix:
     def constant(self) -> bool:
         """Its values are ones, which nothing trains."""
         return self.part is None and self.made is None
+
+    @cached_property
+    def picks(self) -> bool:
+        """Every row is one of x's: x[col]. As a product with a dense matrix, an infinite row would spoil all others."""
+        pattern = self.pattern
+        return self.constant and torch.equal(pattern.row_ptr.cpu(), torch.arange(pattern.shape[0] + 1))
 
     def values(self, part: Callable[[int], Tensor], like: Tensor) -> Tensor:
         """Its values [nnz]. part: gives the values of a part of the field.  like: of the dtype and device of ones."""
