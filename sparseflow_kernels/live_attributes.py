@@ -34,7 +34,9 @@ DEEPEST = 8  # containers in containers
 _WHOLE_VALUES = 2  # marshal's version that writes no references, which depend on who else holds a value
 _OF_C = (ctypes._SimpleCData, ctypes.Array, ctypes.Structure)
 _SETTINGS = (bool, int, float, str, tuple, type(None))
-_PLAIN = (bool, int, float, complex, str, bytes, range, slice, Fraction, Decimal, torch.dtype, torch.device)
+_PLAIN = (
+    bool, int, float, complex, str, bytes, range, slice, Fraction, Decimal, torch.dtype, torch.device, types.CodeType,
+)  # fmt: skip
 _COMMON = (list, tuple, dict, types.FunctionType, types.MethodType)
 LONGEST = 1024  # items of one: longer ones are records of what happened
 
@@ -183,8 +185,10 @@ class Attributes:
             stamps += (name, bytes(value))
         elif isinstance(value, contextvars.ContextVar):
             self._stamp(name, value.get(None), depth, stamps, tensors)
-        elif isinstance(value, weakref.ref):
-            self._stamp(name, value(), depth, stamps, tensors)
+        elif isinstance(value, weakref.ref):  # of somebody who watches the module, too: what the code names of it
+            for key, item in inside(value()):
+                if key in self._read:
+                    self._stamp(f"{name}/{key}", item, depth - 1, stamps, tensors)
         elif isinstance(value, numpy.ndarray) and value.dtype.kind in "biufc" and value.flags.writeable:
             stamps += (name, value.shape, value.dtype)
             tensors.append(torch.from_numpy(numpy.ascontiguousarray(value).view(numpy.uint8).reshape(-1)))

@@ -323,3 +323,48 @@ def test_counters_that_begin_on_the_class(where):
         found.append((module.nfe, Counting.nfe, module.__dict__.get("nfe")))
     assert found[0] == found[1] and found[0][0] == 80
     assert context.report() == "Counting: cpu engine, 2 solves"
+
+
+def timed(function):
+    @functools.wraps(function)
+    def wrapper(*arguments):
+        wrapper.calls += 1
+        return function(*arguments)
+
+    wrapper.calls = 0
+    return wrapper
+
+
+def logged(y):
+    mycfg.calls["logged"] = mycfg.calls.get("logged", 0) + 1
+    return y
+
+
+class Trainer:
+    def __init__(self, module):
+        self.parts, self.step, self.rate = [module], 0, 0.5
+
+
+HARMLESS = {
+    "a timed helper": lambda self, t, y: timed_helper(self.a(y)),
+    "a timed forward": timed(lambda self, t, y: torch.tanh(self.a(y))),
+    "a helper that counts": lambda self, t, y: mycfg.logged(self.a(y)),
+    "a trainer": lambda self, t, y: self.a(y) * self.trainer().rate,
+}
+timed_helper = timed(torch.tanh)
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_only_counts_compiles_nothing_anew(name):
+    """Others call the same helpers meanwhile, and a trainer counts its steps."""
+    mycfg.calls, mycfg.logged = {}, logged
+    module = type("Reads", (Net,), {"forward": HARMLESS[name]})()
+    trainer = Trainer(module)
+    module.trainer = weakref.ref(trainer)
+    with sfk.accelerate() as running, torch.no_grad():
+        for _ in range(10):
+            found = torchdiffeq.odeint(module, Y, T)
+            module(T[0], Y)
+            trainer.step += 1
+    assert running.report() == "Reads: cpu engine, 10 solves"
+    torch.testing.assert_close(found, torchdiffeq.odeint(module, Y, T), rtol=1e-4, atol=1e-4)

@@ -63,7 +63,9 @@ def items_of(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((name, cell.cell_contents) for name, cell in cells if cell != types.CellType())
         yield from ((f"default{i}", item) for i, item in enumerate(value.__defaults__ or ()))
         yield from (value.__kwdefaults__ or {}).items()
-        yield from ((name, item) for name, item in value.__dict__.items() if name != "__wrapped__")
+        if value.__dict__:  # but for what its own code writes: calls that it counts, times that it takes
+            own = _stored(value.__code__)
+            yield from ((name, item) for name, item in value.__dict__.items() if name != "__wrapped__" and name not in own)
         names, members, imported = _globals_of(value.__code__)
         read = ((name, value.__globals__.get(name)) for name in names)
         yield from ((name, item) for name, item in read if not isinstance(item, (types.NoneType, types.ModuleType)))
@@ -72,8 +74,11 @@ def items_of(value: Any) -> Iterator[tuple[str, Any]]:
         for name, holder, member in held:
             if isinstance(holder, (types.ModuleType, type)) and not _is_librarys(holder):
                 item = inspect.getattr_static(holder, member, None)
-                own = not callable(item) or (isinstance(holder, types.ModuleType) and not _is_installed(holder.__name__))
-                if own and not (item is None or isinstance(item, (types.ModuleType, property, nn.Module))):
+                if callable(item):  # which one it is, and not what is in it
+                    if not isinstance(holder, types.ModuleType) or _is_installed(holder.__name__):
+                        continue
+                    item = getattr(item, "__code__", item if isinstance(item, types.BuiltinFunctionType) else None)
+                if not (item is None or isinstance(item, (types.ModuleType, property, nn.Module))):
                     yield f"{name}.{member}", item
     elif isinstance(value, functools.partial):
         yield from (("func", value.func), ("args", value.args), ("keywords", value.keywords))
@@ -92,6 +97,11 @@ def inside(value: Any) -> Iterator[tuple[str, Any]]:
             for name in (slots,) if isinstance(slots, str) else slots:
                 if name != "__dict__" and not name.startswith("__") and hasattr(value, name):
                     yield name, getattr(value, name)
+
+
+@functools.lru_cache(maxsize=1024)
+def _stored(code: types.CodeType) -> frozenset[str]:
+    return frozenset(one.argval for one in dis.get_instructions(code) if one.opname == "STORE_ATTR")
 
 
 @functools.lru_cache(maxsize=1024)
