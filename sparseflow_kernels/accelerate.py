@@ -39,7 +39,7 @@ MOST_TOLD = 64  # entries of a report; beyond, those that were met first are lef
 MOST_FUNCTIONS = 64  # of those that read a module, or none
 MOST_ALONE = 3  # the same, after which one stands for all wrappers of a class round the same modules
 MOST_COMPILED = 8  # times that a module is compiled for one solve each, after which it is handed on
-MOST_SHORT = 16  # solves of a step or two that an engine makes of a module; then they are told from a single one
+MOST_SHORT = 16  # solves of a step or two that an engine makes for a module; further ones are left to torchdiffeq
 CALLS = {"odeint": odeint, "odeint_adjoint": odeint_adjoint}
 
 
@@ -65,11 +65,11 @@ _TRAMPOLINES = {"odeint": _trampoline_odeint, "odeint_adjoint": _trampoline_odei
 
 @dataclass(eq=False)
 class Line:
-    """Of a report: what became of one entry. number: its own.  module: of which it is an entry; entries of one module
-    may share it.  solves: here."""
+    """Of a report: what became of one entry. number: its own.  module: of which it is an entry, as that refers to it.
+    solves: here."""
 
     number: int
-    module: int
+    module: weakref.ref  # kept, so that no other has its id
     name: str
     stands: bool
     engine: str | None = None
@@ -122,10 +122,10 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
         lines: dict[tuple, list] = {}  # name and end of a line, and the solves
         for line in list(self._lines.values()):
             if line.engine is not None:
-                told = lines.setdefault((line.module, line.engine), [f"{line.name}: {line.engine} engine", 0])
+                told = lines.setdefault((id(line.module), line.engine), [f"{line.name}: {line.engine} engine", 0])
                 told[1] += line.solves
             elif not line.stands:
-                lines[line.module, line.reason] = [f"{line.name}: handed on to torchdiffeq ({line.reason})", None]
+                lines[id(line.module), line.reason] = [f"{line.name}: handed on to torchdiffeq ({line.reason})", None]
         told = [line if count is None else f"{line}, {count} solves" for line, count in lines.values()]
         why = "left to torchdiffeq, which is through before an engine begins"
         told += [f"{_name(module)}: {count} solves of a step or two {why}" for module, count in self._short.items()]
@@ -200,7 +200,7 @@ class accelerate(contextlib.ContextDecorator):  # noqa: N801 - it is called like
         if line is None or line.number not in self._lines:
             while len(self._lines) >= MOST_TOLD:
                 del self._lines[next(iter(self._lines))]
-            line = Line(next(_numbers), id(entry.module), _name(entry.module()), entry.stands)
+            line = Line(next(_numbers), entry.module, _name(entry.module()), entry.stands)
             self._met[entry] = self._lines[line.number] = line
         line.engine, line.reason = None if entry.field is None else entry.engine, entry.reason
         line.solves += solves
@@ -387,7 +387,8 @@ def _field(name: str, func: Any, y0: Any, t: Any, arguments: dict) -> CompiledFi
     module = func if isinstance(func, nn.Module) else here.module_of(func)
     if module is None:
         return None
-    if name == "odeint" and is_over_at_once(module, y0, t, arguments["method"], arguments["options"]):
+    freely = name == "odeint" and here.engine == "auto"
+    if freely and is_over_at_once(module, y0, t, arguments["method"], arguments["options"]):
         held = known(module)
         held.short += 1
         if held.short > MOST_SHORT:

@@ -129,7 +129,7 @@ def family_of(module: nn.Module) -> Family:
     if found is None or found.of() is None:  # another one's parameters had these addresses
         while len(_families) >= MOST_FAMILIES:
             del _families[next(iter(_families))]
-        # by a part that holds parameters: torch exchanges those only that nobody has a weak reference to
+        # a part that holds parameters: swap_tensors refuses a parameter that has weak references
         owner = next(filter(has_own_parameters, module.modules()), module)
         found = _families[key] = Family(weakref.ref(owner))
     return found

@@ -4,6 +4,7 @@ close over."""
 from __future__ import annotations
 
 import array
+import contextlib
 import contextvars
 import copy
 import ctypes
@@ -182,11 +183,12 @@ class Attributes:
         if isinstance(value, (set, frozenset)):
             stamps += (name, type(value), frozenset(value))
         elif isinstance(value, (array.array, bytearray, memoryview, *_OF_C)):
-            stamps += (name, bytes(value))
+            with contextlib.suppress(ValueError):  # it was released
+                stamps += (name, bytes(value))
         elif isinstance(value, contextvars.ContextVar):
             self._stamp(name, value.get(None), depth, stamps, tensors)
         elif isinstance(value, weakref.ref):  # of somebody who watches the module, too: what the code names of it
-            for key, item in inside(value()):
+            for key, item in inside(value()) if name.rpartition("/")[2] in self._read else ():
                 if key in self._read:
                     self._stamp(f"{name}/{key}", item, depth - 1, stamps, tensors)
         elif isinstance(value, numpy.ndarray) and value.dtype.kind in "biufc" and value.flags.writeable:

@@ -257,6 +257,7 @@ def odeint_dense(
 ) -> Callable[[Tensor], Tensor]:
     """Solve from t0 to t1 by dopri5 and return the solution as a function of t. Runs in torchdiffeq, which knows no t1
     before t0 (its steps are looked up in ascending time): there the field of -t is solved."""
+    y0 = _in_own_dtype(func, y0)
     if float(t1) < float(t0):
         times = [name for name in ("step_t", "jump_t") if options and options.get(name) is not None]
         options = options and {**options, **{name: -torch.as_tensor(options[name]) for name in times}}
@@ -264,7 +265,7 @@ def odeint_dense(
             lambda t, y: -func(-t, y), y0, -t0, -t1, rtol=rtol, atol=atol, method=method, options=options
         )
         return lambda t: mirrored(-t)
-    options, y0 = handed_over(_checked(rtol, atol, method, options), None), _in_own_dtype(func, y0)
+    options = handed_over(_checked(rtol, atol, method, options), None)
     solution = torchdiffeq.odeint_dense(func, y0, t0, t1, rtol=rtol, atol=atol, method=method, options=options)
     # which keeps the steps' times on the CPU, wherever y0 is
     return lambda t: solution(t.to("cpu") if isinstance(t, Tensor) else t)

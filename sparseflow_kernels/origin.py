@@ -178,8 +178,8 @@ class Derivation:
             piece = self._values[source].reshape(-1) if isinstance(source, str) else self.result(source)
             if isinstance(index, Tensor):
                 piece = piece.index_select(0, index)
-            elif index is not None and index != piece.numel():
-                piece = piece[:index]
+            elif index is not None:  # a copy: a bias may change before the backward pass, which torch takes
+                piece = piece[:index].clone()
             piece = piece if scale is None else piece * scale
             made = piece if where is None else made.index_put((where,), piece)
         return made

@@ -55,7 +55,7 @@ def check_own_gradients(
         if any(id(parameter) in seen.grads for parameter in module.parameters()):
             raise UnsupportedFieldError(
                 f"module {type(module).__name__}: forward reads the gradient of a parameter (.grad), which changes "
-                "without it. Use the module uncompiled with sfk.odeint, which hands it to torchdiffeq"
+                "from step to step. Use the module uncompiled with sfk.odeint, which hands it to torchdiffeq"
             )
         if plain is not None and not all(map(_alike, plain, out)):
             raise UnsupportedFieldError(

@@ -13,6 +13,7 @@ as long as several of them.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from typing import Any, Callable
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from .capture.untouched import untouched
 from .compiled_field import CompiledField
 from .devices import lasting
+from .engines.reference import is_autocast_enabled
 from .field.layout import State
 from .gradients import only_torch
 from .numerics.tableaus import METHODS, FixedTableau
@@ -42,15 +44,22 @@ def is_over_at_once(module: nn.Module, y0: Any, t: Any, method: str | None, opti
     if not isinstance(tableau, FixedTableau) or not isinstance(y0, Tensor) or not isinstance(t, Tensor) or only_torch():
         return False
     steps, size = t.numel() - 1, options.get("step_size")
-    if options.get("grid_constructor") is not None or t.dim() != 1 or steps < 1:
+    if options.get("grid_constructor") is not None or t.dim() != 1 or steps < 1 or is_autocast_enabled(y0):
         return False
     if size is not None:
-        steps = math.ceil(abs(float(t[-1].detach() - t[0].detach())) / float(size)) if float(size) > 0 else 0
+        with contextlib.suppress(TypeError, ValueError, ZeroDivisionError):  # what is wrong is told by the solve
+            steps = _steps_of(t, float(size))
     evaluations = steps * tableau.stages_per_step
-    if not 0 < evaluations <= FEW:
+    if not 0 < evaluations <= FEW or any(parameter.dim() > 2 for parameter in module.parameters()):  # convolutions
         return False
     samples, numbers = y0.shape[:-1].numel(), sum(parameter.numel() for parameter in module.parameters())
     return 0 < evaluations * samples * numbers < LITTLE
+
+
+def _steps_of(t: Tensor, size: float) -> int:
+    """0 where there is no telling."""
+    steps = abs(float(t[-1].detach() - t[0].detach())) / size
+    return math.ceil(steps - 1e-6) if math.isfinite(steps) else 0
 
 
 @lasting

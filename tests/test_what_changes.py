@@ -8,7 +8,10 @@ import functools
 import gc
 import math
 import multiprocessing
+import queue
 import sys
+import threading
+import time
 import types
 import warnings
 import weakref
@@ -368,3 +371,51 @@ def test_what_only_counts_compiles_nothing_anew(name):
             trainer.step += 1
     assert running.report() == "Reads: cpu engine, 10 solves"
     torch.testing.assert_close(found, torchdiffeq.odeint(module, Y, T), rtol=1e-4, atol=1e-4)
+
+
+def test_what_other_threads_put_meanwhile_stays():
+    module, stop, sent = Net(), [], []
+    module.queue = queue.Queue()
+
+    def produce():
+        while not stop:
+            module.queue.put(len(sent))
+            sent.append(None)
+            time.sleep(1e-4)
+
+    thread = threading.Thread(target=produce)
+    thread.start()
+    try:
+        for training in (True, False, True):  # compiled anew
+            module.train(training)
+            with sfk.accelerate(), torch.no_grad():
+                torchdiffeq.odeint(module, Y, T)
+    finally:
+        stop.append(None)
+        thread.join()
+    assert module.queue.qsize() == len(sent)
+
+
+def test_a_parameter_that_changes_before_the_backward_pass():
+    """torch has no use for a bias there, so it may."""
+    module = Net()
+    with sfk.accelerate():
+        y = torchdiffeq.odeint(module, Y, T)
+        with torch.no_grad():
+            module.b.bias.add_(0.1)
+        y.sum().backward()
+    assert module.b.bias.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("times", [[0.0, math.nan], [0.0, math.inf]])
+def test_times_of_short_solves_are_checked(times):
+    with sfk.accelerate(), pytest.raises(AssertionError, match="NaN|finite"):
+        torchdiffeq.odeint(Net(), Y, torch.tensor(times), method="euler", options={"step_size": 0.05})
+
+
+def test_short_solves_under_autocast_stay_where_they_are():
+    module, found = Net(), []
+    with sfk.accelerate(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(18):
+            found.append(torchdiffeq.odeint(module, Y, T, method="midpoint"))
+    assert all(torch.equal(one, found[0]) for one in found)

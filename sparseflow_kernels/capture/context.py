@@ -11,6 +11,7 @@ import copy
 import dis
 import functools
 import inspect
+import site
 import sys
 import sysconfig
 import types
@@ -27,7 +28,10 @@ from .samples import STRIDE
 from .values import Constant
 
 PREFIX = "attribute:"
-_INSTALLED = tuple(sysconfig.get_path(one) for one in ("stdlib", "platstdlib", "purelib", "platlib"))
+_INSTALLED = (
+    *(sysconfig.get_path(one) for one in ("stdlib", "platstdlib", "purelib", "platlib")),
+    *site.getsitepackages(), site.getusersitepackages(),
+)  # fmt: skip
 REGISTERED = ("_parameters", "_modules")
 
 
@@ -75,7 +79,7 @@ def items_of(value: Any) -> Iterator[tuple[str, Any]]:
             if isinstance(holder, (types.ModuleType, type)) and not _is_librarys(holder):
                 item = inspect.getattr_static(holder, member, None)
                 if callable(item):  # which one it is, and not what is in it
-                    if not isinstance(holder, types.ModuleType) or _is_installed(holder.__name__):
+                    if not isinstance(holder, types.ModuleType) or is_installed(holder.__name__):
                         continue
                     item = getattr(item, "__code__", item if isinstance(item, types.BuiltinFunctionType) else None)
                 if not (item is None or isinstance(item, (types.ModuleType, property, nn.Module))):
@@ -163,13 +167,18 @@ def _is_librarys(holder: types.ModuleType | type) -> bool:
     return home.split(".")[0] in ("torch", "numpy", "math", "scipy", "einops", "torchdiffeq", "sparseflow_kernels")
 
 
-@functools.lru_cache(maxsize=1024)
-def _is_installed(module: str) -> bool:
+_known: dict[str, bool] = {}
+
+
+def is_installed(module: str) -> bool:
     """Whether a module comes with Python or with a package: its functions stay what they are."""
-    file = getattr(sys.modules.get(module), "__file__", None)
-    if file is None:
-        return module.split(".")[0] in sys.stdlib_module_names
-    return file.startswith(_INSTALLED)
+    if module not in _known:
+        if module not in sys.modules:
+            return False
+        file = getattr(sys.modules[module], "__file__", None)
+        of_python = module.split(".")[0] in sys.stdlib_module_names and module != "__main__"
+        _known[module] = of_python if file is None else file.startswith(_INSTALLED)
+    return _known[module]
 
 
 def _inside(name: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:

@@ -20,6 +20,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from .context import is_installed
+
 _PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, Tensor, nn.Parameter))
 _NO_OBJECTS = (Tensor, nn.Module, type, types.ModuleType)
 MOST_HELD = 10_000  # things that are looked at: data may hang on a module
@@ -46,7 +48,7 @@ def _held(modules: list[nn.Module]) -> Iterator[Any]:
             waiting.extend(itertools.islice(value, MOST_HELD))
         elif isinstance(value, dict):
             waiting.extend(itertools.islice(value.values(), MOST_HELD))
-        elif _is_object(value):
+        elif _is_users(value):
             waiting.extend(value.__dict__.values())
 
 
@@ -54,6 +56,13 @@ def _is_object(value: Any) -> bool:
     if isinstance(value, types.FunctionType):  # which may count its calls
         return True
     return hasattr(value, "__dict__") and not isinstance(value, _NO_OBJECTS) and not callable(value)
+
+
+def _is_users(value: Any) -> bool:
+    """An object of a class of the user's, or of none: what a queue, a logger or a lock holds, others work with meanwhile."""
+    if isinstance(value, (types.SimpleNamespace, types.FunctionType)):
+        return True
+    return _is_object(value) and not is_installed(type(value).__module__)
 
 
 def _same(now: Any, before: Any) -> bool:
@@ -86,11 +95,12 @@ class _Contents:
             return
         if isinstance(value, (list, deque)):
             if not _same(value, before):
-                value.clear()
-                value.extend(before)
+                kind: Any = list if isinstance(value, list) else deque  # the user's may be frozen
+                kind.clear(value)
+                kind.extend(value, before)
         elif isinstance(value, set):
-            value.intersection_update(before)
-            value.update(before)
+            set.intersection_update(value, before)
+            set.update(value, before)
         elif isinstance(value, torch.Generator):
             value.set_state(before)
         elif isinstance(value, random.Random):
@@ -107,8 +117,8 @@ class _Contents:
 
 def _restore_items(now: dict, before: dict) -> None:
     if (now or before) and not (_same(now, before) and _same(now.values(), before.values())):
-        now.clear()  # in place: others (hook handles) may hold the dictionary
-        now.update(before)
+        dict.clear(now)  # in place: others (hook handles) may hold the dictionary
+        dict.update(now, before)
 
 
 @contextlib.contextmanager
