@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .callables import PYTHONS, FunctionModule, Kept, key_of, original, parts_of
 from .capture.context import attribute
+from .capture.python_times import OtherOperations
 from .capture.untouched import untouched
 from .compiled_field import CompiledField, compile_moving as compile_field
 from .divergence_field import DivergenceField
@@ -356,9 +357,22 @@ def _call_here(name: str, func: Any, y0: Any, t: Any, arguments: dict) -> Any:
     try:
         with _handing_on():
             return CALLS[name](field, y0, t, **arguments)
+    except OtherOperations as error:
+        with lock:
+            _settle(field, str(error))
     finally:
         field.mark_looked_at(False)
         give_back(field, func)
+    return original(func, y0, t, **arguments)
+
+
+def _settle(field: CompiledField, reason: str) -> None:
+    """Hands the module of a field on from now on."""
+    for entries in known(field.module).entries.values():
+        for entry in entries:
+            if entry.field is field:
+                entry.field, entry.reason, entry.settled = None, reason, True
+                accelerate._warn(field.module, reason)
 
 
 _call_eagerly = torch._disable_dynamo(_call_here)

@@ -112,3 +112,36 @@ def test_where_torch_is_quicker_it_is_handed_on():
         found = torchdiffeq.odeint(module, X, T, **STEPS)
     torch.testing.assert_close(found, torchdiffeq.odeint(module, X, T, **STEPS))
     assert "cpu engine" in running.report() or "torch is quicker" in running.report()
+
+
+EVENTS = {
+    "in a number": lambda self, t, x: 5.0 if int(t * 100) in {121, 122, 123} else 0.0,
+    "a spike in a table": lambda self, t, x: x * np.where(np.arange(400) == 37, 9.0, 1.0)[int(t * 40)],
+    "beside others": lambda self, t, x: x * math.sin(t) * (3.0 if math.floor(float(t) * 997) % 41 == 7 else 1.0),
+    "in operations before": lambda self, t, x: (x * 2.0 if int(t * 997) % 41 == 7 else x) * math.sin(t),
+    "in operations behind": lambda self, t, x: torch.relu(x * math.sin(t)) if int(t * 997) % 41 == 7 else x * math.sin(t),
+}
+
+
+@pytest.mark.parametrize("name", EVENTS)
+def test_events_that_no_look_has_met(name):
+    """What is the same at all times that were tried may be another at one of a solve."""
+    module = type("Driven", (Driven,), {"drive": EVENTS[name]})()
+    fine = dict(method="rk4", options={"step_size": 0.01})
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        wanted = torchdiffeq.odeint(module, X, T, **fine)
+        with sfk.accelerate():
+            for _ in range(2):
+                torch.testing.assert_close(torchdiffeq.odeint(module, X, T, **fine), wanted)
+
+
+def test_counters_of_a_model_behind_a_function():
+    module = driven("the math module")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        for context in (None, sfk.accelerate()):
+            module.nfe = 0
+            with context or warnings.catch_warnings():
+                torchdiffeq.odeint(lambda t, y: module(t, y), X, T, **STEPS)
+            assert module.nfe == 4 * 26

@@ -11,8 +11,10 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import functools
+import types
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +33,12 @@ MOST_KEPT = 32  # times at which what stands at the places is remembered
 Place = tuple[int, int]  # an operation and one of its leaves, by their numbers
 
 
+class OtherOperations(UnsupportedFieldError):
+    """A solve has come to a time at which forward runs other operations than those that were read."""
+
+
 class _Enough(BaseException):
-    """The rest of forward need not run. TorchScript makes another error of it."""
+    """The rest of forward need not run, as it is another. TorchScript makes another error of it."""
 
 
 class _Others(Exception):
@@ -40,7 +46,7 @@ class _Others(Exception):
 
 
 class _Places(TorchDispatchMode):
-    """Takes down what stands at the places of one run of known operations, and ends it then."""
+    """Takes down what stands at the places of one run of known operations. others: it runs others."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -48,25 +54,25 @@ class _Places(TorchDispatchMode):
 
     def __init__(self, operations: list[Any], wanted: dict[int, list[int]]) -> None:
         super().__init__()
-        self._operations, self._wanted = operations, wanted
-        self._last, self._number = max(wanted), -1
+        self._operations, self._wanted, self._number = operations, wanted, -1
         self.found: dict[Place, Any] = {}
-        self.over = self.others = False
+        self.others = False
+
+    @property
+    def complete(self) -> bool:
+        return not self.others and self._number == len(self._operations) - 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         self._number = number = self._number + 1
-        if self._operations[number] is not func:
-            self.over = self.others = True
+        if number >= len(self._operations) or self._operations[number] is not func:
+            self.others = True
             raise _Enough
         if number in self._wanted:
             leaves = tree_leaves((args, kwargs))
             for leaf in self._wanted[number]:
                 value = leaves[leaf]
                 self.found[number, leaf] = value.detach().clone() if isinstance(value, Tensor) else value
-            if number == self._last:
-                self.over = True
-                raise _Enough
         return func(*args, **kwargs)
 
 
@@ -83,15 +89,18 @@ class PythonTimes:
                 refuse(f"{what} that Python chooses by t for the operation {_name(func)}")
             self.places.add(place)
         start, rows = probe.point()
-        self.operations = [func for func, _ in run_at(module, probe, start.item(), ()).entries]
+        entries = run_at(module, probe, start.item()).entries
+        self.operations = [func for func, _ in entries]
+        # A number that was the same at all times may be another at one that was not looked at: an event, a day of the week.
+        self.places |= {(number, leaf) for number, (func, leaves) in enumerate(entries) for leaf in _suspicious(func, leaves)}
         self._wanted: dict[int, list[int]] = {}
         for number, leaf in sorted(self.places):
             self._wanted.setdefault(number, []).append(leaf)
         self._probe, self._rows = probe, rows
-        try:
-            self._module, self._own = copy.deepcopy(module), True
-        except Exception:  # noqa: BLE001 - it holds what cannot be copied
-            self._module, self._own = module, False
+        self._module, self._own = module, False
+        if not any(_reaches_out(value) for part in module.modules() for value in part.__dict__.values()):
+            with contextlib.suppress(Exception):  # it may hold what cannot be copied
+                self._module, self._own = copy.deepcopy(module), True
         self._kept: collections.OrderedDict[float, dict[Place, Any]] = collections.OrderedDict()
         self._as_read = False  # whether torch has to be told to run the operations that were read
         if self.places:
@@ -117,7 +126,7 @@ class PythonTimes:
             try:
                 self._kept[time] = self._found(time)
             except _Others:
-                raise UnsupportedFieldError(
+                raise OtherOperations(
                     f"module {type(self._module).__name__}: at t = {time:g}, by what Python makes of t, forward runs other "
                     f"operations than when it was compiled. {REMEDY}."
                 ) from None
@@ -144,9 +153,9 @@ class PythonTimes:
                 with places:
                     self._probe.call(self._module, t, state)
             except BaseException:
-                if not places.over:
+                if not places.others:
                     raise
-        if places.others or not places.over:
+        if not places.complete:
             raise _Others
         return places.found
 
@@ -197,6 +206,31 @@ class SlotReader:
         if isinstance(value, Tensor):
             return TimeValue(value.detach(), node)
         return TimeValue(torch.tensor(value, dtype=torch.int64 if whole else self._dtype, device=self._device), node)
+
+
+def _reaches_out(value: Any, depth: int = 3) -> bool:
+    """A function over modules: a copy of it runs the same ones, and counts in them."""
+    if isinstance(value, functools.partial):
+        held = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, types.MethodType):
+        held = (value.__self__,)
+    elif isinstance(value, types.FunctionType):
+        cells = (cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType())
+        held = (*cells, *(value.__defaults__ or ()), *(value.__globals__.get(name) for name in value.__code__.co_names))
+    else:
+        return False
+    return any(isinstance(one, nn.Module) or (depth > 0 and _reaches_out(one, depth - 1)) for one in held)
+
+
+def _suspicious(func: Any, leaves: Sequence[Any]) -> Iterator[int]:
+    """The leaves of an operation at which Python may put something else at other times."""
+    name = _name(func)
+    if name in ("add", "sub", "rsub", "mul", "div") and len(leaves) > 1 and type(leaves[1]) in (int, float):
+        yield 1
+    elif name == "select" and isinstance(leaves[0], tuple):  # a row of a table
+        yield 2
+    elif name == "lift_fresh" and isinstance(leaves[0], tuple) and leaves[0][1].is_floating_point():
+        yield 0  # torch.tensor([...])
 
 
 def _takes_numbers(func: Any, leaf: int) -> bool:
