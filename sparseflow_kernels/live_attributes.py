@@ -9,6 +9,7 @@ import contextvars
 import copy
 import ctypes
 import functools
+import logging
 import marshal
 import types
 import weakref
@@ -185,6 +186,8 @@ class Attributes:
         elif isinstance(value, (array.array, bytearray, memoryview, *_OF_C)):
             with contextlib.suppress(ValueError):  # it was released
                 stamps += (name, bytes(value))
+        elif isinstance(value, (logging.Logger, logging.LoggerAdapter, logging.Handler)):
+            stamps += (name, id(value))  # all loggers of the process hang on one, and none is computed with
         elif isinstance(value, contextvars.ContextVar):
             self._stamp(name, value.get(None), depth, stamps, tensors)
         elif isinstance(value, weakref.ref):  # of somebody who watches the module, too: what the code names of it
